@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Architecture rows, and the blocks they describe."""
+
+from .spec import MoESpec
+from .table import architecture_of, list_architectures, register_architecture
+
+__all__ = ["MoESpec", "architecture_of", "list_architectures", "register_architecture"]

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoE blocks inside a model: the only code that touches router and experts modules."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RequestError, RunError
+from ..replay import Routing
+from .spec import MoESpec
+from .table import architecture_of
+
+ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Hidden states ``(T, H)``, chosen ids ``(T, K)``, weights ``(T, K)`` -> weighted sum ``(T, H)``."""
+
+
+@dataclass(frozen=True)
+class MoEBlock:
+    """One MoE block of a model.
+
+    Attributes:
+        spec: The architecture.
+        layer: Index of its decoder layer.
+        module: The block.
+        routing: The rule of its router.
+    """
+
+    spec: MoESpec
+    layer: int
+    module: nn.Module
+    routing: Routing
+
+    @property
+    def experts(self) -> nn.Module:
+        return attrgetter(self.spec.experts)(self.module)
+
+    @property
+    def router(self) -> nn.Module:
+        return attrgetter(self.spec.router)(self.module)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.expert_tensors[self.spec.expert_tensors[0]])
+
+    @property
+    def expert_tensors(self) -> dict[str, Tensor]:
+        """The experts' tensors by name, expert first."""
+        return {name: getattr(self.experts, name) for name in self.spec.expert_tensors}
+
+    @property
+    def router_tensors(self) -> dict[str, Tensor]:
+        """The router's tensors with a row per expert, by path below the block."""
+        return {path: attrgetter(path)(self.module) for path in self.spec.router_tensors}
+
+    def retain(self, retained: Sequence[int]) -> None:
+        """Keep these experts only: their tensors, their rows of the router, and every count the modules remember."""
+        for name, tensor in self.expert_tensors.items():
+            _replace(self.experts, name, _rows(tensor, retained))
+        for path, tensor in self.router_tensors.items():
+            owner, name = _owner(self.module, path)
+            _replace(owner, name, _rows(tensor, retained))
+        for path in self.spec.block_counts:
+            owner, name = _owner(self.module, path)
+            setattr(owner, name, len(retained))
+
+    @contextlib.contextmanager
+    def observed(
+        self,
+        on_logits: Callable[[Tensor], None],
+        forward: Callable[[ExpertsForward, Tensor, Tensor, Tensor], Tensor],
+    ) -> Iterator[None]:
+        """Watch the router and stand in for the experts inside a ``with``.
+
+        Args:
+            on_logits: Called with the router's logits ``(T, E)``.
+            forward: Called in place of the experts with their own forward, the hidden states ``(T, H)``, and the ids and
+                weights ``(T, K)`` the router really chose; what it returns is the experts' output.
+        """
+        experts = self.experts
+        # Hooks of accelerate live in the instance as well: stand before them, and leave them as they were.
+        before = experts.__dict__.get("forward")
+        original = experts.forward
+
+        def observing(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            return forward(original, hidden_states, top_k_index, top_k_weights)
+
+        handle = self.router.register_forward_hook(lambda _module, _inputs, output: on_logits(output[0]))
+        experts.forward = observing
+        try:
+            yield
+        finally:
+            handle.remove()
+            if before is None:
+                del experts.forward
+            else:
+                experts.forward = before
+
+
+def moe_blocks(model: nn.Module) -> list[MoEBlock]:
+    """The MoE blocks of a model, in layer order; dense layers are left out.
+
+    Args:
+        model: A causal language model of a known architecture.
+
+    Raises:
+        RequestError: If the architecture is not known, or no layer has experts.
+    """
+    config: Any = model.config
+    spec = architecture_of(config)
+    routing = spec.routing(config)
+    try:
+        layers = attrgetter(spec.layers)(model)
+    except AttributeError as error:
+        raise RequestError(
+            f"a {type(model).__name__} has no {spec.layers!r}; load the model with AutoModelForCausalLM."
+        ) from error
+    blocks = []
+    for index, layer in enumerate(layers):
+        module = attrgetter(spec.block)(layer)
+        if type(module).__name__ == spec.block_class:
+            blocks.append(MoEBlock(spec, index, module, routing))
+    if not blocks:
+        raise RequestError(
+            f"none of the {len(layers)} layers of this {spec.model_type!r} model has experts, so there is nothing to prune."
+        )
+    for block in blocks:
+        try:
+            tensors = {**block.expert_tensors, **block.router_tensors}
+        except AttributeError as error:
+            raise RequestError(
+                f"layer {block.layer}: {error}. Only unquantised models with fused experts (transformers 5) can be pruned."
+            ) from error
+        counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
+        if len(set(counts.values())) != 1:
+            raise RunError(f"layer {block.layer}: its tensors disagree about the number of experts: {counts}.")
+    return blocks
+
+
+def fingerprint(blocks: Sequence[MoEBlock]) -> str:
+    """sha256 of the router weights in layer order as float32, with expert counts and top_k."""
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(f"{block.layer}:{block.num_experts}:{block.routing.top_k};".encode())
+        for tensor in block.router_tensors.values():
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return (attrgetter(parent)(module) if parent else module), name
+
+
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    return tensor.detach().index_select(0, torch.tensor(rows, device=tensor.device))
+
+
+def _replace(owner: nn.Module, name: str, value: Tensor) -> None:
+    """Put a new tensor in place of a parameter or buffer."""
+    old = getattr(owner, name)
+    if isinstance(old, nn.Parameter):
+        setattr(owner, name, nn.Parameter(value, requires_grad=old.requires_grad))
+    else:
+        setattr(owner, name, value)

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtral: every layer is sparse; softmax over all experts, the chosen weights divided by their sum, kept in float32."""
+
+from .spec import MoESpec
+
+MIXTRAL = MoESpec(
+    model_type="mixtral",
+    block_class="MixtralSparseMoeBlock",
+    count_key="num_local_experts",
+    renormalise=True,
+    cast_weights=False,
+)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen2-MoE: dense layers may stand between sparse ones, a shared expert beside the routed ones; weights divided by their sum
+only if ``norm_topk_prob`` says so, and rounded to the dtype of the logits."""
+
+from .spec import MoESpec
+
+QWEN2_MOE = MoESpec(
+    model_type="qwen2_moe",
+    block_class="Qwen2MoeSparseMoeBlock",
+    count_key="num_experts",
+    renormalise="norm_topk_prob",
+    cast_weights=True,
+    shared_experts=("shared_expert", "shared_expert_gate"),
+)

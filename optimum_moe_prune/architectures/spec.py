@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to be known about an architecture to prune it: one frozen row per model type.
+
+Everything else (collecting, surgery, checks, the command line) reads these rows; nothing else asks for a model type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..replay import Routing
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """One architecture.
+
+    Dotted paths follow attributes of modules. The experts are one module with fused tensors, called with hidden states,
+    the ids of the chosen experts and their weights, as in transformers 5.
+
+    Attributes:
+        model_type: ``config.model_type``.
+        block_class: Class name of the MoE block; a decoder layer whose block has another class is dense.
+        count_key: The config's own (canonical) key for the number of routed experts.
+        layers: From the causal language model to its decoder layers.
+        block: From a decoder layer to its MoE block.
+        experts: From the block to the module with the experts' tensors.
+        router: From the block to the module whose first output is the router's logits.
+        expert_tensors: Tensors of the experts module, expert first.
+        router_tensors: Tensors of the block (parameters or buffers, such as a correction bias) with a row per expert.
+        block_counts: Attributes below the block in which modules remember the number of experts.
+        model_counts: Attributes of the causal language model that do.
+        top_k_key: The config's key for the experts used per token.
+        renormalise: Whether the router divides the chosen weights by their sum: always, never, or by that config key.
+        cast_weights: Whether the router rounds the weights to the dtype of its logits.
+        shared_experts: Modules of the block that every token uses; they are never pruned.
+    """
+
+    model_type: str
+    block_class: str
+    count_key: str
+    layers: str = "model.layers"
+    block: str = "mlp"
+    experts: str = "experts"
+    router: str = "gate"
+    expert_tensors: tuple[str, ...] = ("gate_up_proj", "down_proj")
+    router_tensors: tuple[str, ...] = ("gate.weight",)
+    block_counts: tuple[str, ...] = ("experts.num_experts", "gate.num_experts")
+    model_counts: tuple[str, ...] = ("num_experts",)
+    top_k_key: str = "num_experts_per_tok"
+    renormalise: bool | str = True
+    cast_weights: bool = False
+    shared_experts: tuple[str, ...] = ()
+
+    def routing(self, config: Any) -> Routing:
+        """The rule of this architecture's router, with the settings of one model."""
+        renormalise = self.renormalise
+        if isinstance(renormalise, str):
+            renormalise = bool(getattr(config, renormalise))
+        return Routing(int(getattr(config, self.top_k_key)), renormalise, self.cast_weights)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The known architectures, by model type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import RequestError, nearest_first
+from .mixtral import MIXTRAL
+from .qwen2_moe import QWEN2_MOE
+from .spec import MoESpec
+
+_ROWS: dict[str, MoESpec] = {}
+
+
+def register_architecture(spec: MoESpec) -> MoESpec:
+    """Make an architecture known.
+
+    Raises:
+        RequestError: If its model type is known already.
+    """
+    if spec.model_type in _ROWS:
+        raise RequestError(f"architecture {spec.model_type!r} is registered already.")
+    _ROWS[spec.model_type] = spec
+    return spec
+
+
+def list_architectures() -> list[str]:
+    """Model types that can be pruned."""
+    return sorted(_ROWS)
+
+
+def architecture_of(config: Any) -> MoESpec:
+    """The row for a model's config.
+
+    Args:
+        config: A ``PretrainedConfig``.
+
+    Raises:
+        RequestError: If the model type is not known, or the model has no experts.
+    """
+    model_type = getattr(config, "model_type", None) or type(config).__name__
+    if model_type in _ROWS:
+        return _ROWS[model_type]
+    has_experts = any("expert" in key for key in config.to_dict())
+    known = nearest_first(model_type, list_architectures())
+    if has_experts:
+        raise RequestError(
+            f"architecture {model_type!r} is not known. Known: {known}. A row for it can be added with "
+            "register_architecture."
+        )
+    raise RequestError(
+        f"a {model_type!r} model has no experts: it is not a Mixture-of-Experts model, so there is nothing to prune. "
+        f"Known architectures: {known}."
+    )
+
+
+for _spec in (MIXTRAL, QWEN2_MOE):
+    register_architecture(_spec)

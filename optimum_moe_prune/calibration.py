@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts, files, datasets or token tensors -> the token samples a model is calibrated or evaluated on.
+
+Each text is one sample, tokenised with the tokenizer's own special tokens and cut to ``max_length``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from torch import Tensor
+
+from .errors import RequestError
+from .stats import Sample
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DOMAIN = "default"
+SAMPLE_SELECTIONS = ("first", "random")
+
+CalibrationInput = Union[
+    str,
+    PathLike,
+    Sequence[str],
+    Sequence[PathLike],
+    Sequence[Mapping[str, Any]],
+    Tensor,
+    Sequence[Tensor],
+    "Dataset",
+    "CalibrationSet",
+]
+"""``list[str]`` is texts; ``str``, ``Path`` and ``list[Path]`` are files; records have ``text`` or ``messages``, and may have
+``domain``; tensors are token ids ``(tokens,)`` or ``(samples, tokens)``, used as they are."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of similar length, padded on the right.
+
+    Attributes:
+        input_ids: ``(B, L)`` int64.
+        attention_mask: ``(B, L)`` int64, 0 on padding.
+        samples: The number of each sample in its set ``(B,)``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    samples: Tensor
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token samples with their domains, ordered by hash.
+
+    Attributes:
+        samples: Hash, domain and length of each sample.
+        token_ids: Token ids of each sample, ``(tokens,)`` int64.
+        truncated: How many samples were cut to ``max_length``.
+        duplicates: How many samples were left out because the same tokens were there already.
+    """
+
+    samples: tuple[Sample, ...]
+    token_ids: tuple[Tensor, ...]
+    truncated: int = 0
+    duplicates: int = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(sample.num_tokens for sample in self.samples)
+
+    @classmethod
+    def build(
+        cls,
+        source: CalibrationInput,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        num_samples: int | None = None,
+        max_length: int = 2048,
+        sample_selection: str = "first",
+        pack: bool = False,
+        seed: int = 0,
+    ) -> CalibrationSet:
+        """Read, select, tokenise and cut.
+
+        Args:
+            source: See ``CalibrationInput``. A ``CalibrationSet`` is returned as it is.
+            tokenizer: Needed for anything but tensors.
+            num_samples: The most samples to use, in equal shares of the domains; None uses all.
+            max_length: Longer samples are cut to this many tokens.
+            sample_selection: ``"first"`` takes the first samples of each domain, ``"random"`` a seeded choice.
+            pack: Join the samples of a domain and cut them into samples of exactly ``max_length`` tokens.
+            seed: For ``"random"``.
+
+        Raises:
+            RequestError: If there is nothing to read, a file or record is broken, or a sample has less than two tokens.
+        """
+        if isinstance(source, CalibrationSet):
+            return source
+        if sample_selection not in SAMPLE_SELECTIONS:
+            raise RequestError(f"sample_selection is {sample_selection!r}; known: {', '.join(SAMPLE_SELECTIONS)}.")
+        if max_length < 2:
+            raise RequestError(f"max_length is {max_length}; a sample needs at least 2 tokens.")
+        if num_samples is not None and num_samples < 1:
+            raise RequestError(f"num_samples is {num_samples}; at least 1 sample is needed.")
+        records = list(_records(source))
+        if not records:
+            raise RequestError("the calibration holds no samples; give texts, a .jsonl or .txt file, or token tensors.")
+        if not pack:
+            records = _select(records, num_samples, sample_selection, seed)
+        tokens = [(r.origin, _tokens(r, tokenizer), r.domain) for r in records]
+        if pack:
+            tokens = _packed(tokens, max_length)
+            if not tokens:
+                raise RequestError(f"packing leaves no sample of {max_length} tokens; lower max_length or give more text.")
+            tokens = _select(tokens, num_samples, sample_selection, seed)
+        return cls._of_tokens(tokens, max_length)
+
+    @classmethod
+    def from_hub(cls, mixture: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> CalibrationSet:
+        """Samples of datasets on the Hub (needs the ``[datasets]`` extra).
+
+        Args:
+            mixture: Comma-separated ``name[config](split):samples``; ``[config]`` and ``:samples`` may be left out, the
+                split is ``train`` by default. Each dataset is a domain of its name, unless it has a ``domain`` column.
+            tokenizer: The model's tokenizer.
+            options: As for :meth:`build`.
+        """
+        return cls.build(hub_records(mixture), tokenizer, **options)
+
+    @classmethod
+    def _of_tokens(cls, tokens: Iterable[tuple[str, Tensor, str]], max_length: int) -> CalibrationSet:
+        entries: dict[str, tuple[Sample, Tensor]] = {}
+        truncated = duplicates = 0
+        for origin, ids, domain in tokens:
+            if len(ids) < 2:
+                raise RequestError(
+                    f"{origin} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a sample needs at least 2. Remove it or "
+                    "give a longer one."
+                )
+            truncated += len(ids) > max_length
+            ids = ids[:max_length].to(torch.int64)
+            digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+            if digest in entries:
+                duplicates += 1
+                continue
+            entries[digest] = (Sample(digest, domain, len(ids)), ids)
+        if truncated:
+            logger.warning("%d of %d samples are longer than %d tokens and were cut.", truncated, len(entries), max_length)
+        if duplicates:
+            logger.warning("%d samples have the same tokens as another one and were left out.", duplicates)
+        ordered = [entries[digest] for digest in sorted(entries)]
+        return cls(tuple(s for s, _ in ordered), tuple(i for _, i in ordered), truncated, duplicates)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise unless every token id is below ``vocab_size``.
+
+        Raises:
+            RequestError: Naming the id, with the most likely cause.
+        """
+        for ids in self.token_ids:
+            if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
+                wrong = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
+                raise RequestError(
+                    f"token id {wrong} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to another "
+                    "model."
+                )
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Batches of samples of similar length, longest first, padded on the right.
+
+        Longest first, so that a batch that does not fit in memory fails at once and not in the end.
+
+        Args:
+            batch_size: The most samples in a batch.
+        """
+        order = sorted(range(len(self)), key=lambda i: (-self.samples[i].num_tokens, i))
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            length = self.samples[chosen[0]].num_tokens
+            input_ids = torch.zeros(len(chosen), length, dtype=torch.int64)
+            mask = torch.zeros_like(input_ids)
+            for row, index in enumerate(chosen):
+                ids = self.token_ids[index]
+                input_ids[row, : len(ids)] = ids
+                mask[row, : len(ids)] = 1
+            yield Batch(input_ids, mask, torch.tensor(chosen))
+
+    def num_batches(self, batch_size: int) -> int:
+        """How many batches :meth:`batches` gives."""
+        return -(-len(self) // batch_size)
+
+
+# ------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One sample before tokenisation: text, chat messages or token ids, and where it came from."""
+
+    origin: str
+    content: str | list[Any] | Tensor
+    domain: str
+
+
+def _records(source: Any) -> Iterator[_Record]:
+    if isinstance(source, (str, PathLike)):
+        yield from _file_records(Path(source))
+    elif isinstance(source, Tensor):
+        rows = source[None] if source.ndim == 1 else source
+        if rows.ndim != 2:
+            raise RequestError(f"token tensors have shape (tokens,) or (samples, tokens), and this one {tuple(source.shape)}.")
+        yield from (_token_record(row, number) for number, row in enumerate(rows))
+    elif hasattr(source, "column_names"):  # datasets.Dataset, without importing it
+        yield from (_mapping_record(row, f"dataset row {number}", DEFAULT_DOMAIN) for number, row in enumerate(source))
+    elif isinstance(source, (list, tuple)):
+        yield from _list_records(source)
+    else:
+        raise RequestError(
+            f"calibration of type {type(source).__name__} is not understood; give texts, files, records with 'text', or "
+            "token tensors."
+        )
+
+
+def _list_records(items: Sequence[Any]) -> Iterator[_Record]:
+    kinds = {type(item).__name__ for item in items}
+    if all(isinstance(item, str) for item in items):
+        # A path that exists is at most this long; a text may be longer than the system allows to ask for.
+        if items and all(len(item) < 1024 and "\n" not in item and Path(item).is_file() for item in items):
+            raise RequestError(
+                f"the calibration is a list of strings, which are texts, but each names a file ({items[0]}); pass pathlib.Path "
+                "objects to read files."
+            )
+        yield from (_Record(f"text {number}", text, DEFAULT_DOMAIN) for number, text in enumerate(items))
+    elif all(isinstance(item, PathLike) for item in items):
+        for item in items:
+            yield from _file_records(Path(item))
+    elif all(isinstance(item, Mapping) for item in items):
+        yield from (_mapping_record(item, f"record {number}", DEFAULT_DOMAIN) for number, item in enumerate(items))
+    elif all(isinstance(item, Tensor) and item.ndim == 1 for item in items):
+        yield from (_token_record(item, number) for number, item in enumerate(items))
+    else:
+        raise RequestError(f"a calibration list must hold one kind of thing, and holds {', '.join(sorted(kinds))}.")
+
+
+def _token_record(ids: Tensor, number: int) -> _Record:
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise RequestError(f"token tensor {number} has dtype {ids.dtype}; token ids are integers.")
+    return _Record(f"token sample {number}", ids.detach().cpu(), DEFAULT_DOMAIN)
+
+
+def _mapping_record(record: Any, origin: str, domain: str) -> _Record:
+    if not isinstance(record, Mapping):
+        raise RequestError(f"{origin} must be an object with 'text' or 'messages', and is a {type(record).__name__}.")
+    content = record.get("text") if record.get("text") is not None else record.get("messages")
+    if not isinstance(content, (str, list)):
+        keys = ", ".join(map(str, record)) or "none"
+        raise RequestError(f"{origin} must have 'text' (a string) or 'messages' (a list); its keys: {keys}.")
+    label = record.get("domain", domain)
+    return _Record(origin, content, str(domain if label is None else label))
+
+
+def _file_records(path: Path) -> Iterator[_Record]:
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder; name the .jsonl or .txt files in it.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RequestError(f"the file {path} does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not a text file (no UTF-8 at byte {error.start}); give .jsonl or .txt.") from error
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
+    if not text.strip():
+        raise RequestError(f"{path} is empty.")
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"{path}, line {number} is not JSON: {error}.") from error
+            yield _mapping_record(record, f"{path}, line {number}", path.stem)
+    elif path.suffix == ".txt":
+        for number, document in enumerate(re.split(r"\n[ \t]*\n", text), 1):
+            if document.strip():
+                yield _Record(f"{path}, document {number}", document.strip("\n"), path.stem)
+    else:
+        raise RequestError(f"{path} ends in {path.suffix or 'nothing'!r}; .jsonl (one record a line) and .txt are read.")
+
+
+_HUB_PART = re.compile(r"^(?P<name>[^\[\](),:]+)(\[(?P<config>[^\]]+)\])?(\((?P<split>[^)]+)\))?(:(?P<count>\d+))?$")
+
+
+def hub_records(mixture: str) -> list[dict[str, Any]]:
+    """Records of a Hub mixture, ``name[config](split):samples`` separated by commas.
+
+    Raises:
+        RequestError: If the mixture cannot be read, or the ``[datasets]`` extra is missing.
+    """
+    parts = []
+    for part in mixture.split(","):
+        match = _HUB_PART.match(part.strip())
+        if match is None:
+            raise RequestError(f"{part.strip()!r} is not of the form name[config](split):samples.")
+        parts.append(match.groupdict())
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise RequestError("Hub datasets need the [datasets] extra: pip install 'optimum-moe-prune[datasets]'.") from error
+    records = []
+    for part in parts:
+        rows = load_dataset(part["name"], part["config"], split=part["split"] or "train", streaming=True)
+        for row in rows if part["count"] is None else rows.take(int(part["count"])):
+            records.append({"domain": part["name"], **row})
+    return records
+
+
+# ------------------------------------------------------------------------------------------- selecting, tokenising
+
+
+def _domain_of(entry: Any) -> str:
+    return entry.domain if isinstance(entry, _Record) else entry[2]
+
+
+def _select(entries: list[Any], count: int | None, how: str, seed: int) -> list[Any]:
+    """At most ``count`` entries, in equal shares of the domains (what a small domain lacks, the others give)."""
+    if count is None or len(entries) <= count:
+        return entries
+    queues: dict[str, list[Any]] = {}
+    for entry in entries:
+        queues.setdefault(_domain_of(entry), []).append(entry)
+    if how == "random":
+        generator = random.Random(seed)
+        for domain in sorted(queues):
+            generator.shuffle(queues[domain])
+    rounds: list[Any] = []
+    for depth in range(max(map(len, queues.values()))):
+        rounds += [queue[depth] for queue in queues.values() if depth < len(queue)]
+    return rounds[:count]
+
+
+def _tokens(record: _Record, tokenizer: Any) -> Tensor:
+    if isinstance(record.content, Tensor):
+        return record.content
+    if tokenizer is None:
+        raise RequestError("a tokenizer is needed for texts, and this model's folder has none; pass token tensors instead.")
+    if isinstance(record.content, str):
+        ids = tokenizer(record.content, verbose=False)["input_ids"]
+    else:
+        if not getattr(tokenizer, "chat_template", None):
+            raise RequestError(f"{record.origin} holds chat messages, and the tokenizer has no chat template; give 'text'.")
+        ids = tokenizer.apply_chat_template(record.content, tokenize=True, return_dict=True)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _packed(tokens: list[tuple[str, Tensor, str]], length: int) -> list[tuple[str, Tensor, str]]:
+    """Samples of exactly ``length`` tokens, each from one domain; the rest of a domain that fills none is left out."""
+    streams: dict[str, list[Tensor]] = {}
+    for _, ids, domain in tokens:
+        streams.setdefault(domain, []).append(ids)
+    return [
+        (f"packed sample {number} of {domain!r}", row, domain)
+        for domain, parts in streams.items()
+        for number, row in enumerate(torch.cat(parts).split(length))
+        if len(row) == length
+    ]

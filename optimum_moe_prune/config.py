@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe of a pruning run: :class:`MoEPrunerConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import PushToHubMixin, cached_file
+
+from .calibration import SAMPLE_SELECTIONS
+from .errors import RequestError, nearest_first
+from .files import read_json, write_text
+from .methods import get_method, make_options
+
+if TYPE_CHECKING:
+    import os
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "moe_pruner_config.json"
+ALLOCATIONS = ("uniform",)
+
+
+@dataclass
+class MoEPrunerConfig(PushToHubMixin):
+    """How to prune: method, budget and calibration. Checked when made.
+
+    Attributes:
+        method: Name of a method (``list_methods()``).
+        num_experts: Experts to retain in each layer; or
+        sparsity: the fraction of experts to remove. Exactly one of the two.
+        allocation: How the budget is spread over layers: ``"uniform"``, or None for the method's own way.
+        method_options: Options of the method, by name.
+        protect: Experts that are retained in any case, by layer.
+        skip_layers: MoE layers that keep all their experts.
+        protect_super_experts: Retain experts with extreme outputs (arXiv 2507.23279).
+        num_samples: Calibration samples to use at most, in equal shares of the domains.
+        max_length: Tokens of a sample at most.
+        batch_size: Samples in a forward pass.
+        max_tokens: Tokens for which statistics per token are kept, at most.
+        sample_selection: ``"first"`` or ``"random"``.
+        pack: Join the samples of a domain and cut them into samples of ``max_length`` tokens.
+        seed: For whatever is drawn.
+    """
+
+    method: str = "mosaic"
+    num_experts: int | None = None
+    sparsity: float | None = None
+    allocation: str | None = None
+    method_options: dict[str, Any] = field(default_factory=dict)
+    protect: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    skip_layers: tuple[int, ...] = ()
+    protect_super_experts: bool = False
+    num_samples: int = 128
+    max_length: int = 2048
+    batch_size: int = 8
+    max_tokens: int = 8192
+    sample_selection: str = "first"
+    pack: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        options = make_options(get_method(self.method), self.method_options)
+        # Plain values, so that they compare and travel as JSON.
+        self.method_options = {name: getattr(options, name) for name in self.method_options}
+        if (self.num_experts is None) == (self.sparsity is None):
+            have = "neither is" if self.num_experts is None else "both are"
+            raise RequestError(
+                f"exactly one of num_experts (to retain in each layer) and sparsity (fraction to remove) is needed; {have} given."
+            )
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise RequestError(f"sparsity is {self.sparsity}; the fraction of experts to remove lies between 0 and 1.")
+        if self.allocation is not None and self.allocation not in ALLOCATIONS:
+            raise RequestError(f"allocation {self.allocation!r} is not known. Known: {nearest_first(self.allocation, list(ALLOCATIONS))}.")
+        if self.sample_selection not in SAMPLE_SELECTIONS:
+            known = nearest_first(str(self.sample_selection), list(SAMPLE_SELECTIONS))
+            raise RequestError(f"sample_selection {self.sample_selection!r} is not known. Known: {known}.")
+        least = {"num_experts": 1, "num_samples": 1, "max_length": 2, "batch_size": 1, "max_tokens": 1, "seed": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is None and name == "num_experts":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise RequestError(f"{name} is {value!r}; it must be an integer of at least {minimum}.")
+        try:
+            self.protect = {int(layer): tuple(map(int, experts)) for layer, experts in self.protect.items()}
+            self.skip_layers = tuple(map(int, self.skip_layers))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise RequestError(
+                f"protect must be {{layer: [expert, ...]}} and skip_layers [layer, ...]; they are {self.protect!r} and "
+                f"{self.skip_layers!r}."
+            ) from error
+
+    def options(self) -> Any:
+        """The options of the method, with its defaults filled in."""
+        return make_options(get_method(self.method), self.method_options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        values = dataclasses.asdict(self)
+        values["protect"] = {str(layer): list(experts) for layer, experts in sorted(self.protect.items())}
+        values["skip_layers"] = list(self.skip_layers)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> MoEPrunerConfig:
+        """From plain values; keys that this version does not know are left out with a warning.
+
+        Args:
+            values: As :meth:`to_dict` gives them.
+            overrides: Take precedence. Giving one of ``num_experts`` and ``sparsity`` replaces the other.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            logger.warning("These keys of the configuration are not known to this version and are ignored: %s.", ", ".join(unknown))
+        wrong = sorted(set(overrides) - known)
+        if wrong:
+            raise RequestError(f"{wrong[0]!r} is no setting of MoEPrunerConfig. Settings: {nearest_first(wrong[0], sorted(known))}.")
+        merged = {key: value for key, value in values.items() if key in known}
+        if overrides.get("num_experts") is not None or overrides.get("sparsity") is not None:
+            merged.pop("num_experts", None)
+            merged.pop("sparsity", None)
+        if overrides.get("method", merged.get("method")) != merged.get("method"):
+            merged.pop("method_options", None)
+        merged |= overrides
+        for name in ("sparsity",):
+            if isinstance(merged.get(name), float) and not math.isfinite(merged[name]):
+                raise RequestError(f"{name} is {merged[name]}; it must be a number.")
+        return cls(**merged)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Path:
+        """Write ``moe_pruner_config.json`` into a folder.
+
+        Args:
+            save_directory: The folder, made if absent.
+            push_to_hub: Push it to the Hub as well, to ``repo_id`` (by default the folder's name).
+            kwargs: ``repo_id``, ``commit_message``, ``token``, ``private`` ... of ``push_to_hub``.
+        """
+        path = write_text(Path(save_directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, **kwargs)
+        return path
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> MoEPrunerConfig:
+        """Read the recipe from a folder, a ``.json`` file or a repository on the Hub.
+
+        Args:
+            name_or_path: Where it is.
+            kwargs: ``revision``, ``token``, ``cache_dir``, ``subfolder`` for the Hub; anything else overrides a setting.
+        """
+        hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
+        path = Path(name_or_path)
+        if not path.is_file():
+            found = cached_file(str(name_or_path), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+            if found is None:
+                raise RequestError(f"{name_or_path} has no {CONFIG_NAME}.")
+            path = Path(found)
+        return cls.from_dict(read_json(path), **kwargs)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods: one file each, named as the method. Importing this package makes them known."""
+
+from . import (
+    ean,
+    enumeration,
+    frequency,
+    man,
+    mosaic,
+    msan,
+    random,
+    reap,
+    soft_frequency,
+    variability,
+)
+from .registry import Method, get_method, list_methods, make_options, register_method
+
+__all__ = [
+    "Method",
+    "ean",
+    "enumeration",
+    "frequency",
+    "get_method",
+    "list_methods",
+    "make_options",
+    "man",
+    "mosaic",
+    "msan",
+    "random",
+    "reap",
+    "register_method",
+    "soft_frequency",
+    "variability",
+]

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""EAN, expert activation norm: the norm of the expert's output, summed over the tokens routed to it.
+
+.. math:: s_e = \sum_{t \in X_e} \|f_e(x_t)\|_2
+
+A baseline of REAP, arXiv 2510.13999.
+"""
+
+from ..stats import CalibrationStats, Need
+from .registry import NoOptions, Scores, register_method
+
+
+@register_method(
+    "ean",
+    kind="scores",
+    summary="output norm summed over routed tokens",
+    source="baseline of REAP, arXiv 2510.13999",
+    needs={Need.ROUTING, Need.ROUTED_NORMS},
+)
+def ean(stats: CalibrationStats, options: NoOptions) -> Scores:
+    """Scores ``{layer: (E,)}``."""
+    return {index: layer.total("norm").numpy() for index, layer in stats.layers.items()}

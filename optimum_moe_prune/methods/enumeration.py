@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Enumeration: the set of experts with which the layer's output changes least.
+
+.. math:: \arg\min_{|S| = r} L_{recon}(S), \qquad L_{recon}(S) = \sum_s \|F_S(X_s) - F_{all}(X_s)\|_F
+
+over the calibration samples :math:`s`. NAEE, arXiv 2402.14800, which re-runs the layer for each set; here every loss comes
+from router logits and Gram matrices (see ``replay``), exactly.
+
+Up to ``max_sets`` sets all are tried. Beyond, experts are dropped one at a time, always the one whose removal raises the loss
+least; for how a layer of 60 experts is enumerated the paper says nothing, Mosaic Pruning uses this elimination.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..budget import Budget
+from ..progress import progress
+from ..replay import Replay
+from ..stats import CalibrationStats, LayerStats, Need
+from .registry import Retained, register_method
+
+Search = Literal["auto", "exhaustive", "greedy"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``enumeration``.
+
+    Attributes:
+        search: ``"exhaustive"``, ``"greedy"`` backward elimination, or ``"auto"``: exhaustive up to ``max_sets`` sets.
+        max_sets: The most sets that ``"auto"`` tries.
+    """
+
+    search: Search = "auto"
+    max_sets: int = 20_000
+
+    def __post_init__(self) -> None:
+        if self.max_sets < 1:
+            raise ValueError(f"max_sets is {self.max_sets}; it must be at least 1.")
+
+
+@register_method(
+    "enumeration",
+    kind="set",
+    summary="the set with the least reconstruction error, by exhaustive or greedy search",
+    source="NAEE, arXiv 2402.14800",
+    needs={Need.ROUTING, Need.GRAM},
+    options=Options,
+)
+def enumeration(stats: CalibrationStats, budget: Budget, options: Options) -> Retained:
+    """Retained experts ``{layer: experts}``."""
+    return {
+        index: best_set(stats.layers[index], count, budget.protected[index], options.search, options.max_sets)
+        for index, count in progress(budget.num_experts.items(), "enumerating", unit="layer")
+    }
+
+
+def best_set(
+    layer: LayerStats, size: int, required: Iterable[int], search: Search, max_sets: int
+) -> tuple[int, ...]:
+    """The set of ``size`` experts of a layer, holding ``required``, with the least (or a greedily small) loss."""
+    required = tuple(required)
+    if size == len(required):
+        return tuple(sorted(required))
+    tensors = layer.tensors
+    replay = Replay(tensors["logits"], tensors["gram"], layer.routing, layer.token_sample, layer.sample_weights)
+    sets = math.comb(layer.num_experts - len(required), size - len(required))
+    if search == "exhaustive" or (search == "auto" and sets <= max_sets):
+        return replay.best_set(size, required)
+    return replay.eliminate(size, required)

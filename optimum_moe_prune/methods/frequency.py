@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Frequency: how many tokens chose the expert.
+
+.. math:: s_e = |X_e|
+
+with :math:`X_e` the tokens that have :math:`e` among their top K. A baseline of both papers.
+"""
+
+from ..stats import CalibrationStats, Need
+from .registry import NoOptions, Scores, register_method
+
+
+@register_method(
+    "frequency",
+    kind="scores",
+    summary="tokens routed to the expert",
+    source="baseline of Mosaic Pruning and MoE Pathfinder",
+    needs={Need.ROUTING},
+)
+def frequency(stats: CalibrationStats, options: NoOptions) -> Scores:
+    """Scores ``{layer: (E,)}``."""
+    return {index: layer.total("routed_tokens").numpy() for index, layer in stats.layers.items()}

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""MAN, mean activation norm: the mean norm of the expert's output over the tokens routed to it.
+
+.. math:: s_e = \frac{1}{|X_e|} \sum_{t \in X_e} \|f_e(x_t)\|_2
+
+An expert without routed tokens scores 0. arXiv 2606.15716.
+"""
+
+from ..stats import CalibrationStats, Need
+from .registry import NoOptions, Scores, per_routed_token, register_method
+
+
+@register_method(
+    "man",
+    kind="scores",
+    summary="mean output norm over routed tokens",
+    source="arXiv 2606.15716",
+    needs={Need.ROUTING, Need.ROUTED_NORMS},
+)
+def man(stats: CalibrationStats, options: NoOptions) -> Scores:
+    """Scores ``{layer: (E,)}``."""
+    return {index: per_routed_token(layer, "norm") for index, layer in stats.layers.items()}

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Mosaic Pruning: cluster experts by what they are good at, keep the best specialist of each cluster.
+
+Mosaic Pruning (MoP), arXiv 2511.19822, AAAI-26. Per layer, to retain :math:`r` of :math:`E` experts:
+
+1. *Generalists*: the :math:`m` experts with the least reconstruction loss, :math:`\arg\min_{|S|=m} L_{recon}(S)`.
+2. *Domains*: K-Means on the inputs :math:`x_t` of the MoE block.
+3. *Performance vector* of each other expert: :math:`v_{e,j}`, the mean over the tokens of domain :math:`j` of
+   :math:`\|f_e(x_t) - F_{all}(x_t)\|^2`, the error of the layer left with this expert alone.
+4. *Similarity* :math:`S_{perf}(a,b) = (1 + \rho(v_a, v_b)) / 2` with Spearman's :math:`\rho`.
+5. *Ward* clustering of the other experts into :math:`r - m` clusters.
+6. *Representative* of each cluster: the highest Activation Variability Score (see ``variability``).
+
+What the paper leaves open, and what is done here:
+
+- :math:`m` is not stated: ``num_generalists``. The number of domains is :math:`r - m` as published, or ``num_domains``.
+- Ward works on centroids of vectors, Spearman compares ranks. ``ward="ranks"`` runs Ward on the rank-standardised vectors,
+  where the squared Euclidean distance is exactly :math:`2K(1 - \rho)`, so both readings agree. ``ward="distances"`` is the
+  literal one: Ward's recurrence on the distances :math:`1 - S_{perf}`, which squares them once more.
+- With fewer than 3 domains ranks say almost nothing (two domains rank either way round, one not at all); Ward then runs on
+  :math:`\log v`, standardised over the experts in each domain.
+- The tree is cut by merge order, so there are always exactly :math:`r - m` clusters.
+- Protected experts count as generalists.
+- Ties go to the lower expert index; domains without tokens are left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.cluster.hierarchy import cut_tree, linkage
+from scipy.spatial.distance import squareform
+from scipy.stats import rankdata
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import silhouette_score
+
+from ..budget import Budget
+from ..progress import progress
+from ..stats import CalibrationStats, LayerStats, Need
+from .enumeration import Search
+from .registry import Retained, register_method
+from .variability import generalists, variability_scores
+
+logger = logging.getLogger(__name__)
+
+_MOST_DOMAINS = 16  # the most that num_domains="auto" tries
+_SILHOUETTE_TOKENS = 2000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``mosaic``.
+
+    Attributes:
+        num_generalists: ``m``, at most the number of retained experts.
+        num_domains: Clusters of tokens; None for ``r - m`` as published, ``"auto"`` for the one with the best silhouette.
+        ward: ``"ranks"`` or ``"distances"``, see above.
+        search: How the generalists are searched, as in ``enumeration``.
+        max_sets: The most sets that ``search="auto"`` tries.
+    """
+
+    num_generalists: int = 1
+    num_domains: int | None | Literal["auto"] = None
+    ward: Literal["ranks", "distances"] = "ranks"
+    search: Search = "auto"
+    max_sets: int = 20_000
+
+    def __post_init__(self) -> None:
+        if self.num_generalists < 0:
+            raise ValueError(f"num_generalists is {self.num_generalists}; it cannot be negative.")
+        if isinstance(self.num_domains, int) and self.num_domains < 1:
+            raise ValueError(f"num_domains is {self.num_domains}; there must be at least 1.")
+
+
+def needs(options: Options) -> frozenset[Need]:
+    """``GRAM`` only where there are generalists."""
+    gram = {Need.GRAM} if options.num_generalists else set()
+    return frozenset({Need.ROUTING, Need.SINGLE_ERROR, Need.INPUTS} | gram)
+
+
+@register_method(
+    "mosaic",
+    kind="set",
+    summary="generalists, and the best specialist of each cluster of experts",
+    source="Mosaic Pruning, arXiv 2511.19822",
+    needs=needs,
+    options=Options,
+)
+def mosaic(stats: CalibrationStats, budget: Budget, options: Options) -> Retained:
+    """Retained experts ``{layer: experts}``."""
+    retained = {}
+    few = []
+    for index, count in progress(budget.num_experts.items(), "mosaic", unit="layer"):
+        layer = stats.layers[index]
+        first = generalists(layer, index, options.num_generalists, budget, options.search, options.max_sets)
+        others = [expert for expert in range(layer.num_experts) if expert not in first]
+        clusters = count - len(first)
+        if clusters == 0:
+            retained[index] = first
+            continue
+        domain = token_domains(layer, clusters if options.num_domains is None else options.num_domains, budget.seed)
+        vectors = performance_vectors(layer, domain)[others]
+        if vectors.shape[1] < 3:
+            few.append(index)
+        label = cluster_experts(vectors, clusters, options.ward)
+        score = variability_scores(layer)[others]
+        representatives = [
+            others[max(np.flatnonzero(label == cluster), key=lambda row: (score[row], -row))] for cluster in range(clusters)
+        ]
+        retained[index] = tuple(sorted([*first, *representatives]))
+    if few:
+        logger.warning(
+            "mosaic: with fewer than 3 domains ranks say almost nothing, so experts are compared by log errors in %d of %d "
+            "layers; num_domains sets the number of domains.",
+            len(few),
+            len(retained),
+        )
+    return retained
+
+
+def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: int) -> np.ndarray:
+    """Domain of each kept token ``(N,)``, numbered from 0 without gaps, by K-Means on the block's inputs.
+
+    Args:
+        layer: The layer; its tokens count with the weights of their samples.
+        num_domains: The number of clusters, or ``"auto"``: of 2 to 16, the one with the best silhouette on a seeded sample.
+        seed: For K-Means and the sample.
+    """
+    inputs = layer.tensors["inputs"].float().numpy()
+    weights = layer.token_weights.numpy()
+    if num_domains != "auto":
+        return _kmeans(inputs, weights, num_domains, seed)
+    tokens = np.random.default_rng(seed).permutation(len(inputs))[:_SILHOUETTE_TOKENS]
+    best, best_score = np.zeros(len(inputs), dtype=np.int64), -np.inf
+    for count in range(2, min(_MOST_DOMAINS, len(inputs) - 1) + 1):
+        labels = _kmeans(inputs, weights, count, seed)
+        if 1 < len(set(labels[tokens])) < len(tokens):
+            score = silhouette_score(inputs[tokens], labels[tokens])
+            if score > best_score:
+                best, best_score = labels, score
+    return best
+
+
+def _kmeans(inputs: np.ndarray, weights: np.ndarray, count: int, seed: int) -> np.ndarray:
+    with warnings.catch_warnings():
+        # Fewer distinct inputs than clusters: the empty ones are left out below.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        means = KMeans(min(count, len(inputs)), n_init=1, random_state=seed).fit(inputs, sample_weight=weights)
+    return np.unique(means.labels_, return_inverse=True)[1]
+
+
+def performance_vectors(layer: LayerStats, domain: np.ndarray) -> np.ndarray:
+    """Mean single-expert error of each expert in each domain ``(E, D)`` over the kept tokens."""
+    error = layer.tensors["token_single_error"].double().numpy()
+    weights = layer.token_weights.numpy()
+    member = (domain[:, None] == np.arange(domain.max() + 1)) * weights[:, None]
+    return (error.T @ member) / member.sum(0)
+
+
+def cluster_experts(vectors: np.ndarray, num_clusters: int, ward: str = "ranks") -> np.ndarray:
+    """Cluster of each expert ``(E,)``, exactly ``num_clusters`` of them, by Ward on performance vectors.
+
+    Args:
+        vectors: ``(E, D)``, at least as many experts as clusters.
+        num_clusters: How many.
+        ward: ``"ranks"`` or ``"distances"``.
+    """
+    if len(vectors) == 1:
+        return np.zeros(1, dtype=np.int64)
+    if vectors.shape[1] < 3:
+        logs = np.log(np.maximum(vectors, np.finfo(np.float64).tiny))
+        tree = linkage(_standardised(logs, axis=0), method="ward")
+    else:
+        standard = _standardised(rankdata(vectors, axis=1), axis=1)
+        if ward == "ranks":
+            tree = linkage(standard, method="ward")
+        else:
+            similarity = (1 + standard @ standard.T / vectors.shape[1]) / 2
+            distance = np.clip(1 - similarity, 0, None)
+            np.fill_diagonal(distance, 0)
+            tree = linkage(squareform(distance, checks=False), method="ward")
+    return cut_tree(tree, n_clusters=num_clusters)[:, 0]
+
+
+def _standardised(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean 0 and standard deviation 1 along an axis; what is constant becomes 0."""
+    centred = values - values.mean(axis=axis, keepdims=True)
+    deviation = centred.std(axis=axis, keepdims=True)
+    return np.divide(centred, deviation, out=np.zeros_like(centred), where=deviation > 0)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The known methods, by name.
+
+A *score* method gives one number per expert and the budget chooses; a *set* method gives the retained experts itself, because
+what one expert is worth depends on the others. Both see the statistics of all layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..budget import Budget, choose
+from ..errors import RequestError, nearest_first
+from ..stats import CalibrationStats, LayerStats, Need
+
+ENTRY_POINTS = "optimum_moe_prune.methods"
+
+Scores = dict[int, np.ndarray]
+Retained = dict[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without options."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of choosing experts.
+
+    Attributes:
+        name: As in ``MoEPrunerConfig(method=...)`` and ``--method``.
+        summary: What it does, in one line.
+        source: Where it was published.
+        needs: The statistics it reads, given its options.
+        options: A frozen dataclass of its options, each with a default.
+        scores: ``(stats, options) -> {layer: (E,)}``, higher = keep; or
+        retained: ``(stats, budget, options) -> {layer: experts}``.
+    """
+
+    name: str
+    summary: str
+    source: str
+    needs: Callable[[Any], frozenset[Need]]
+    options: type
+    scores: Callable[[CalibrationStats, Any], Scores] | None = None
+    retained: Callable[[CalibrationStats, Budget, Any], Retained] | None = None
+
+    def select(self, stats: CalibrationStats, budget: Budget, options: Any) -> tuple[Retained, Scores | None]:
+        """The retained experts of each layer of the budget, sorted, and the scores where the method has them."""
+        if self.scores is not None:
+            scores = self.scores(stats, options)
+            return choose(scores, budget), scores
+        assert self.retained is not None
+        return self.retained(stats, budget, options), None
+
+
+_METHODS: dict[str, Method] = {}
+_entry_points_read = False
+
+
+def register_method(
+    name: str,
+    *,
+    kind: str,
+    summary: str,
+    source: str,
+    needs: frozenset[Need] | set[Need] | Callable[[Any], frozenset[Need]],
+    options: type = NoOptions,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the function of a method and make it known.
+
+    Args:
+        name: Its name.
+        kind: ``"scores"`` or ``"set"``: see ``Method.scores`` and ``Method.retained`` for what the function takes and gives.
+        summary: What it does, in one line.
+        source: Where it was published.
+        needs: The statistics it reads, or a function of its options.
+        options: A frozen dataclass of its options.
+
+    Raises:
+        RequestError: If the name is taken or the kind unknown.
+
+    Example:
+        >>> @register_method("largest_router_row", kind="scores", summary="...", source="...", needs={Need.ROUTING})
+        ... def largest(stats, options):
+        ...     return {i: layer.total("probability").numpy() for i, layer in stats.layers.items()}
+    """
+    if name in _METHODS:
+        raise RequestError(f"method {name!r} is registered already.")
+    if kind not in ("scores", "set"):
+        raise RequestError(f"kind is {kind!r}; a method gives 'scores' or a 'set'.")
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        needed = needs if callable(needs) else lambda _options: frozenset(needs)
+        _METHODS[name] = Method(
+            name,
+            summary,
+            source,
+            needed,
+            options,
+            scores=function if kind == "scores" else None,
+            retained=function if kind == "set" else None,
+        )
+        return function
+
+    return register
+
+
+def list_methods() -> list[str]:
+    """Names of the known methods, those of installed packages included (entry-point group ``optimum_moe_prune.methods``)."""
+    global _entry_points_read
+    if not _entry_points_read:
+        _entry_points_read = True
+        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+            entry_point.load()
+    return sorted(_METHODS)
+
+
+def get_method(name: str) -> Method:
+    """A method by name.
+
+    Raises:
+        RequestError: If there is none, listing those there are, the most similar name first.
+    """
+    known = list_methods()
+    if name not in _METHODS:
+        raise RequestError(f"method {name!r} is not known. Known: {nearest_first(str(name), known)}.")
+    return _METHODS[name]
+
+
+def make_options(method: Method, values: Mapping[str, Any]) -> Any:
+    """The options of a method from plain values; numbers and truth values may come as text.
+
+    Raises:
+        RequestError: If an option is unknown, or its value has the wrong type or is refused by the method.
+    """
+    hints = typing.get_type_hints(method.options)
+    known = [f.name for f in dataclasses.fields(method.options)]
+    converted = {}
+    for name, value in values.items():
+        if name not in known:
+            options = f"Its options: {nearest_first(name, known)}." if known else "It has none."
+            raise RequestError(f"method {method.name!r} has no option {name!r}. {options}")
+        converted[name] = _converted(method.name, name, value, hints[name])
+    try:
+        return method.options(**converted)
+    except ValueError as error:
+        raise RequestError(f"method {method.name!r}: {error}") from error
+
+
+def _converted(method: str, name: str, value: Any, hint: Any) -> Any:
+    choices: list[Any] = []  # literal values
+    kinds: list[type] = []
+    for part in typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,):
+        if typing.get_origin(part) is typing.Literal:
+            choices += typing.get_args(part)
+        else:
+            kinds.append(part)
+    if value in choices and not isinstance(value, bool):
+        return value
+    for kind in kinds:
+        if type(value) is kind or (kind is float and type(value) is int):
+            return kind(value) if kind is float else value
+        if isinstance(value, str):
+            if kind is type(None) and value.lower() == "none":
+                return None
+            if kind is bool and value.lower() in ("true", "false"):
+                return value.lower() == "true"
+            if kind in (int, float):
+                try:
+                    return kind(value)
+                except ValueError:
+                    continue
+    if value is None and type(None) in kinds:
+        return None
+    expected = [repr(choice) for choice in choices]
+    expected += [{"int": "an integer", "float": "a number", "bool": "true or false", "NoneType": "none"}.get(k.__name__, k.__name__) for k in kinds]
+    raise RequestError(f"option {name!r} of method {method!r} is {value!r}; it takes {' or '.join(expected)}.")
+
+
+def per_routed_token(layer: LayerStats, name: str) -> np.ndarray:
+    """A sum over routed tokens divided by their number ``(E,)``; 0 for an expert without any."""
+    total, tokens = layer.total(name).numpy(), layer.total("routed_tokens").numpy()
+    return np.divide(total, tokens, out=np.zeros_like(total), where=tokens > 0)

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Soft frequency: the probability the router gave the expert, summed over the tokens that chose it.
+
+.. math:: s_e = \sum_{t \in X_e} p_{t,e}
+
+with :math:`p` the router's probabilities over all experts and :math:`X_e` the tokens that have :math:`e` among their top K.
+SEER-MoE, arXiv 2404.05089.
+"""
+
+from ..stats import CalibrationStats, Need
+from .registry import NoOptions, Scores, register_method
+
+
+@register_method(
+    "soft_frequency",
+    kind="scores",
+    summary="router probability summed over routed tokens",
+    source="SEER-MoE, arXiv 2404.05089",
+    needs={Need.ROUTING},
+)
+def soft_frequency(stats: CalibrationStats, options: NoOptions) -> Scores:
+    """Scores ``{layer: (E,)}``."""
+    return {index: layer.total("routed_probability").numpy() for index, layer in stats.layers.items()}

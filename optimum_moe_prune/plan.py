@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decision: which experts every layer retains. A person can read, edit, compare, keep and apply it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .budget import super_experts, uniform_budget
+from .errors import RequestError
+from .files import read_json, write_text
+from .methods import get_method
+from .stats import CalibrationStats, Need
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .config import MoEPrunerConfig
+
+FORMAT_VERSION = 1
+PLAN_NAME = "moe_pruning_plan.json"
+_MOST_EXPERTS = 100_000  # beyond any model; keeps a damaged file from asking for all memory
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which experts to retain, by decoder layer. Expert ids are those of the model the plan was made for.
+
+    Attributes:
+        model_type: Of that model.
+        top_k: Experts used per token.
+        method: How the experts were chosen.
+        retained: Sorted ids of the retained experts, by layer. Dense layers are absent.
+        original_num_experts: Experts before pruning, by layer.
+        scores: The method's scores ``(E,)`` by layer; None for methods that choose sets.
+        config: The recipe, as plain values.
+        provenance: Model and calibration it was made from, versions, times.
+    """
+
+    model_type: str
+    top_k: int
+    method: str
+    retained: dict[int, tuple[int, ...]]
+    original_num_experts: dict[int, int]
+    scores: dict[int, tuple[float, ...]] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        if not self.retained or set(self.retained) != set(self.original_num_experts):
+            raise RequestError("a plan names retained experts and the original number for each MoE layer, the same layers.")
+        if not _is_int(self.top_k) or self.top_k < 1:
+            raise RequestError(f"the plan's top_k is {self.top_k!r}; it must be a positive integer.")
+        for layer, experts in self.retained.items():
+            original = self.original_num_experts[layer]
+            if not _is_int(layer) or layer < 0:
+                raise RequestError(f"the plan names layer {layer!r}; layers are numbered from 0.")
+            if not _is_int(original) or not 1 <= original <= _MOST_EXPERTS:
+                raise RequestError(f"layer {layer}: the plan's original_num_experts is {original!r}.")
+            if not all(map(_is_int, experts)) or list(experts) != sorted(set(experts)):
+                raise RequestError(f"layer {layer}: retained experts must be distinct integers in rising order.")
+            if experts and not 0 <= experts[0] <= experts[-1] < original:
+                raise RequestError(f"layer {layer}: retained names expert {experts[-1]}, and its experts are 0 to {original - 1}.")
+            if len(experts) < self.top_k:
+                raise RequestError(f"layer {layer}: {len(experts)} experts are retained, and every token uses {self.top_k}.")
+            scores = None if self.scores is None else self.scores.get(layer)
+            if scores is not None and (len(scores) != original or not np.isfinite(np.asarray(scores, dtype=float)).all()):
+                raise RequestError(f"layer {layer}: scores must be {original} finite numbers.")
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Retained experts, by layer."""
+        return {layer: len(experts) for layer, experts in self.retained.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of routed experts that is removed."""
+        return 1 - sum(self.num_experts.values()) / sum(self.original_num_experts.values())
+
+    @property
+    def uniform_num_experts(self) -> int | None:
+        """The number of experts where every layer retains the same, else None."""
+        counts = set(self.num_experts.values())
+        return counts.pop() if len(counts) == 1 else None
+
+    def summary(self) -> str:
+        """A table for people: one line per layer."""
+        kept, total = sum(self.num_experts.values()), sum(self.original_num_experts.values())
+        lines = [
+            f"{self.method}: {kept} of {total} experts retained in {len(self.retained)} layers ({self.sparsity:.0%} removed)"
+        ]
+        width = max(len(str(layer)) for layer in self.retained)
+        for layer, experts in sorted(self.retained.items()):
+            ids = " ".join(map(str, experts))
+            lines.append(f"  layer {layer:>{width}}  {len(experts)} of {self.original_num_experts[layer]}: {ids}")
+        return "\n".join(lines)
+
+    def diff(self, other: PruningPlan) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Where two plans differ: by layer, the experts only this one retains and those only the other does."""
+        layers = sorted(set(self.retained) | set(other.retained))
+        pairs = {layer: (set(self.retained.get(layer, ())), set(other.retained.get(layer, ()))) for layer in layers}
+        return {
+            layer: (tuple(sorted(mine - theirs)), tuple(sorted(theirs - mine)))
+            for layer, (mine, theirs) in pairs.items()
+            if mine != theirs
+        }
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Prune a model in memory: the same model, now smaller (``surgery.apply_plan``)."""
+        from .surgery import apply_plan
+
+        return apply_plan(self, model)
+
+    # -- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        scores = self.scores or {}
+        return {
+            "format_version": FORMAT_VERSION,
+            "model_type": self.model_type,
+            "top_k": self.top_k,
+            "method": self.method,
+            "config": self.config,
+            "layers": {
+                str(layer): {
+                    "original_num_experts": self.original_num_experts[layer],
+                    "num_experts": len(experts),
+                    "retained": list(experts),
+                    "scores": list(scores[layer]) if layer in scores else None,
+                }
+                for layer, experts in sorted(self.retained.items())
+            },
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningPlan:
+        """From plain values.
+
+        Raises:
+            RequestError: If they are of a newer format, or no sound plan.
+        """
+        version = values.get("format_version")
+        if not _is_int(version) or version > FORMAT_VERSION:
+            raise RequestError(f"the plan has format version {version!r}; this package reads up to {FORMAT_VERSION}.")
+        try:
+            layers = {int(layer): entry for layer, entry in values["layers"].items()}
+            for layer, entry in layers.items():
+                if entry["num_experts"] != len(entry["retained"]):
+                    raise RequestError(
+                        f"layer {layer}: num_experts is {entry['num_experts']!r}, and {len(entry['retained'])} experts are "
+                        "retained; change both when editing a plan."
+                    )
+            scores = {layer: tuple(entry["scores"]) for layer, entry in layers.items() if entry.get("scores") is not None}
+            return cls(
+                model_type=str(values["model_type"]),
+                top_k=values["top_k"],
+                method=str(values["method"]),
+                retained={layer: tuple(entry["retained"]) for layer, entry in layers.items()},
+                original_num_experts={layer: entry["original_num_experts"] for layer, entry in layers.items()},
+                scores=scores or None,
+                config=dict(values.get("config") or {}),
+                provenance=dict(values.get("provenance") or {}),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(f"the plan is damaged: {error!r}.") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, to a ``.json`` file or as ``moe_pruning_plan.json`` into a folder."""
+        path = Path(path)
+        if path.suffix != ".json":
+            path = path / PLAN_NAME
+        return write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a plan from a file, or from the folder of a checkpoint this package made.
+
+        Raises:
+            RequestError: If there is none, or it is damaged or of a newer format.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / PLAN_NAME
+        return cls.from_dict(read_json(path))
+
+
+def plan_needs(config: MoEPrunerConfig) -> frozenset[Need]:
+    """The statistics that planning with a recipe reads."""
+    needs = get_method(config.method).needs(config.options())
+    return needs | {Need.ROUTING, Need.ROUTED_NORMS} if config.protect_super_experts else needs
+
+
+def build_plan(
+    stats: CalibrationStats, config: MoEPrunerConfig, domain_weights: Mapping[str, float] | None = None
+) -> PruningPlan:
+    """Choose the experts to retain.
+
+    Args:
+        stats: What the calibration gathered.
+        config: Method and budget.
+        domain_weights: A share for each domain of the calibration; by default every token counts once.
+
+    Raises:
+        RequestError: If the budget cannot be kept to, or the statistics lack what the method needs.
+    """
+    method = get_method(config.method)
+    if plan_needs(config) and not stats.samples:
+        raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
+    stats.require(plan_needs(config), config.method)
+    stats = stats.with_domain_weights(domain_weights)
+    notes = []
+    protect = {layer: set(experts) for layer, experts in config.protect.items()}
+    if config.protect_super_experts:
+        found = {layer: experts for layer, experts in super_experts(stats).items() if experts}
+        for layer, experts in found.items():
+            if layer not in config.skip_layers:
+                protect.setdefault(layer, set()).update(experts)
+        named = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in found.items())
+        notes.append(f"super experts protected: {named or 'none found'}")
+    original = stats.num_experts
+    budget = uniform_budget(
+        original,
+        stats.model["top_k"],
+        num_experts=config.num_experts,
+        sparsity=config.sparsity,
+        protect={layer: tuple(experts) for layer, experts in protect.items()},
+        skip_layers=config.skip_layers,
+        seed=config.seed,
+    )
+    if config.sparsity is not None:
+        asked, done = config.sparsity, 1 - sum(budget.num_experts.values()) / sum(original[layer] for layer in budget.num_experts)
+        if abs(asked - done) > 1e-9:
+            notes.append(f"sparsity {asked} rounds to {done:.4g}")
+    chosen, scores = method.select(stats, budget, config.options())
+    retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
+    provenance: dict[str, Any] = {
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": stats.model,
+        "calibration": {
+            "fingerprint": stats.fingerprint,
+            "samples": len(stats.samples),
+            "tokens_by_domain": stats.domains,
+            "domain_weights": stats.domain_weights,
+            "kept_tokens": len(stats.token_sample),
+            **stats.provenance,
+        },
+        "notes": notes,
+    }
+    return PruningPlan(
+        model_type=stats.model["model_type"],
+        top_k=stats.model["top_k"],
+        method=config.method,
+        retained=retained,
+        original_num_experts=original,
+        scores=None if scores is None else {layer: tuple(map(float, s)) for layer, s in sorted(scores.items())},
+        config=config.to_dict(),
+        provenance=provenance,
+    )
+
+
+def with_parent(plan: PruningPlan, parent: PruningPlan) -> PruningPlan:
+    """The plan, remembering the plan that made the model it was made for."""
+    return replace(plan, provenance={**plan.provenance, "parent": parent.to_dict()})
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

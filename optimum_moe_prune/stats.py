@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one calibration pass leaves behind, so that every method and budget can be planned later without the model.
+
+Sums over tokens are kept per sample, so that domains can be re-weighted and runs merged; what cannot be summed is kept per
+token, for the *kept tokens*: all of them up to ``max_tokens``, else those with the lowest hash of seed, sample and position,
+the same ones for any batch size, order or number of processes. Samples stand in the order of their hashes, so that nothing
+depends on the order they were seen in.
+
+Shapes: S samples, N kept tokens, E experts, H hidden size, K top_k.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import RequestError
+from .files import read_json, written_folder
+from .replay import Routing
+
+FORMAT_VERSION = 1
+
+
+class Need(str, enum.Enum):
+    """A group of statistics that a method can ask the calibration for."""
+
+    ROUTING = "routing"
+    ROUTED_NORMS = "routed_norms"
+    SINGLE_ERROR = "single_error"
+    GRAM = "gram"
+    INPUTS = "inputs"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+PER_SAMPLE: dict[Need, tuple[str, ...]] = {
+    # tokens with the expert among the chosen; sum of p over them; sums of p and of p log2 p over all tokens
+    Need.ROUTING: ("routed_tokens", "routed_probability", "probability", "probability_log2"),
+    # over the tokens routed to the expert: sums of ||f||, ||f||^2, g ||f|| with three readings of g, and the largest ||f||
+    Need.ROUTED_NORMS: (
+        "norm",
+        "squared_norm",
+        "norm_applied",
+        "norm_probability",
+        "norm_renormalised",
+        "max_norm",
+    ),
+    # sum over tokens of ||F_{e} - F_all||^2 and, in every column, of ||F_all||^2
+    Need.SINGLE_ERROR: ("single_error", "output_energy"),
+}
+"""Tensors ``(S, E)`` in float64, by need."""
+
+PER_TOKEN: dict[Need, tuple[str, ...]] = {
+    Need.ROUTING: ("logits",),  # (N, E), dtype of the router's logits
+    Need.SINGLE_ERROR: ("token_single_error",),  # (N, E) float32, ||F_{e} - F_all||^2
+    Need.GRAM: ("gram",),  # (N, E (E + 1) / 2) float32, upper triangles
+    Need.INPUTS: ("inputs",),  # (N, H), dtype of the block's input
+}
+"""Tensors of the kept tokens, by need."""
+
+DENSE = frozenset({Need.SINGLE_ERROR, Need.GRAM})
+"""The needs for which every expert runs on every token."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One calibration sample: a hash of its token ids, its domain, its length in tokens."""
+
+    hash: str
+    domain: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of one MoE layer.
+
+    Attributes:
+        num_experts: Routed experts in the layer.
+        routing: How its router turns logits into weights.
+        tensors: The statistics by name (``PER_SAMPLE``, ``PER_TOKEN``); read from disk when asked for, if loaded.
+        sample_weights: The weight of each sample ``(S,)`` float64.
+        token_sample: The sample of each kept token ``(N,)``.
+    """
+
+    num_experts: int
+    routing: Routing
+    tensors: Mapping[str, Tensor]
+    sample_weights: Tensor
+    token_sample: Tensor
+
+    def total(self, name: str) -> Tensor:
+        """Weighted sum over samples of a per-sample statistic: ``(E,)`` float64."""
+        return self.sample_weights @ self.tensors[name].double()
+
+    def maximum(self, name: str) -> Tensor:
+        """Largest value over samples of a per-sample statistic: ``(E,)``."""
+        return self.tensors[name].amax(dim=0)
+
+    @property
+    def token_weights(self) -> Tensor:
+        """The weight of each kept token ``(N,)``: that of its sample."""
+        return self.sample_weights[self.token_sample.long()]
+
+
+@dataclass(frozen=True)
+class CalibrationStats:
+    """Everything a calibration gathered.
+
+    Attributes:
+        model: Where it comes from: ``model_type``, ``top_k``, ``fingerprint``, ``name_or_path``, ``revision``.
+        samples: The samples, ordered by hash.
+        layers: Statistics by decoder-layer index.
+        needs: What was gathered.
+        token_sample: For each kept token its sample ``(N,)`` int64.
+        token_position: For each kept token its position in the sample ``(N,)`` int64.
+        max_tokens: The most tokens that are kept.
+        seed: Decides which tokens are kept when there are more.
+        provenance: What made it: versions, settings, times.
+        domain_weights: The share of each domain where it was set, else None.
+    """
+
+    model: dict[str, Any]
+    samples: tuple[Sample, ...]
+    layers: dict[int, LayerStats]
+    needs: frozenset[Need]
+    token_sample: Tensor
+    token_position: Tensor
+    max_tokens: int
+    seed: int
+    provenance: dict[str, Any] = field(default_factory=dict)
+    domain_weights: dict[str, float] | None = None
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Experts in each MoE layer."""
+        return {index: layer.num_experts for index, layer in self.layers.items()}
+
+    @property
+    def domains(self) -> dict[str, int]:
+        """Tokens of each domain."""
+        tokens: dict[str, int] = {}
+        for sample in sorted(self.samples, key=lambda s: s.domain):
+            tokens[sample.domain] = tokens.get(sample.domain, 0) + sample.num_tokens
+        return tokens
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the calibration samples."""
+        return hashlib.sha256(" ".join(sample.hash for sample in self.samples).encode()).hexdigest()
+
+    def require(self, needs: Iterable[Need], method: str) -> None:
+        """Raise unless everything in ``needs`` was gathered.
+
+        Raises:
+            RequestError: Naming what the method lacks and how to gather it.
+        """
+        missing = sorted(str(need) for need in set(needs) - self.needs)
+        if missing:
+            have = ", ".join(sorted(map(str, self.needs))) or "nothing"
+            raise RequestError(
+                f"method {method!r} needs the statistics {', '.join(missing)}, and these hold {have}. Calibrate again "
+                f"with this method named (score --method {method}), or with all of them (score --method all)."
+            )
+
+    def with_domain_weights(self, domain_weights: Mapping[str, float] | None) -> CalibrationStats:
+        """The same statistics with every domain's tokens counting for a given share.
+
+        Args:
+            domain_weights: A positive number for each domain; only ratios matter. None counts every token once.
+
+        Raises:
+            RequestError: If a domain is missing or unknown, or a weight is not positive.
+        """
+        if domain_weights is None:
+            weights = torch.ones(len(self.samples), dtype=torch.float64)
+        else:
+            tokens = self.domains
+            if set(domain_weights) != set(tokens) or any(not w > 0 for w in domain_weights.values()):
+                raise RequestError(
+                    f"domain_weights must give a positive number for each domain of the calibration "
+                    f"({', '.join(tokens)}), and is {dict(domain_weights)}."
+                )
+            scale = sum(tokens.values()) / sum(domain_weights.values())
+            weights = torch.tensor(
+                [domain_weights[s.domain] * scale / tokens[s.domain] for s in self.samples], dtype=torch.float64
+            )
+        layers = {index: replace(layer, sample_weights=weights) for index, layer in self.layers.items()}
+        return replace(
+            self, layers=layers, domain_weights=None if domain_weights is None else dict(domain_weights)
+        )
+
+    # -- files
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write ``stats.json``, ``tokens.safetensors`` and one ``layer_NNNNN.safetensors`` for each MoE layer.
+
+        Args:
+            folder: The target, absent or empty.
+            overwrite: Replace a target that is not empty.
+
+        Raises:
+            RequestError: If the target is in the way.
+        """
+        header = {
+            "format_version": FORMAT_VERSION,
+            "model": self.model,
+            "needs": sorted(map(str, self.needs)),
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "kept_tokens": len(self.token_sample),
+            "layers": {
+                str(index): {"num_experts": layer.num_experts, "routing": asdict(layer.routing)}
+                for index, layer in sorted(self.layers.items())
+            },
+            "samples": [asdict(sample) for sample in self.samples],
+            "provenance": self.provenance,
+        }
+        with written_folder(folder, overwrite) as partial:
+            for index, layer in self.layers.items():
+                tensors = {name: layer.tensors[name].contiguous() for name in tensor_names(self.needs)}
+                save_file(tensors, partial / _layer_file(index))
+            tokens = {"sample": self.token_sample.contiguous(), "position": self.token_position.contiguous()}
+            save_file(tokens, partial / "tokens.safetensors")
+            (partial / "stats.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CalibrationStats:
+        """Read a stats folder; a layer's tensors stay on disk until a method asks for them.
+
+        Raises:
+            RequestError: If the folder holds no statistics, or those of a newer format, or damaged ones.
+        """
+        folder = Path(folder)
+        if not (folder / "stats.json").is_file():
+            raise RequestError(f"{folder} holds no calibration statistics (stats.json is missing).")
+        header = read_json(folder / "stats.json")
+        version = header.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise RequestError(
+                f"{folder} has format version {version!r}; this package reads up to {FORMAT_VERSION}. Install a newer one."
+            )
+        try:
+            samples = tuple(Sample(**sample) for sample in header["samples"])
+            needs = frozenset(Need(need) for need in header["needs"])
+            with safe_open(folder / "tokens.safetensors", framework="pt") as file:
+                token_sample, token_position = file.get_tensor("sample"), file.get_tensor("position")
+            weights = torch.ones(len(samples), dtype=torch.float64)
+            layers = {
+                int(index): LayerStats(
+                    num_experts=entry["num_experts"],
+                    routing=Routing(**entry["routing"]),
+                    tensors=_LayerFile(folder / _layer_file(int(index)), tensor_names(needs)),
+                    sample_weights=weights,
+                    token_sample=token_sample,
+                )
+                for index, entry in header["layers"].items()
+            }
+            stats = cls(
+                model=header["model"],
+                samples=samples,
+                layers=layers,
+                needs=needs,
+                token_sample=token_sample,
+                token_position=token_position,
+                max_tokens=header["max_tokens"],
+                seed=header["seed"],
+                provenance=header["provenance"],
+            )
+            for index, layer in layers.items():
+                layer.tensors.check(len(samples), len(token_sample), layer.num_experts)  # type: ignore[attr-defined]
+                if layer.num_experts < 1 or not 1 <= layer.routing.top_k <= layer.num_experts:
+                    raise ValueError(f"layer {index} has {layer.num_experts} experts and top_k {layer.routing.top_k}")
+            if len(token_sample) and not 0 <= int(token_sample.min()) <= int(token_sample.max()) < len(samples):
+                raise ValueError("kept tokens name samples that are not there")
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+            raise RequestError(f"the statistics in {folder} are damaged: {error!r}. Calibrate again.") from error
+        return stats
+
+    def merge(self, other: CalibrationStats) -> CalibrationStats:
+        """Statistics of the samples of both, as if they had been gathered together.
+
+        Raises:
+            RequestError: If they come from different models or settings, or share samples.
+        """
+        for what, mine, theirs in (
+            ("model", self.model.get("fingerprint"), other.model.get("fingerprint")),
+            ("seed", self.seed, other.seed),
+            ("max_tokens", self.max_tokens, other.max_tokens),
+            ("needs", sorted(map(str, self.needs)), sorted(map(str, other.needs))),
+        ):
+            if mine != theirs:
+                raise RequestError(f"these statistics cannot be merged: {what} is {mine} in one and {theirs} in the other.")
+        shared = {s.hash for s in self.samples} & {s.hash for s in other.samples}
+        if shared:
+            raise RequestError(f"these statistics cannot be merged: {len(shared)} samples are in both.")
+        both = [*self.samples, *other.samples]
+        order = sorted(range(len(both)), key=lambda i: both[i].hash)
+        samples = tuple(both[i] for i in order)
+        token_sample, token_position = keep_tokens(samples, self.max_tokens, self.seed)
+        # Kept tokens of the union were kept in their part: find them there.
+        rank = {old: new for new, old in enumerate(order)}
+        offset = len(self.samples)
+        where = {
+            (rank[int(s) + first], int(p)): row
+            for row, (s, p, first) in enumerate(
+                [(s, p, 0) for s, p in zip(self.token_sample, self.token_position, strict=True)]
+                + [(s, p, offset) for s, p in zip(other.token_sample, other.token_position, strict=True)]
+            )
+        }
+        rows = torch.tensor(
+            [where[int(s), int(p)] for s, p in zip(token_sample, token_position, strict=True)], dtype=torch.int64
+        )
+        weights = torch.ones(len(samples), dtype=torch.float64)
+        layers = {}
+        for index, layer in self.layers.items():
+            theirs = other.layers[index].tensors
+            tensors = {}
+            for names, picked in ((PER_SAMPLE, torch.tensor(order)), (PER_TOKEN, rows)):
+                for name in tensor_names(self.needs, names):
+                    tensors[name] = torch.cat([layer.tensors[name], theirs[name]])[picked]
+            layers[index] = replace(layer, tensors=tensors, sample_weights=weights, token_sample=token_sample)
+        provenance = {**self.provenance, "merged": [self.provenance, other.provenance]}
+        return replace(
+            self,
+            samples=samples,
+            layers=layers,
+            token_sample=token_sample,
+            token_position=token_position,
+            provenance=provenance,
+            domain_weights=None,
+        )
+
+
+def tensor_names(
+    needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """Names of the tensors that ``needs`` stand for, of ``PER_SAMPLE``, ``PER_TOKEN`` or (by default) both."""
+    wanted = set(needs)
+    return tuple(
+        name for table in tables or (PER_SAMPLE, PER_TOKEN) for need in table if need in wanted for name in table[need]
+    )
+
+
+def keep_tokens(samples: Sequence[Sample], max_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The tokens that are kept: all of them, or the ``max_tokens`` with the lowest hash.
+
+    Args:
+        samples: The samples, in their final order.
+        max_tokens: The most tokens to keep.
+        seed: Another seed keeps others.
+
+    Returns:
+        Sample and position of each kept token, both ``(N,)`` int64, in the order of samples and positions.
+    """
+    sample = np.concatenate([np.full(s.num_tokens, i, dtype=np.int64) for i, s in enumerate(samples)] or [np.zeros(0, int)])
+    position = np.concatenate([np.arange(s.num_tokens, dtype=np.int64) for s in samples] or [np.zeros(0, int)])
+    if len(sample) > max_tokens:
+        of_sample = np.array([int(s.hash[:16], 16) for s in samples], dtype=np.uint64)
+        key = _mix(_mix(of_sample + np.uint64(seed % 2**64))[sample] + position.astype(np.uint64))
+        kept = np.sort(np.argsort(key, kind="stable")[:max_tokens])
+        sample, position = sample[kept], position[kept]
+    return torch.from_numpy(sample.astype(np.int64)), torch.from_numpy(position.astype(np.int64))
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Scramble 64-bit integers (the finaliser of splitmix64): an even, reproducible hash."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+def _layer_file(index: int) -> str:
+    return f"layer_{index:05d}.safetensors"
+
+
+class _LayerFile(Mapping[str, Tensor]):
+    """The tensors of one layer's file, each read when it is asked for and not kept."""
+
+    def __init__(self, path: Path, names: tuple[str, ...]) -> None:
+        self._path = path
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def check(self, num_samples: int, num_tokens: int, num_experts: int) -> None:
+        """Raise ValueError unless every tensor is there in the shape the header promises."""
+        rows = dict.fromkeys(sum(PER_SAMPLE.values(), ()), num_samples)
+        rows |= dict.fromkeys(sum(PER_TOKEN.values(), ()), num_tokens)
+        with safe_open(self._path, framework="pt") as file:
+            for name in self._names:
+                shape = file.get_slice(name).get_shape()
+                columns = {"gram": num_experts * (num_experts + 1) // 2, "inputs": shape[-1]}.get(name, num_experts)
+                if shape != [rows[name], columns]:
+                    raise ValueError(f"{self._path.name}: {name} has shape {shape}, not {[rows[name], columns]}")
