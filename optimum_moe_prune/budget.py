@@ -58,12 +58,16 @@ def uniform_budget(
         RequestError: Naming what was asked, what is true and what can be asked instead.
     """
     if (num_experts is None) == (sparsity is None):
-        raise RequestError("give exactly one of num_experts (to retain in each layer) and sparsity (fraction to remove).")
+        raise RequestError(
+            "give exactly one of num_experts (to retain in each layer) and sparsity (fraction to remove)."
+        )
     moe_layers = _spans(original)
     for what, layers in (("skip_layers", skip_layers), ("protect", protect or {})):
         unknown = sorted(set(layers) - set(original))
         if unknown:
-            raise RequestError(f"{what} names layer {unknown[0]}, which has no experts; the MoE layers are {moe_layers}.")
+            raise RequestError(
+                f"{what} names layer {unknown[0]}, which has no experts; the MoE layers are {moe_layers}."
+            )
     counts = {}
     for layer, total in original.items():
         if layer in skip_layers:
@@ -81,7 +85,9 @@ def uniform_budget(
         if count > total:
             raise RequestError(f"{asked} asks for more experts than layer {layer} has ({total}). {allowed}")
         if count == total:
-            raise RequestError(f"{asked} leaves layer {layer} with all its {total} experts: nothing to prune. {allowed}")
+            raise RequestError(
+                f"{asked} leaves layer {layer} with all its {total} experts: nothing to prune. {allowed}"
+            )
         if count < top_k:
             raise RequestError(
                 f"{asked} leaves layer {layer} with {max(count, 0)} experts, and every token uses {top_k}. {allowed}"
@@ -99,7 +105,8 @@ def uniform_budget(
             )
         if len(experts) > count:
             raise RequestError(
-                f"protect names {len(experts)} experts of layer {layer}, and the budget keeps {count}; protect fewer or keep more."
+                f"protect names {len(experts)} experts of layer {layer}, and the budget keeps {count}; protect "
+                "fewer or keep more."
             )
         protected[layer] = experts
     return Budget(counts, protected, seed)
@@ -108,8 +115,9 @@ def uniform_budget(
 def super_experts(stats: CalibrationStats) -> dict[int, tuple[int, ...]]:
     """Experts with extreme outputs, which a model can hardly do without (arXiv 2507.23279).
 
-    Those whose largest output norm over routed tokens is above the 99.5th percentile of all experts, above a tenth of the
-    largest, and above ten times the median of their layer (the last is ours: a small model does not always have one).
+    Those whose largest output norm over routed tokens is above the 99.5th percentile of all experts, above a tenth of
+    the largest, and above ten times the median of their layer (the last is ours: a small model does not always have
+    one).
     """
     largest = {index: layer.maximum("max_norm").numpy() for index, layer in stats.layers.items()}
     every = np.concatenate(list(largest.values()))
@@ -134,7 +142,9 @@ def choose(scores: Mapping[int, np.ndarray], budget: Budget) -> dict[int, tuple[
     for layer, count in budget.num_experts.items():
         values = np.asarray(scores[layer], dtype=np.float64)
         if not np.isfinite(values).all():
-            raise RunError(f"layer {layer}: expert {int(np.flatnonzero(~np.isfinite(values))[0])} has no finite score.")
+            raise RunError(
+                f"layer {layer}: expert {int(np.flatnonzero(~np.isfinite(values))[0])} has no finite score."
+            )
         protected = budget.protected[layer]
         order = [e for e in np.argsort(-values, kind="stable").tolist() if e not in protected]
         retained[layer] = tuple(sorted([*protected, *order[: count - len(protected)]]))

@@ -43,8 +43,11 @@ CalibrationInput = Union[
     "Dataset",
     "CalibrationSet",
 ]
-"""``list[str]`` is texts; ``str``, ``Path`` and ``list[Path]`` are files; records have ``text`` or ``messages``, and may have
-``domain``; tensors are token ids ``(tokens,)`` or ``(samples, tokens)``, used as they are."""
+"""``list[str]`` is texts; ``str``, ``Path`` and ``list[Path]`` are files.
+
+Records have ``text`` or ``messages``, and may have ``domain``; tensors are token ids ``(tokens,)`` or
+``(samples, tokens)``, used as they are.
+"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ class CalibrationSet:
             seed: For ``"random"``.
 
         Raises:
-            RequestError: If there is nothing to read, a file or record is broken, or a sample has less than two tokens.
+            RequestError: If there is nothing to read, a file or record is broken, or a sample has less than two
+                tokens.
         """
         if isinstance(source, CalibrationSet):
             return source
@@ -122,14 +126,18 @@ class CalibrationSet:
             raise RequestError(f"num_samples is {num_samples}; at least 1 sample is needed.")
         records = list(_records(source))
         if not records:
-            raise RequestError("the calibration holds no samples; give texts, a .jsonl or .txt file, or token tensors.")
+            raise RequestError(
+                "the calibration holds no samples; give texts, a .jsonl or .txt file, or token tensors."
+            )
         if not pack:
             records = _select(records, num_samples, sample_selection, seed)
         tokens = [(r.origin, _tokens(r, tokenizer), r.domain) for r in records]
         if pack:
             tokens = _packed(tokens, max_length)
             if not tokens:
-                raise RequestError(f"packing leaves no sample of {max_length} tokens; lower max_length or give more text.")
+                raise RequestError(
+                    f"packing leaves no sample of {max_length} tokens; lower max_length or give more text."
+                )
             tokens = _select(tokens, num_samples, sample_selection, seed)
         return cls._of_tokens(tokens, max_length)
 
@@ -138,8 +146,9 @@ class CalibrationSet:
         """Samples of datasets on the Hub (needs the ``[datasets]`` extra).
 
         Args:
-            mixture: Comma-separated ``name[config](split):samples``; ``[config]`` and ``:samples`` may be left out, the
-                split is ``train`` by default. Each dataset is a domain of its name, unless it has a ``domain`` column.
+            mixture: Comma-separated ``name[config](split):samples``; ``[config]`` and ``:samples`` may be left out,
+                the split is ``train`` by default. Each dataset is a domain of its name, unless it has a ``domain``
+                column.
             tokenizer: The model's tokenizer.
             options: As for :meth:`build`.
         """
@@ -152,7 +161,8 @@ class CalibrationSet:
         for origin, ids, domain in tokens:
             if len(ids) < 2:
                 raise RequestError(
-                    f"{origin} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a sample needs at least 2. Remove it or "
+                    f"{origin} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a sample needs at least 2. "
+                    "Remove it or "
                     "give a longer one."
                 )
             truncated += len(ids) > max_length
@@ -163,7 +173,9 @@ class CalibrationSet:
                 continue
             entries[digest] = (Sample(digest, domain, len(ids)), ids)
         if truncated:
-            logger.warning("%d of %d samples are longer than %d tokens and were cut.", truncated, len(entries), max_length)
+            logger.warning(
+                "%d of %d samples are longer than %d tokens and were cut.", truncated, len(entries), max_length
+            )
         if duplicates:
             logger.warning("%d samples have the same tokens as another one and were left out.", duplicates)
         ordered = [entries[digest] for digest in sorted(entries)]
@@ -179,7 +191,8 @@ class CalibrationSet:
             if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
                 wrong = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
                 raise RequestError(
-                    f"token id {wrong} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to another "
+                    f"token id {wrong} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to "
+                    "another "
                     "model."
                 )
 
@@ -226,7 +239,9 @@ def _records(source: Any) -> Iterator[_Record]:
     elif isinstance(source, Tensor):
         rows = source[None] if source.ndim == 1 else source
         if rows.ndim != 2:
-            raise RequestError(f"token tensors have shape (tokens,) or (samples, tokens), and this one {tuple(source.shape)}.")
+            raise RequestError(
+                f"token tensors have shape (tokens,) or (samples, tokens), and this one {tuple(source.shape)}."
+            )
         yield from (_token_record(row, number) for number, row in enumerate(rows))
     elif hasattr(source, "column_names"):  # datasets.Dataset, without importing it
         yield from (_mapping_record(row, f"dataset row {number}", DEFAULT_DOMAIN) for number, row in enumerate(source))
@@ -234,7 +249,8 @@ def _records(source: Any) -> Iterator[_Record]:
         yield from _list_records(source)
     else:
         raise RequestError(
-            f"calibration of type {type(source).__name__} is not understood; give texts, files, records with 'text', or "
+            f"calibration of type {type(source).__name__} is not understood; give texts, files, records with "
+            "'text', or "
             "token tensors."
         )
 
@@ -245,7 +261,8 @@ def _list_records(items: Sequence[Any]) -> Iterator[_Record]:
         # A path that exists is at most this long; a text may be longer than the system allows to ask for.
         if items and all(len(item) < 1024 and "\n" not in item and Path(item).is_file() for item in items):
             raise RequestError(
-                f"the calibration is a list of strings, which are texts, but each names a file ({items[0]}); pass pathlib.Path "
+                f"the calibration is a list of strings, which are texts, but each names a file ({items[0]}); pass "
+                "pathlib.Path "
                 "objects to read files."
             )
         yield from (_Record(f"text {number}", text, DEFAULT_DOMAIN) for number, text in enumerate(items))
@@ -285,7 +302,9 @@ def _file_records(path: Path) -> Iterator[_Record]:
     except FileNotFoundError as error:
         raise RequestError(f"the file {path} does not exist.") from error
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not a text file (no UTF-8 at byte {error.start}); give .jsonl or .txt.") from error
+        raise RequestError(
+            f"{path} is not a text file (no UTF-8 at byte {error.start}); give .jsonl or .txt."
+        ) from error
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
     if not text.strip():
@@ -304,7 +323,9 @@ def _file_records(path: Path) -> Iterator[_Record]:
             if document.strip():
                 yield _Record(f"{path}, document {number}", document.strip("\n"), path.stem)
     else:
-        raise RequestError(f"{path} ends in {path.suffix or 'nothing'!r}; .jsonl (one record a line) and .txt are read.")
+        raise RequestError(
+            f"{path} ends in {path.suffix or 'nothing'!r}; .jsonl (one record a line) and .txt are read."
+        )
 
 
 _HUB_PART = re.compile(r"^(?P<name>[^\[\](),:]+)(\[(?P<config>[^\]]+)\])?(\((?P<split>[^)]+)\))?(:(?P<count>\d+))?$")
@@ -316,21 +337,24 @@ def hub_records(mixture: str) -> list[dict[str, Any]]:
     Raises:
         RequestError: If the mixture cannot be read, or the ``[datasets]`` extra is missing.
     """
-    parts = []
-    for part in mixture.split(","):
-        match = _HUB_PART.match(part.strip())
+    parts: list[dict[str, Any]] = []
+    for text in mixture.split(","):
+        match = _HUB_PART.match(text.strip())
         if match is None:
-            raise RequestError(f"{part.strip()!r} is not of the form name[config](split):samples.")
+            raise RequestError(f"{text.strip()!r} is not of the form name[config](split):samples.")
         parts.append(match.groupdict())
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise RequestError("Hub datasets need the [datasets] extra: pip install 'optimum-moe-prune[datasets]'.") from error
+        raise RequestError(
+            "Hub datasets need the [datasets] extra: pip install 'optimum-moe-prune[datasets]'."
+        ) from error
     records = []
     for part in parts:
         rows = load_dataset(part["name"], part["config"], split=part["split"] or "train", streaming=True)
-        for row in rows if part["count"] is None else rows.take(int(part["count"])):
-            records.append({"domain": part["name"], **row})
+        if part["count"] is not None:
+            rows = rows.take(int(part["count"]))
+        records += [{"domain": part["name"], **row} for row in rows]
     return records
 
 
@@ -362,12 +386,16 @@ def _tokens(record: _Record, tokenizer: Any) -> Tensor:
     if isinstance(record.content, Tensor):
         return record.content
     if tokenizer is None:
-        raise RequestError("a tokenizer is needed for texts, and this model's folder has none; pass token tensors instead.")
+        raise RequestError(
+            "a tokenizer is needed for texts, and this model's folder has none; pass token tensors instead."
+        )
     if isinstance(record.content, str):
         ids = tokenizer(record.content, verbose=False)["input_ids"]
     else:
         if not getattr(tokenizer, "chat_template", None):
-            raise RequestError(f"{record.origin} holds chat messages, and the tokenizer has no chat template; give 'text'.")
+            raise RequestError(
+                f"{record.origin} holds chat messages, and the tokenizer has no chat template; give 'text'."
+            )
         ids = tokenizer.apply_chat_template(record.content, tokenize=True, return_dict=True)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pass over a model in memory -> :class:`CalibrationStats`.
 
-The chosen experts and their weights are taken where the model uses them. Outputs of single experts come from the model's own
-experts implementation, asked for one expert per row with weight 1, so that every architecture, dtype and kernel is observed
-as it is. What the pass costs depends on what is asked for:
+The chosen experts and their weights are taken where the model uses them. Outputs of single experts come from the
+model's own experts implementation, asked for one expert per row with weight 1, so that every architecture, dtype and
+kernel is observed as it is. What the pass costs depends on what is asked for:
 
 - *routing*: the model's own forward; only the router is watched.
-- *routed*: the experts run once on the tokens routed to them, as in the plain forward, and the block's output is put together
-  here from their outputs.
+- *routed*: the experts run once on the tokens routed to them, as in the plain forward, and the block's output is put
+  together here from their outputs.
 - *dense*: every expert runs once on every token, in chunks; the block's output is put together from those.
 
 Shapes: E experts, T tokens, S samples, N kept tokens, K top_k, H hidden size.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .architectures.block import ExpertsForward, MoEBlock, fingerprint, moe_blocks
+from .architectures.block import ExpertsForward, MoEBlock, fingerprint, input_device, moe_blocks, vocabulary
 from .calibration import Batch, CalibrationSet
 from .errors import RequestError, RunError
 from .progress import progress
@@ -50,7 +50,8 @@ def collect(
     """Run a model over the calibration samples once and gather statistics of its MoE layers.
 
     Args:
-        model: A causal language model with real parameters, on any device or ``device_map``. Its training mode is restored.
+        model: A causal language model with real parameters, on any device or ``device_map``. Its training mode is
+            restored.
         calibration: The samples.
         needs: What to gather.
         batch_size: Samples in a forward pass.
@@ -65,7 +66,7 @@ def collect(
     needs = frozenset(needs)
     check_model(model)
     blocks = moe_blocks(model)
-    calibration.check_vocabulary(model.get_input_embeddings().weight.shape[0])
+    calibration.check_vocabulary(vocabulary(model))
     token_sample, token_position = keep_tokens(calibration.samples, max_tokens, seed)
     row_of_token = [
         torch.full((sample.num_tokens,), -1, dtype=torch.int64) for sample in calibration.samples
@@ -76,7 +77,7 @@ def collect(
     observers = [_LayerObserver(block, needs, len(calibration), len(token_sample), current) for block in blocks]
 
     decoder = model.base_model
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     training = model.training
     model.eval()
     try:
@@ -103,7 +104,7 @@ def collect(
         for observer in observers
     }
     return CalibrationStats(
-        model=model_facts(model, blocks),
+        model=model_facts(model),
         samples=calibration.samples,
         layers=layers,
         needs=needs,
@@ -130,11 +131,12 @@ def empty_stats(model: PreTrainedModel, *, seed: int = 0) -> CalibrationStats:
         b.layer: LayerStats(b.num_experts, b.routing, {}, torch.zeros(0, dtype=torch.float64), nothing) for b in blocks
     }
     provenance = {"made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
-    return CalibrationStats(model_facts(model, blocks), (), layers, frozenset(), nothing, nothing, 0, seed, provenance)
+    return CalibrationStats(model_facts(model), (), layers, frozenset(), nothing, nothing, 0, seed, provenance)
 
 
-def model_facts(model: PreTrainedModel, blocks: list[MoEBlock]) -> dict[str, Any]:
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     """What statistics and plans remember of the model they were made for."""
+    blocks = moe_blocks(model)
     return {
         "model_type": blocks[0].spec.model_type,
         "top_k": blocks[0].routing.top_k,
@@ -164,11 +166,14 @@ def check_model(model: PreTrainedModel) -> None:
     if hasattr(model, "peft_config") or type(model).__module__.startswith("peft."):
         raise RequestError("this model carries PEFT adapters; merge them first (model.merge_and_unload()).")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
-        raise RequestError("this model is quantised; load it without quantization_config, prune, and quantise the result.")
+        raise RequestError(
+            "this model is quantised; load it without quantization_config, prune, and quantise the result."
+        )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise RequestError(
-                f"{name} is on the meta device (offloaded or not loaded); load the model so that it fits the machine's "
+                f"{name} is on the meta device (offloaded or not loaded); load the model so that it fits the "
+                "machine's "
                 "memory (device_map without offload)."
             )
         if parameter.numel() and parameter.is_floating_point():
@@ -178,7 +183,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
-    """The experts' output ``(T, H)`` from outputs ``(T, K, H)`` and weights ``(T, K)``, rounded as transformers rounds."""
+    """The experts' output ``(T, H)`` from ``(T, K, H)`` and ``(T, K)``, rounded as transformers rounds."""
     return (y * weight[..., None]).sum(1).to(y.dtype)
 
 
@@ -234,7 +239,9 @@ class _LayerObserver:
     def experts_forward(self, own: ExpertsForward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         logits, self.logits = self.logits, None
         if logits is None:
-            raise RunError(f"layer {self.block.layer}: the experts ran without their router; this model cannot be observed.")
+            raise RunError(
+                f"layer {self.block.layer}: the experts ran without their router; this model cannot be observed."
+            )
         shape = hidden.shape
         hidden = hidden.view(-1, shape[-1])
         real = self.current.real
@@ -321,7 +328,7 @@ class _LayerObserver:
         self.sums["max_norm"].view(-1).scatter_reduce_(0, slot.flatten(), norm.cpu().flatten(), "amax")
 
     def _keep_gram(self, y: Tensor, rows: Tensor) -> None:
-        """Upper triangles of the Gram matrices of kept tokens, in full float32 whatever the process allows elsewhere."""
+        """Keep upper triangles of Gram matrices, in full float32 whatever the process allows elsewhere."""
         picked, _ = self._kept_among(rows)
         if len(picked) == 0:
             return

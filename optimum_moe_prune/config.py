@@ -73,12 +73,16 @@ class MoEPrunerConfig(PushToHubMixin):
         if (self.num_experts is None) == (self.sparsity is None):
             have = "neither is" if self.num_experts is None else "both are"
             raise RequestError(
-                f"exactly one of num_experts (to retain in each layer) and sparsity (fraction to remove) is needed; {have} given."
+                "exactly one of num_experts (to retain in each layer) and sparsity (fraction to remove) is needed; "
+                f"{have} given."
             )
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise RequestError(f"sparsity is {self.sparsity}; the fraction of experts to remove lies between 0 and 1.")
         if self.allocation is not None and self.allocation not in ALLOCATIONS:
-            raise RequestError(f"allocation {self.allocation!r} is not known. Known: {nearest_first(self.allocation, list(ALLOCATIONS))}.")
+            raise RequestError(
+                f"allocation {self.allocation!r} is not known. Known: "
+                f"{nearest_first(self.allocation, list(ALLOCATIONS))}."
+            )
         if self.sample_selection not in SAMPLE_SELECTIONS:
             known = nearest_first(str(self.sample_selection), list(SAMPLE_SELECTIONS))
             raise RequestError(f"sample_selection {self.sample_selection!r} is not known. Known: {known}.")
@@ -94,7 +98,8 @@ class MoEPrunerConfig(PushToHubMixin):
             self.skip_layers = tuple(map(int, self.skip_layers))
         except (TypeError, ValueError, AttributeError) as error:
             raise RequestError(
-                f"protect must be {{layer: [expert, ...]}} and skip_layers [layer, ...]; they are {self.protect!r} and "
+                f"protect must be {{layer: [expert, ...]}} and skip_layers [layer, ...]; they are {self.protect!r} "
+                "and "
                 f"{self.skip_layers!r}."
             ) from error
 
@@ -120,10 +125,15 @@ class MoEPrunerConfig(PushToHubMixin):
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            logger.warning("These keys of the configuration are not known to this version and are ignored: %s.", ", ".join(unknown))
+            logger.warning(
+                "These keys of the configuration are not known to this version and are ignored: %s.",
+                ", ".join(unknown),
+            )
         wrong = sorted(set(overrides) - known)
         if wrong:
-            raise RequestError(f"{wrong[0]!r} is no setting of MoEPrunerConfig. Settings: {nearest_first(wrong[0], sorted(known))}.")
+            raise RequestError(
+                f"{wrong[0]!r} is no setting of MoEPrunerConfig. Settings: {nearest_first(wrong[0], sorted(known))}."
+            )
         merged = {key: value for key, value in values.items() if key in known}
         if overrides.get("num_experts") is not None or overrides.get("sparsity") is not None:
             merged.pop("num_experts", None)
@@ -156,7 +166,8 @@ class MoEPrunerConfig(PushToHubMixin):
 
         Args:
             name_or_path: Where it is.
-            kwargs: ``revision``, ``token``, ``cache_dir``, ``subfolder`` for the Hub; anything else overrides a setting.
+            kwargs: ``revision``, ``token``, ``cache_dir``, ``subfolder`` for the Hub; anything else overrides a
+                setting.
         """
         hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
         path = Path(name_or_path)

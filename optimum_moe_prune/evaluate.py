@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .architectures.block import input_device, vocabulary
 from .calibration import Batch, CalibrationInput, CalibrationSet
 from .errors import RequestError, RunError
 from .progress import progress
@@ -79,7 +80,9 @@ class Evaluation:
             rows.append(row)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in rows
         )
 
@@ -109,10 +112,12 @@ def evaluate(
     """
     samples = CalibrationSet.build(data, tokenizer, max_length=max_length)
     models = [model] if reference is None else [model, reference]
-    sizes = [m.get_output_embeddings().weight.shape[0] for m in models]
-    samples.check_vocabulary(min(m.get_input_embeddings().weight.shape[0] for m in models))
+    sizes = [m.config.get_text_config().vocab_size for m in models]
+    samples.check_vocabulary(min(map(vocabulary, models)))
     if len(set(sizes)) > 1:
-        raise RequestError(f"the model has {sizes[0]} output tokens and the reference {sizes[1]}; they cannot be compared.")
+        raise RequestError(
+            f"the model has {sizes[0]} output tokens and the reference {sizes[1]}; they cannot be compared."
+        )
     sums = torch.zeros(len(samples), 4, dtype=torch.float64)  # loss, reference's loss, divergence, agreement
     training = [m.training for m in models]
     try:
@@ -134,14 +139,14 @@ def evaluate(
         loss, reference_loss, divergence, agreement = (sums[rows].sum(0) / tokens).tolist()
         if not math.isfinite(loss) or not math.isfinite(reference_loss):
             raise RunError(f"the loss on domain {name!r} is {loss}: a model holds NaN or infinite values.")
-        figures = {}
+        compared: dict[str, float] = {}
         if reference is not None:
-            figures = {
+            compared = {
                 "reference_perplexity": math.exp(min(reference_loss, 700)),
                 "kl_divergence": divergence,
                 "top1_agreement": agreement,
             }
-        domains[name] = DomainResult(len(rows), tokens, math.exp(min(loss, 700)), **figures)
+        domains[name] = DomainResult(len(rows), tokens, math.exp(min(loss, 700)), **compared)
     return Evaluation(domains)
 
 
@@ -149,7 +154,7 @@ def _batch_figures(models: list[PreTrainedModel], batch: Batch) -> Iterator[tupl
     """Pieces of a batch: the sample of each predicted token ``(T,)`` and its figures ``(T, 4)``."""
     hidden = []
     for model in models:
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         output = model.base_model(
             input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
         )
@@ -158,8 +163,7 @@ def _batch_figures(models: list[PreTrainedModel], batch: Batch) -> Iterator[tupl
     mask = batch.attention_mask[:, 1:].bool()
     targets = batch.input_ids[:, 1:][mask]
     sample = batch.samples[:, None].expand(mask.shape)[mask]
-    vocabulary = models[0].get_output_embeddings().weight.shape[0]
-    size = max(1, _LOGIT_BYTES // (4 * vocabulary))
+    size = max(1, _LOGIT_BYTES // (4 * models[0].config.get_text_config().vocab_size))
     for rows in torch.arange(len(targets)).split(size):
         log_p = []
         for model, states in zip(models, hidden, strict=True):

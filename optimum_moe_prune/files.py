@@ -14,7 +14,7 @@ from typing import Any
 from .errors import RequestError
 
 
-def check_target(folder: str | Path, overwrite: bool = False) -> Path:
+def check_target(folder: str | os.PathLike, overwrite: bool = False) -> Path:
     """The target as a path, if it may be written.
 
     Raises:
@@ -24,12 +24,14 @@ def check_target(folder: str | Path, overwrite: bool = False) -> Path:
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; name a folder that is absent or empty.")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise RequestError(f"{folder} exists and is not empty; name another folder, or allow replacing it (--overwrite).")
+        raise RequestError(
+            f"{folder} exists and is not empty; name another folder, or allow replacing it (--overwrite)."
+        )
     return folder
 
 
 @contextlib.contextmanager
-def written_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def written_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """A new folder beside the target, renamed to it when the block ends without an error.
 
     Yields:
@@ -61,7 +63,7 @@ def written_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_text(path: str | Path, text: str) -> Path:
+def write_text(path: str | os.PathLike, text: str) -> Path:
     """Write a file beside its target and rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ def write_text(path: str | Path, text: str) -> Path:
     return path
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:

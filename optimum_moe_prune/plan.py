@@ -57,7 +57,9 @@ class PruningPlan:
 
     def _check(self) -> None:
         if not self.retained or set(self.retained) != set(self.original_num_experts):
-            raise RequestError("a plan names retained experts and the original number for each MoE layer, the same layers.")
+            raise RequestError(
+                "a plan names retained experts and the original number for each MoE layer, the same layers."
+            )
         if not _is_int(self.top_k) or self.top_k < 1:
             raise RequestError(f"the plan's top_k is {self.top_k!r}; it must be a positive integer.")
         for layer, experts in self.retained.items():
@@ -69,11 +71,17 @@ class PruningPlan:
             if not all(map(_is_int, experts)) or list(experts) != sorted(set(experts)):
                 raise RequestError(f"layer {layer}: retained experts must be distinct integers in rising order.")
             if experts and not 0 <= experts[0] <= experts[-1] < original:
-                raise RequestError(f"layer {layer}: retained names expert {experts[-1]}, and its experts are 0 to {original - 1}.")
+                raise RequestError(
+                    f"layer {layer}: retained names expert {experts[-1]}, and its experts are 0 to {original - 1}."
+                )
             if len(experts) < self.top_k:
-                raise RequestError(f"layer {layer}: {len(experts)} experts are retained, and every token uses {self.top_k}.")
+                raise RequestError(
+                    f"layer {layer}: {len(experts)} experts are retained, and every token uses {self.top_k}."
+                )
             scores = None if self.scores is None else self.scores.get(layer)
-            if scores is not None and (len(scores) != original or not np.isfinite(np.asarray(scores, dtype=float)).all()):
+            if scores is not None and (
+                len(scores) != original or not np.isfinite(np.asarray(scores, dtype=float)).all()
+            ):
                 raise RequestError(f"layer {layer}: scores must be {original} finite numbers.")
 
     @property
@@ -96,7 +104,8 @@ class PruningPlan:
         """A table for people: one line per layer."""
         kept, total = sum(self.num_experts.values()), sum(self.original_num_experts.values())
         lines = [
-            f"{self.method}: {kept} of {total} experts retained in {len(self.retained)} layers ({self.sparsity:.0%} removed)"
+            f"{self.method}: {kept} of {total} experts retained in {len(self.retained)} layers ({self.sparsity:.0%} "
+            "removed)"
         ]
         width = max(len(str(layer)) for layer in self.retained)
         for layer, experts in sorted(self.retained.items()):
@@ -151,17 +160,20 @@ class PruningPlan:
             RequestError: If they are of a newer format, or no sound plan.
         """
         version = values.get("format_version")
-        if not _is_int(version) or version > FORMAT_VERSION:
+        if not isinstance(version, int) or version > FORMAT_VERSION:
             raise RequestError(f"the plan has format version {version!r}; this package reads up to {FORMAT_VERSION}.")
         try:
             layers = {int(layer): entry for layer, entry in values["layers"].items()}
             for layer, entry in layers.items():
                 if entry["num_experts"] != len(entry["retained"]):
                     raise RequestError(
-                        f"layer {layer}: num_experts is {entry['num_experts']!r}, and {len(entry['retained'])} experts are "
+                        f"layer {layer}: num_experts is {entry['num_experts']!r}, and {len(entry['retained'])} "
+                        "experts are "
                         "retained; change both when editing a plan."
                     )
-            scores = {layer: tuple(entry["scores"]) for layer, entry in layers.items() if entry.get("scores") is not None}
+            scores = {
+                layer: tuple(entry["scores"]) for layer, entry in layers.items() if entry.get("scores") is not None
+            }
             return cls(
                 model_type=str(values["model_type"]),
                 top_k=values["top_k"],
@@ -241,7 +253,10 @@ def build_plan(
         seed=config.seed,
     )
     if config.sparsity is not None:
-        asked, done = config.sparsity, 1 - sum(budget.num_experts.values()) / sum(original[layer] for layer in budget.num_experts)
+        asked, done = (
+            config.sparsity,
+            1 - sum(budget.num_experts.values()) / sum(original[layer] for layer in budget.num_experts),
+        )
         if abs(asked - done) > 1e-9:
             notes.append(f"sparsity {asked} rounds to {done:.4g}")
     chosen, scores = method.select(stats, budget, config.options())

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from .architectures import architecture_of
 from .architectures.block import moe_blocks
-from .budget import uniform_budget
+from .budget import Budget, uniform_budget
 from .calibration import CalibrationInput, CalibrationSet
 from .collect import collect, empty_stats
 from .config import CONFIG_NAME, MoEPrunerConfig
@@ -24,7 +24,7 @@ from .errors import RequestError
 from .files import read_json, written_folder
 from .plan import PLAN_NAME, PruningPlan, build_plan, plan_needs, with_parent
 from .stats import CalibrationStats
-from .surgery import apply_plan, check_plan
+from .surgery import apply_plan
 
 if TYPE_CHECKING:
     import os
@@ -55,8 +55,9 @@ class MoEPruner:
         plan: A plan to apply.
         name_or_path: The model's folder or Hub id, for its tokenizer and the files a checkpoint carries along.
         tokenizer: In place of the one found there.
+        model_config: The config of the model.
         parent: The plan that made the model at ``name_or_path``, if this package pruned it.
-        hub: ``revision``, ``token`` and ``cache_dir`` for the Hub.
+        hub: ``revision``, ``token``, ``cache_dir`` and ``trust_remote_code``, as transformers takes them.
 
     Attributes:
         config: The recipe.
@@ -71,6 +72,7 @@ class MoEPruner:
         plan: PruningPlan | None = None,
         name_or_path: str | os.PathLike | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        model_config: Any = None,
         parent: PruningPlan | None = None,
         hub: Mapping[str, Any] | None = None,
     ) -> None:
@@ -79,6 +81,7 @@ class MoEPruner:
         self.name_or_path = None if name_or_path is None else str(name_or_path)
         self.stats: CalibrationStats | None = None
         self.model: PreTrainedModel | None = None
+        self.model_config = model_config
         self._plan_was_loaded = plan is not None
         self._tokenizer = tokenizer
         self._parent = parent
@@ -99,8 +102,8 @@ class MoEPruner:
         """Bind a pruner to a model, or load the recipe and plan of a checkpoint this package made.
 
         Args:
-            name_or_path: A model's folder or Hub id. If it holds a stored plan and no recipe is given, ``prune`` applies that
-                plan to the base model without calibration.
+            name_or_path: A model's folder or Hub id. If it holds a stored plan and no recipe is given, ``prune``
+                applies that plan to the base model without calibration.
             config: The recipe. With it the folder is simply the model, pruned before or not.
             revision: Of the Hub repository.
             token: For private repositories.
@@ -111,9 +114,14 @@ class MoEPruner:
         Raises:
             RequestError: If there is no model, its architecture is not known, or the recipe is wrong.
         """
-        hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        hub = {key: value for key, value in hub.items() if value is not None}
-        model_config = load_model_config(name_or_path, trust_remote_code=trust_remote_code, **hub)
+        given = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "trust_remote_code": trust_remote_code or None,
+        }
+        hub = {key: value for key, value in given.items() if value is not None}
+        model_config = load_model_config(name_or_path, **hub)
         stored = _find(name_or_path, PLAN_NAME, hub)
         plan = None if stored is None else PruningPlan.load(stored)
         if config is None and not overrides and plan is not None:
@@ -122,16 +130,34 @@ class MoEPruner:
                 None if recipe is None else MoEPrunerConfig.from_pretrained(recipe),
                 plan=plan,
                 name_or_path=name_or_path,
+                model_config=model_config,
                 hub=hub,
             )
         if overrides:
             config = MoEPrunerConfig.from_dict(config.to_dict() if config is not None else {}, **overrides)
         if plan is not None:
             logger.warning("%s was pruned before; with a new recipe it is taken as the model to prune.", name_or_path)
-        pruner = cls(config, name_or_path=name_or_path, parent=plan, hub=hub)
-        if config is not None:
-            pruner._check_budget_of(model_config)
+        pruner = cls(config, name_or_path=name_or_path, model_config=model_config, parent=plan, hub=hub)
+        if config is not None:  # refuse a budget that the config alone shows to be impossible
+            spec = architecture_of(model_config)
+            pruner._budget({0: getattr(model_config, spec.count_key)}, spec.routing(model_config).top_k)
         return pruner
+
+    @classmethod
+    def from_plan(cls, plan: PruningPlan, name_or_path: str | os.PathLike, **hub: Any) -> MoEPruner:
+        """A pruner that applies a plan to the model it was made for.
+
+        Args:
+            plan: The plan.
+            name_or_path: That model's folder or Hub id.
+            hub: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
+
+        Raises:
+            RequestError: If there is no model, or its architecture is not known.
+        """
+        config = MoEPrunerConfig.from_dict(plan.config) if plan.config else None
+        model_config = load_model_config(name_or_path, **hub)
+        return cls(config, plan=plan, name_or_path=name_or_path, model_config=model_config, hub=hub)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -196,14 +222,18 @@ class MoEPruner:
         return self.pruning_plan
 
     def prune(
-        self, model: PreTrainedModel, calibration: CalibrationInput | CalibrationStats | None = None
+        self,
+        model: PreTrainedModel,
+        calibration: CalibrationInput | CalibrationStats | None = None,
+        domain_weights: Mapping[str, float] | None = None,
     ) -> PreTrainedModel:
         """Prune a model in memory: calibrate, plan, and remove experts; or apply the stored plan.
 
         Args:
             model: A causal language model with real parameters on any device.
-            calibration: Texts, files, records, a dataset, token tensors, or statistics of this model. Not needed by methods
-                that need none, nor with a stored plan.
+            calibration: Texts, files, records, a dataset, token tensors, or statistics of this model. Not needed by
+                methods that need none, nor with a stored plan.
+            domain_weights: A share for each domain of the calibration; by default every token counts once.
 
         Returns:
             The same model, now smaller.
@@ -218,7 +248,14 @@ class MoEPruner:
             return self.model
         config = self._recipe()
         blocks = moe_blocks(model)
-        self._check_budget({block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k)
+        counts = {block.layer: block.num_experts for block in blocks}
+        budget = self._budget(counts, blocks[0].routing.top_k, protect=config.protect, skip_layers=config.skip_layers)
+        if len(budget.num_experts) < len(counts):
+            raise RequestError(
+                "skip_layers leaves layers with different numbers of experts, and such a checkpoint cannot be "
+                "reloaded yet; "
+                "prune without skip_layers (planning with them works)."
+            )
         if calibration is None and plan_needs(config) and self.stats is None:
             raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
         if isinstance(calibration, CalibrationStats):
@@ -227,9 +264,7 @@ class MoEPruner:
             self.stats = empty_stats(model, seed=config.seed)
         elif calibration is not None:
             self.calibrate(model, calibration)
-        plan = self.plan()
-        check_plan(plan, model)
-        self.model = apply_plan(plan, model)
+        self.model = apply_plan(self.plan(domain_weights=domain_weights), model)
         return self.model
 
     def save_pretrained(
@@ -237,7 +272,8 @@ class MoEPruner:
     ) -> Path:
         """Write the pruned checkpoint with recipe, plan, tokenizer and generation config.
 
-        The config is the source's own with the pruning keys changed. Everything is written beside the target and renamed.
+        The config is the source's own with the pruning keys changed. Everything is written beside the target and
+        renamed.
 
         Args:
             save_directory: The target, absent or empty.
@@ -253,7 +289,9 @@ class MoEPruner:
             raise RequestError("there is no pruned model to save; call prune first, or pass the model it returned.")
         counts = {block.layer: block.num_experts for block in moe_blocks(model)}
         if counts != plan.num_experts:
-            raise RequestError("this model does not have the numbers of experts of the plan; pass the model that was pruned.")
+            raise RequestError(
+                "this model does not have the numbers of experts of the plan; pass the model that was pruned."
+            )
         with written_folder(save_directory, overwrite) as partial:
             model.save_pretrained(partial)
             plan.save(partial / PLAN_NAME)
@@ -273,31 +311,10 @@ class MoEPruner:
             raise RequestError("this pruner has no recipe; pass config=MoEPrunerConfig(method=..., num_experts=...).")
         return self.config
 
-    def _check_budget_of(self, model_config: Any) -> None:
-        """Refuse a budget that the config alone shows to be impossible."""
-        spec = architecture_of(model_config)
-        total = getattr(model_config, spec.count_key)
+    def _budget(self, counts: dict[int, int], top_k: int, **layers: Any) -> Budget:
+        """The budget of the recipe for layers of so many experts; refuses what cannot be kept to."""
         config = self._recipe()
-        uniform_budget(
-            {0: total}, spec.routing(model_config).top_k, num_experts=config.num_experts, sparsity=config.sparsity
-        )
-
-    def _check_budget(self, counts: dict[int, int], top_k: int) -> None:
-        """Refuse a budget that cannot be kept to, before any work."""
-        config = self._recipe()
-        budget = uniform_budget(
-            counts,
-            top_k,
-            num_experts=config.num_experts,
-            sparsity=config.sparsity,
-            protect=config.protect,
-            skip_layers=config.skip_layers,
-        )
-        if len(budget.num_experts) < len(counts):
-            raise RequestError(
-                "skip_layers leaves layers with different numbers of experts, and such a checkpoint cannot be reloaded yet; "
-                "prune without skip_layers (planning with them works)."
-            )
+        return uniform_budget(counts, top_k, num_experts=config.num_experts, sparsity=config.sparsity, **layers)
 
     def _carry_files(self, folder: Path) -> None:
         """Copy the tokenizer's files, and the generation config where the model wrote none."""
@@ -357,8 +374,6 @@ def load_model_config(name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         raise RequestError(f"no model can be read from {str(name_or_path)!r}: {first}") from error
     architecture_of(config)
     return config
-
-
 
 
 def _find(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str, Any]) -> Path | None:

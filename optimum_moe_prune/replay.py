@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Routing under a retained set, and its exact reconstruction error, without the model.
 
-With :math:`\pi_t(S)` the routing weights of the layer pruned to the experts :math:`S`, :math:`Y_t` the outputs of all experts
-and :math:`G_t = Y_t Y_t^T` their Gram matrix,
+With :math:`\pi_t(S)` the routing weights of the layer pruned to the experts :math:`S`, :math:`Y_t` the outputs of all
+experts and :math:`G_t = Y_t Y_t^T` their Gram matrix,
 
 .. math:: \|F_S(x_t) - F_{all}(x_t)\|^2 = c^T G_t c, \qquad c = \pi_t(S) - \pi_t(all),
 
-so router logits and Gram matrices, gathered in one pass, give the exact error of any retained set. The loss of a set is the
-one of NAEE (arXiv 2402.14800): the Frobenius norm over a sample's tokens, summed over samples,
+so router logits and Gram matrices, gathered in one pass, give the exact error of any retained set. The loss of a set
+is the one of NAEE (arXiv 2402.14800): the Frobenius norm over a sample's tokens, summed over samples,
 
 .. math:: L(S) = \sum_s w_s \sqrt{\sum_{t \in s} c^T G_t c}.
 
-:func:`route` and :func:`squared_errors` follow the model's own operations to the letter and are the reference. :class:`Replay`
-searches: it gives the same losses for thousands of sets at once, from sums over subsets that become matrix products. Its
-weights are not rounded to the model's dtype, and among experts whose logits are exactly equal it takes the lower index, where
-the model's top-k takes an unspecified one; in float32 neither makes a difference.
+:func:`route` and :func:`squared_errors` follow the model's own operations to the letter and are the reference.
+:class:`Replay`
+searches: it gives the same losses for thousands of sets at once, from sums over subsets that become matrix products.
+Its weights are not rounded to the model's dtype, and among experts whose logits are exactly equal it takes the lower
+index, where the model's top-k takes an unspecified one; in float32 neither makes a difference.
 
 Shapes: E experts, T tokens, S samples, K top_k.
 """
@@ -35,7 +36,7 @@ TIE = 1e-9
 _TABLE_BITS = 20  # a table of 2**20 entries at most
 _TABLE_SUBSETS = 20_000
 _SETS_AT_ONCE = 512
-_WORKING_BYTES = 128 * 2**20
+_WORKING_BYTES = 16 * 2**20  # chunks of this size stay near the processor
 
 
 @dataclass(frozen=True)
@@ -204,11 +205,11 @@ class Replay:
             products = x[rows] * x[columns] * self.gram[tokens].T.double()
             for first in range(0, len(sets), _SETS_AT_ONCE):
                 block = ids[first : first + _SETS_AT_ONCE].T
-                quadratic = sum(
-                    (1 if i == j else 2) * products[self._index[block[i], block[j]]] for i, j in pairs
-                )  # each unordered pair stands for both of its orders
-                norm = sum(x[expert] for expert in block)
-                error = quadratic / norm.square() - 2 * sum(linear[expert] for expert in block) / norm
+                quadratic = torch.zeros(block.shape[1], len(tokens), dtype=torch.float64)
+                for i, j in pairs:  # each unordered pair stands for both of its orders
+                    quadratic += (1 if i == j else 2) * products[self._index[block[i], block[j]]]
+                norm = x[block].sum(0)
+                error = quadratic / norm.square() - 2 * linear[block].sum(0) / norm
                 error = (error + self.energy[tokens]).clamp_(min=0)
                 totals[:, first : first + block.shape[1]].index_add_(0, self.sample[tokens], error.T)
         return self.weights @ totals.sqrt_()
@@ -216,9 +217,9 @@ class Replay:
     def _losses_by_rank(self, sets: Sequence[tuple[int, ...]], window: int) -> Tensor:
         """Losses of sets by way of the subsets of ranks that can be the chosen ones.
 
-        A token uses the ``K`` best of a set. In the numbering of the token's own ranking these are one of ``C(window, K)``
-        subsets, far fewer than there are sets; sums over all subsets are matrix products, and a set finds its subset in a
-        table under the bit mask of its ranks, itself a matrix product.
+        A token uses the ``K`` best of a set. In the numbering of the token's own ranking these are one of ``C(window,
+        K)`` subsets, far fewer than there are sets; sums over all subsets are matrix products, and a set finds its
+        subset in a table under the bit mask of its ranks, itself a matrix product.
         """
         top_k = self.routing.top_k
         member = torch.zeros(len(sets), self.num_experts, dtype=torch.float64).scatter_(1, torch.tensor(sets), 1.0)
@@ -250,9 +251,9 @@ class Replay:
                 if self.routing.renormalise:
                     error = errors.gather(1, which)
                 else:
-                    total = self.x[tokens] @ block
-                    error = quadratic.gather(1, which) / total.square()
-                    error += energy - 2 * linear.gather(1, which) / total
+                    total = self.x[tokens] @ block  # in place: a / total^2 - 2 b / total + energy
+                    error = quadratic.gather(1, which).div_(total).sub_(linear.gather(1, which), alpha=2)
+                    error.div_(total).add_(energy)
                 totals[:, first : first + block.shape[1]].index_add_(0, self.sample[tokens], error.clamp_(min=0))
         return self.weights @ totals.sqrt_()
 
@@ -269,7 +270,7 @@ class Replay:
         return reconstruction_loss(error.clamp_(min=0), self.sample, self.weights)
 
     def best_set(self, size: int, required: Iterable[int] = ()) -> tuple[int, ...]:
-        """The set of ``size`` experts with the least loss, of all that hold ``required``; ties to the first in order."""
+        """Of the sets of ``size`` experts that hold ``required``, the one with the least loss; ties to the first."""
         required = tuple(sorted(required))
         free = [expert for expert in range(self.num_experts) if expert not in required]
         sets = sorted(
@@ -282,8 +283,8 @@ class Replay:
     def eliminate(self, size: int, required: Iterable[int] = ()) -> tuple[int, ...]:
         """Greedy backward elimination: drop the expert whose removal costs least until ``size`` are left.
 
-        Ties drop the highest index, which leaves the lexicographically first set. Dropping an expert changes the chosen
-        ones only of the tokens it was chosen for, so a step costs ``T (K^2 + E)`` and not ``T E^2``.
+        Ties drop the highest index, which leaves the lexicographically first set. Dropping an expert changes the
+        chosen ones only of the tokens it was chosen for, so a step costs ``T (K^2 + E)`` and not ``T E^2``.
         """
         required = set(required)
         alive = torch.ones(self.num_experts, dtype=torch.bool)
@@ -338,7 +339,8 @@ class _Elimination:
         replay, routing = self.replay, self.replay.routing
         width = self.best.shape[1]
         top_k = min(routing.top_k, width)
-        # Column j: the chosen ones without the j-th best, its successor moved up; the last: the chosen ones as they are.
+        # Column j: the chosen ones without the j-th best, its successor moved up; the last: the chosen ones as they
+        # are.
         keeps = 1.0 - torch.eye(width, dtype=torch.float64)
         if width <= routing.top_k:  # all alive are chosen, nobody moves up
             keeps = torch.cat([keeps, torch.ones(width, 1, dtype=torch.float64)], dim=1)
@@ -378,13 +380,13 @@ class _Elimination:
 
 
 def _best_of(member: Tensor, order: Tensor, count: int) -> Tensor:
-    """The first ``count`` experts of each ranking in ``order`` ``(T, E)`` that ``member`` ``(E,)`` holds: ``(T, count)``."""
+    """The first ``count`` experts of each ranking ``order`` ``(T, E)`` that ``member`` ``(E,)`` holds."""
     held = member[order]
     return order[held & (held.cumsum(1) <= count)].view(len(order), count)
 
 
 def _top_subset_table(window: int, subsets: list[tuple[int, ...]]) -> Tensor:
-    """For every bit mask over ``window`` ranks (best rank = highest bit), the number of the subset of its highest bits."""
+    """For every bit mask over ``window`` ranks (best = highest bit), the number of the subset of its highest bits."""
     left = torch.arange(2**window)
     highest_bits = torch.zeros_like(left)
     for _ in subsets[0]:

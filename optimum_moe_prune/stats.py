@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one calibration pass leaves behind, so that every method and budget can be planned later without the model.
 
-Sums over tokens are kept per sample, so that domains can be re-weighted and runs merged; what cannot be summed is kept per
-token, for the *kept tokens*: all of them up to ``max_tokens``, else those with the lowest hash of seed, sample and position,
-the same ones for any batch size, order or number of processes. Samples stand in the order of their hashes, so that nothing
-depends on the order they were seen in.
+Sums over tokens are kept per sample, so that domains can be re-weighted and runs merged; what cannot be summed is kept
+per token, for the *kept tokens*: all of them up to ``max_tokens``, else those with the lowest hash of seed, sample and
+position, the same ones for any batch size, order or number of processes. Samples stand in the order of their hashes,
+so that nothing depends on the order they were seen in.
 
 Shapes: S samples, N kept tokens, E experts, H hidden size, K top_k.
 """
@@ -48,7 +48,8 @@ class Need(str, enum.Enum):
 PER_SAMPLE: dict[Need, tuple[str, ...]] = {
     # tokens with the expert among the chosen; sum of p over them; sums of p and of p log2 p over all tokens
     Need.ROUTING: ("routed_tokens", "routed_probability", "probability", "probability_log2"),
-    # over the tokens routed to the expert: sums of ||f||, ||f||^2, g ||f|| with three readings of g, and the largest ||f||
+    # over the tokens routed to the expert: sums of ||f||, ||f||^2, g ||f|| with three readings of g, and the largest
+    # ||f||
     Need.ROUTED_NORMS: (
         "norm",
         "squared_norm",
@@ -198,9 +199,7 @@ class CalibrationStats:
                 [domain_weights[s.domain] * scale / tokens[s.domain] for s in self.samples], dtype=torch.float64
             )
         layers = {index: replace(layer, sample_weights=weights) for index, layer in self.layers.items()}
-        return replace(
-            self, layers=layers, domain_weights=None if domain_weights is None else dict(domain_weights)
-        )
+        return replace(self, layers=layers, domain_weights=None if domain_weights is None else dict(domain_weights))
 
     # -- files
 
@@ -251,7 +250,8 @@ class CalibrationStats:
         version = header.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise RequestError(
-                f"{folder} has format version {version!r}; this package reads up to {FORMAT_VERSION}. Install a newer one."
+                f"{folder} has format version {version!r}; this package reads up to {FORMAT_VERSION}. Install a "
+                "newer one."
             )
         try:
             samples = tuple(Sample(**sample) for sample in header["samples"])
@@ -303,7 +303,9 @@ class CalibrationStats:
             ("needs", sorted(map(str, self.needs)), sorted(map(str, other.needs))),
         ):
             if mine != theirs:
-                raise RequestError(f"these statistics cannot be merged: {what} is {mine} in one and {theirs} in the other.")
+                raise RequestError(
+                    f"these statistics cannot be merged: {what} is {mine} in one and {theirs} in the other."
+                )
         shared = {s.hash for s in self.samples} & {s.hash for s in other.samples}
         if shared:
             raise RequestError(f"these statistics cannot be merged: {len(shared)} samples are in both.")
@@ -345,9 +347,7 @@ class CalibrationStats:
         )
 
 
-def tensor_names(
-    needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]
-) -> tuple[str, ...]:
+def tensor_names(needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]) -> tuple[str, ...]:
     """Names of the tensors that ``needs`` stand for, of ``PER_SAMPLE``, ``PER_TOKEN`` or (by default) both."""
     wanted = set(needs)
     return tuple(
@@ -366,7 +366,9 @@ def keep_tokens(samples: Sequence[Sample], max_tokens: int, seed: int) -> tuple[
     Returns:
         Sample and position of each kept token, both ``(N,)`` int64, in the order of samples and positions.
     """
-    sample = np.concatenate([np.full(s.num_tokens, i, dtype=np.int64) for i, s in enumerate(samples)] or [np.zeros(0, int)])
+    sample = np.concatenate(
+        [np.full(s.num_tokens, i, dtype=np.int64) for i, s in enumerate(samples)] or [np.zeros(0, int)]
+    )
     position = np.concatenate([np.arange(s.num_tokens, dtype=np.int64) for s in samples] or [np.zeros(0, int)])
     if len(sample) > max_tokens:
         of_sample = np.array([int(s.hash[:16], 16) for s in samples], dtype=np.uint64)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .architectures import architecture_of
 from .architectures.block import fingerprint, moe_blocks
 from .collect import check_model
 from .errors import RequestError
@@ -14,44 +15,66 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
-    """Raise unless a plan fits a model.
+def check_plan_for_config(plan: PruningPlan, config: Any) -> None:
+    """Raise unless a plan fits a model as far as its config tells, before weights are read.
 
     Raises:
         RequestError: If it was made for another model, or retains different numbers in different layers.
     """
+    spec = architecture_of(config)
+    if plan.model_type != spec.model_type:
+        raise RequestError(f"this plan is for a {plan.model_type!r} model, and the model is {spec.model_type!r}.")
+    expected = {"experts": set(plan.original_num_experts.values()), "top_k": {plan.top_k}}
+    found = {"experts": getattr(config, spec.count_key), "top_k": spec.routing(config).top_k}
+    for what, value in found.items():
+        if expected[what] != {value}:
+            counts = ", ".join(map(str, sorted(expected[what])))
+            raise RequestError(
+                f"this plan is for another model, with {what} {counts}; this model has {value}. A plan is applied "
+                "to the model "
+                "it was made for, before pruning."
+            )
+    if plan.uniform_num_experts is None:
+        raise RequestError(
+            f"the plan retains different numbers of experts in different layers ({min(plan.num_experts.values())} to "
+            f"{max(plan.num_experts.values())}); a checkpoint with unequal layers cannot be reloaded yet, so every "
+            "layer must "
+            "retain the same number (no skip_layers)."
+        )
+
+
+def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
+    """Raise unless a plan fits a model, its layers and router weights included.
+
+    Raises:
+        RequestError: As :func:`check_plan_for_config`, or if the router weights are others.
+    """
+    check_plan_for_config(plan, model.config)
     blocks = moe_blocks(model)
-    model_type = blocks[0].spec.model_type
-    if plan.model_type != model_type:
-        raise RequestError(f"this plan is for a {plan.model_type!r} model, and the model is {model_type!r}.")
     counts = {block.layer: block.num_experts for block in blocks}
     for layer in sorted(set(counts) | set(plan.original_num_experts)):
         expected, found = plan.original_num_experts.get(layer, 0), counts.get(layer, 0)
         if expected != found:
             raise RequestError(
-                f"this plan is for another model: layer {layer} has {expected} experts in the plan and {found} in the model. "
+                f"this plan is for another model: layer {layer} has {expected} experts in the plan and {found} in "
+                "the model. "
                 "A plan is applied to the model it was made for, before pruning."
             )
     made_for = (plan.provenance.get("model") or {}).get("fingerprint")
     if made_for is not None and made_for != (found_print := fingerprint(blocks)):
         name = (plan.provenance.get("model") or {}).get("name_or_path") or "unnamed"
         raise RequestError(
-            f"this plan was made for a model with other router weights ({name}, fingerprint {made_for[:12]}; this model: "
+            f"this plan was made for a model with other router weights ({name}, fingerprint {made_for[:12]}; this "
+            "model: "
             f"{found_print[:12]})."
-        )
-    if plan.uniform_num_experts is None:
-        raise RequestError(
-            f"the plan retains different numbers of experts in different layers ({min(plan.num_experts.values())} to "
-            f"{max(plan.num_experts.values())}); a checkpoint with unequal layers cannot be reloaded yet, so every layer must "
-            "retain the same number (no skip_layers)."
         )
 
 
 def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
     """Remove the experts that a plan does not retain.
 
-    Nothing is changed unless every layer can be. Experts keep their order and are numbered anew; the router's rows, the counts
-    that modules remember and the config follow.
+    Nothing is changed unless every layer can be. Experts keep their order and are numbered anew; the router's rows,
+    the counts that modules remember and the config follow.
 
     Args:
         plan: The plan.

@@ -3,9 +3,9 @@
 
     python examples/small_models/corpus.py TEXT_DIR
 
-writes ``train.jsonl`` (training and calibration), ``tune.jsonl`` (choosing defaults) and ``heldout.jsonl`` (judging), each
-line ``{"text", "domain"}``, and ``corpus.json`` with the Python version, the counts and the seeds. Nothing is downloaded:
-two domains come from the running Python's own library, four from the generators in this file.
+writes ``train.jsonl`` (training and calibration), ``tune.jsonl`` (choosing defaults) and ``heldout.jsonl`` (judging),
+each line ``{"text", "domain"}``, and ``corpus.json`` with the Python version, the counts and the seeds. Nothing is
+downloaded: two domains come from the running Python's own library, four from the generators in this file.
 
 ==========  ========================================================================================
 domain      what it is
@@ -19,8 +19,8 @@ queries     SQL: tables, inserts, selections with joins and aggregates
 ==========  ========================================================================================
 
 Library text goes to a split by a hash of its module's (or topic's) name, the same for both library domains, so that a
-module's code and its docstrings never stand on different sides. A paragraph that was already used is dropped wherever it
-appears again: topics quote each other. Generated text goes to a split by its range of seeds.
+module's code and its docstrings never stand on different sides. A paragraph that was already used is dropped wherever
+it appears again: topics quote each other. Generated text goes to a split by its range of seeds.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def pack(pieces: Iterable[str]) -> Iterator[str]:
 
 NAMES = (
     "Ada Ben Carla Dmitri Elena Farid Grace Hiro Ines Jonas Katya Liam Mona Nadia Omar Priya Quentin Rosa Samir Tessa "
-    "Uma Viktor Wanda Xavier Yara Zoe Anton Bella Cyrus Delia Emil Freya Gustav Hanna Ivan Julia Karim Leila Marco Nina"
+    "Uma Viktor Wanda Xavier Yara Zoe Anton Bella Cyrus Delia Emil Freya Gustav Hanna Ivan Julia Karim Leila Marco "
+    "Nina"
 ).split()
 SURNAMES = (
     "Abbott Berg Castillo Dorsey Eriksen Fontaine Gupta Hayashi Ibrahim Jansen Kowalski Lindqvist Moreau Novak Okafor "
@@ -156,7 +157,8 @@ CITIES = (
     "Turin Malaga Zagreb Tallinn Riga Austin Denver Perth Accra Dakar Mumbai Izmir"
 ).split()
 THINGS = (
-    "apples pencils tickets bottles stamps books marbles cookies chairs lamps shirts plates candles coins melons bricks "
+    "apples pencils tickets bottles stamps books marbles cookies chairs lamps shirts plates candles coins melons "
+    "bricks "
     "buttons cables towels baskets"
 ).split()
 PRODUCTS = (
@@ -180,7 +182,8 @@ def math_text(rng: random.Random) -> str:
         elif kind == 1:
             left = c * a + b
             blocks.append(
-                f"Solve for x: {c}x + {b} = {left}.\n{c}x = {left} - {b} = {left - b}\nx = {left - b} / {c} = {a}\nAnswer: {a}"
+                f"Solve for x: {c}x + {b} = {left}.\n{c}x = {left} - {b} = {left - b}\nx = {left - b} / {c} = "
+                f"{a}\nAnswer: {a}"
             )
         elif kind == 2:
             total = a + b
@@ -192,7 +195,8 @@ def math_text(rng: random.Random) -> str:
         elif kind == 3:
             price = rng.randint(2, 40)
             blocks.append(
-                f"A shop sells {thing} at {price} coins each. {who} buys {c} and pays with {price * c + a} coins. What is "
+                f"A shop sells {thing} at {price} coins each. {who} buys {c} and pays with {price * c + a} coins. "
+                "What is "
                 f"the change?\n{price} * {c} = {price * c}. {price * c + a} - {price * c} = {a}.\nAnswer: {a}"
             )
         elif kind == 4:
@@ -201,11 +205,14 @@ def math_text(rng: random.Random) -> str:
             while y:
                 steps.append(f"{x} mod {y} = {x % y}")
                 x, y = y, x % y
-            blocks.append(f"Find the greatest common divisor of {big} and {small}.\n" + "\n".join(steps) + f"\nAnswer: {x}")
+            blocks.append(
+                f"Find the greatest common divisor of {big} and {small}.\n" + "\n".join(steps) + f"\nAnswer: {x}"
+            )
         else:
             speed, hours = rng.randint(20, 120), rng.randint(2, 9)
             blocks.append(
-                f"A train leaves {rng.choice(CITIES)} at {speed} km per hour. How far does it travel in {hours} hours?\n"
+                f"A train leaves {rng.choice(CITIES)} at {speed} km per hour. How far does it travel in {hours} "
+                "hours?\n"
                 f"{speed} * {hours} = {speed * hours}.\nAnswer: {speed * hours} km"
             )
     return "\n\n".join(blocks)
@@ -250,7 +257,8 @@ def records_text(rng: random.Random) -> str:
     for index in range(6):
         model = rng.choice(["sensor", "camera", "router", "meter"])
         blocks.append(
-            f"- device: {model}-{rng.randint(100, 999)}\n  location: {rng.choice(CITIES)}\n  firmware: {rng.randint(1, 4)}."
+            f"- device: {model}-{rng.randint(100, 999)}\n  location: {rng.choice(CITIES)}\n  firmware: "
+            f"{rng.randint(1, 4)}."
             f"{rng.randint(0, 9)}.{rng.randint(0, 20)}\n  battery: {rng.randint(5, 100)}%\n  readings: "
             f"[{', '.join(str(rng.randint(10, 40)) for _ in range(5))}]\n  owner: {people[index]['name']}"
         )
@@ -272,19 +280,33 @@ def logs_text(rng: random.Random) -> str:
         address = f"10.{rng.randint(0, 9)}.{rng.randint(0, 255)}.{rng.randint(1, 254)}"
         if kind == 0:
             verb = rng.choices(["GET", "POST", "PUT", "DELETE"], [8, 3, 1, 1])[0]
-            page = rng.choice(["index.html", "api/users", "api/orders", "login", "static/app.js", "health", "search?q=" + rng.choice(THINGS)])
+            page = rng.choice(
+                [
+                    "index.html",
+                    "api/users",
+                    "api/orders",
+                    "login",
+                    "static/app.js",
+                    "health",
+                    "search?q=" + rng.choice(THINGS),
+                ]
+            )
             status = rng.choices([200, 301, 304, 401, 404, 500], [12, 1, 2, 1, 2, 1])[0]
             lines.append(
-                f'{address} - - [{day:02d}/{month}/2026:{clock} +0000] "{verb} /{page} HTTP/1.1" {status} {rng.randint(90, 60000)}'
+                f'{address} - - [{day:02d}/{month}/2026:{clock} +0000] "{verb} /{page} HTTP/1.1" {status} '
+                f"{rng.randint(90, 60000)}"
             )
         elif kind == 1:
             pid = rng.randint(300, 32000)
             message = rng.choice(
                 [
-                    f"sshd[{pid}]: Accepted publickey for {rng.choice(NAMES).lower()} from {address} port {rng.randint(1024, 65535)} ssh2",
-                    f"sshd[{pid}]: Failed password for invalid user admin from {address} port {rng.randint(1024, 65535)} ssh2",
+                    f"sshd[{pid}]: Accepted publickey for {rng.choice(NAMES).lower()} from {address} port "
+                    f"{rng.randint(1024, 65535)} ssh2",
+                    f"sshd[{pid}]: Failed password for invalid user admin from {address} port "
+                    f"{rng.randint(1024, 65535)} ssh2",
                     f"systemd[1]: Started Session {rng.randint(1, 999)} of user {rng.choice(NAMES).lower()}.",
-                    f"kernel: [{rng.randint(1000, 99999)}.{rng.randint(100000, 999999)}] eth0: link up, 1000 Mbps, full duplex",
+                    f"kernel: [{rng.randint(1000, 99999)}.{rng.randint(100000, 999999)}] eth0: link up, 1000 Mbps, "
+                    "full duplex",
                     f"CRON[{pid}]: (root) CMD (run-parts /etc/cron.hourly)",
                     f"dhclient[{pid}]: DHCPACK of {address} from 10.0.0.1",
                 ]
@@ -293,12 +315,18 @@ def logs_text(rng: random.Random) -> str:
         else:
             level = rng.choices(["INFO", "DEBUG", "WARN", "ERROR"], [6, 3, 2, 1])[0]
             message = {
-                "INFO": f"request_id={rng.getrandbits(32):08x} user={rng.randint(1, 9999)} status=ok duration_ms={rng.randint(1, 900)}",
-                "DEBUG": f"cache {rng.choice(['hit', 'miss'])} key=user:{rng.randint(1, 9999)}:profile ttl={rng.randint(10, 3600)}",
+                "INFO": f"request_id={rng.getrandbits(32):08x} user={rng.randint(1, 9999)} status=ok "
+                "duration_ms={rng.randint(1, 900)}",
+                "DEBUG": f"cache {rng.choice(['hit', 'miss'])} key=user:{rng.randint(1, 9999)}:profile "
+                "ttl={rng.randint(10, 3600)}",
                 "WARN": f"slow query took {rng.randint(1000, 9000)} ms on {host}, retrying in {rng.randint(1, 30)} s",
-                "ERROR": f"connection to {address}:{rng.choice([5432, 6379, 9092])} refused after {rng.randint(2, 5)} attempts",
+                "ERROR": f"connection to {address}:{rng.choice([5432, 6379, 9092])} refused after "
+                "{rng.randint(2, 5)} attempts",
             }[level]
-            lines.append(f"2026-{rng.randint(1, 12):02d}-{day:02d}T{clock}.{rng.randint(0, 999):03d}Z {level:<5} [{host}] {message}")
+            lines.append(
+                f"2026-{rng.randint(1, 12):02d}-{day:02d}T{clock}.{rng.randint(0, 999):03d}Z {level:<5} [{host}] "
+                f"{message}"
+            )
     return "\n".join(lines)
 
 
@@ -323,30 +351,36 @@ def queries_text(rng: random.Random) -> str:
         kind = rng.randrange(6)
         if kind == 0:
             body = ",\n".join(
-                f"    {c} {'NUMERIC(10, 2)' if c in NUMERIC else 'TEXT'}{rng.choice(['', ' NOT NULL'])}" for c in columns
+                f"    {c} {'NUMERIC(10, 2)' if c in NUMERIC else 'TEXT'}{rng.choice(['', ' NOT NULL'])}"
+                for c in columns
             )
             statements.append(f"CREATE TABLE {table} (\n    id INTEGER PRIMARY KEY,\n{body}\n);")
         elif kind == 1:
             rows = ",\n".join(
-                f"    ({rng.randint(1, 9999)}, '{rng.choice(NAMES)} {rng.choice(SURNAMES)}', '{rng.choice(CITIES)}', {rng.randint(1, 900)})"
+                f"    ({rng.randint(1, 9999)}, '{rng.choice(NAMES)} {rng.choice(SURNAMES)}', "
+                f"'{rng.choice(CITIES)}', {rng.randint(1, 900)})"
                 for _ in range(rng.randint(1, 3))
             )
             statements.append(f"INSERT INTO {table} (id, {columns[0]}, {columns[1]}, {columns[2]}) VALUES\n{rows};")
         elif kind == 2:
             statements.append(
-                f"SELECT {', '.join(rng.sample(columns, 2))}\nFROM {table}\nWHERE {number} {rng.choice('<>=')} {rng.randint(1, 5000)}"
+                f"SELECT {', '.join(rng.sample(columns, 2))}\nFROM {table}\nWHERE {number} {rng.choice('<>=')} "
+                f"{rng.randint(1, 5000)}"
                 f"\nORDER BY {rng.choice(columns)} {rng.choice(['ASC', 'DESC'])}\nLIMIT {rng.randint(1, 100)};"
             )
         elif kind == 3:
             a, b = table[0], other[0] + "2"
             statements.append(
-                f"SELECT {a}.{columns[0]}, {rng.choice(['COUNT(*)', f'SUM({a}.{number})', f'AVG({a}.{number})'])} AS result\nFROM {table} {a}"
-                f"\n{rng.choice(['LEFT JOIN', 'INNER JOIN', 'JOIN'])} {other} {b} ON {b}.id = {a}.{rng.choice(['id', 'parent_id'])}\n"
+                f"SELECT {a}.{columns[0]}, {rng.choice(['COUNT(*)', f'SUM({a}.{number})', f'AVG({a}.{number})'])} "
+                f"AS result\nFROM {table} {a}"
+                f"\n{rng.choice(['LEFT JOIN', 'INNER JOIN', 'JOIN'])} {other} {b} ON {b}.id = "
+                f"{a}.{rng.choice(['id', 'parent_id'])}\n"
                 f"GROUP BY {a}.{columns[0]}\nHAVING COUNT(*) > {rng.randint(1, 50)};"
             )
         elif kind == 4:
             statements.append(
-                f"UPDATE {table}\nSET {columns[2]} = '{rng.choice(CITIES)}', {number} = {number} + {rng.randint(1, 99)}\n"
+                f"UPDATE {table}\nSET {columns[2]} = '{rng.choice(CITIES)}', {number} = {number} + "
+                f"{rng.randint(1, 99)}\n"
                 f"WHERE id IN ({', '.join(str(rng.randint(1, 9999)) for _ in range(4))});"
             )
         else:

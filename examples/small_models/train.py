@@ -4,9 +4,9 @@
     python examples/small_models/train.py mixtral   OUTPUT_DIR
     python examples/small_models/train.py qwen2_moe OUTPUT_DIR
 
-The text comes from ``corpus.py`` (split ``train``). Every step sees one row of 256 tokens from each of the six domains, so
-that the router's load is balanced over domains and experts are free to specialise. The result is a bfloat16 checkpoint with
-its tokenizer, and ``training.json`` with what was run.
+The text comes from ``corpus.py`` (split ``train``). Every step sees one row of 256 tokens from each of the six
+domains, so that the router's load is balanced over domains and experts are free to specialise. The result is a
+bfloat16 checkpoint with its tokenizer, and ``training.json`` with what was run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WARMUP = 100
 
 
 def make_tokenizer(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with the special tokens its architecture is known for: Mixtral begins with ``<s>``, Qwen2 does not."""
+    """A byte-level BPE with its architecture's special tokens: Mixtral begins with ``<s>``, Qwen2 does not."""
     specials = ["<s>", "</s>", "<pad>"] if kind == "mixtral" else ["<|endoftext|>", "<|pad|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,7 +77,9 @@ def make_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
     }
     if kind == "mixtral":
         return MixtralForCausalLM(
-            MixtralConfig(**shared, intermediate_size=224, num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
+            MixtralConfig(
+                **shared, intermediate_size=224, num_local_experts=8, num_experts_per_tok=2, sliding_window=None
+            )
         )
     return Qwen2MoeForCausalLM(
         Qwen2MoeConfig(
@@ -94,7 +96,7 @@ def make_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
 
 
 def rows_by_domain(tokenizer: PreTrainedTokenizerFast, samples: list[dict[str, str]]) -> dict[str, torch.Tensor]:
-    """All samples of each domain, ended by the end token and laid out in rows of ``ROW`` tokens: ``{domain: (rows, ROW)}``."""
+    """The samples of each domain, each ended by the end token, in rows of tokens: ``{domain: (rows, ROW)}``."""
     rows = {}
     for domain in corpus.DOMAINS:
         texts = [sample["text"] for sample in samples if sample["domain"] == domain]
@@ -151,7 +153,9 @@ def train(kind: str, output: Path, steps: int, seed: int) -> None:
                 losses = torch.nn.functional.cross_entropy(
                     result.logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none"
                 ).view(len(batch), -1)
-            shown = " ".join(f"{domain} {loss:.2f}" for domain, loss in zip(rows, losses.mean(1).tolist(), strict=True))
+            shown = " ".join(
+                f"{domain} {loss:.2f}" for domain, loss in zip(rows, losses.mean(1).tolist(), strict=True)
+            )
             print(f"step {step:5d}  {time.time() - began:6.0f} s  aux {result.aux_loss:.3f}  {shown}", flush=True)
 
     model.to(torch.bfloat16).save_pretrained(output)

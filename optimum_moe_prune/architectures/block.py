@@ -81,8 +81,8 @@ class MoEBlock:
 
         Args:
             on_logits: Called with the router's logits ``(T, E)``.
-            forward: Called in place of the experts with their own forward, the hidden states ``(T, H)``, and the ids and
-                weights ``(T, K)`` the router really chose; what it returns is the experts' output.
+            forward: Called in place of the experts with their own forward, the hidden states ``(T, H)``, and the ids
+                and weights ``(T, K)`` the router really chose; what it returns is the experts' output.
         """
         experts = self.experts
         # Hooks of accelerate live in the instance as well: stand before them, and leave them as they were.
@@ -129,19 +129,31 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
             blocks.append(MoEBlock(spec, index, module, routing))
     if not blocks:
         raise RequestError(
-            f"none of the {len(layers)} layers of this {spec.model_type!r} model has experts, so there is nothing to prune."
+            f"none of the {len(layers)} layers of this {spec.model_type!r} model has experts, so there is nothing "
+            "to prune."
         )
     for block in blocks:
         try:
             tensors = {**block.expert_tensors, **block.router_tensors}
         except AttributeError as error:
             raise RequestError(
-                f"layer {block.layer}: {error}. Only unquantised models with fused experts (transformers 5) can be pruned."
+                f"layer {block.layer}: {error}. Only unquantised models with fused experts (transformers 5) can be "
+                "pruned."
             ) from error
         counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
         if len(set(counts.values())) != 1:
             raise RunError(f"layer {block.layer}: its tensors disagree about the number of experts: {counts}.")
     return blocks
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids."""
+    return model.get_input_embeddings().weight.device
+
+
+def vocabulary(model: Any) -> int:
+    """How many token ids a model's embedding has rows for."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def fingerprint(blocks: Sequence[MoEBlock]) -> str:

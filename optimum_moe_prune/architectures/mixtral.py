@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixtral: every layer is sparse; softmax over all experts, the chosen weights divided by their sum, kept in float32."""
+"""Mixtral: every layer is sparse; the chosen weights are divided by their sum and kept in float32."""
 
 from .spec import MoESpec
 

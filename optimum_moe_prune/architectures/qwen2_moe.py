@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2-MoE: dense layers may stand between sparse ones, a shared expert beside the routed ones; weights divided by their sum
-only if ``norm_topk_prob`` says so, and rounded to the dtype of the logits."""
+"""Qwen2-MoE: dense layers may stand between sparse ones, and a shared expert beside the routed ones.
+
+Weights are divided by their sum only if ``norm_topk_prob`` says so, and rounded to the dtype of the logits.
+"""
 
 from .spec import MoESpec
 

@@ -16,8 +16,8 @@ from ..replay import Routing
 class MoESpec:
     """One architecture.
 
-    Dotted paths follow attributes of modules. The experts are one module with fused tensors, called with hidden states,
-    the ids of the chosen experts and their weights, as in transformers 5.
+    Dotted paths follow attributes of modules. The experts are one module with fused tensors, called with hidden
+    states, the ids of the chosen experts and their weights, as in transformers 5.
 
     Attributes:
         model_type: ``config.model_type``.

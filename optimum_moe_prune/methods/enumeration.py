@@ -3,11 +3,12 @@ r"""Enumeration: the set of experts with which the layer's output changes least.
 
 .. math:: \arg\min_{|S| = r} L_{recon}(S), \qquad L_{recon}(S) = \sum_s \|F_S(X_s) - F_{all}(X_s)\|_F
 
-over the calibration samples :math:`s`. NAEE, arXiv 2402.14800, which re-runs the layer for each set; here every loss comes
-from router logits and Gram matrices (see ``replay``), exactly.
+over the calibration samples :math:`s`. NAEE, arXiv 2402.14800, which re-runs the layer for each set; here every loss
+comes from router logits and Gram matrices (see ``replay``), exactly.
 
-Up to ``max_sets`` sets all are tried. Beyond, experts are dropped one at a time, always the one whose removal raises the loss
-least; for how a layer of 60 experts is enumerated the paper says nothing, Mosaic Pruning uses this elimination.
+Up to ``max_sets`` sets all are tried. Beyond, experts are dropped one at a time, always the one whose removal raises
+the loss least; for how a layer of 60 experts is enumerated the paper says nothing, Mosaic Pruning uses this
+elimination.
 """
 
 from __future__ import annotations
@@ -59,9 +60,7 @@ def enumeration(stats: CalibrationStats, budget: Budget, options: Options) -> Re
     }
 
 
-def best_set(
-    layer: LayerStats, size: int, required: Iterable[int], search: Search, max_sets: int
-) -> tuple[int, ...]:
+def best_set(layer: LayerStats, size: int, required: Iterable[int], search: Search, max_sets: int) -> tuple[int, ...]:
     """The set of ``size`` experts of a layer, holding ``required``, with the least (or a greedily small) loss."""
     required = tuple(required)
     if size == len(required):

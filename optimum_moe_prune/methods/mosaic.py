@@ -13,12 +13,14 @@ Mosaic Pruning (MoP), arXiv 2511.19822, AAAI-26. Per layer, to retain :math:`r` 
 
 What the paper leaves open, and what is done here:
 
-- :math:`m` is not stated: ``num_generalists``. The number of domains is :math:`r - m` as published, or ``num_domains``.
-- Ward works on centroids of vectors, Spearman compares ranks. ``ward="ranks"`` runs Ward on the rank-standardised vectors,
-  where the squared Euclidean distance is exactly :math:`2K(1 - \rho)`, so both readings agree. ``ward="distances"`` is the
-  literal one: Ward's recurrence on the distances :math:`1 - S_{perf}`, which squares them once more.
-- With fewer than 3 domains ranks say almost nothing (two domains rank either way round, one not at all); Ward then runs on
-  :math:`\log v`, standardised over the experts in each domain.
+- :math:`m` is not stated: ``num_generalists``. The number of domains is :math:`r - m` as published, or
+  ``num_domains``.
+- Ward works on centroids of vectors, Spearman compares ranks. ``ward="ranks"`` runs Ward on the rank-standardised
+  vectors, where the squared Euclidean distance is exactly :math:`2K(1 - \rho)`, so both readings agree.
+  ``ward="distances"`` is the literal one: Ward's recurrence on the distances :math:`1 - S_{perf}`, which squares them
+  once more.
+- With fewer than 3 domains ranks say almost nothing (two domains rank either way round, one not at all); Ward then
+  runs on :math:`\log v`, standardised over the experts in each domain.
 - The tree is cut by merge order, so there are always exactly :math:`r - m` clusters.
 - Protected experts count as generalists.
 - Ties go to the lower expert index; domains without tokens are left out.
@@ -58,14 +60,15 @@ class Options:
 
     Attributes:
         num_generalists: ``m``, at most the number of retained experts.
-        num_domains: Clusters of tokens; None for ``r - m`` as published, ``"auto"`` for the one with the best silhouette.
+        num_domains: Clusters of tokens; None for ``r - m`` as published, ``"auto"`` for the one with the best
+            silhouette.
         ward: ``"ranks"`` or ``"distances"``, see above.
         search: How the generalists are searched, as in ``enumeration``.
         max_sets: The most sets that ``search="auto"`` tries.
     """
 
     num_generalists: int = 1
-    num_domains: int | None | Literal["auto"] = None
+    num_domains: int | Literal["auto"] | None = None
     ward: Literal["ranks", "distances"] = "ranks"
     search: Search = "auto"
     max_sets: int = 20_000
@@ -110,12 +113,14 @@ def mosaic(stats: CalibrationStats, budget: Budget, options: Options) -> Retaine
         label = cluster_experts(vectors, clusters, options.ward)
         score = variability_scores(layer)[others]
         representatives = [
-            others[max(np.flatnonzero(label == cluster), key=lambda row: (score[row], -row))] for cluster in range(clusters)
+            others[max(np.flatnonzero(label == cluster), key=lambda row: (score[row], -row))]
+            for cluster in range(clusters)
         ]
         retained[index] = tuple(sorted([*first, *representatives]))
     if few:
         logger.warning(
-            "mosaic: with fewer than 3 domains ranks say almost nothing, so experts are compared by log errors in %d of %d "
+            "mosaic: with fewer than 3 domains ranks say almost nothing, so experts are compared by log errors in "
+            "%d of %d "
             "layers; num_domains sets the number of domains.",
             len(few),
             len(retained),
@@ -128,7 +133,8 @@ def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: i
 
     Args:
         layer: The layer; its tokens count with the weights of their samples.
-        num_domains: The number of clusters, or ``"auto"``: of 2 to 16, the one with the best silhouette on a seeded sample.
+        num_domains: The number of clusters, or ``"auto"``: of 2 to 16, the one with the best silhouette on a seeded
+            sample.
         seed: For K-Means and the sample.
     """
     inputs = layer.tensors["inputs"].float().numpy()

@@ -5,9 +5,9 @@ r"""REAP, router-weighted expert activation pruning: the mean contribution of th
 
 with :math:`g` the weight of the expert. An expert without routed tokens scores 0. REAP, arXiv 2510.13999, ICLR 2026.
 
-Which weight is meant differs between readings, so it is an option: ``applied``, the weight the model multiplies with (the
-authors' code renormalises where the model does, which is the same); ``probability``, the router's probability over all
-experts; ``renormalised``, divided by the sum over the chosen ones whatever the model does.
+Which weight is meant differs between readings, so it is an option: ``applied``, the weight the model multiplies with
+(the authors' code renormalises where the model does, which is the same); ``probability``, the router's probability
+over all experts; ``renormalised``, divided by the sum over the chosen ones whatever the model does.
 """
 
 from dataclasses import dataclass

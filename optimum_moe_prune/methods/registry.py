@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The known methods, by name.
 
-A *score* method gives one number per expert and the budget chooses; a *set* method gives the retained experts itself, because
-what one expert is worth depends on the others. Both see the statistics of all layers.
+A *score* method gives one number per expert and the budget chooses; a *set* method gives the retained experts itself,
+because what one expert is worth depends on the others. Both see the statistics of all layers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import types
@@ -80,7 +81,8 @@ def register_method(
 
     Args:
         name: Its name.
-        kind: ``"scores"`` or ``"set"``: see ``Method.scores`` and ``Method.retained`` for what the function takes and gives.
+        kind: ``"scores"`` or ``"set"``: see ``Method.scores`` and ``Method.retained`` for what the function takes and
+            gives.
         summary: What it does, in one line.
         source: Where it was published.
         needs: The statistics it reads, or a function of its options.
@@ -116,7 +118,7 @@ def register_method(
 
 
 def list_methods() -> list[str]:
-    """Names of the known methods, those of installed packages included (entry-point group ``optimum_moe_prune.methods``)."""
+    """Names of the known methods, those that installed packages register as entry points included."""
     global _entry_points_read
     if not _entry_points_read:
         _entry_points_read = True
@@ -157,33 +159,35 @@ def make_options(method: Method, values: Mapping[str, Any]) -> Any:
         raise RequestError(f"method {method.name!r}: {error}") from error
 
 
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", type(None): "none"}
+
+
 def _converted(method: str, name: str, value: Any, hint: Any) -> Any:
-    choices: list[Any] = []  # literal values
+    """An option's value in one of the types its annotation allows; text is read, as the command line gives it."""
+    choices: list[Any] = []
     kinds: list[type] = []
-    for part in typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,):
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    for part in typing.get_args(hint) if union else (hint,):
         if typing.get_origin(part) is typing.Literal:
             choices += typing.get_args(part)
         else:
             kinds.append(part)
-    if value in choices and not isinstance(value, bool):
+    if isinstance(value, str) and value in choices:
         return value
     for kind in kinds:
-        if type(value) is kind or (kind is float and type(value) is int):
-            return kind(value) if kind is float else value
+        if type(value) is kind:
+            return value
+        if kind is float and type(value) is int:
+            return float(value)
         if isinstance(value, str):
             if kind is type(None) and value.lower() == "none":
                 return None
             if kind is bool and value.lower() in ("true", "false"):
                 return value.lower() == "true"
-            if kind in (int, float):
-                try:
+            if kind is int or kind is float:
+                with contextlib.suppress(ValueError):
                     return kind(value)
-                except ValueError:
-                    continue
-    if value is None and type(None) in kinds:
-        return None
-    expected = [repr(choice) for choice in choices]
-    expected += [{"int": "an integer", "float": "a number", "bool": "true or false", "NoneType": "none"}.get(k.__name__, k.__name__) for k in kinds]
+    expected = [*map(repr, choices), *(_KINDS.get(kind, kind.__name__) for kind in kinds)]
     raise RequestError(f"option {name!r} of method {method!r} is {value!r}; it takes {' or '.join(expected)}.")
 
 

@@ -3,8 +3,8 @@ r"""Soft frequency: the probability the router gave the expert, summed over the 
 
 .. math:: s_e = \sum_{t \in X_e} p_{t,e}
 
-with :math:`p` the router's probabilities over all experts and :math:`X_e` the tokens that have :math:`e` among their top K.
-SEER-MoE, arXiv 2404.05089.
+with :math:`p` the router's probabilities over all experts and :math:`X_e` the tokens that have :math:`e` among their
+top K. SEER-MoE, arXiv 2404.05089.
 """
 
 from ..stats import CalibrationStats, Need

@@ -3,9 +3,9 @@ r"""Variability: generalists and the experts with the highest Activation Variabi
 
 .. math:: S_{var}(e) = \sum_t q_t \log_2 (q_t N), \qquad q_t = p_{t,e} / \sum_{t'} p_{t',e}
 
-over all :math:`N` tokens: the divergence, in bits, of the expert's activation over tokens from an even one. A specialist,
-active on few tokens, scores high. The ablation "GVP" of Mosaic Pruning, arXiv 2511.19822; how many generalists it uses is not
-published, and 0 is our default (then it is the pure ranking).
+over all :math:`N` tokens: the divergence, in bits, of the expert's activation over tokens from an even one. A
+specialist, active on few tokens, scores high. The ablation "GVP" of Mosaic Pruning, arXiv 2511.19822; how many
+generalists it uses is not published, and 0 is our default (then it is the pure ranking).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def generalists(
     """
     if count > budget.num_experts[index]:
         raise RequestError(
-            f"num_generalists is {count}, and the budget keeps {budget.num_experts[index]} experts in layer {index}; ask for "
+            f"num_generalists is {count}, and the budget keeps {budget.num_experts[index]} experts in layer "
+            f"{index}; ask for "
             "at most that many."
         )
     protected = budget.protected[index]

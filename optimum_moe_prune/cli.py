@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``optimum-cli moe-prune ...`` and ``python -m optimum_moe_prune ...``.
+
+Exit codes: 0 on success, 2 for a wrong request (nothing was written), 1 for a failure while running. Nothing heavy is
+imported before a command runs, so that help is fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from .errors import MoEPruneError, RequestError
+
+if TYPE_CHECKING:
+    from .plan import PruningPlan
+
+# ------------------------------------------------------------------------------------------- arguments
+
+RECIPE_FLAGS = ("method", "num_experts", "sparsity", "allocation", "protect_super_experts")
+CALIBRATION_FLAGS = ("num_samples", "max_length", "batch_size", "max_tokens", "sample_selection", "pack", "seed")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR|ID", help="the model's folder, or its id on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--token", help="access token for a private repository on the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="where to run: cpu, cuda, cuda:1, auto ... (default cpu)"
+    )
+
+
+def _add_dtype(parser: argparse.ArgumentParser, what: str) -> None:
+    choices = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument(
+        "--dtype", default="auto", choices=choices, help=f"precision of {what} (default auto: the checkpoint's)"
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration",
+        action="append",
+        metavar="FILE",
+        help=".jsonl (text or messages, optional domain), .txt (blank line between documents), or "
+        "hub:name[config](split):samples; "
+        "may be repeated",
+    )
+    group.add_argument(
+        "--num-samples", type=int, metavar="N", help="samples to use, in equal shares of the domains (default 128)"
+    )
+    group.add_argument("--max-length", type=int, metavar="L", help="cut samples to this many tokens (default 2048)")
+    group.add_argument("--batch-size", type=int, metavar="B", help="samples in a forward pass (default 8)")
+    group.add_argument(
+        "--max-tokens", type=int, metavar="N", help="tokens to keep statistics per token for (default 8192)"
+    )
+    group.add_argument("--sample-selection", metavar="S", help="first or random (default first)")
+    group.add_argument("--pack", action="store_true", default=None, help="join samples and cut them into full lengths")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method and budget")
+    group.add_argument("--method", metavar="NAME", help="see: list methods (default mosaic)")
+    group.add_argument(
+        "--option", action="append", default=[], metavar="K=V", help="an option of the method; may be repeated"
+    )
+    group.add_argument("--num-experts", type=int, metavar="N", help="experts to retain in each layer")
+    group.add_argument("--sparsity", type=float, metavar="F", help="or the fraction of experts to remove")
+    group.add_argument("--allocation", metavar="A", help="how the budget is spread over layers: uniform")
+    group.add_argument(
+        "--protect",
+        action="append",
+        default=[],
+        metavar="LAYER:E,E",
+        help="experts to retain in any case; may be repeated",
+    )
+    group.add_argument(
+        "--protect-super-experts", action="store_true", default=None, help="retain experts with extreme outputs"
+    )
+    group.add_argument("--skip-layers", metavar="L,L", help="layers that keep all their experts")
+    group.add_argument(
+        "--domain-weight", action="append", default=[], metavar="DOMAIN=W", help="share of a domain; may be repeated"
+    )
+    group.add_argument(
+        "--config", metavar="FILE", help="a saved recipe (moe_pruner_config.json); other flags take precedence"
+    )
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, metavar="S", help="for whatever is drawn (default 0)")
+
+
+def _add_common(parser: argparse.ArgumentParser, output: str | None = None, output_help: str = "") -> None:
+    if output is not None:
+        parser.add_argument("output", metavar=output, help=output_help)
+        parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def _whole(text: str, what: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise RequestError(f"{what} must be a whole number, and is {text!r}.") from error
+
+
+def _pairs(items: list[str], flag: str, separator: str, form: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in items:
+        key, found, value = item.partition(separator)
+        if not found or not key or not value:
+            raise RequestError(f"{flag} {item} is not of the form {form}.")
+        pairs[key] = value
+    return pairs
+
+
+def recipe(args: argparse.Namespace) -> Any:
+    """The ``MoEPrunerConfig`` that the arguments ask for."""
+    from .config import MoEPrunerConfig
+
+    values: dict[str, Any] = {}
+    for flag in (*RECIPE_FLAGS, *CALIBRATION_FLAGS):
+        if getattr(args, flag, None) is not None:
+            values[flag] = getattr(args, flag)
+    if args.option:
+        values["method_options"] = _pairs(args.option, "--option", "=", "NAME=VALUE")
+    if args.protect:
+        pairs = _pairs(args.protect, "--protect", ":", "LAYER:EXPERT,EXPERT")
+        values["protect"] = {
+            _whole(layer, "the layer in --protect"): [_whole(e, "an expert in --protect") for e in experts.split(",")]
+            for layer, experts in pairs.items()
+        }
+    if args.skip_layers:
+        values["skip_layers"] = [_whole(layer, "a layer in --skip-layers") for layer in args.skip_layers.split(",")]
+    if args.config:
+        return MoEPrunerConfig.from_pretrained(args.config, **values)
+    return MoEPrunerConfig(**values)
+
+
+def _domain_weights(args: argparse.Namespace) -> dict[str, float] | None:
+    weights = {}
+    for domain, weight in _pairs(args.domain_weight, "--domain-weight", "=", "DOMAIN=WEIGHT").items():
+        try:
+            weights[domain] = float(weight)
+        except ValueError as error:
+            raise RequestError(f"--domain-weight {domain}={weight}: the weight must be a number.") from error
+    return weights or None
+
+
+# ------------------------------------------------------------------------------------------- the work
+
+
+def _hub(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say about the Hub, for the calls that take it."""
+    given = {"revision": args.revision, "token": args.token, "trust_remote_code": args.trust_remote_code or None}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _load_model(args: argparse.Namespace, path: str | None = None, dtype: str | None = None) -> Any:
+    """The model at ``path`` (by default ``--model``); its architecture is checked before its weights are read."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from .pruner import load_model_config
+
+    path = path or args.model
+    hub = _hub(args)
+    if path != args.model:
+        hub.pop("revision", None)  # the revision is one of --model
+    load_model_config(path, **hub)
+    if args.device != "auto":
+        try:
+            torch.empty(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            raise RequestError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or args.dtype, device_map=args.device, **hub)
+
+
+def _samples(args: argparse.Namespace, pruner: Any, settings: Mapping[str, Any]) -> Any:
+    """The calibration samples the arguments name, their tokens checked against the model's vocabulary."""
+    from .calibration import CalibrationSet, hub_records
+
+    sources = args.calibration or []
+    if not sources:
+        raise RequestError("a calibration is needed; name a file (--calibration FILE).")
+    hub = [source.removeprefix("hub:") for source in sources if source.startswith("hub:")]
+    files = [Path(source) for source in sources if not source.startswith("hub:")]
+    if hub and files:
+        raise RequestError("--calibration takes files or hub: mixtures, not both at once.")
+    source: Any = [record for mixture in hub for record in hub_records(mixture)] if hub else files
+    names = ("num_samples", "max_length", "sample_selection", "pack", "seed")
+    samples = CalibrationSet.build(source, pruner.tokenizer, **{name: settings[name] for name in names})
+    samples.check_vocabulary(pruner.model_config.vocab_size)
+    return samples
+
+
+def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .collect import model_facts
+    from .files import check_target
+    from .plan import plan_needs
+    from .pruner import MoEPruner
+
+    check_target(args.output, args.overwrite)
+    config = recipe(args)
+    weights = _domain_weights(args)
+    pruner = MoEPruner.from_pretrained(args.model, config, **_hub(args))
+    samples = _samples(args, pruner, vars(config)) if plan_needs(config) else None
+    model = _load_model(args)
+    if args.dtype != "auto" and samples is not None:  # what is written keeps the checkpoint's precision
+        stats = pruner.calibrate(model, samples)
+        del model
+        model = _load_model(args, dtype="auto")
+        samples = replace(stats, model=model_facts(model))
+    pruner.prune(model, samples, domain_weights=weights)
+    pruner.save_pretrained(args.output, overwrite=args.overwrite)
+    return _told(pruner.pruning_plan, args.output)
+
+
+def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .collect import collect
+    from .config import MoEPrunerConfig
+    from .files import check_target
+    from .methods import get_method, list_methods, make_options
+    from .pruner import MoEPruner
+
+    check_target(args.output, args.overwrite)
+    methods = [get_method(name) for name in (list_methods() if args.method in (None, "all") else [args.method])]
+    needs = frozenset().union(*(method.needs(make_options(method, {})) for method in methods))
+    if not needs:
+        raise RequestError(f"method {args.method!r} needs no calibration, so there is nothing to score.")
+    # A recipe checks the calibration's settings and knows their defaults; its budget is not used.
+    given = {flag: getattr(args, flag) for flag in CALIBRATION_FLAGS if getattr(args, flag) is not None}
+    settings = MoEPrunerConfig(sparsity=0.5, **given)
+    pruner = MoEPruner.from_pretrained(args.model, **_hub(args))
+    samples = _samples(args, pruner, vars(settings))
+    model = _load_model(args)
+    stats = collect(
+        model, samples, needs, batch_size=settings.batch_size, max_tokens=settings.max_tokens, seed=settings.seed
+    )
+    stats.save(args.output, args.overwrite)
+    told = {
+        "output": args.output,
+        "samples": len(samples),
+        "tokens_by_domain": stats.domains,
+        "kept_tokens": len(stats.token_sample),
+        "needs": sorted(map(str, needs)),
+    }
+    domains = ", ".join(f"{domain} {tokens}" for domain, tokens in stats.domains.items())
+    text = f"{len(samples)} samples, {samples.num_tokens} tokens ({domains})\n"
+    text += f"statistics of {len(stats.layers)} layers: {args.output}"
+    return text, told
+
+
+def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .plan import build_plan
+    from .stats import CalibrationStats
+
+    target = Path(args.output)
+    if target.suffix != ".json":
+        raise RequestError(f"the plan's file must end in .json, and is {args.output}.")
+    if target.exists() and not args.overwrite:
+        raise RequestError(f"{args.output} exists; name another file, or allow replacing it (--overwrite).")
+    config = recipe(args)
+    weights = _domain_weights(args)
+    plan = build_plan(CalibrationStats.load(args.stats), config, weights)
+    plan.save(target)
+    return _told(plan, args.output)
+
+
+def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .files import check_target
+    from .plan import PruningPlan
+    from .pruner import MoEPruner
+    from .surgery import check_plan_for_config
+
+    check_target(args.output, args.overwrite)
+    plan = PruningPlan.load(args.plan)
+    pruner = MoEPruner.from_plan(plan, args.model, **_hub(args))
+    check_plan_for_config(plan, pruner.model_config)
+    pruner.prune(_load_model(args, dtype="auto"))
+    pruner.save_pretrained(args.output, overwrite=args.overwrite)
+    return _told(plan, args.output)
+
+
+def _evaluate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .calibration import CalibrationSet
+    from .evaluate import evaluate
+    from .pruner import MoEPruner
+
+    pruner = MoEPruner.from_pretrained(args.model, **_hub(args))
+    samples = CalibrationSet.build([Path(file) for file in args.data], pruner.tokenizer, max_length=args.max_length)
+    samples.check_vocabulary(pruner.model_config.vocab_size)
+    reference = None if args.reference is None else _load_model(args, args.reference)
+    result = evaluate(_load_model(args), samples, reference=reference, batch_size=args.batch_size)
+    return result.summary(), {"model": args.model, "reference": args.reference, "domains": result.to_dict()}
+
+
+def _list(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    if args.what == "models":
+        from .architectures import list_architectures
+
+        models = list_architectures()
+        return "\n".join(models), {"models": models}
+    import dataclasses
+
+    from .methods import get_method, list_methods
+
+    methods = {name: get_method(name) for name in list_methods()}
+    width = max(map(len, methods))
+    lines, told = [], {}
+    for name, method in methods.items():
+        options = {f.name: f.default for f in dataclasses.fields(method.options)}
+        told[name] = {"summary": method.summary, "source": method.source, "options": options}
+        lines.append(f"{name:<{width}}  {method.summary} [{method.source}]")
+        if options:
+            lines.append(f"{'':<{width}}    options: " + ", ".join(f"{key}={value}" for key, value in options.items()))
+    return "\n".join(lines), {"methods": told}
+
+
+def _told(plan: PruningPlan | None, output: str) -> tuple[str, dict[str, Any]]:
+    """What is said of a plan that was made or applied."""
+    assert plan is not None
+    told = {"output": output, "method": plan.method, "sparsity": plan.sparsity, "num_experts": plan.num_experts}
+    return f"{plan.summary()}\n{output}", told
+
+
+# ------------------------------------------------------------------------------------------- the commands
+
+
+def execute(work: Callable[[argparse.Namespace], tuple[str, dict[str, Any]]], args: argparse.Namespace) -> int:
+    """Do the work of a command and print what it tells; the exit code."""
+    try:
+        if not sys.stderr.isatty() and work is not _list and work is not _plan:
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
+        text, told = work(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        name = "" if isinstance(error, MoEPruneError) else f"{type(error).__name__}: "
+        print(f"error: {name}{error}", file=sys.stderr)
+        return 2 if isinstance(error, RequestError) else 1
+    print(json.dumps(told) if args.json else text)
+    return 0
+
+
+class _Command(BaseOptimumCLICommand):
+    """A command that does its work and ends the process with its exit code."""
+
+    work: Callable[[argparse.Namespace], tuple[str, dict[str, Any]]]
+
+    def run(self) -> None:
+        sys.exit(execute(type(self).work, self.args))
+
+
+class RunCommand(_Command):
+    COMMAND = CommandInfo("run", "calibrate, choose experts, and write the pruned checkpoint")
+    work = staticmethod(_run)
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        _add_model(parser)
+        _add_dtype(parser, "the calibration; what is written keeps the checkpoint's")
+        _add_calibration(parser)
+        _add_method(parser)
+        _add_seed(parser)
+        _add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
+
+
+class ScoreCommand(_Command):
+    COMMAND = CommandInfo("score", "calibrate once and save the statistics")
+    work = staticmethod(_score)
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        _add_model(parser)
+        _add_dtype(parser, "the calibration")
+        _add_calibration(parser)
+        parser.add_argument("--method", metavar="NAME", help="gather what this method needs, or all (default all)")
+        _add_seed(parser)
+        _add_common(parser, "STATS_DIR", "folder of the statistics, absent or empty")
+
+
+class PlanCommand(_Command):
+    COMMAND = CommandInfo("plan", "choose experts from saved statistics")
+    work = staticmethod(_plan)
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--stats", required=True, metavar="STATS_DIR", help="statistics that score saved")
+        _add_method(parser)
+        _add_seed(parser)
+        _add_common(parser, "PLAN.json", "file of the plan")
+
+
+class ApplyCommand(_Command):
+    COMMAND = CommandInfo("apply", "prune a model by a plan")
+    work = staticmethod(_apply)
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        _add_model(parser)
+        parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
+        _add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
+
+
+class EvaluateCommand(_Command):
+    COMMAND = CommandInfo("evaluate", "perplexity by domain, of a model or against a reference")
+    work = staticmethod(_evaluate)
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        _add_model(parser)
+        _add_dtype(parser, "the models")
+        parser.add_argument(
+            "--reference", metavar="DIR|ID", help="the model to compare with, usually the unpruned one"
+        )
+        parser.add_argument(
+            "--data", required=True, action="append", metavar="FILE", help=".jsonl or .txt; may be repeated"
+        )
+        parser.add_argument(
+            "--batch-size", type=int, default=8, metavar="B", help="samples in a forward pass (default 8)"
+        )
+        parser.add_argument(
+            "--max-length", type=int, default=2048, metavar="L", help="cut samples to this many tokens (default 2048)"
+        )
+        _add_common(parser)
+
+
+class ListCommand(_Command):
+    COMMAND = CommandInfo("list", "the known methods or models")
+    work = staticmethod(_list)
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("what", choices=("methods", "models"))
+        _add_common(parser)
+
+
+COMMANDS: tuple[type[_Command], ...] = (
+    RunCommand,
+    ScoreCommand,
+    PlanCommand,
+    ApplyCommand,
+    EvaluateCommand,
+    ListCommand,
+)
+
+
+class MoEPruneCommand(BaseOptimumCLICommand):
+    """``optimum-cli moe-prune``."""
+
+    COMMAND = CommandInfo("moe-prune", "Remove whole experts from Mixture-of-Experts models.")
+    SUBCOMMANDS = tuple(CommandInfo(c.COMMAND.name, c.COMMAND.help, subcommand_class=c) for c in COMMANDS)
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """``python -m optimum_moe_prune``."""
+    parser = argparse.ArgumentParser(prog="python -m optimum_moe_prune", description=MoEPruneCommand.COMMAND.help)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.COMMAND.name, help=command.COMMAND.help)
+        command.parse_args(subparser)
+        subparser.set_defaults(work=command.work)
+    args = parser.parse_args(argv)
+    sys.exit(execute(args.work, args))
