@@ -6,13 +6,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import PushToHubMixin, cached_file
+from huggingface_hub import HfApi
+from transformers.utils import cached_file
 
 from .calibration import SAMPLE_SELECTIONS
 from .errors import RequestError, nearest_first
@@ -29,7 +29,7 @@ ALLOCATIONS = ("uniform",)
 
 
 @dataclass
-class MoEPrunerConfig(PushToHubMixin):
+class MoEPrunerConfig:
     """How to prune: method, budget and calibration. Checked when made.
 
     Attributes:
@@ -141,9 +141,6 @@ class MoEPrunerConfig(PushToHubMixin):
         if overrides.get("method", merged.get("method")) != merged.get("method"):
             merged.pop("method_options", None)
         merged |= overrides
-        for name in ("sparsity",):
-            if isinstance(merged.get(name), float) and not math.isfinite(merged[name]):
-                raise RequestError(f"{name} is {merged[name]}; it must be a number.")
         return cls(**merged)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Path:
@@ -151,14 +148,50 @@ class MoEPrunerConfig(PushToHubMixin):
 
         Args:
             save_directory: The folder, made if absent.
-            push_to_hub: Push it to the Hub as well, to ``repo_id`` (by default the folder's name).
-            kwargs: ``repo_id``, ``commit_message``, ``token``, ``private`` ... of ``push_to_hub``.
+            push_to_hub: Push it to the Hub as well.
+            kwargs: Of :meth:`push_to_hub`; ``repo_id`` is the folder's name by default.
         """
-        path = write_text(Path(save_directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2) + "\n")
+        path = write_text(Path(save_directory) / CONFIG_NAME, self._json())
         if push_to_hub:
-            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            self.push_to_hub(repo_id, **kwargs)
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **kwargs})
         return path
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload the pruning recipe",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload ``moe_pruner_config.json`` to a repository on the Hub, made if absent.
+
+        Args:
+            repo_id: The repository.
+            private: Whether a new repository is private.
+            token: Access token; by default the one of ``hf auth login``.
+            revision: The branch.
+            commit_message: Of the commit.
+            create_pr: Open a pull request instead of committing.
+
+        Returns:
+            The address of the commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_file(
+            path_or_fileobj=self._json().encode(),
+            path_in_repo=CONFIG_NAME,
+            repo_id=repo_id,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        ).commit_url
+
+    def _json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> MoEPrunerConfig:

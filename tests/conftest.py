@@ -35,7 +35,7 @@ SHAPE = {
     "pad_token_id": 0,
 }
 KINDS = ("mixtral", "qwen2_moe", "qwen2_moe_norm")
-"""Mixtral; Qwen2-MoE with a shared expert and a dense layer between sparse ones, without and with ``norm_topk_prob``."""
+"""Mixtral; Qwen2-MoE with a shared expert and a dense layer in between, without and with ``norm_topk_prob``."""
 
 
 def make_model(kind: str = "mixtral", seed: int = 0, **settings: object) -> PreTrainedModel:
@@ -88,7 +88,7 @@ def make_texts(count: int = 12, seed: int = 0, length: tuple[int, int] = (4, 24)
 
 
 def aligned(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with every parameter cloned: memory-mapped ones differ in alignment, and kernels then in the last bit."""
+    """The model, every parameter cloned: memory-mapped ones are aligned differently, and kernels round so."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
@@ -126,7 +126,9 @@ def folder(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Pat
     return save_checkpoint(kind, tmp_path / "model", tokenizer)
 
 
-def save_checkpoint(kind: str, path: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype = torch.bfloat16) -> Path:
+def save_checkpoint(
+    kind: str, path: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype = torch.bfloat16
+) -> Path:
     make_model(kind).to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

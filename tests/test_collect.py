@@ -34,19 +34,25 @@ def expert_output(block: MoEBlock, expert: int, x: Tensor) -> Tensor:
     return functional.linear(functional.silu(gate) * up, down[expert])
 
 
+def block_inputs(model: PreTrainedModel, ids: Tensor) -> dict[int, Tensor]:
+    """What the MoE block of each layer sees of one sample, ``(T, H)``."""
+    inputs: dict[int, Tensor] = {}
+    handles = [
+        b.module.register_forward_pre_hook(lambda _m, i, layer=b.layer: inputs.__setitem__(layer, i[0][0]))
+        for b in moe_blocks(model)
+    ]
+    model(input_ids=ids[None])
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
 def straight_loop(model: PreTrainedModel, samples: CalibrationSet) -> dict[int, dict[str, Tensor]]:
     """Every statistic of every layer, one token and one expert at a time, without batches or padding."""
     result: dict[int, dict[str, Tensor]] = {}
     blocks = moe_blocks(model)
     for number, ids in enumerate(samples.token_ids):
-        inputs: dict[int, Tensor] = {}
-        handles = [
-            b.module.register_forward_pre_hook(lambda _m, i, layer=b.layer: inputs.__setitem__(layer, i[0][0]))
-            for b in blocks
-        ]
-        model(input_ids=ids[None])
-        for handle in handles:
-            handle.remove()
+        inputs = block_inputs(model, ids)
         for block in blocks:
             experts = block.num_experts
             tables = result.setdefault(block.layer, {})
@@ -114,7 +120,9 @@ def assert_same(a: CalibrationStats, b: CalibrationStats, rtol: float) -> None:
         other = b.layers[index].tensors
         for name in layer.tensors.keys() & other.keys():
             x, y = layer.tensors[name], other[name]
-            torch.testing.assert_close(x, y, rtol=rtol, atol=rtol * float(y.abs().mean()), msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                x, y, rtol=rtol, atol=rtol * float(y.abs().mean()), msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids=lambda needs: "+".join(sorted(map(str, needs))))
@@ -138,7 +146,9 @@ def test_batch_size_and_order_do_not_matter(kind: str, tokenizer: object, max_to
     for batch_size, records in ((1, texts), (4, texts[::-1]), (15, texts)):
         built = CalibrationSet.build(records, tokenizer)
         results.append(collect(model, built, EVERYTHING, batch_size=batch_size, max_tokens=max_tokens))
-    assert len(results[0].token_sample) == min(max_tokens, results[0].token_sample.new_tensor(sum(results[0].domains.values())))
+    assert len(results[0].token_sample) == min(
+        max_tokens, results[0].token_sample.new_tensor(sum(results[0].domains.values()))
+    )
     for other in results[1:]:
         assert_same(results[0], other, rtol=1e-5)
 
@@ -152,7 +162,9 @@ def test_padding_never_counts(kind: str, tokenizer: object) -> None:
     row = [s.num_tokens for s in together.samples].index(4)
     for index, layer in alone.layers.items():
         for name in ("routed_tokens", "norm", "single_error", "probability"):
-            torch.testing.assert_close(together.layers[index].tensors[name][row], layer.tensors[name][0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                together.layers[index].tensors[name][row], layer.tensors[name][0], rtol=1e-5, atol=1e-6
+            )
         assert together.layers[index].tensors["routed_tokens"].sum() == (41 + 4) * layer.routing.top_k
 
 
@@ -161,7 +173,8 @@ def block_outputs(model: PreTrainedModel, samples: CalibrationSet, needs: set[Ne
     outputs: dict[int, Tensor] = {}
     blocks = moe_blocks(model)
     handles = [
-        b.module.register_forward_hook(lambda _m, _i, o, layer=b.layer: outputs.__setitem__(layer, o.detach())) for b in blocks
+        b.module.register_forward_hook(lambda _m, _i, o, layer=b.layer: outputs.__setitem__(layer, o.detach()))
+        for b in blocks
     ]
     if needs is None:
         with torch.no_grad():

@@ -114,7 +114,12 @@ def test_mosaic_follows_the_paper_step_by_step(stats: CalibrationStats) -> None:
         single = layer.tensors["token_single_error"].double().numpy()
         vectors = np.array([[single[domain == j, e].mean() for j in range(5)] for e in others])
         clusters = [[row] for row in range(len(others))]
-        rho = np.array([[1.0 if a == b else spearmanr(vectors[a], vectors[b])[0] for b in range(len(others))] for a in range(len(others))])
+        rho = np.array(
+            [
+                [1.0 if a == b else spearmanr(vectors[a], vectors[b])[0] for b in range(len(others))]
+                for a in range(len(others))
+            ]
+        )
 
         def increase(a: list[int], b: list[int], rho: np.ndarray = rho) -> float:
             """Ward's increase of the within-cluster sum of squares, from squared distances 2 K (1 - rho)."""
@@ -126,7 +131,10 @@ def test_mosaic_follows_the_paper_step_by_step(stats: CalibrationStats) -> None:
             return within(a + b) - within(a) - within(b)
 
         while len(clusters) > 3:
-            a, b = min(itertools.combinations(range(len(clusters)), 2), key=lambda ab: increase(clusters[ab[0]], clusters[ab[1]]))
+            a, b = min(
+                itertools.combinations(range(len(clusters)), 2),
+                key=lambda ab: increase(clusters[ab[0]], clusters[ab[1]]),
+            )
             clusters[a] = clusters[a] + clusters.pop(b)
         score = variability_scores(layer)
         representatives = [max((others[row] for row in c), key=lambda e: (score[e], -e)) for c in clusters]
@@ -134,8 +142,9 @@ def test_mosaic_follows_the_paper_step_by_step(stats: CalibrationStats) -> None:
 
 
 def test_rank_standardised_distances_are_two_k_times_one_minus_rho() -> None:
-    from optimum_moe_prune.methods.mosaic import _standardised
     from scipy.stats import rankdata
+
+    from optimum_moe_prune.methods.mosaic import _standardised
 
     vectors = np.random.default_rng(0).normal(size=(6, 7))
     standard = _standardised(rankdata(vectors, axis=1), axis=1)
@@ -273,9 +282,7 @@ def test_wrong_options_are_refused(method: str, option: str, value: object, mess
         make_options(get_method(method), {option: value})
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [("3", 3), ("auto", "auto"), ("none", None), (None, None), (7, 7)]
-)
+@pytest.mark.parametrize(("value", "expected"), [("3", 3), ("auto", "auto"), ("none", None), (None, None), (7, 7)])
 def test_options_are_read_from_text(value: object, expected: object) -> None:
     assert make_options(get_method("mosaic"), {"num_domains": value}).num_domains == expected
 
@@ -315,7 +322,11 @@ def test_methods_of_installed_packages_are_found(monkeypatch: pytest.MonkeyPatch
             loaded.append(True)
 
     monkeypatch.setattr(registry, "_entry_points_read", False)
-    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: [EntryPoint()] if group == "optimum_moe_prune.methods" else [])
+    monkeypatch.setattr(
+        registry.importlib.metadata,
+        "entry_points",
+        lambda group: [EntryPoint()] if group == "optimum_moe_prune.methods" else [],
+    )
     list_methods()
     list_methods()
     assert loaded == [True]

@@ -35,7 +35,9 @@ SHAPES = [  # experts, top_k, retained
 ]
 
 
-def layer_data(experts: int, tokens: int = 90, samples: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def layer_data(
+    experts: int, tokens: int = 90, samples: int = 5, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Random logits ``(T, E)``, outputs ``(T, E, H)``, Gram triangles, token samples and sample weights."""
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(tokens, experts, generator=generator)
@@ -46,7 +48,9 @@ def layer_data(experts: int, tokens: int = 90, samples: int = 5, seed: int = 0) 
     return logits, outputs, gram, sample, 0.5 + torch.rand(samples, generator=generator)
 
 
-def loss(logits: Tensor, gram: Tensor, routing: Routing, retained: tuple[int, ...], sample: Tensor, weights: Tensor) -> float:
+def loss(
+    logits: Tensor, gram: Tensor, routing: Routing, retained: tuple[int, ...], sample: Tensor, weights: Tensor
+) -> float:
     return reconstruction_loss(squared_errors(logits, gram, routing, retained), sample, weights).item()
 
 

@@ -28,7 +28,9 @@ def test_saved_statistics_come_back_to_the_bit(stats: CalibrationStats, tmp_path
     assert_same(stats, loaded, rtol=0)
     for name in ("model", "samples", "needs", "max_tokens", "seed", "provenance"):
         assert getattr(loaded, name) == getattr(stats, name)
-    assert {i: layer.routing for i, layer in loaded.layers.items()} == {i: layer.routing for i, layer in stats.layers.items()}
+    assert {i: layer.routing for i, layer in loaded.layers.items()} == {
+        i: layer.routing for i, layer in stats.layers.items()
+    }
     assert sorted(p.name for p in (tmp_path / "stats").iterdir()) == sorted(
         ["stats.json", "tokens.safetensors", *(f"layer_{i:05d}.safetensors" for i in stats.layers)]
     )
@@ -50,14 +52,16 @@ def test_merged_parts_equal_the_whole(kind: str, tokenizer: PreTrainedTokenizerB
     assert build_plan(merged, config).retained == build_plan(parts[2], config).retained
 
 
-def test_what_does_not_belong_together_is_not_merged(samples: CalibrationSet, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_what_does_not_belong_together_is_not_merged(
+    samples: CalibrationSet, tokenizer: PreTrainedTokenizerBase
+) -> None:
     others = CalibrationSet.build(make_texts(4, seed=9), tokenizer)
     stats = collect(make_model(), samples, {Need.ROUTING})
     with pytest.raises(RequestError, match="12 samples are in both"):
         stats.merge(stats)
-    with pytest.raises(RequestError, match="model is .* in one and .* in the other"):
+    with pytest.raises(RequestError, match=r"model is .* in one and .* in the other"):
         stats.merge(collect(make_model(seed=1), others, {Need.ROUTING}))
-    with pytest.raises(RequestError, match="needs is .*'routing'"):
+    with pytest.raises(RequestError, match=r"needs is .*'routing'"):
         stats.merge(collect(make_model(), others, {Need.ROUTING, Need.GRAM}))
     with pytest.raises(RequestError, match="seed is 0 in one and 3 in the other"):
         stats.merge(collect(make_model(), others, {Need.ROUTING}, seed=3))
@@ -71,7 +75,9 @@ def test_domain_weights_set_the_share_of_tokens(samples: CalibrationSet) -> None
     low = torch.tensor([s.domain == "low" for s in stats.samples])
     tokens = stats.domains
     total = sum(tokens.values())
-    expected = table[low].sum(0) * (0.75 * total / tokens["low"]) + table[~low].sum(0) * (0.25 * total / tokens["high"])
+    expected = table[low].sum(0) * (0.75 * total / tokens["low"]) + table[~low].sum(0) * (
+        0.25 * total / tokens["high"]
+    )
     torch.testing.assert_close(layer.total("routed_tokens"), expected)
     assert layer.total("routed_tokens").sum() == pytest.approx(total * layer.routing.top_k)
     assert torch.equal(stats.layers[0].total("routed_tokens"), table.sum(0)), "the original is as it was"
@@ -112,7 +118,11 @@ def test_a_newer_format_is_refused(saved: Path) -> None:
         {"samples": [{"hash": 1}]},
         {"needs": ["routing", "gram"]},
         {"needs": ["telepathy"]},
-        {"layers": {"0": {"num_experts": 10**12, "routing": {"top_k": 2, "renormalise": True, "cast_weights": False}}}},
+        {
+            "layers": {
+                "0": {"num_experts": 10**12, "routing": {"top_k": 2, "renormalise": True, "cast_weights": False}}
+            }
+        },
         {"layers": {"../../x": {"num_experts": 8, "routing": {}}}},
         {"layers": []},
         {"samples": []},

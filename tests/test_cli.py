@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as a person gives them: what they print, what they write, how they end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load, make_model, make_texts, make_tokenizer, save_checkpoint
+from safetensors import safe_open
+from transformers import LlamaConfig
+
+from optimum_moe_prune import CalibrationStats, PruningPlan, list_methods
+from optimum_moe_prune.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny bfloat16 Mixtral and calibration texts."""
+    place = tmp_path_factory.mktemp("place")
+    save_checkpoint("mixtral", place / "model", make_tokenizer())
+    (place / "texts.jsonl").write_text("".join(json.dumps(t) + "\n" for t in make_texts(10)))
+    return place
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return ended.value.code or 0, out, err
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def test_run_equals_score_plan_apply(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, texts = place / "model", place / "texts.jsonl"
+    budget = ("--method", "mosaic", "--num-experts", 4, "--option", "num_domains=4", "--seed", 3)
+    code, out, err = call(capsys, "run", "--model", model, "--calibration", texts, *budget, tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert out.startswith("mosaic: 12 of 24 experts retained in 3 layers (50% removed)\n  layer 0  4 of 8: ")
+
+    code, out, _ = call(capsys, "score", "--model", model, "--calibration", texts, "--seed", 3, tmp_path / "stats")
+    assert code == 0 and out.startswith("10 samples, ")
+    code, out, _ = call(capsys, "plan", "--stats", tmp_path / "stats", *budget, tmp_path / "plan.json")
+    assert code == 0 and str(tmp_path / "plan.json") in out
+    code, out, _ = call(capsys, "apply", "--model", model, "--plan", tmp_path / "plan.json", tmp_path / "apply")
+    assert code == 0
+
+    assert PruningPlan.load(tmp_path / "plan.json").retained == PruningPlan.load(tmp_path / "run").retained
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {p.name for p in (tmp_path / "apply").iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "moe_pruner_config.json",
+        "moe_pruning_plan.json",
+    }
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "moe_pruner_config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "apply" / name).read_bytes()
+    assert load(tmp_path / "run").config.num_local_experts == 4
+
+
+def test_one_calibration_serves_every_method(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(capsys, "score", "--model", place / "model", "--calibration", place / "texts.jsonl", tmp_path / "stats")
+    for method in list_methods():
+        code, out, _ = call(
+            capsys,
+            "plan",
+            "--stats",
+            tmp_path / "stats",
+            "--method",
+            method,
+            "--sparsity",
+            0.25,
+            "--json",
+            tmp_path / f"{method}.json",
+        )
+        told = json.loads(out)
+        assert code == 0 and told["method"] == method and told["sparsity"] == 0.25
+        assert told["num_experts"] == {"0": 6, "1": 6, "2": 6}
+
+
+def test_score_gathers_what_one_method_needs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score = ("score", "--model", place / "model", "--calibration", place / "texts.jsonl")
+    code, out, _ = call(capsys, *score, "--method", "frequency", "--json", tmp_path / "stats")
+    assert code == 0 and json.loads(out)["needs"] == ["routing"]
+    assert {str(n) for n in CalibrationStats.load(tmp_path / "stats").needs} == {"routing"}
+    plan = ("plan", "--stats", tmp_path / "stats", "--num-experts", 4, "--method", "mosaic", tmp_path / "plan.json")
+    code, _, err = call(capsys, *plan)
+    assert code == 2 and "error: method 'mosaic' needs the statistics" in err and "score --method mosaic" in err
+    code, _, err = call(capsys, *score, "--method", "random", tmp_path / "other")
+    assert code == 2 and "needs no calibration" in err
+
+
+def test_the_calibrations_precision_is_not_what_is_written(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = (
+        "run",
+        "--model",
+        place / "model",
+        "--calibration",
+        place / "texts.jsonl",
+        "--method",
+        "reap",
+        "--num-experts",
+        4,
+    )
+    assert call(capsys, *run, "--dtype", "float32", tmp_path / "out")[0] == 0
+    written, source = tensors(tmp_path / "out"), tensors(place / "model")
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
+    assert torch.equal(written["model.embed_tokens.weight"], source["model.embed_tokens.weight"])
+    assert PruningPlan.load(tmp_path / "out").provenance["calibration"]["dtype"] == "float32"
+
+
+def test_recipes_flags_and_their_precedence(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ("run", "--model", place / "model", "--calibration", place / "texts.jsonl")
+    flags = (
+        "--method",
+        "frequency",
+        "--sparsity",
+        0.5,
+        "--protect",
+        "0:6,7",
+        "--domain-weight",
+        "low=2",
+        "--domain-weight",
+        "high=1",
+    )
+    assert call(capsys, *run, *flags, "--num-samples", 6, tmp_path / "a")[0] == 0
+    plan = PruningPlan.load(tmp_path / "a")
+    assert {6, 7} <= set(plan.retained[0])
+    assert plan.provenance["calibration"]["samples"] == 6
+    assert plan.provenance["calibration"]["domain_weights"] == {"low": 2, "high": 1}
+    recipe = tmp_path / "a" / "moe_pruner_config.json"
+    assert call(capsys, *run, "--config", recipe, "--num-experts", 3, tmp_path / "b")[0] == 0
+    plan = PruningPlan.load(tmp_path / "b")
+    assert plan.method == "frequency" and plan.num_experts[0] == 3 and {6, 7} <= set(plan.retained[0])
+
+
+def test_evaluate_prints_domains(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data", place / "texts.jsonl")
+    call(capsys, "run", "--model", place / "model", "--method", "random", "--num-experts", 4, tmp_path / "out")
+    code, out, _ = call(capsys, "evaluate", "--model", tmp_path / "out", "--reference", place / "model", *data)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["domain", "high", "low", "all"]
+    code, out, _ = call(capsys, "evaluate", "--model", place / "model", *data, "--json")
+    assert code == 0 and json.loads(out)["domains"]["all"]["perplexity"] > 1
+
+
+def test_list_names_methods_and_models(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "list", "methods")
+    assert code == 0 and all(f"\n{name} " in f"\n{out}" for name in list_methods())
+    assert "arXiv 2511.19822" in out
+    code, out, _ = call(capsys, "list", "models", "--json")
+    assert json.loads(out) == {"models": ["mixtral", "qwen2_moe"]}
+
+
+RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*RUN, "--num-experts", "0", "{out}"), "num_experts is 0"),
+        ((*RUN, "--num-experts", "1", "{out}"), "num_experts=1 leaves layer 0 with 1 experts, and every token uses 2"),
+        ((*RUN, "--num-experts", "8", "{out}"), "nothing to prune"),
+        ((*RUN, "--num-experts", "9", "{out}"), "asks for more experts than layer 0 has (8)"),
+        ((*RUN, "--num-experts", "4", "--sparsity", "0.5", "{out}"), "both are given"),
+        ((*RUN, "{out}"), "neither is given"),
+        ((*RUN, "--sparsity", "1.5", "{out}"), "sparsity is 1.5"),
+        ((*RUN, "--sparsity", "0.01", "{out}"), "removes 0 of 8 experts"),
+        ((*RUN, "--num-experts", "4", "--method", "mosiac", "{out}"), "method 'mosiac' is not known. Known: mosaic,"),
+        (
+            (*RUN, "--num-experts", "4", "--option", "num_domain=2", "{out}"),
+            "has no option 'num_domain'. Its options: num_domains,",
+        ),
+        (
+            (*RUN, "--num-experts", "4", "--option", "num_domains", "{out}"),
+            "--option num_domains is not of the form NAME=VALUE",
+        ),
+        (
+            (*RUN, "--num-experts", "4", "--protect", "0-1", "{out}"),
+            "--protect 0-1 is not of the form LAYER:EXPERT,EXPERT",
+        ),
+        (
+            (*RUN, "--num-experts", "4", "--protect", "0:x", "{out}"),
+            "an expert in --protect must be a whole number, and is 'x'",
+        ),
+        (
+            (*RUN, "--num-experts", "4", "--skip-layers", "1", "{out}"),
+            "skip_layers leaves layers with different numbers",
+        ),
+        ((*RUN, "--num-experts", "4", "--allocation", "x", "{out}"), "allocation 'x' is not known"),
+        ((*RUN, "--num-experts", "4", "--device", "warp", "{out}"), "--device warp cannot be used"),
+        ((*RUN, "--num-experts", "4", "{full}"), "exists and is not empty"),
+        ((*RUN, "--num-experts", "4", "{texts}"), "is a file"),
+        (("run", "--model", "{model}", "--num-experts", "4", "{out}"), "a calibration is needed"),
+        (
+            ("run", "--model", "{model}", "--calibration", "{place}/empty.jsonl", "--num-experts", "4", "{out}"),
+            "empty.jsonl is empty",
+        ),
+        (
+            ("run", "--model", "{model}", "--calibration", "{place}/bad.jsonl", "--num-experts", "4", "{out}"),
+            "bad.jsonl, line 2 is not JSON",
+        ),
+        (
+            ("run", "--model", "{model}", "--calibration", "{place}/short.jsonl", "--num-experts", "4", "{out}"),
+            "short.jsonl, line 1 has 1 token",
+        ),
+        (
+            ("run", "--model", "{model}", "--calibration", "{model}/model.safetensors", "--num-experts", "4", "{out}"),
+            "is not a text file",
+        ),
+        (
+            ("run", "--model", "{place}", "--calibration", "{texts}", "--num-experts", "4", "{out}"),
+            "is not a model's folder",
+        ),
+        (
+            ("run", "--model", "{place}/dense", "--calibration", "{texts}", "--num-experts", "4", "{out}"),
+            "has no experts",
+        ),
+        (
+            ("run", "--model", "{place}/words", "--calibration", "{texts}", "--num-experts", "4", "{out}"),
+            "outside the model's vocabulary of 40",
+        ),
+        (
+            ("score", "--model", "{model}", "--calibration", "{texts}", "--method", "x", "{out}"),
+            "method 'x' is not known",
+        ),
+        (("score", "--model", "{model}", "--calibration", "{texts}", "{full}"), "exists and is not empty"),
+        (("plan", "--stats", "{place}", "--num-experts", "4", "{out}.json"), "holds no calibration statistics"),
+        (("plan", "--stats", "{place}", "--num-experts", "4", "{out}"), "the plan's file must end in .json"),
+        (("apply", "--model", "{model}", "--plan", "{place}/none.json", "{out}"), "none.json does not exist"),
+        (
+            ("apply", "--model", "{model}", "--plan", "{place}/other.json", "{out}"),
+            "this plan was made for a model with other router weights",
+        ),
+        (
+            ("apply", "--model", "{place}/qwen", "--plan", "{place}/other.json", "{out}"),
+            "this plan is for a 'mixtral' model, and the model is 'qwen2_moe'",
+        ),
+        (("evaluate", "--model", "{model}", "--data", "{place}/bad.jsonl"), "bad.jsonl, line 2 is not JSON"),
+    ],
+)
+def test_wrong_requests_end_with_2_and_write_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    if not (place / "dense").exists():
+        (place / "empty.jsonl").write_text("")
+        (place / "bad.jsonl").write_text('{"text": "w1 w2"}\n{"text": \n')
+        (place / "short.jsonl").write_text('{"text": ""}\n')
+        LlamaConfig().save_pretrained(place / "dense")
+        make_model(vocab_size=40).save_pretrained(place / "words")
+        make_tokenizer().save_pretrained(place / "words")
+        save_checkpoint("qwen2_moe", place / "qwen", make_tokenizer())
+        save_checkpoint("mixtral", place / "scratch", make_tokenizer())
+        make_model(seed=5).to(torch.bfloat16).save_pretrained(place / "scratch")
+        call(capsys, "run", "--model", place / "scratch", "--method", "random", "--num-experts", 4, place / "made")
+        shutil.copy(place / "made" / "moe_pruning_plan.json", place / "other.json")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep")
+    names = {
+        "model": place / "model",
+        "texts": place / "texts.jsonl",
+        "place": place,
+        "out": tmp_path / "out",
+        "full": full,
+    }
+    code, out, err = call(capsys, *(a.format(**names) for a in arguments))
+    assert code == 2, err
+    assert out == "" and err.startswith("error: ") and message in err and "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["full", "mine.txt"]
+
+
+def test_what_only_the_run_finds_ends_with_1(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load(place / "model")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3, 0, 0] = float("inf")
+    model.save_pretrained(tmp_path / "nan")
+    make_tokenizer().save_pretrained(tmp_path / "nan")
+    run = (
+        "run",
+        "--model",
+        tmp_path / "nan",
+        "--calibration",
+        place / "texts.jsonl",
+        "--num-experts",
+        4,
+        tmp_path / "out",
+    )
+    code, out, err = call(capsys, *run)
+    assert (code, out) == (1, "") and "model.layers.1.mlp.experts.down_proj holds NaN or infinite weights" in err
+    assert not (tmp_path / "out").exists()
+    from optimum_moe_prune import RunError
+
+    with pytest.raises(RunError):
+        main([*map(str, run), "--debug"])
+
+
+def test_optimum_cli_has_the_command_and_its_exit_codes(place: Path, tmp_path: Path) -> None:
+    """Through the installed entry points, in processes of their own."""
+
+    def ended(*command: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(c) for c in command], capture_output=True, text=True)
+
+    optimum = Path(sys.executable).with_name("optimum-cli")
+    shown = ended(optimum, "moe-prune", "--help")
+    assert shown.returncode == 0
+    assert all(name in shown.stdout for name in ("run", "score", "plan", "apply", "evaluate", "list"))
+    imported = ended(
+        sys.executable,
+        "-c",
+        "import sys; sys.argv = ['optimum-cli', 'moe-prune', 'run', '--help']\n"
+        "from optimum.commands.optimum_cli import main\n"
+        "try: main()\nfinally: print('torch' in sys.modules, 'transformers' in sys.modules)",
+    )
+    assert "--calibration" in imported.stdout and imported.stdout.endswith("False False\n")
+    run = ("run", "--model", place / "model", "--method", "random", "--num-experts", 4, "--json", tmp_path / "out")
+    done = ended(optimum, "moe-prune", *run)
+    assert done.returncode == 0 and done.stderr == "", "quiet when nobody watches"
+    assert json.loads(done.stdout)["num_experts"] == {"0": 4, "1": 4, "2": 4}
+    assert ended(optimum, "moe-prune", *run).returncode == 2
+    assert ended(sys.executable, "-m", "optimum_moe_prune", "list", "models").stdout == "mixtral\nqwen2_moe\n"
+    assert ended(sys.executable, "-m", "optimum_moe_prune", "run").returncode == 2

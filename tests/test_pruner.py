@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front door: prune, save, reload, apply again, and requests it refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import KINDS, load, make_model, make_texts, make_tokenizer, save_checkpoint
+from huggingface_hub import HfApi
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OlmoeConfig, PreTrainedTokenizerBase
+
+from optimum_moe_prune import MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, RunError
+from optimum_moe_prune.architectures.block import moe_blocks
+from optimum_moe_prune.calibration import CalibrationSet
+from optimum_moe_prune.collect import collect
+from optimum_moe_prune.stats import Need
+
+TEXTS = make_texts()
+COUNT_KEY = {kind: "num_local_experts" if kind == "mixtral" else "num_experts" for kind in KINDS}
+
+
+def assert_equal_states(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    mine, theirs = a.state_dict(), b.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+def test_prune_save_reload_and_apply_again(kind: str, folder: Path, tmp_path: Path) -> None:
+    pruner = MoEPruner.from_pretrained(folder, MoEPrunerConfig(method="mosaic", num_experts=4))
+    base = load(folder)
+    model = pruner.prune(base, calibration=TEXTS)
+    assert model is base
+    assert pruner.pruning_plan.num_experts == {b.layer: 4 for b in moe_blocks(model)}
+    assert pruner.stats.domains.keys() == {"low", "high"}
+    pruner.save_pretrained(tmp_path / "out")
+
+    reloaded = load(tmp_path / "out")
+    assert_equal_states(reloaded, model)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"] == [1, 4, 5]
+    assert PruningPlan.load(tmp_path / "out") == pruner.pruning_plan
+    assert MoEPrunerConfig.from_pretrained(tmp_path / "out") == pruner.config
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"], "nothing is left beside the target"
+
+    again = MoEPruner.from_pretrained(tmp_path / "out")
+    assert_equal_states(again.prune(load(folder)), model)
+    again.save_pretrained(tmp_path / "again")
+    for name in (
+        "model.safetensors",
+        "config.json",
+        "moe_pruning_plan.json",
+        "moe_pruner_config.json",
+        "tokenizer.json",
+    ):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_only_the_pruning_keys_of_the_config_change(kind: str, folder: Path, tmp_path: Path) -> None:
+    source = json.loads((folder / "config.json").read_text())
+    source = {"torch_dtype": source.pop("dtype"), "rope_theta": 10000.0, "a_key_of_others": [1, {"x": None}], **source}
+    source["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(source))
+    pruner = MoEPruner.from_pretrained(folder, method="random", num_experts=3)
+    pruner.prune(load(folder))
+    pruner.save_pretrained(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == source | {COUNT_KEY[kind]: 3}
+    assert list(written) == list(source)
+    assert load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_model_in_another_dtype_is_saved_as_it_is(folder: Path, tmp_path: Path) -> None:
+    pruner = MoEPruner.from_pretrained(folder, method="random", num_experts=3)
+    model = pruner.prune(load(folder, dtype=torch.float32))
+    pruner.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert_equal_states(load(tmp_path / "out"), model)
+
+
+def test_model_save_pretrained_alone_gives_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    model = MoEPruner.from_pretrained(folder, method="random", num_experts=3).prune(load(folder))
+    model.save_pretrained(tmp_path / "out")
+    assert_equal_states(load(tmp_path / "out"), model)
+
+
+def test_generation_config_is_carried(folder: Path, tmp_path: Path) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_new_tokens": 7}))
+    pruner = MoEPruner.from_pretrained(folder, method="random", num_experts=3)
+    pruner.prune(load(folder))
+    pruner.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_new_tokens"] == 7
+
+
+def test_pruning_a_pruned_checkpoint_keeps_the_earlier_plan(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = MoEPruner.from_pretrained(folder, method="random", num_experts=5)
+    first.prune(load(folder))
+    first.save_pretrained(tmp_path / "five")
+    with caplog.at_level(logging.WARNING):
+        second = MoEPruner.from_pretrained(tmp_path / "five", method="frequency", num_experts=3)
+    assert "five was pruned before; with a new recipe it is taken as the model to prune" in caplog.text
+    second.prune(load(tmp_path / "five"), TEXTS)
+    assert set(second.pruning_plan.original_num_experts.values()) == {5}
+    second.save_pretrained(tmp_path / "three")
+    plan = PruningPlan.load(tmp_path / "three")
+    assert PruningPlan.from_dict(plan.provenance["parent"]) == first.pruning_plan
+    assert_equal_states(MoEPruner.from_pretrained(tmp_path / "three").prune(load(tmp_path / "five")), second.model)
+
+
+def test_statistics_are_used_in_place_of_a_calibration(folder: Path) -> None:
+    pruner = MoEPruner.from_pretrained(folder, method="reap", num_experts=3)
+    stats = pruner.calibrate(load(folder), TEXTS)
+    expected = pruner.plan(stats).retained
+    pruner.prune(load(folder), stats)
+    assert pruner.pruning_plan.retained == expected
+    other = MoEPruner.from_pretrained(folder, method="reap", num_experts=3)
+    with pytest.raises(RequestError, match="other router weights"):
+        other.prune(make_model(seed=4) if "mixtral" in str(stats.model) else make_model("qwen2_moe", seed=4), stats)
+
+
+def test_domain_weights_change_the_plan() -> None:
+    model = make_model()
+    samples = CalibrationSet.build([torch.arange(3 + 40 * i, 40 + 40 * i) for i in range(2)])
+    domains = tuple(type(s)(s.hash, name, s.num_tokens) for s, name in zip(samples.samples, "ab", strict=True))
+    stats = collect(model, CalibrationSet(domains, samples.token_ids), {Need.ROUTING})
+    pruner = MoEPruner(MoEPrunerConfig(method="frequency", num_experts=4))
+    plans = [pruner.plan(stats, weights) for weights in (None, {"a": 1000, "b": 1}, {"a": 1, "b": 1000})]
+    assert plans[1].retained != plans[2].retained
+    assert plans[1].provenance["calibration"]["domain_weights"] == {"a": 1000, "b": 1}
+
+
+def test_random_needs_no_calibration_and_others_say_so(folder: Path) -> None:
+    MoEPruner.from_pretrained(folder, method="random", num_experts=3).prune(load(folder))
+    with pytest.raises(RequestError, match="method 'reap' needs a calibration"):
+        MoEPruner.from_pretrained(folder, method="reap", num_experts=3).prune(load(folder))
+
+
+@pytest.mark.parametrize("method", ["mosaic", "random"])
+def test_nan_weights_are_found_and_nothing_changes(folder: Path, method: str) -> None:
+    model = load(folder)
+    with torch.no_grad():
+        moe_blocks(model)[0].expert_tensors["down_proj"][2, 0, 0] = float("nan")
+    pruner = MoEPruner.from_pretrained(folder, method=method, num_experts=4)
+    with pytest.raises(RunError, match=r"model.layers.0.mlp.experts.down_proj holds NaN or infinite weights"):
+        pruner.prune(model, TEXTS)
+    assert all(b.num_experts > 4 for b in moe_blocks(model))
+
+
+def test_models_without_experts_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    dense = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
+    )
+    LlamaForCausalLM(dense).save_pretrained(tmp_path / "dense")
+    OlmoeConfig().save_pretrained(tmp_path / "olmoe")
+    with pytest.raises(RequestError, match=r"'llama' model has no experts.*Known architectures: .*mixtral"):
+        MoEPruner.from_pretrained(tmp_path / "dense", num_experts=3)
+    with pytest.raises(RequestError, match=r"architecture 'olmoe' is not known. Known: .*qwen2_moe"):
+        MoEPruner.from_pretrained(tmp_path / "olmoe", num_experts=3)
+    with pytest.raises(RequestError, match=r"is not a model's folder: it has no config\.json"):
+        MoEPruner.from_pretrained(tmp_path, num_experts=3)
+
+
+def test_a_sparse_architecture_without_sparse_layers_is_refused() -> None:
+    with pytest.raises(RequestError, match="none of the 3 layers of this 'qwen2_moe' model has experts"):
+        moe_blocks(make_model("qwen2_moe", mlp_only_layers=[0, 1, 2]))
+
+
+def test_impossible_budgets_are_refused_by_the_config_alone(folder: Path) -> None:
+    for setting in ({"num_experts": 1}, {"num_experts": 40}, {"sparsity": 0.01}, {"sparsity": 0.95}):
+        with pytest.raises(RequestError, match="Ask for"):
+            MoEPruner.from_pretrained(folder, method="reap", **setting)
+
+
+def test_outputs_in_the_way_and_failures_leave_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruner = MoEPruner.from_pretrained(folder, method="random", num_experts=3)
+    with pytest.raises(RequestError, match="there is no pruned model to save"):
+        pruner.save_pretrained(tmp_path / "out")
+    pruner.prune(load(folder))
+    with pytest.raises(RequestError, match="does not have the numbers of experts of the plan"):
+        pruner.save_pretrained(tmp_path / "out", load(folder))
+    with pytest.raises(RequestError, match="exists and is not empty"):
+        pruner.save_pretrained(folder)
+    monkeypatch.setattr(PruningPlan, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        pruner.save_pretrained(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_pruner_without_a_folder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    pruner = MoEPruner(MoEPrunerConfig(method="reap", num_experts=3), tokenizer=tokenizer)
+    model = pruner.prune(make_model(), TEXTS)
+    pruner.save_pretrained(tmp_path / "out")
+    assert_equal_states(load(tmp_path / "out"), model)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(RequestError, match="this pruner has no recipe"):
+        MoEPruner().prune(make_model(), TEXTS)
+
+
+def test_a_plan_edited_by_hand_applies(folder: Path, tmp_path: Path) -> None:
+    pruner = MoEPruner.from_pretrained(folder, method="random", num_experts=3)
+    pruner.prune(load(folder))
+    path = pruner.pruning_plan.save(tmp_path / "plan.json")
+    values = json.loads(path.read_text())
+    for entry in values["layers"].values():
+        entry["retained"] = [0, 2, 5]
+    path.write_text(json.dumps(values))
+    model = PruningPlan.load(path).apply(load(folder))
+    original = load(folder)
+    for now, before in zip(moe_blocks(model), moe_blocks(original), strict=True):
+        assert torch.equal(now.expert_tensors["down_proj"], before.expert_tensors["down_proj"][[0, 2, 5]])
+
+
+# ------------------------------------------------------------------------------------------- the recipe
+
+
+def test_recipes_travel_as_json(tmp_path: Path) -> None:
+    config = MoEPrunerConfig(
+        method="mosaic",
+        sparsity=0.5,
+        method_options={"num_domains": "8"},
+        protect={3: [1, 2]},
+        skip_layers=[0],
+        seed=7,
+    )
+    assert config.method_options == {"num_domains": 8}
+    assert MoEPrunerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    path = config.save_pretrained(tmp_path)
+    assert path.name == "moe_pruner_config.json"
+    assert MoEPrunerConfig.from_pretrained(tmp_path) == MoEPrunerConfig.from_pretrained(path) == config
+    assert MoEPrunerConfig.from_pretrained(tmp_path, num_experts=4).sparsity is None
+    with pytest.raises(RequestError, match=r"has no moe_pruner_config\.json"):
+        MoEPrunerConfig.from_pretrained(save_checkpoint("mixtral", tmp_path / "m", make_tokenizer()))
+
+
+def test_keys_of_newer_versions_are_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    values = MoEPrunerConfig(num_experts=4).to_dict() | {"from_the_future": 1}
+    with caplog.at_level(logging.WARNING):
+        assert MoEPrunerConfig.from_dict(values) == MoEPrunerConfig(num_experts=4)
+    assert "are not known to this version and are ignored: from_the_future" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "exactly one of num_experts .* and sparsity .* neither is given"),
+        ({"num_experts": 4, "sparsity": 0.5}, "both are given"),
+        ({"sparsity": 0}, "sparsity is 0; .* between 0 and 1"),
+        ({"sparsity": float("nan")}, "sparsity is nan"),
+        ({"num_experts": 0}, "num_experts is 0; it must be an integer of at least 1"),
+        ({"num_experts": True}, "num_experts is True"),
+        ({"num_experts": 4, "method": "mosiac"}, "Known: mosaic"),
+        ({"num_experts": 4, "method_options": {"x": 1}}, "has no option 'x'"),
+        ({"num_experts": 4, "allocation": "globl"}, "allocation 'globl' is not known. Known: uniform"),
+        ({"num_experts": 4, "sample_selection": "best"}, "sample_selection 'best' is not known. Known: "),
+        ({"num_experts": 4, "batch_size": 0}, "batch_size is 0; it must be an integer of at least 1"),
+        ({"num_experts": 4, "max_length": 1}, "max_length is 1; it must be an integer of at least 2"),
+        ({"num_experts": 4, "seed": -1}, "seed is -1"),
+        ({"num_experts": 4, "protect": [1]}, r"protect must be \{layer: \[expert, ...\]\}"),
+    ],
+)
+def test_wrong_recipes_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        MoEPrunerConfig(**settings)
+    with pytest.raises(RequestError, match=r"'metod' is no setting of MoEPrunerConfig\. Settings: method"):
+        MoEPrunerConfig.from_dict({}, metod="mosaic")
+
+
+def test_a_recipe_is_pushed_as_one_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The last step of the Hub's client replaced: which file would be uploaded where."""
+    uploads = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda _self, repo_id, **_: SimpleNamespace(repo_id=f"me/{repo_id}"))
+
+    def upload(_self: HfApi, **given: object) -> SimpleNamespace:
+        uploads.append(given)
+        return SimpleNamespace(commit_url="address")
+
+    monkeypatch.setattr(HfApi, "upload_file", upload)
+    config = MoEPrunerConfig(num_experts=4)
+    assert config.push_to_hub("recipe", revision="next") == "address"
+    config.save_pretrained(tmp_path / "folder", push_to_hub=True)
+    assert [(u["repo_id"], u["path_in_repo"]) for u in uploads] == [
+        ("me/recipe", "moe_pruner_config.json"),
+        ("me/folder", "moe_pruner_config.json"),
+    ]
+    assert uploads[0]["revision"] == "next"
+    assert json.loads(uploads[0]["path_or_fileobj"]) == config.to_dict()
