@@ -221,6 +221,12 @@ class CalibrationSet:
         return -(-len(self) // batch_size)
 
 
+def sample_length(max_length: int, config: Any) -> int:
+    """``max_length``, or what the model was made for (``max_position_embeddings``) where that is shorter."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, longest) if isinstance(longest, int) and longest > 1 else max_length
+
+
 # ------------------------------------------------------------------------------------------- reading
 
 

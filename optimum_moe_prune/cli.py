@@ -188,7 +188,7 @@ def _load_model(args: argparse.Namespace, path: str | None = None, dtype: str | 
 
 def _samples(args: argparse.Namespace, pruner: Any, settings: Mapping[str, Any]) -> Any:
     """The calibration samples the arguments name, their tokens checked against the model's vocabulary."""
-    from .calibration import CalibrationSet, hub_records
+    from .calibration import CalibrationSet, hub_records, sample_length
 
     sources = args.calibration or []
     if not sources:
@@ -198,8 +198,12 @@ def _samples(args: argparse.Namespace, pruner: Any, settings: Mapping[str, Any])
     if hub and files:
         raise RequestError("--calibration takes files or hub: mixtures, not both at once.")
     source: Any = [record for mixture in hub for record in hub_records(mixture)] if hub else files
-    names = ("num_samples", "max_length", "sample_selection", "pack", "seed")
-    samples = CalibrationSet.build(source, pruner.tokenizer, **{name: settings[name] for name in names})
+    samples = CalibrationSet.build(
+        source,
+        pruner.tokenizer,
+        max_length=sample_length(settings["max_length"], pruner.model_config),
+        **{name: settings[name] for name in ("num_samples", "sample_selection", "pack", "seed")},
+    )
     samples.check_vocabulary(pruner.model_config.vocab_size)
     return samples
 
@@ -293,12 +297,13 @@ def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _evaluate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from .calibration import CalibrationSet
+    from .calibration import CalibrationSet, sample_length
     from .evaluate import evaluate
     from .pruner import MoEPruner
 
     pruner = MoEPruner.from_pretrained(args.model, **_hub(args))
-    samples = CalibrationSet.build([Path(file) for file in args.data], pruner.tokenizer, max_length=args.max_length)
+    max_length = sample_length(args.max_length, pruner.model_config)
+    samples = CalibrationSet.build([Path(file) for file in args.data], pruner.tokenizer, max_length=max_length)
     samples.check_vocabulary(pruner.model_config.vocab_size)
     reference = None if args.reference is None else _load_model(args, args.reference)
     result = evaluate(_load_model(args), samples, reference=reference, batch_size=args.batch_size)

@@ -42,7 +42,7 @@ class MoEPrunerConfig:
         skip_layers: MoE layers that keep all their experts.
         protect_super_experts: Retain experts with extreme outputs (arXiv 2507.23279).
         num_samples: Calibration samples to use at most, in equal shares of the domains.
-        max_length: Tokens of a sample at most.
+        max_length: Tokens of a sample at most; less if the model was made for less (``max_position_embeddings``).
         batch_size: Samples in a forward pass.
         max_tokens: Tokens for which statistics per token are kept, at most.
         sample_selection: ``"first"`` or ``"random"``.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .architectures.block import input_device, vocabulary
-from .calibration import Batch, CalibrationInput, CalibrationSet
+from .calibration import Batch, CalibrationInput, CalibrationSet, sample_length
 from .errors import RequestError, RunError
 from .progress import progress
 
@@ -104,13 +104,13 @@ def evaluate(
         tokenizer: For texts.
         reference: The model to compare with, of the same vocabulary; usually the unpruned one.
         batch_size: Samples in a forward pass.
-        max_length: Tokens of a sample at most.
+        max_length: Tokens of a sample at most; less if the model was made for less (``max_position_embeddings``).
 
     Raises:
         RequestError: If the data cannot be read, a token id is outside a vocabulary, or the vocabularies differ.
         RunError: If a model's loss is NaN or infinite.
     """
-    samples = CalibrationSet.build(data, tokenizer, max_length=max_length)
+    samples = CalibrationSet.build(data, tokenizer, max_length=sample_length(max_length, model.config))
     models = [model] if reference is None else [model, reference]
     sizes = [m.config.get_text_config().vocab_size for m in models]
     samples.check_vocabulary(min(map(vocabulary, models)))

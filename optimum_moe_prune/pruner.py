@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from .architectures import architecture_of
 from .architectures.block import moe_blocks
 from .budget import Budget, uniform_budget
-from .calibration import CalibrationInput, CalibrationSet
+from .calibration import CalibrationInput, CalibrationSet, sample_length
 from .collect import collect, empty_stats
 from .config import CONFIG_NAME, MoEPrunerConfig
 from .errors import RequestError
@@ -186,7 +186,7 @@ class MoEPruner:
             calibration,
             None if isinstance(calibration, CalibrationSet) else self.tokenizer,
             num_samples=config.num_samples,
-            max_length=config.max_length,
+            max_length=sample_length(config.max_length, model.config),
             sample_selection=config.sample_selection,
             pack=config.pack,
             seed=config.seed,

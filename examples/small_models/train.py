@@ -58,7 +58,7 @@ def make_tokenizer(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
         names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     else:
         names = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=ROW, **names)
 
 
 def make_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -69,7 +69,7 @@ def make_model(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": ROW,
         "router_aux_loss_coef": 0.01,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prune a small trained model with Mosaic, compare the methods by domain, save, and reload with plain transformers.
+
+    python examples/quickstart.py [--model examples/small_models/qwen2_moe] [--draws 3] [--output FOLDER]
+
+Needs no network: the model is one of this repository's, and the text is made on the spot by
+``small_models/corpus.py``, for calibration from the split the model was trained on, for judging from the held-out one.
+The table shows, for each domain, by how many nats per token the loss rises; one row is calibrated on a single general
+domain, all others on a mixture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPruner, MoEPrunerConfig, Need, list_methods
+from optimum_moe_prune.collect import collect
+from optimum_moe_prune.evaluate import evaluate
+from optimum_moe_prune.plan import build_plan
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "small_models"))
+import corpus  # noqa: E402
+
+GENERAL = "docs"
+CALIBRATION_SAMPLES = 120  # of a draw: 20 of each domain, or all of the general one
+HELDOUT_SAMPLES = 40  # of each domain
+CONTEXT = 256  # the length the small models were trained on
+RELOAD = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print(f"{type(model).__name__} with {model.num_experts} experts in each MoE layer, {model.num_parameters():,}
+parameters") prompt = "Compute 12 * 3 + 4.\\n12 * 3 =" ids = tokenizer(prompt, return_tensors="pt",
+return_token_type_ids=False) print(tokenizer.decode(model.generate(**ids, max_new_tokens=24, do_sample=False)[0],
+skip_special_tokens=True))
+"""
+
+
+@dataclass
+class Row:
+    """One method: nats lost by domain and seconds, a list entry for each draw."""
+
+    name: str
+    lost: list[dict[str, float]]
+    calibration_seconds: list[float]
+    plan_seconds: list[float]
+
+    def by_domain(self) -> list[float]:
+        return [sum(lost[domain] for lost in self.lost) / len(self.lost) for domain in corpus.DOMAINS]
+
+    @property
+    def mean(self) -> float:
+        values = self.by_domain()
+        return sum(values) / len(values)
+
+
+def losses(model: PreTrainedModel, heldout: CalibrationSet) -> dict[str, float]:
+    """Nats per token by domain."""
+    return {domain: result.loss for domain, result in evaluate(model, heldout, batch_size=16).domains.items()}
+
+
+def draw(text: dict[str, list[str]], number: int, domains: tuple[str, ...]) -> list[dict[str, str]]:
+    """Calibration texts that no other draw of the same domains uses."""
+    each = CALIBRATION_SAMPLES // len(domains)
+    return [{"text": t, "domain": d} for d in domains for t in text[d][number * each : (number + 1) * each]]
+
+
+def calibrated(
+    model: PreTrainedModel, texts: list[dict[str, str]], needs: set[Need], tokenizer: object
+) -> tuple[CalibrationStats, float]:
+    began = time.perf_counter()
+    stats = collect(model, CalibrationSet.build(texts, tokenizer, max_length=CONTEXT), needs)
+    return stats, time.perf_counter() - began
+
+
+def compare(
+    model: PreTrainedModel, tokenizer: object, text: dict[str, list[str]], heldout: CalibrationSet, draws: int
+) -> dict[float, list[Row]]:
+    """Rows by sparsity."""
+    base = losses(model, heldout)
+    mixed = [calibrated(model, draw(text, n, corpus.DOMAINS), set(Need), tokenizer) for n in range(draws)]
+    general = [
+        calibrated(model, draw(text, n, (GENERAL,)), {Need.ROUTING, Need.GRAM}, tokenizer) for n in range(draws)
+    ]
+    rows: dict[float, list[Row]] = {}
+    for sparsity in (0.25, 0.5):
+        rows[sparsity] = []
+        entries = [(method, method, mixed) for method in list_methods()]
+        entries.append((f"enumeration, {GENERAL} only", "enumeration", general))
+        for name, method, calibrations in entries:
+            row = Row(name, [], [], [])
+            for number, (stats, seconds) in enumerate(calibrations):
+                began = time.perf_counter()
+                plan = build_plan(stats, MoEPrunerConfig(method=method, sparsity=sparsity, seed=number))
+                row.plan_seconds.append(time.perf_counter() - began)
+                row.calibration_seconds.append(0.0 if method == "random" else seconds)
+                after = losses(plan.apply(copy.deepcopy(model)), heldout)
+                row.lost.append({domain: after[domain] - base[domain] for domain in base})
+            rows[sparsity].append(row)
+            print(f"  {sparsity:.0%} removed, {name}: {row.mean:.2f} nats", file=sys.stderr)
+    perplexities = ", ".join(f"{domain} {torch.tensor(base[domain]).exp():.1f}" for domain in corpus.DOMAINS)
+    print(f"\nPerplexity of the whole model: {perplexities}")
+    return rows
+
+
+def print_table(rows: dict[float, list[Row]], draws: int) -> None:
+    width = max(len(row.name) for table in rows.values() for row in table)
+    for sparsity, table in rows.items():
+        print(f"\n{sparsity:.0%} of the experts removed: nats lost per token, mean of {draws} calibration draw(s)")
+        columns = [*corpus.DOMAINS, "mean", "worst", "plan s"]
+        print(f"{'method':<{width}} " + " ".join(f"{c:>8}" for c in columns))
+        for row in sorted(table, key=lambda r: r.mean):
+            values = row.by_domain()
+            cells = [*values, row.mean, max(values), sum(row.plan_seconds) / draws]
+            print(f"{row.name:<{width}} " + " ".join(f"{cell:8.2f}" for cell in cells))
+    every = {row.name: sum(row.calibration_seconds) / draws for row in next(iter(rows.values()))}
+    general = every[f"enumeration, {GENERAL} only"]
+    print(
+        f"\nCalibration: {every['mosaic']:.1f} s for all methods at once on the mixture; {general:.1f} s on {GENERAL}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=HERE / "small_models" / "mixtral")
+    parser.add_argument(
+        "--output", type=Path, help="keep the pruned checkpoint in this folder (default: a temporary one)"
+    )
+    parser.add_argument("--draws", type=int, default=1, help="disjoint calibration draws to average over (default 1)")
+    arguments = parser.parse_args()
+    disable_progress_bar()
+    logging.getLogger("optimum_moe_prune").setLevel(logging.ERROR)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        counts = {"train": arguments.draws * CALIBRATION_SAMPLES, "tune": 0, "heldout": HELDOUT_SAMPLES}
+        paths = corpus.write_corpus(Path(scratch) / "text", counts)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        heldout = CalibrationSet.build(paths["heldout"], tokenizer, max_length=CONTEXT)
+        text: dict[str, list[str]] = {domain: [] for domain in corpus.DOMAINS}
+        for line in paths["train"].read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            text[record["domain"]].append(record["text"])
+
+        print("Pruning half of the experts with Mosaic ...\n")
+        pruner = MoEPruner.from_pretrained(arguments.model, MoEPrunerConfig(method="mosaic", sparsity=0.5))
+        pruner.prune(copy.deepcopy(model), calibration=draw(text, 0, corpus.DOMAINS))
+        assert pruner.pruning_plan is not None
+        print(pruner.pruning_plan.summary())
+        output = arguments.output or Path(scratch) / "pruned"
+        pruner.save_pretrained(output, overwrite=arguments.output is None)
+
+        print("\nReloading it in a new process with plain transformers ...\n", flush=True)
+        subprocess.run([sys.executable, "-c", RELOAD, str(output)], check=True, stderr=subprocess.DEVNULL)
+        if arguments.output:
+            print(f"\nThe pruned checkpoint is in {output}.")
+
+        print("\nComparing the methods ...", flush=True)
+        print_table(compare(model, tokenizer, text, heldout, arguments.draws), arguments.draws)
+
+
+if __name__ == "__main__":
+    main()
