@@ -42,12 +42,14 @@ CONTEXT = 256  # the length the small models were trained on
 RELOAD = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-print(f"{type(model).__name__} with {model.num_experts} experts in each MoE layer, {model.num_parameters():,}
-parameters") prompt = "Compute 12 * 3 + 4.\\n12 * 3 =" ids = tokenizer(prompt, return_tensors="pt",
-return_token_type_ids=False) print(tokenizer.decode(model.generate(**ids, max_new_tokens=24, do_sample=False)[0],
-skip_special_tokens=True))
+assert "optimum_moe_prune" not in sys.modules
+print(f"{type(model).__name__}, {model.num_experts} experts in each MoE layer, {model.num_parameters():,} parameters")
+ids = tokenizer("SELECT name, city\\nFROM", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True))
 """
 
 
@@ -166,7 +168,7 @@ def main() -> None:
         pruner.save_pretrained(output, overwrite=arguments.output is None)
 
         print("\nReloading it in a new process with plain transformers ...\n", flush=True)
-        subprocess.run([sys.executable, "-c", RELOAD, str(output)], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-c", RELOAD, str(output)], check=True)
         if arguments.output:
             print(f"\nThe pruned checkpoint is in {output}.")
 

@@ -34,6 +34,7 @@ import platform
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 SPLITS = ("train", "tune", "heldout")
@@ -93,6 +94,7 @@ def code_and_docs(name: str, source: str) -> tuple[list[str], list[str]]:
     return "\n".join(lines).split("\n\n"), docs
 
 
+@cache
 def library_samples() -> dict[tuple[str, str], list[str]]:
     """Samples of the two library domains: ``{(split, domain): texts}``."""
     from pydoc_data.topics import topics
@@ -115,7 +117,9 @@ def library_samples() -> dict[tuple[str, str], list[str]]:
                     continue
                 seen.add(key)
                 fresh.append(piece.strip("\n").rstrip())
-            samples.setdefault((split, domain), []).extend(pack(fresh))
+            # What is judged is worth judging: a lone line, such as an interpreter's name, stands in many modules.
+            least = 0 if split == "train" else 200
+            samples.setdefault((split, domain), []).extend(s for s in pack(fresh) if len(s) >= least)
     for texts in samples.values():  # neighbouring samples come from one module; a prefix should see many
         random.Random(0).shuffle(texts)
     return samples

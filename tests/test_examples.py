@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text the small models live on, the models themselves, and that the examples run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SMALL = EXAMPLES / "small_models"
+sys.path.insert(0, str(SMALL))
+import corpus  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, list[dict[str, str]]]:
+    return corpus.make_corpus({"train": 400, "tune": 60, "heldout": 60})
+
+
+def paragraphs(samples: list[dict[str, str]]) -> set[str]:
+    found = (" ".join(p.split()) for s in samples if s["domain"] in ("code", "docs") for p in s["text"].split("\n\n"))
+    return {p for p in found if len(p) >= 80}
+
+
+def test_nothing_judged_was_trained_on() -> None:
+    """Over the whole library: no sample in two splits, and no paragraph of library text either."""
+    whole = corpus.make_corpus({"train": 10_000, "tune": 2000, "heldout": 2000})
+    texts = {split: {s["text"] for s in samples} for split, samples in whole.items()}
+    for a, b in (("train", "tune"), ("train", "heldout"), ("tune", "heldout")):
+        assert not texts[a] & texts[b]
+        assert not paragraphs(whole[a]) & paragraphs(whole[b])
+
+
+def test_the_same_text_every_time_in_every_domain(made: dict[str, list[dict[str, str]]]) -> None:
+    assert corpus.make_corpus({"train": 400, "tune": 60, "heldout": 60}) == made
+    for split, count in (("train", 400), ("tune", 60), ("heldout", 60)):
+        numbers = {d: sum(s["domain"] == d for s in made[split]) for d in corpus.DOMAINS}
+        assert numbers == dict.fromkeys(corpus.DOMAINS, count)
+        assert all(len(s["text"]) >= 100 for s in made[split]) or split == "train"
+    longer = corpus.make_corpus({"train": 410, "tune": 0, "heldout": 0})["train"]
+    first = [s for d in corpus.DOMAINS for s in [t for t in longer if t["domain"] == d][:400]]
+    assert first == made["train"], "fewer samples are a prefix of more"
+
+
+def test_a_module_is_in_one_split_with_code_and_docs() -> None:
+    splits = [corpus.split_of(name) for name, _ in corpus.library_modules()]
+    assert 0.7 < splits.count("train") / len(splits) < 0.9
+    assert min(splits.count("tune"), splits.count("heldout")) > 10
+
+
+def test_every_worked_answer_is_right(made: dict[str, list[dict[str, str]]]) -> None:
+    checked = 0
+    for sample in made["heldout"]:
+        for line in sample["text"].splitlines() if sample["domain"] == "math" else ():
+            left, equals, right = line.partition(" = ")
+            if equals and set(left) <= set("0123456789 +-*") and right.strip(".").isdigit():
+                assert eval(left) == int(right.strip("."))
+                checked += 1
+    assert checked > 50
+
+
+def test_records_and_files_are_sound(tmp_path: Path) -> None:
+    paths = corpus.write_corpus(tmp_path / "text", {"train": 10, "tune": 10, "heldout": 10})
+    for path in paths.values():
+        assert all(set(json.loads(line)) == {"text", "domain"} for line in path.read_text().splitlines())
+    summary = json.loads((tmp_path / "text" / "corpus.json").read_text())
+    assert summary["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert summary["samples"]["heldout"] == dict.fromkeys(corpus.DOMAINS, 10)
+
+
+@pytest.mark.parametrize(("name", "experts", "top_k"), [("mixtral", 8, 2), ("qwen2_moe", 16, 4)])
+def test_the_small_models_are_what_they_should_be(name: str, experts: int, top_k: int) -> None:
+    config = AutoConfig.from_pretrained(SMALL / name)
+    assert (config.num_experts, config.num_experts_per_tok) == (experts, top_k)
+    assert str(config.dtype) == "torch.bfloat16"
+    assert (SMALL / name / "model.safetensors").stat().st_size <= 12_000_000
+    tokenizer = AutoTokenizer.from_pretrained(SMALL / name)
+    assert tokenizer("1 + 1")["input_ids"][0] == tokenizer.bos_token_id or name == "qwen2_moe"
+    if name == "qwen2_moe":
+        assert config.norm_topk_prob is False and config.mlp_only_layers == [2]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_the_trained_models_have_specialists(name: str, tmp_path: Path) -> None:
+    """What they are for: experts chosen on one domain alone cost another one far more than those chosen on all."""
+    from transformers import AutoModelForCausalLM
+
+    from optimum_moe_prune import CalibrationSet, MoEPrunerConfig, Need
+    from optimum_moe_prune.collect import collect
+    from optimum_moe_prune.evaluate import evaluate
+    from optimum_moe_prune.plan import build_plan
+
+    text = corpus.make_corpus({"train": 40, "tune": 0, "heldout": 5})
+    tokenizer = AutoTokenizer.from_pretrained(SMALL / name)
+    docs = [s for s in text["train"] if s["domain"] == "docs"]
+    mixed = [s for d in corpus.DOMAINS for s in [t for t in text["train"] if t["domain"] == d][:7]]
+    math = CalibrationSet.build([s for s in text["heldout"] if s["domain"] == "math"], tokenizer, max_length=256)
+    loss = {}
+    for kind, samples in (("docs", docs), ("mixed", mixed)):
+        model = AutoModelForCausalLM.from_pretrained(SMALL / name)
+        stats = collect(model, CalibrationSet.build(samples, tokenizer, max_length=256), {Need.ROUTING, Need.GRAM})
+        plan = build_plan(
+            stats, MoEPrunerConfig(method="enumeration", sparsity=0.5, method_options={"search": "greedy"})
+        )
+        loss[kind] = evaluate(plan.apply(model), math).domains["math"].loss
+    assert loss["docs"] > loss["mixed"] + 0.5
+
+
+def test_the_quickstart_runs(tmp_path: Path) -> None:
+    """One small run as a user starts it; the numbers are the quickstart's own business."""
+    command = [sys.executable, "-c", QUICK, str(EXAMPLES), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mosaic: 24 of 48 experts retained in 6 layers (50% removed)" in done.stdout
+    assert "MixtralForCausalLM, 4 experts in each MoE layer" in done.stdout
+    rows = [line.split("  ")[0].strip() for line in done.stdout.splitlines()]
+    assert rows.count("mosaic") == rows.count("enumeration, docs only") == 2
+    assert (tmp_path / "out" / "moe_pruning_plan.json").exists()
+
+
+QUICK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import quickstart
+quickstart.CALIBRATION_SAMPLES, quickstart.HELDOUT_SAMPLES = 12, 1
+sys.argv = ["quickstart.py", "--output", sys.argv[2]]
+quickstart.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("calibration.py", ["--experts", "4", "--repeats", "1"]),
+        ("calibration.py", ["--kind", "qwen2_moe", "--experts", "6", "--dtype", "bfloat16", "--repeats", "1"]),
+        ("selection.py", ["--experts", "5", "--retain", "3"]),
+    ],
+)
+def test_the_benchmarks_run(script: str, arguments: list[str]) -> None:
+    tiny = ["--hidden", "64", "--width", "32", "--layers", "2", "--tokens", "1024"]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "benchmarks" / script), *tiny, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["rows"] and result["settings"]["layers"] == 2
+    assert all(row.get("same sets") in (True, "", None) for row in result["rows"])
