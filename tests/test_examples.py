@@ -150,3 +150,8 @@ def test_the_benchmarks_run(script: str, arguments: list[str]) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["rows"] and result["settings"]["layers"] == 2
     assert all(row.get("same sets") in (True, "", None) for row in result["rows"])
+
+
+def test_no_template_is_left_unfilled(made: dict[str, list[dict[str, str]]]) -> None:
+    for samples in made.values():
+        assert not [s for s in samples if s["domain"] in corpus.GENERATORS and "rng." in s["text"]]

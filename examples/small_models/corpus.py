@@ -320,12 +320,12 @@ def logs_text(rng: random.Random) -> str:
             level = rng.choices(["INFO", "DEBUG", "WARN", "ERROR"], [6, 3, 2, 1])[0]
             message = {
                 "INFO": f"request_id={rng.getrandbits(32):08x} user={rng.randint(1, 9999)} status=ok "
-                "duration_ms={rng.randint(1, 900)}",
+                f"duration_ms={rng.randint(1, 900)}",
                 "DEBUG": f"cache {rng.choice(['hit', 'miss'])} key=user:{rng.randint(1, 9999)}:profile "
-                "ttl={rng.randint(10, 3600)}",
+                f"ttl={rng.randint(10, 3600)}",
                 "WARN": f"slow query took {rng.randint(1000, 9000)} ms on {host}, retrying in {rng.randint(1, 30)} s",
                 "ERROR": f"connection to {address}:{rng.choice([5432, 6379, 9092])} refused after "
-                "{rng.randint(2, 5)} attempts",
+                f"{rng.randint(2, 5)} attempts",
             }[level]
             lines.append(
                 f"2026-{rng.randint(1, 12):02d}-{day:02d}T{clock}.{rng.randint(0, 999):03d}Z {level:<5} [{host}] "
