@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .errors import RequestError, RunError
 from .stats import CalibrationStats
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,18 @@ class Budget:
         num_experts: Experts to retain, by layer. Skipped layers are absent: they keep all.
         protected: Experts that are retained in any case, by layer; every layer of ``num_experts`` has an entry.
         seed: For methods that draw.
+        notes: What was done otherwise than asked for.
     """
 
     num_experts: dict[int, int]
     protected: dict[int, tuple[int, ...]]
     seed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Say that something else was done than asked for: a warning now, and kept with the plan."""
+        logger.warning(text)
+        self.notes.append(text)
 
 
 def num_removed(sparsity: float, num_experts: int) -> int:
@@ -81,7 +91,9 @@ def uniform_budget(
                 raise RequestError(f"sparsity is {sparsity}; the fraction of experts to remove lies between 0 and 1.")
             removed = num_removed(sparsity, total)
             count, asked = total - removed, f"sparsity={sparsity} removes {removed} of {total} experts, which"
-            allowed = f"Ask for a sparsity of {0.5 / total:.3g} to {(total - top_k + 0.499) / total:.3g}."
+            allowed = f"Ask for a sparsity of {1 / total:.4g} to {(total - top_k) / total:.4g}."
+        if total == top_k:
+            raise RequestError(f"every token uses all {total} experts of layer {layer}: none can be removed.")
         if count > total:
             raise RequestError(f"{asked} asks for more experts than layer {layer} has ({total}). {allowed}")
         if count == total:
@@ -96,20 +108,28 @@ def uniform_budget(
     if not counts:
         raise RequestError(f"skip_layers names every MoE layer ({moe_layers}): nothing to prune.")
     protected = {}
-    for layer, count in counts.items():
+    for layer, total in original.items():
         experts = tuple(sorted(set((protect or {}).get(layer, ()))))
-        outside = [e for e in experts if not 0 <= e < original[layer]]
+        outside = [e for e in experts if not 0 <= e < total]
         if outside:
             raise RequestError(
-                f"protect names expert {outside[0]} of layer {layer}, which has experts 0 to {original[layer] - 1}."
+                f"protect names expert {outside[0]} of layer {layer}, which has experts 0 to {total - 1}."
             )
-        if len(experts) > count:
+        if layer not in counts:
+            continue
+        if len(experts) > counts[layer]:
             raise RequestError(
-                f"protect names {len(experts)} experts of layer {layer}, and the budget keeps {count}; protect "
+                f"protect names {len(experts)} experts of layer {layer}, and the budget keeps {counts[layer]}; "
+                "protect "
                 "fewer or keep more."
             )
         protected[layer] = experts
-    return Budget(counts, protected, seed)
+    budget = Budget(counts, protected, seed)
+    if sparsity is not None:
+        done = 1 - sum(counts.values()) / sum(original[layer] for layer in counts)
+        if abs(sparsity - done) > 1e-9:
+            budget.note(f"sparsity {sparsity} rounds to {done:.4g}")
+    return budget
 
 
 def super_experts(stats: CalibrationStats) -> dict[int, tuple[int, ...]]:

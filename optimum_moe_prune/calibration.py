@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os.path
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -204,6 +205,7 @@ class CalibrationSet:
         Args:
             batch_size: The most samples in a batch.
         """
+        self.num_batches(batch_size)
         order = sorted(range(len(self)), key=lambda i: (-self.samples[i].num_tokens, i))
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
@@ -217,7 +219,13 @@ class CalibrationSet:
             yield Batch(input_ids, mask, torch.tensor(chosen))
 
     def num_batches(self, batch_size: int) -> int:
-        """How many batches :meth:`batches` gives."""
+        """How many batches :meth:`batches` gives.
+
+        Raises:
+            RequestError: If ``batch_size`` is not at least 1.
+        """
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; it must be at least 1.")
         return -(-len(self) // batch_size)
 
 
@@ -264,8 +272,7 @@ def _records(source: Any) -> Iterator[_Record]:
 def _list_records(items: Sequence[Any]) -> Iterator[_Record]:
     kinds = {type(item).__name__ for item in items}
     if all(isinstance(item, str) for item in items):
-        # A path that exists is at most this long; a text may be longer than the system allows to ask for.
-        if items and all(len(item) < 1024 and "\n" not in item and Path(item).is_file() for item in items):
+        if items and all(map(os.path.isfile, items)):
             raise RequestError(
                 f"the calibration is a list of strings, which are texts, but each names a file ({items[0]}); pass "
                 "pathlib.Path "
@@ -292,8 +299,9 @@ def _token_record(ids: Tensor, number: int) -> _Record:
 def _mapping_record(record: Any, origin: str, domain: str) -> _Record:
     if not isinstance(record, Mapping):
         raise RequestError(f"{origin} must be an object with 'text' or 'messages', and is a {type(record).__name__}.")
-    content = record.get("text") if record.get("text") is not None else record.get("messages")
-    if not isinstance(content, (str, list)):
+    text, messages = record.get("text"), record.get("messages")
+    content = text if isinstance(text, str) else messages if text is None and isinstance(messages, list) else None
+    if content is None:
         keys = ", ".join(map(str, record)) or "none"
         raise RequestError(f"{origin} must have 'text' (a string) or 'messages' (a list); its keys: {keys}.")
     label = record.get("domain", domain)
@@ -301,7 +309,7 @@ def _mapping_record(record: Any, origin: str, domain: str) -> _Record:
 
 
 def _file_records(path: Path) -> Iterator[_Record]:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise RequestError(f"{path} is a folder; name the .jsonl or .txt files in it.")
     try:
         text = path.read_text(encoding="utf-8")
@@ -311,8 +319,12 @@ def _file_records(path: Path) -> Iterator[_Record]:
         raise RequestError(
             f"{path} is not a text file (no UTF-8 at byte {error.start}); give .jsonl or .txt."
         ) from error
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        name = str(path) if len(str(path)) <= 60 else f"{str(path)[:60]}..."
+        raise RequestError(
+            f"no file {name!r} can be read ({error.__class__.__name__}); to pass a text and not a file's name, put "
+            "it in a list."
+        ) from error
     if not text.strip():
         raise RequestError(f"{path} is empty.")
     if path.suffix == ".jsonl":
@@ -396,6 +408,10 @@ def _tokens(record: _Record, tokenizer: Any) -> Tensor:
             "a tokenizer is needed for texts, and this model's folder has none; pass token tensors instead."
         )
     if isinstance(record.content, str):
+        try:
+            record.content.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{record.origin} is not valid Unicode text: {error.reason}.") from error
         ids = tokenizer(record.content, verbose=False)["input_ids"]
     else:
         if not getattr(tokenizer, "chat_template", None):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,12 +68,21 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pack", action="store_true", default=None, help="join samples and cut them into full lengths")
 
 
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("method and budget")
-    group.add_argument("--method", metavar="NAME", help="see: list methods (default mosaic)")
+def _add_method(parser: argparse.ArgumentParser, budget: bool = True) -> None:
+    group = parser.add_argument_group("method and budget" if budget else "what to gather")
+    default = "see: list methods (default mosaic)" if budget else "gather what this method needs, or all (default all)"
+    group.add_argument("--method", metavar="NAME", help=default)
     group.add_argument(
         "--option", action="append", default=[], metavar="K=V", help="an option of the method; may be repeated"
     )
+    group.add_argument(
+        "--protect-super-experts", action="store_true", default=None, help="retain experts with extreme outputs"
+    )
+    group.add_argument(
+        "--config", metavar="FILE", help="a saved recipe (moe_pruner_config.json); other flags take precedence"
+    )
+    if not budget:
+        return
     group.add_argument("--num-experts", type=int, metavar="N", help="experts to retain in each layer")
     group.add_argument("--sparsity", type=float, metavar="F", help="or the fraction of experts to remove")
     group.add_argument("--allocation", metavar="A", help="how the budget is spread over layers: uniform")
@@ -83,15 +93,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         metavar="LAYER:E,E",
         help="experts to retain in any case; may be repeated",
     )
-    group.add_argument(
-        "--protect-super-experts", action="store_true", default=None, help="retain experts with extreme outputs"
-    )
     group.add_argument("--skip-layers", metavar="L,L", help="layers that keep all their experts")
     group.add_argument(
         "--domain-weight", action="append", default=[], metavar="DOMAIN=W", help="share of a domain; may be repeated"
-    )
-    group.add_argument(
-        "--config", metavar="FILE", help="a saved recipe (moe_pruner_config.json); other flags take precedence"
     )
 
 
@@ -134,17 +138,20 @@ def recipe(args: argparse.Namespace) -> Any:
             values[flag] = getattr(args, flag)
     if args.option:
         values["method_options"] = _pairs(args.option, "--option", "=", "NAME=VALUE")
-    if args.protect:
+    if getattr(args, "protect", None):
         pairs = _pairs(args.protect, "--protect", ":", "LAYER:EXPERT,EXPERT")
         values["protect"] = {
             _whole(layer, "the layer in --protect"): [_whole(e, "an expert in --protect") for e in experts.split(",")]
             for layer, experts in pairs.items()
         }
-    if args.skip_layers:
+    if getattr(args, "skip_layers", None):
         values["skip_layers"] = [_whole(layer, "a layer in --skip-layers") for layer in args.skip_layers.split(",")]
-    if args.config:
-        return MoEPrunerConfig.from_pretrained(args.config, **values)
-    return MoEPrunerConfig(**values)
+    if not args.config:
+        return MoEPrunerConfig(**values)
+    stored = MoEPrunerConfig.from_pretrained(args.config)
+    if values.get("method", stored.method) == stored.method:
+        values["method_options"] = {**stored.method_options, **values.get("method_options", {})}
+    return MoEPrunerConfig.from_dict(stored.to_dict(), **values)
 
 
 def _domain_weights(args: argparse.Namespace) -> dict[str, float] | None:
@@ -168,7 +175,6 @@ def _hub(args: argparse.Namespace) -> dict[str, Any]:
 
 def _load_model(args: argparse.Namespace, path: str | None = None, dtype: str | None = None) -> Any:
     """The model at ``path`` (by default ``--model``); its architecture is checked before its weights are read."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     from .pruner import load_model_config
@@ -178,11 +184,6 @@ def _load_model(args: argparse.Namespace, path: str | None = None, dtype: str | 
     if path != args.model:
         hub.pop("revision", None)  # the revision is one of --model
     load_model_config(path, **hub)
-    if args.device != "auto":
-        try:
-            torch.empty(0, device=args.device)
-        except (RuntimeError, AssertionError) as error:
-            raise RequestError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or args.dtype, device_map=args.device, **hub)
 
 
@@ -208,49 +209,81 @@ def _samples(args: argparse.Namespace, pruner: Any, settings: Mapping[str, Any])
     return samples
 
 
-def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def _check_device(device: str) -> None:
+    """Refuse a device that is not there."""
+    import torch
+
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise RequestError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _statistics(args: argparse.Namespace, gather: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Statistics gathered from the model in the precision asked for, and the model in the checkpoint's own.
+
+    Both know the model by its own router weights, whatever the precision of the calibration.
+    """
     from .collect import model_facts
+
+    model = _load_model(args)
+    stats = gather(model)
+    if args.dtype != "auto":
+        del model
+        model = _load_model(args, dtype="auto")
+        stats = replace(stats, model=model_facts(model))
+    return stats, model
+
+
+def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .files import check_target
     from .plan import plan_needs
     from .pruner import MoEPruner
+    from .stats import check_domain_weights
 
-    check_target(args.output, args.overwrite)
+    check_target(args.output, args.overwrite, [args.model])
     config = recipe(args)
     weights = _domain_weights(args)
+    _check_device(args.device)
     pruner = MoEPruner.from_pretrained(args.model, config, **_hub(args))
-    samples = _samples(args, pruner, vars(config)) if plan_needs(config) else None
-    model = _load_model(args)
-    if args.dtype != "auto" and samples is not None:  # what is written keeps the checkpoint's precision
-        stats = pruner.calibrate(model, samples)
-        del model
-        model = _load_model(args, dtype="auto")
-        samples = replace(stats, model=model_facts(model))
-    pruner.prune(model, samples, domain_weights=weights)
+    if plan_needs(config):
+        samples = _samples(args, pruner, vars(config))
+        if weights is not None:
+            check_domain_weights(samples.samples, weights)
+        stats, model = _statistics(args, lambda model: pruner.calibrate(model, samples))
+        pruner.prune(model, stats, domain_weights=weights)
+    else:
+        pruner.prune(_load_model(args, dtype="auto"))
     pruner.save_pretrained(args.output, overwrite=args.overwrite)
     return _told(pruner.pruning_plan, args.output)
 
 
 def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .collect import collect
-    from .config import MoEPrunerConfig
     from .files import check_target
     from .methods import get_method, list_methods, make_options
-    from .pruner import MoEPruner
+    from .plan import plan_needs
+    from .pruner import MoEPruner, load_model_config
 
-    check_target(args.output, args.overwrite)
-    methods = [get_method(name) for name in (list_methods() if args.method in (None, "all") else [args.method])]
-    needs = frozenset().union(*(method.needs(make_options(method, {})) for method in methods))
-    if not needs:
-        raise RequestError(f"method {args.method!r} needs no calibration, so there is nothing to score.")
+    check_target(args.output, args.overwrite, [args.model])
+    every = args.method in (None, "all") and not args.config
     # A recipe checks the calibration's settings and knows their defaults; its budget is not used.
-    given = {flag: getattr(args, flag) for flag in CALIBRATION_FLAGS if getattr(args, flag) is not None}
-    settings = MoEPrunerConfig(sparsity=0.5, **given)
-    pruner = MoEPruner.from_pretrained(args.model, **_hub(args))
-    samples = _samples(args, pruner, vars(settings))
-    model = _load_model(args)
-    stats = collect(
-        model, samples, needs, batch_size=settings.batch_size, max_tokens=settings.max_tokens, seed=settings.seed
+    args.method, args.sparsity = None if every else args.method, None if args.config else 0.5
+    settings = recipe(args)
+    needs = plan_needs(settings)
+    if every:
+        methods = map(get_method, list_methods())
+        needs = needs.union(*(method.needs(make_options(method, {})) for method in methods))
+    if not needs:
+        raise RequestError(f"method {settings.method!r} needs no calibration, so there is nothing to score.")
+    _check_device(args.device)
+    pruner = MoEPruner(
+        settings, name_or_path=args.model, model_config=load_model_config(args.model, **_hub(args)), hub=_hub(args)
     )
+    samples = _samples(args, pruner, vars(settings))
+    how = {"batch_size": settings.batch_size, "max_tokens": settings.max_tokens, "seed": settings.seed}
+    stats, _ = _statistics(args, lambda model: collect(model, samples, needs, **how))
     stats.save(args.output, args.overwrite)
     told = {
         "output": args.output,
@@ -287,7 +320,8 @@ def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .pruner import MoEPruner
     from .surgery import check_plan_for_config
 
-    check_target(args.output, args.overwrite)
+    check_target(args.output, args.overwrite, [args.model, args.plan])
+    _check_device(args.device)
     plan = PruningPlan.load(args.plan)
     pruner = MoEPruner.from_plan(plan, args.model, **_hub(args))
     check_plan_for_config(plan, pruner.model_config)
@@ -299,9 +333,12 @@ def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _evaluate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .calibration import CalibrationSet, sample_length
     from .evaluate import evaluate
-    from .pruner import MoEPruner
+    from .pruner import MoEPruner, load_model_config
 
-    pruner = MoEPruner.from_pretrained(args.model, **_hub(args))
+    _check_device(args.device)
+    pruner = MoEPruner(
+        name_or_path=args.model, model_config=load_model_config(args.model, **_hub(args)), hub=_hub(args)
+    )
     max_length = sample_length(args.max_length, pruner.model_config)
     samples = CalibrationSet.build([Path(file) for file in args.data], pruner.tokenizer, max_length=max_length)
     samples.check_vocabulary(pruner.model_config.vocab_size)
@@ -354,7 +391,7 @@ def execute(work: Callable[[argparse.Namespace], tuple[str, dict[str, Any]]], ar
         return 130
     except Exception as error:
         if args.debug:
-            raise
+            traceback.print_exc()
         name = "" if isinstance(error, MoEPruneError) else f"{type(error).__name__}: "
         print(f"error: {name}{error}", file=sys.stderr)
         return 2 if isinstance(error, RequestError) else 1
@@ -394,7 +431,7 @@ class ScoreCommand(_Command):
         _add_model(parser)
         _add_dtype(parser, "the calibration")
         _add_calibration(parser)
-        parser.add_argument("--method", metavar="NAME", help="gather what this method needs, or all (default all)")
+        _add_method(parser, budget=False)
         _add_seed(parser)
         _add_common(parser, "STATS_DIR", "folder of the statistics, absent or empty")
 

@@ -25,7 +25,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .architectures.block import ExpertsForward, MoEBlock, fingerprint, input_device, moe_blocks, vocabulary
+from .architectures.block import (
+    ExpertsForward,
+    MoEBlock,
+    dense_layers,
+    evaluating,
+    fingerprint,
+    input_device,
+    moe_blocks,
+    vocabulary,
+)
 from .calibration import Batch, CalibrationSet
 from .errors import RequestError, RunError
 from .progress import progress
@@ -65,6 +74,7 @@ def collect(
     """
     needs = frozenset(needs)
     check_model(model)
+    check_finite(model)
     blocks = moe_blocks(model)
     calibration.check_vocabulary(vocabulary(model))
     token_sample, token_position = keep_tokens(calibration.samples, max_tokens, seed)
@@ -78,23 +88,19 @@ def collect(
 
     decoder = model.base_model
     device = input_device(model)
-    training = model.training
-    model.eval()
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for observer in observers:
-                stack.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
-            batches = calibration.batches(batch_size)
-            for batch in progress(batches, "calibrating", calibration.num_batches(batch_size), unit="batch"):
-                current.set(batch, row_of_token)
-                decoder(
-                    input_ids=batch.input_ids.to(device),
-                    attention_mask=batch.attention_mask.to(device),
-                    use_cache=False,
-                )
-    finally:
-        model.train(training)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model))
+        for observer in observers:
+            stack.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
+        batches = calibration.batches(batch_size)
+        for batch in progress(batches, "calibrating", calibration.num_batches(batch_size), unit="batch"):
+            current.set(batch, row_of_token)
+            decoder(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                use_cache=False,
+            )
 
     weights = torch.ones(len(calibration), dtype=torch.float64)
     layers = {
@@ -125,6 +131,7 @@ def collect(
 
 def empty_stats(model: PreTrainedModel, *, seed: int = 0) -> CalibrationStats:
     """Statistics of no calibration at all, for methods that need none."""
+    check_model(model)
     blocks = moe_blocks(model)
     nothing = torch.zeros(0, dtype=torch.int64)
     layers = {
@@ -141,6 +148,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
         "model_type": blocks[0].spec.model_type,
         "top_k": blocks[0].routing.top_k,
         "fingerprint": fingerprint(blocks),
+        "dense_layers": dense_layers(model),
         "name_or_path": model.config._name_or_path or None,
         "revision": getattr(model.config, "_commit_hash", None),
     }
@@ -157,11 +165,10 @@ def versions() -> dict[str, str]:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Raise unless the parameters of a model are really there, plain, and finite.
+    """Raise unless the parameters of a model are really there, and plain.
 
     Raises:
         RequestError: For meta or offloaded, quantised, and PEFT-wrapped models, with the way that works.
-        RunError: If a parameter holds NaN or infinity, naming it.
     """
     if hasattr(model, "peft_config") or type(model).__module__.startswith("peft."):
         raise RequestError("this model carries PEFT adapters; merge them first (model.merge_and_unload()).")
@@ -176,10 +183,23 @@ def check_model(model: PreTrainedModel) -> None:
                 "machine's "
                 "memory (device_map without offload)."
             )
-        if parameter.numel() and parameter.is_floating_point():
-            low, high = torch.aminmax(parameter.detach())
-            if not bool(torch.isfinite(low + high)):
-                raise RunError(f"{name} holds NaN or infinite weights; the checkpoint is damaged.")
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise unless every weight of a model is finite.
+
+    Raises:
+        RunError: Naming the parameter that holds NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and parameter.is_floating_point() and not _all_finite(parameter.detach()):
+            raise RunError(f"{name} holds NaN or infinite weights; the checkpoint is damaged.")
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Whether all values are finite, without a mask of their size."""
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
@@ -297,6 +317,8 @@ class _LayerObserver:
             y = torch.empty(len(rows), self.num_experts, x.shape[1], dtype=torch.float32, device=x.device)
             for expert in range(self.num_experts):
                 y[:, expert] = own(part, torch.full_like(ids[:, :1], expert), one)
+            if not _all_finite(y):
+                raise RunError(f"layer {self.block.layer}: an expert's output is NaN or infinite.")
             routed = y.gather(1, ids[..., None].expand(-1, -1, y.shape[-1]))
             full = (routed * w[..., None].float()).sum(1)
             outputs.append(_weighted_sum(routed.to(x.dtype), w))
@@ -328,18 +350,16 @@ class _LayerObserver:
         self.sums["max_norm"].view(-1).scatter_reduce_(0, slot.flatten(), norm.cpu().flatten(), "amax")
 
     def _keep_gram(self, y: Tensor, rows: Tensor) -> None:
-        """Keep upper triangles of Gram matrices, in full float32 whatever the process allows elsewhere."""
+        """Keep upper triangles of Gram matrices, in float32 or better whatever the process allows elsewhere."""
         picked, _ = self._kept_among(rows)
         if len(picked) == 0:
             return
         if len(picked) < len(y):
             y = y[picked.to(y.device)]
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            gram = y @ y.transpose(1, 2)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = tf32
+        with torch.autocast(y.device.type, enabled=False):
+            # float64 where float32 products may silently be TF32; it costs little beside the experts themselves
+            y = y.double() if y.is_cuda else y
+            gram = (y @ y.transpose(1, 2)).float()
         self._keep("gram", gram[:, self.triangle[0], self.triangle[1]], rows, already_picked=True)
 
     # -- adding up

@@ -76,26 +76,32 @@ class MoEPrunerConfig:
                 "exactly one of num_experts (to retain in each layer) and sparsity (fraction to remove) is needed; "
                 f"{have} given."
             )
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise RequestError(f"sparsity is {self.sparsity}; the fraction of experts to remove lies between 0 and 1.")
-        if self.allocation is not None and self.allocation not in ALLOCATIONS:
+        if self.sparsity is not None and (not _is_number(self.sparsity) or not 0 < self.sparsity < 1):
             raise RequestError(
-                f"allocation {self.allocation!r} is not known. Known: "
-                f"{nearest_first(self.allocation, list(ALLOCATIONS))}."
+                f"sparsity is {self.sparsity!r}; the fraction of experts to remove lies between 0 and 1."
             )
-        if self.sample_selection not in SAMPLE_SELECTIONS:
-            known = nearest_first(str(self.sample_selection), list(SAMPLE_SELECTIONS))
-            raise RequestError(f"sample_selection {self.sample_selection!r} is not known. Known: {known}.")
+        for name, known in (("allocation", (None, *ALLOCATIONS)), ("sample_selection", SAMPLE_SELECTIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                nearest = nearest_first(str(value), [choice for choice in known if choice is not None])
+                raise RequestError(f"{name} {value!r} is not known. Known: {nearest}.")
         least = {"num_experts": 1, "num_samples": 1, "max_length": 2, "batch_size": 1, "max_tokens": 1, "seed": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and name == "num_experts":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise RequestError(f"{name} is {value!r}; it must be an integer of at least {minimum}.")
-        try:
-            self.protect = {int(layer): tuple(map(int, experts)) for layer, experts in self.protect.items()}
-            self.skip_layers = tuple(map(int, self.skip_layers))
+            most = 2**32 - 1 if name == "seed" else 2**63 - 1
+            if not (name == "num_experts" and value is None) and not (_is_integer(value) and minimum <= value <= most):
+                raise RequestError(
+                    f"{name} is {value!r}; it must be an integer of at least {minimum} and at most {most}."
+                )
+        for name in ("protect_super_experts", "pack"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
+        try:  # JSON has no integer keys
+            self.protect = {int(layer): tuple(experts) for layer, experts in self.protect.items()}
+            self.skip_layers = tuple(self.skip_layers)
+            numbers = [*self.skip_layers, *(e for experts in self.protect.values() for e in experts)]
+            if not all(map(_is_integer, numbers)):
+                raise ValueError(numbers)
         except (TypeError, ValueError, AttributeError) as error:
             raise RequestError(
                 f"protect must be {{layer: [expert, ...]}} and skip_layers [layer, ...]; they are {self.protect!r} "
@@ -138,8 +144,8 @@ class MoEPrunerConfig:
         if overrides.get("num_experts") is not None or overrides.get("sparsity") is not None:
             merged.pop("num_experts", None)
             merged.pop("sparsity", None)
-        if overrides.get("method", merged.get("method")) != merged.get("method"):
-            merged.pop("method_options", None)
+        if "method" in merged and overrides.get("method", merged["method"]) != merged["method"]:
+            merged.pop("method_options", None)  # those of another method
         merged |= overrides
         return cls(**merged)
 
@@ -205,8 +211,19 @@ class MoEPrunerConfig:
         hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
         path = Path(name_or_path)
         if not path.is_file():
-            found = cached_file(str(name_or_path), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+            try:
+                found = cached_file(str(name_or_path), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+            except (OSError, ValueError) as error:
+                raise RequestError(f"no recipe can be read from {str(name_or_path)!r}: {error}") from error
             if found is None:
                 raise RequestError(f"{name_or_path} has no {CONFIG_NAME}.")
             path = Path(found)
         return cls.from_dict(read_json(path), **kwargs)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

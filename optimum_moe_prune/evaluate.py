@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .architectures.block import input_device, vocabulary
+from .architectures.block import evaluating, input_device, vocabulary
 from .calibration import Batch, CalibrationInput, CalibrationSet, sample_length
 from .errors import RequestError, RunError
 from .progress import progress
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ALL = "all"
-_LOGIT_BYTES = 64 * 2**20  # logits of a piece of a batch, in float32
+_LOGIT_BYTES = 256 * 2**20  # logits of a batch, in float32; a batch is made smaller to keep to it
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,15 @@ def evaluate(
         data: Texts, files, records or token tensors; each text is one sample, cut to ``max_length`` tokens.
         tokenizer: For texts.
         reference: The model to compare with, of the same vocabulary; usually the unpruned one.
-        batch_size: Samples in a forward pass.
+        batch_size: Samples in a forward pass, at most; fewer where the vocabulary is large.
         max_length: Tokens of a sample at most; less if the model was made for less (``max_position_embeddings``).
 
     Raises:
         RequestError: If the data cannot be read, a token id is outside a vocabulary, or the vocabularies differ.
         RunError: If a model's loss is NaN or infinite.
     """
+    if batch_size < 1:
+        raise RequestError(f"batch_size is {batch_size}; it must be at least 1.")
     samples = CalibrationSet.build(data, tokenizer, max_length=sample_length(max_length, model.config))
     models = [model] if reference is None else [model, reference]
     sizes = [m.config.get_text_config().vocab_size for m in models]
@@ -119,18 +121,16 @@ def evaluate(
             f"the model has {sizes[0]} output tokens and the reference {sizes[1]}; they cannot be compared."
         )
     sums = torch.zeros(len(samples), 4, dtype=torch.float64)  # loss, reference's loss, divergence, agreement
-    training = [m.training for m in models]
-    try:
+    longest = max(sample.num_tokens for sample in samples.samples)
+    batch_size = min(batch_size, max(1, _LOGIT_BYTES // (4 * longest * sizes[0])))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
         for m in models:
-            m.eval()
-        with torch.no_grad():
-            batches = samples.batches(batch_size)
-            for batch in progress(batches, "evaluating", samples.num_batches(batch_size), unit="batch"):
-                for sample, figures in _batch_figures(models, batch):
-                    sums.index_add_(0, sample, figures)
-    finally:
-        for m, mode in zip(models, training, strict=True):
-            m.train(mode)
+            stack.enter_context(evaluating(m))
+        batches = samples.batches(batch_size)
+        for batch in progress(batches, "evaluating", samples.num_batches(batch_size), unit="batch"):
+            sample, figures = _batch_figures(models, batch)
+            sums.index_add_(0, sample, figures)
     domains = {}
     names = sorted({s.domain for s in samples.samples})
     for name in [*names, *([ALL] if len(names) > 1 else [])]:
@@ -150,31 +150,22 @@ def evaluate(
     return Evaluation(domains)
 
 
-def _batch_figures(models: list[PreTrainedModel], batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of a batch: the sample of each predicted token ``(T,)`` and its figures ``(T, 4)``."""
-    hidden = []
+def _batch_figures(models: list[PreTrainedModel], batch: Batch) -> tuple[Tensor, Tensor]:
+    """The sample of each predicted token ``(T,)`` and its figures ``(T, 4)``, from the models' own forwards."""
+    mask = batch.attention_mask[:, 1:].bool()
+    targets = batch.input_ids[:, 1:][mask][:, None]
+    log_p = []
     for model in models:
         device = input_device(model)
-        output = model.base_model(
+        logits = model(
             input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
-        )
-        predicting = batch.attention_mask[:, 1:].bool().to(output.last_hidden_state.device)
-        hidden.append(output.last_hidden_state[:, :-1][predicting])
-    mask = batch.attention_mask[:, 1:].bool()
-    targets = batch.input_ids[:, 1:][mask]
-    sample = batch.samples[:, None].expand(mask.shape)[mask]
-    size = max(1, _LOGIT_BYTES // (4 * models[0].config.get_text_config().vocab_size))
-    for rows in torch.arange(len(targets)).split(size):
-        log_p = []
-        for model, states in zip(models, hidden, strict=True):
-            head = model.get_output_embeddings()
-            logits = head(states[rows.to(states.device)].to(head.weight.device))
-            log_p.append(torch.log_softmax(logits.float(), dim=-1))
-        figures = torch.zeros(len(rows), 4, dtype=torch.float64)
-        for column, values in enumerate(log_p):
-            figures[:, column] = -values.gather(1, targets[rows, None].to(values.device))[:, 0].double().cpu()
-        if len(log_p) == 2:
-            mine, reference = log_p[0], log_p[1].to(log_p[0].device)
-            figures[:, 2] = (reference.exp() * (reference - mine)).sum(1).double().cpu()
-            figures[:, 3] = (reference.argmax(1) == mine.argmax(1)).double().cpu()
-        yield sample[rows], figures
+        ).logits
+        log_p.append(torch.log_softmax(logits[:, :-1][mask.to(logits.device)].float(), dim=-1))
+    figures = torch.zeros(len(targets), 4, dtype=torch.float64)
+    for column, values in enumerate(log_p):
+        figures[:, column] = -values.gather(1, targets.to(values.device))[:, 0].double().cpu()
+    if len(log_p) == 2:
+        mine, reference = log_p[0], log_p[1].to(log_p[0].device)
+        figures[:, 2] = (reference.exp() * (reference - mine)).sum(1).double().cpu()
+        figures[:, 3] = (reference.argmax(1) == mine.argmax(1)).double().cpu()
+    return batch.samples[:, None].expand(mask.shape)[mask], figures

@@ -7,32 +7,60 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import RequestError
 
+MARKERS = ("moe_pruning_plan.json", "stats.json")
+"""Files that show a folder to be an output of this package; only such a folder is ever replaced."""
 
-def check_target(folder: str | os.PathLike, overwrite: bool = False) -> Path:
+
+def check_target(
+    folder: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike | None] = ()
+) -> Path:
     """The target as a path, if it may be written.
 
+    Args:
+        folder: The target.
+        overwrite: Whether an earlier output there may be replaced.
+        sources: What is read to make the output, and must outlive it.
+
     Raises:
-        RequestError: If it exists and is not an empty folder, unless ``overwrite`` allows replacing a folder.
+        RequestError: If it exists and is not an empty folder, unless ``overwrite`` allows replacing an earlier output;
+            or if it is a source, or holds one.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
+    target = Path(os.path.abspath(folder))
+    for source in sources:
+        if source is not None and os.path.exists(source) and Path(source).resolve().is_relative_to(target.resolve()):
+            raise RequestError(f"{folder} is or holds {source}, which is read; name another folder.")
+    if target.exists() and not target.is_dir():
         raise RequestError(f"{folder} is a file; name a folder that is absent or empty.")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise RequestError(
-            f"{folder} exists and is not empty; name another folder, or allow replacing it (--overwrite)."
-        )
-    return folder
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise RequestError(
+                f"{folder} exists and is not empty; name another folder, or allow replacing it (--overwrite)."
+            )
+        if not any((target / marker).is_file() for marker in MARKERS):
+            raise RequestError(
+                f"{folder} holds something else than an output of this package and is not replaced; name another "
+                "folder."
+            )
+    return target
 
 
 @contextlib.contextmanager
-def written_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def written_folder(
+    folder: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike | None] = ()
+) -> Iterator[Path]:
     """A new folder beside the target, renamed to it when the block ends without an error.
+
+    Args:
+        folder: The target.
+        overwrite: As in :func:`check_target`.
+        sources: As in :func:`check_target`.
 
     Yields:
         The sibling ``.<name>.partial`` to write into. After an error it is removed and the target is as it was.
@@ -40,8 +68,8 @@ def written_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterat
     Raises:
         RequestError: If the target is in the way (:func:`check_target`).
     """
-    target = check_target(folder, overwrite).absolute()
-    partial = target.with_name(f".{target.name}.partial")
+    target = check_target(folder, overwrite, sources)
+    partial, replaced = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -50,14 +78,18 @@ def written_folder(folder: str | os.PathLike, overwrite: bool = False) -> Iterat
             if path.is_file():
                 _sync(path)
         _sync(partial)
-        if target.exists():
-            replaced = target.with_name(f".{target.name}.replaced")
+        earlier = target.exists()
+        if earlier:
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
+        try:
             partial.rename(target)
+        except OSError:
+            if earlier:
+                replaced.rename(target)
+            raise
+        if earlier:
             shutil.rmtree(replaced)
-        else:
-            partial.rename(target)
         _sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .budget import super_experts, uniform_budget
+from .budget import Budget, super_experts, uniform_budget
 from .errors import RequestError
 from .files import read_json, write_text
 from .methods import get_method
@@ -62,6 +62,9 @@ class PruningPlan:
             )
         if not _is_int(self.top_k) or self.top_k < 1:
             raise RequestError(f"the plan's top_k is {self.top_k!r}; it must be a positive integer.")
+        made_for = self.provenance.get("model") or {}
+        if not isinstance(made_for, dict) or not isinstance(made_for.get("fingerprint", ""), str):
+            raise RequestError("the plan's provenance of the model is damaged.")
         for layer, experts in self.retained.items():
             original = self.original_num_experts[layer]
             if not _is_int(layer) or layer < 0:
@@ -93,6 +96,11 @@ class PruningPlan:
     def sparsity(self) -> float:
         """The fraction of routed experts that is removed."""
         return 1 - sum(self.num_experts.values()) / sum(self.original_num_experts.values())
+
+    @property
+    def made_for(self) -> dict[str, Any]:
+        """The model it was made for: ``fingerprint``, ``name_or_path``, ``revision`` ..., where known."""
+        return self.provenance.get("model") or {}
 
     @property
     def uniform_num_experts(self) -> int | None:
@@ -160,7 +168,7 @@ class PruningPlan:
             RequestError: If they are of a newer format, or no sound plan.
         """
         version = values.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if not _is_int(version) or not 1 <= version <= FORMAT_VERSION:  # type: ignore[operator]
             raise RequestError(f"the plan has format version {version!r}; this package reads up to {FORMAT_VERSION}.")
         try:
             layers = {int(layer): entry for layer, entry in values["layers"].items()}
@@ -215,6 +223,38 @@ def plan_needs(config: MoEPrunerConfig) -> frozenset[Need]:
     return needs | {Need.ROUTING, Need.ROUTED_NORMS} if config.protect_super_experts else needs
 
 
+def budget_for(
+    config: MoEPrunerConfig,
+    original: Mapping[int, int],
+    top_k: int,
+    protect: Mapping[int, Iterable[int]] | None = None,
+) -> Budget:
+    """The budget that a recipe sets for a model.
+
+    Args:
+        config: The recipe.
+        original: Experts in each MoE layer.
+        top_k: Experts used per token.
+        protect: In place of the recipe's own.
+
+    Raises:
+        RequestError: If the budget cannot be kept to, or the method refuses it.
+    """
+    budget = uniform_budget(
+        original,
+        top_k,
+        num_experts=config.num_experts,
+        sparsity=config.sparsity,
+        protect={layer: tuple(experts) for layer, experts in (config.protect if protect is None else protect).items()},
+        skip_layers=config.skip_layers,
+        seed=config.seed,
+    )
+    check = get_method(config.method).check
+    if check is not None:
+        check(budget, config.options())
+    return budget
+
+
 def build_plan(
     stats: CalibrationStats, config: MoEPrunerConfig, domain_weights: Mapping[str, float] | None = None
 ) -> PruningPlan:
@@ -228,38 +268,26 @@ def build_plan(
     Raises:
         RequestError: If the budget cannot be kept to, or the statistics lack what the method needs.
     """
-    method = get_method(config.method)
+    method, options = get_method(config.method), config.options()
     if plan_needs(config) and not stats.samples:
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
     stats.require(plan_needs(config), config.method)
     stats = stats.with_domain_weights(domain_weights)
-    notes = []
     protect = {layer: set(experts) for layer, experts in config.protect.items()}
-    if config.protect_super_experts:
-        found = {layer: experts for layer, experts in super_experts(stats).items() if experts}
-        for layer, experts in found.items():
-            if layer not in config.skip_layers:
-                protect.setdefault(layer, set()).update(experts)
-        named = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in found.items())
-        notes.append(f"super experts protected: {named or 'none found'}")
+    found = super_experts(stats) if config.protect_super_experts else {}
+    for layer, experts in found.items():
+        if layer not in config.skip_layers:
+            protect.setdefault(layer, set()).update(experts)
     original = stats.num_experts
-    budget = uniform_budget(
-        original,
-        stats.model["top_k"],
-        num_experts=config.num_experts,
-        sparsity=config.sparsity,
-        protect={layer: tuple(experts) for layer, experts in protect.items()},
-        skip_layers=config.skip_layers,
-        seed=config.seed,
-    )
-    if config.sparsity is not None:
-        asked, done = (
-            config.sparsity,
-            1 - sum(budget.num_experts.values()) / sum(original[layer] for layer in budget.num_experts),
+    budget = budget_for(config, original, stats.model["top_k"], protect)
+    if config.protect_super_experts:
+        named = "; ".join(
+            f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in found.items() if experts
         )
-        if abs(asked - done) > 1e-9:
-            notes.append(f"sparsity {asked} rounds to {done:.4g}")
-    chosen, scores = method.select(stats, budget, config.options())
+        budget.note(f"super experts protected: {named or 'none found'}")
+    if dense := stats.model.get("dense_layers"):
+        budget.note(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
+    chosen, scores = method.select(stats, budget, options)
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
     provenance: dict[str, Any] = {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -272,7 +300,7 @@ def build_plan(
             "kept_tokens": len(stats.token_sample),
             **stats.provenance,
         },
-        "notes": notes,
+        "notes": budget.notes,
     }
     return PruningPlan(
         model_type=stats.model["model_type"],

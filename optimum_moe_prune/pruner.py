@@ -11,19 +11,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from .architectures import architecture_of
+from .architectures import architecture_of, list_architectures
 from .architectures.block import moe_blocks
-from .budget import Budget, uniform_budget
 from .calibration import CalibrationInput, CalibrationSet, sample_length
-from .collect import collect, empty_stats
+from .collect import check_model, collect, empty_stats
 from .config import CONFIG_NAME, MoEPrunerConfig
 from .errors import RequestError
 from .files import read_json, written_folder
-from .plan import PLAN_NAME, PruningPlan, build_plan, plan_needs, with_parent
-from .stats import CalibrationStats
+from .plan import PLAN_NAME, PruningPlan, budget_for, build_plan, plan_needs, with_parent
+from .stats import CalibrationStats, check_domain_weights
 from .surgery import apply_plan
 
 if TYPE_CHECKING:
@@ -82,8 +82,9 @@ class MoEPruner:
         self.stats: CalibrationStats | None = None
         self.model: PreTrainedModel | None = None
         self.model_config = model_config
-        self._plan_was_loaded = plan is not None
+        self._applied_plan: PruningPlan | None = None
         self._tokenizer = tokenizer
+        self._tokenizer_given = tokenizer is not None
         self._parent = parent
         self._hub = dict(hub or {})
 
@@ -109,7 +110,8 @@ class MoEPruner:
             token: For private repositories.
             cache_dir: Where downloads are kept.
             trust_remote_code: Passed to transformers, for configs and tokenizers with code of their own.
-            overrides: Settings of ``MoEPrunerConfig``, in place of those of ``config`` or of its defaults.
+            overrides: Settings of ``MoEPrunerConfig``, in place of those of ``config``, of the stored recipe, or of
+                the defaults.
 
         Raises:
             RequestError: If there is no model, its architecture is not known, or the recipe is wrong.
@@ -122,26 +124,27 @@ class MoEPruner:
         }
         hub = {key: value for key, value in given.items() if value is not None}
         model_config = load_model_config(name_or_path, **hub)
-        stored = _find(name_or_path, PLAN_NAME, hub)
-        plan = None if stored is None else PruningPlan.load(stored)
-        if config is None and not overrides and plan is not None:
-            recipe = _find(name_or_path, CONFIG_NAME, hub)
-            return cls(
-                None if recipe is None else MoEPrunerConfig.from_pretrained(recipe),
-                plan=plan,
-                name_or_path=name_or_path,
-                model_config=model_config,
-                hub=hub,
-            )
-        if overrides:
-            config = MoEPrunerConfig.from_dict(config.to_dict() if config is not None else {}, **overrides)
-        if plan is not None:
-            logger.warning("%s was pruned before; with a new recipe it is taken as the model to prune.", name_or_path)
-        pruner = cls(config, name_or_path=name_or_path, model_config=model_config, parent=plan, hub=hub)
-        if config is not None:  # refuse a budget that the config alone shows to be impossible
-            spec = architecture_of(model_config)
-            pruner._budget({0: getattr(model_config, spec.count_key)}, spec.routing(model_config).top_k)
-        return pruner
+        stored = _stored_plan(name_or_path, hub)
+        if config is not None or stored is None:
+            if overrides:
+                config = MoEPrunerConfig.from_dict({} if config is None else config.to_dict(), **overrides)
+            if stored is not None:
+                logger.warning(
+                    "%s was pruned before; with a new recipe it is taken as the model to prune.", name_or_path
+                )
+            if config is not None:
+                counts, top_k = moe_layers(model_config)
+                check_request(config, counts, top_k)
+            return cls(config, name_or_path=name_or_path, model_config=model_config, parent=stored, hub=hub)
+        try:
+            recipe = MoEPrunerConfig.from_pretrained(name_or_path, **hub, **overrides)
+        except RequestError as error:
+            if overrides:
+                raise
+            # The plan is enough to apply it; a method that is not installed here is no obstacle.
+            logger.warning("the recipe in %s cannot be used, only its plan: %s", name_or_path, error)
+            recipe = None
+        return cls(recipe, plan=stored, name_or_path=name_or_path, model_config=model_config, hub=hub)
 
     @classmethod
     def from_plan(cls, plan: PruningPlan, name_or_path: str | os.PathLike, **hub: Any) -> MoEPruner:
@@ -155,9 +158,11 @@ class MoEPruner:
         Raises:
             RequestError: If there is no model, or its architecture is not known.
         """
-        config = MoEPrunerConfig.from_dict(plan.config) if plan.config else None
         model_config = load_model_config(name_or_path, **hub)
-        return cls(config, plan=plan, name_or_path=name_or_path, model_config=model_config, hub=hub)
+        parent = _stored_plan(name_or_path, hub)
+        if parent is not None and "parent" not in plan.provenance:
+            plan = with_parent(plan, parent)
+        return cls(plan=plan, name_or_path=name_or_path, model_config=model_config, hub=hub)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -166,31 +171,31 @@ class MoEPruner:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **self._hub)
             except (OSError, ValueError) as error:
-                logger.info("no tokenizer in %s: %s", self.name_or_path, error)
+                logger.warning("no tokenizer can be loaded from %s: %s", self.name_or_path, str(error).split("\n")[0])
         return self._tokenizer
 
     # -- the verbs
 
-    def calibrate(self, model: PreTrainedModel, calibration: CalibrationInput) -> CalibrationStats:
+    def calibrate(
+        self, model: PreTrainedModel | None = None, calibration: CalibrationInput | None = None
+    ) -> CalibrationStats:
         """Run the model over calibration samples and gather what the recipe's method needs.
 
         Args:
-            model: A causal language model with real parameters.
+            model: A causal language model with real parameters; by default the bound one is loaded for it.
             calibration: Texts, files, records, a dataset or token tensors.
 
         Returns:
             The statistics, also readable as ``stats``.
         """
         config = self._recipe()
-        samples = CalibrationSet.build(
-            calibration,
-            None if isinstance(calibration, CalibrationSet) else self.tokenizer,
-            num_samples=config.num_samples,
-            max_length=sample_length(config.max_length, model.config),
-            sample_selection=config.sample_selection,
-            pack=config.pack,
-            seed=config.seed,
-        )
+        if calibration is None:
+            raise RequestError("a calibration is needed; pass calibration=texts.")
+        samples = self._samples(calibration, self.model_config if model is None else model.config)
+        if model is None:
+            if self.name_or_path is None:
+                raise RequestError("this pruner is not bound to a model; pass the model to calibrate.")
+            model = AutoModelForCausalLM.from_pretrained(self.name_or_path, **self._hub)
         self.stats = collect(
             model,
             samples,
@@ -218,7 +223,6 @@ class MoEPruner:
             raise RequestError("there are no statistics to plan with; calibrate first, or pass saved ones.")
         plan = build_plan(stats, self._recipe(), domain_weights)
         self.pruning_plan = plan if self._parent is None else with_parent(plan, self._parent)
-        self._plan_was_loaded = False
         return self.pruning_plan
 
     def prune(
@@ -227,12 +231,12 @@ class MoEPruner:
         calibration: CalibrationInput | CalibrationStats | None = None,
         domain_weights: Mapping[str, float] | None = None,
     ) -> PreTrainedModel:
-        """Prune a model in memory: calibrate, plan, and remove experts; or apply the stored plan.
+        """Prune a model in memory: calibrate, plan, and remove experts; or apply the plan there is.
 
         Args:
             model: A causal language model with real parameters on any device.
             calibration: Texts, files, records, a dataset, token tensors, or statistics of this model. Not needed by
-                methods that need none, nor with a stored plan.
+                methods that need none, nor where a plan was loaded or made before.
             domain_weights: A share for each domain of the calibration; by default every token counts once.
 
         Returns:
@@ -242,29 +246,25 @@ class MoEPruner:
             RequestError: If anything about the request is wrong; the model is then unchanged.
             RunError: If the model holds NaN or infinite values; the model is then unchanged.
         """
-        if calibration is None and self._plan_was_loaded:
-            assert self.pruning_plan is not None
-            self.model = apply_plan(self.pruning_plan, model)
-            return self.model
-        config = self._recipe()
-        blocks = moe_blocks(model)
-        counts = {block.layer: block.num_experts for block in blocks}
-        budget = self._budget(counts, blocks[0].routing.top_k, protect=config.protect, skip_layers=config.skip_layers)
-        if len(budget.num_experts) < len(counts):
-            raise RequestError(
-                "skip_layers leaves layers with different numbers of experts, and such a checkpoint cannot be "
-                "reloaded yet; "
-                "prune without skip_layers (planning with them works)."
-            )
-        if calibration is None and plan_needs(config) and self.stats is None:
-            raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
-        if isinstance(calibration, CalibrationStats):
-            self.stats = calibration
-        elif not plan_needs(config):
-            self.stats = empty_stats(model, seed=config.seed)
-        elif calibration is not None:
-            self.calibrate(model, calibration)
-        self.model = apply_plan(self.plan(domain_weights=domain_weights), model)
+        check_model(model)
+        plan = self.pruning_plan
+        if calibration is not None or domain_weights is not None or plan is None:
+            config = self._recipe()
+            blocks = moe_blocks(model)
+            check_request(config, {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k)
+            if isinstance(calibration, CalibrationStats):
+                self.stats = calibration
+            elif not plan_needs(config):
+                self.stats = empty_stats(model, seed=config.seed)
+            elif calibration is not None:
+                samples = self._samples(calibration, model.config)
+                if domain_weights is not None:
+                    check_domain_weights(samples.samples, domain_weights)
+                self.calibrate(model, samples)
+            elif self.stats is None:
+                raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
+            plan = self.plan(domain_weights=domain_weights)
+        self.model, self._applied_plan = apply_plan(plan, model), plan
         return self.model
 
     def save_pretrained(
@@ -284,7 +284,7 @@ class MoEPruner:
             RequestError: If there is no pruned model, it does not match the plan, or the target is in the way.
         """
         model = model if model is not None else self.model
-        plan = self.pruning_plan
+        plan = self._applied_plan if model is self.model else self.pruning_plan
         if model is None or plan is None:
             raise RequestError("there is no pruned model to save; call prune first, or pass the model it returned.")
         counts = {block.layer: block.num_experts for block in moe_blocks(model)}
@@ -292,15 +292,15 @@ class MoEPruner:
             raise RequestError(
                 "this model does not have the numbers of experts of the plan; pass the model that was pruned."
             )
-        with written_folder(save_directory, overwrite) as partial:
+        with written_folder(save_directory, overwrite, sources=[self.name_or_path]) as partial:
             model.save_pretrained(partial)
             plan.save(partial / PLAN_NAME)
-            if self.config is not None:
-                self.config.save_pretrained(partial)
+            recipe = plan.config if self.config is None else self.config.to_dict()
+            (partial / CONFIG_NAME).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
             if self.name_or_path is not None:
                 self._carry_files(partial)
                 self._restore_config(partial, model)
-            elif self._tokenizer is not None:
+            if self._tokenizer is not None and self._tokenizer_given:
                 self._tokenizer.save_pretrained(partial)
         return Path(save_directory)
 
@@ -311,47 +311,94 @@ class MoEPruner:
             raise RequestError("this pruner has no recipe; pass config=MoEPrunerConfig(method=..., num_experts=...).")
         return self.config
 
-    def _budget(self, counts: dict[int, int], top_k: int, **layers: Any) -> Budget:
-        """The budget of the recipe for layers of so many experts; refuses what cannot be kept to."""
+    def _samples(self, calibration: CalibrationInput, model_config: Any) -> CalibrationSet:
+        """The calibration samples that the recipe's settings make of a calibration."""
         config = self._recipe()
-        return uniform_budget(counts, top_k, num_experts=config.num_experts, sparsity=config.sparsity, **layers)
+        if isinstance(calibration, CalibrationSet):
+            return calibration
+        return CalibrationSet.build(
+            calibration,
+            self.tokenizer,
+            num_samples=config.num_samples,
+            max_length=sample_length(config.max_length, model_config),
+            sample_selection=config.sample_selection,
+            pack=config.pack,
+            seed=config.seed,
+        )
 
     def _carry_files(self, folder: Path) -> None:
         """Copy the tokenizer's files, and the generation config where the model wrote none."""
         assert self.name_or_path is not None
         source = Path(self.name_or_path)
-        if source.is_dir():
-            files = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-        else:
+        files: list[str] = []
+        if not source.is_dir():
             from huggingface_hub import list_repo_files
 
-            files = list_repo_files(
-                self.name_or_path, revision=self._hub.get("revision"), token=self._hub.get("token")
-            )
+            try:
+                files = list_repo_files(
+                    self.name_or_path, revision=self._hub.get("revision"), token=self._hub.get("token")
+                )
+            except Exception as error:  # offline, or the Hub does not answer: what is in the cache was enough so far
+                logger.info("the files of %s cannot be listed: %s", self.name_or_path, error)
+                cached = _find(self.name_or_path, "config.json", self._hub)
+                source = source if cached is None else cached.parent
+        if source.is_dir():
+            files = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
         for name in files:
-            if any(fnmatch(name, pattern) for pattern in (*TOKENIZER_FILES, "generation_config.json")):
+            carried = (*TOKENIZER_FILES, "generation_config.json")
+            if any(fnmatch(name, p) and name.count("/") == p.count("/") for p in carried):
                 found = _find(self.name_or_path, name, self._hub)
                 if found is not None and not (folder / name).exists():
                     (folder / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(found, folder / name)
 
     def _restore_config(self, folder: Path, model: PreTrainedModel) -> None:
-        """Write the source's own ``config.json`` with the pruning keys (and a changed dtype) put in."""
+        """Write the source's own ``config.json``, with the pruning keys and what was changed in memory put in."""
         found = None if self.name_or_path is None else _find(self.name_or_path, "config.json", self._hub)
         if found is None:
             return
         spec = architecture_of(model.config)
         values = read_json(found)
         aliases = [alias for alias, key in type(model.config).attribute_map.items() if key == spec.count_key]
-        count = getattr(model.config, spec.count_key)
-        present = [key for key in (spec.count_key, *aliases) if key in values]
-        for key in present or [spec.count_key]:
-            values[key] = count
+        for key in [key for key in (spec.count_key, *aliases) if key in values] or [spec.count_key]:
+            values[key] = getattr(model.config, spec.count_key)
         dtype = str(model.dtype).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
         if values.get(key) != dtype:
             values[key] = dtype
+        before, now = self.model_config.to_dict(), model.config.to_dict()
+        own = {spec.count_key, "dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
+        for name in now.keys() - own:
+            if now[name] != before.get(name):
+                values[name] = now[name]
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def check_request(config: MoEPrunerConfig, counts: Mapping[int, int], top_k: int) -> None:
+    """Refuse what the recipe and the numbers of experts alone show to be impossible.
+
+    Args:
+        config: The recipe.
+        counts: Experts in each MoE layer.
+        top_k: Experts used per token.
+
+    Raises:
+        RequestError: Naming what was asked, what is true and what can be asked instead.
+    """
+    budget = budget_for(config, counts, top_k)
+    if len(budget.num_experts) < len(counts):
+        raise RequestError(
+            "skip_layers leaves layers with different numbers of experts, and such a checkpoint cannot be reloaded "
+            "yet; "
+            "prune without skip_layers (planning with them works)."
+        )
+
+
+def moe_layers(model_config: Any) -> tuple[dict[int, int], int]:
+    """Experts in each MoE layer, and the experts used per token, from a config alone (a model without weights)."""
+    with torch.device("meta"):
+        blocks = moe_blocks(AutoModelForCausalLM.from_config(model_config))
+    return {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k
 
 
 def load_model_config(name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -369,11 +416,20 @@ def load_model_config(name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         raise RequestError(f"{name_or_path} is not a model's folder: it has no config.json.")
     try:
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise RequestError(f"no model can be read from {str(name_or_path)!r}: {first}") from error
+    except Exception as error:  # a config can be wrong in as many ways as there are model types
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RequestError(
+            f"no model can be read from {str(name_or_path)!r}: {first} Known architectures: "
+            f"{', '.join(list_architectures())}."
+        ) from error
     architecture_of(config)
     return config
+
+
+def _stored_plan(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> PruningPlan | None:
+    """The plan in a checkpoint that this package made, or None."""
+    stored = _find(name_or_path, PLAN_NAME, hub)
+    return None if stored is None else PruningPlan.load(stored)
 
 
 def _find(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str, Any]) -> Path | None:

@@ -12,10 +12,10 @@ is the one of NAEE (arXiv 2402.14800): the Frobenius norm over a sample's tokens
 .. math:: L(S) = \sum_s w_s \sqrt{\sum_{t \in s} c^T G_t c}.
 
 :func:`route` and :func:`squared_errors` follow the model's own operations to the letter and are the reference.
-:class:`Replay`
-searches: it gives the same losses for thousands of sets at once, from sums over subsets that become matrix products.
-Its weights are not rounded to the model's dtype, and among experts whose logits are exactly equal it takes the lower
-index, where the model's top-k takes an unspecified one; in float32 neither makes a difference.
+:class:`Replay` searches: it gives the losses of thousands of sets at once, from sums over subsets that become matrix
+products. In float32 they are the same losses. In lower precision its weights are not rounded as the model rounds them,
+and of experts whose logits are equal it takes one that the model's top-k may not; the exhaustive search then decides
+among the best sets by the reference.
 
 Shapes: E experts, T tokens, S samples, K top_k.
 """
@@ -30,12 +30,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import RunError
+
 TIE = 1e-9
 """Losses within this relative distance are ties."""
 
 _TABLE_BITS = 20  # a table of 2**20 entries at most
 _TABLE_SUBSETS = 20_000
 _SETS_AT_ONCE = 512
+_DECIDED_BY_DEFINITION = 16  # sets
 _WORKING_BYTES = 16 * 2**20  # chunks of this size stay near the processor
 
 
@@ -135,8 +138,14 @@ def reconstruction_loss(errors: Tensor, sample: Tensor, weights: Tensor) -> Tens
 
 
 def first_minimum(losses: Tensor) -> int:
-    """Index of the smallest loss; of those within ``TIE`` of it, the first."""
+    """Index of the smallest loss; of those within ``TIE`` of it, the first.
+
+    Raises:
+        RunError: If a loss is NaN or infinite.
+    """
     least = losses.min()
+    if not bool(torch.isfinite(losses).all()):
+        raise RunError("reconstruction losses are NaN or infinite: the statistics hold such values. Calibrate again.")
     return int((losses <= least + TIE * least.abs()).nonzero()[0, 0])
 
 
@@ -161,11 +170,15 @@ class Replay:
         self.weights = weights.double()
         self.num_tokens, self.num_experts = logits.shape
         self._index = gram_index(self.num_experts)
+        self.logits = logits
+        # The unpruned layer's choice is the model's own; where logits tie, it decides which of them comes first.
+        chosen, _ = select(logits, routing)
+        first = torch.zeros(logits.shape).scatter_(1, chosen, 1.0).sort(dim=1, descending=True, stable=True).indices
+        self.order = first.gather(1, logits.gather(1, first).sort(dim=1, descending=True, stable=True).indices)
+        # Softmax numerators: every sum over a subset of experts is a sum of these. The bound keeps their squares from
+        # vanishing, and only matters to experts e^300 times less likely than another.
         logits = logits.double()
-        self.order = torch.sort(logits, dim=1, descending=True, stable=True).indices
-        # Softmax numerators: every sum over a subset of experts is a sum of these.
-        self.x = torch.exp(logits - logits.amax(dim=1, keepdim=True))
-        chosen = self.order[:, : routing.top_k]
+        self.x = torch.exp((logits - logits.amax(dim=1, keepdim=True)).clamp_(min=-300))
         weight = self.x.gather(1, chosen)
         weight /= (weight if routing.renormalise else self.x).sum(dim=1, keepdim=True)
         # G pi and pi^T G pi of the unpruned layer.
@@ -276,7 +289,18 @@ class Replay:
         sets = sorted(
             tuple(sorted(required + chosen)) for chosen in itertools.combinations(free, size - len(required))
         )
-        return sets[0] if len(sets) == 1 else sets[first_minimum(self.losses(sets))]
+        losses = self.losses(sets)
+        best = first_minimum(losses)
+        if self.logits.dtype == torch.float32 or len(sets) == 1:
+            return sets[best]
+        # In lower precision the model rounds weights and meets ties: decide among the best by its own operations.
+        few = torch.sort(losses, stable=True).indices[:_DECIDED_BY_DEFINITION]
+        near = few[losses[few] <= 1.1 * losses[best]].sort().values.tolist()
+        return sets[near[first_minimum(torch.stack([self._loss_by_definition(sets[i]) for i in near]))]]
+
+    def _loss_by_definition(self, retained: tuple[int, ...]) -> Tensor:
+        errors = squared_errors(self.logits, self.gram, self.routing, retained)
+        return reconstruction_loss(errors, self.sample, self.weights)
 
     # -- greedy
 

@@ -172,8 +172,9 @@ class CalibrationStats:
         if missing:
             have = ", ".join(sorted(map(str, self.needs))) or "nothing"
             raise RequestError(
-                f"method {method!r} needs the statistics {', '.join(missing)}, and these hold {have}. Calibrate again "
-                f"with this method named (score --method {method}), or with all of them (score --method all)."
+                f"method {method!r} needs the statistics {', '.join(missing)}, and these hold {have}. Calibrate "
+                "again and "
+                "gather them (score --method all gathers everything)."
             )
 
     def with_domain_weights(self, domain_weights: Mapping[str, float] | None) -> CalibrationStats:
@@ -188,12 +189,8 @@ class CalibrationStats:
         if domain_weights is None:
             weights = torch.ones(len(self.samples), dtype=torch.float64)
         else:
+            check_domain_weights(self.samples, domain_weights)
             tokens = self.domains
-            if set(domain_weights) != set(tokens) or any(not w > 0 for w in domain_weights.values()):
-                raise RequestError(
-                    f"domain_weights must give a positive number for each domain of the calibration "
-                    f"({', '.join(tokens)}), and is {dict(domain_weights)}."
-                )
             scale = sum(tokens.values()) / sum(domain_weights.values())
             weights = torch.tensor(
                 [domain_weights[s.domain] * scale / tokens[s.domain] for s in self.samples], dtype=torch.float64
@@ -248,7 +245,7 @@ class CalibrationStats:
             raise RequestError(f"{folder} holds no calibration statistics (stats.json is missing).")
         header = read_json(folder / "stats.json")
         version = header.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise RequestError(
                 f"{folder} has format version {version!r}; this package reads up to {FORMAT_VERSION}. Install a "
                 "newer one."
@@ -280,15 +277,35 @@ class CalibrationStats:
                 seed=header["seed"],
                 provenance=header["provenance"],
             )
-            for index, layer in layers.items():
-                layer.tensors.check(len(samples), len(token_sample), layer.num_experts)  # type: ignore[attr-defined]
-                if layer.num_experts < 1 or not 1 <= layer.routing.top_k <= layer.num_experts:
-                    raise ValueError(f"layer {index} has {layer.num_experts} experts and top_k {layer.routing.top_k}")
-            if len(token_sample) and not 0 <= int(token_sample.min()) <= int(token_sample.max()) < len(samples):
-                raise ValueError("kept tokens name samples that are not there")
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+            stats._check()
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError, SafetensorError) as error:
             raise RequestError(f"the statistics in {folder} are damaged: {error!r}. Calibrate again.") from error
         return stats
+
+    def _check(self) -> None:
+        """Raise ValueError unless everything that was read has the type and shape it should have."""
+        facts = {"model_type": str, "top_k": int, "fingerprint": str}
+        types = [(self.model[name], kind) for name, kind in facts.items()]
+        types += [(self.provenance, dict), (self.max_tokens, int), (self.seed, int)]
+        types += [(v, t) for s in self.samples for v, t in ((s.hash, str), (s.domain, str), (s.num_tokens, int))]
+        for layer in self.layers.values():
+            rule = layer.routing
+            types += [(layer.num_experts, int), (rule.top_k, int), (rule.renormalise, bool), (rule.cast_weights, bool)]
+        wrong = [value for value, kind in types if type(value) is not kind]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} has the wrong type")
+        if not self.layers:
+            raise ValueError("there are no layers")
+        for index, layer in self.layers.items():
+            if index < 0 or not self.model["top_k"] == layer.routing.top_k <= layer.num_experts:
+                raise ValueError(f"layer {index} has {layer.num_experts} experts and top_k {layer.routing.top_k}")
+            if isinstance(layer.tensors, _LayerFile):
+                layer.tensors.check(len(self.samples), len(self.token_sample), layer.num_experts)
+        kept = self.token_sample
+        if len(kept) != len(self.token_position) or (
+            len(kept) and not 0 <= kept.min() <= kept.max() < len(self.samples)
+        ):
+            raise ValueError("kept tokens name samples that are not there")
 
     def merge(self, other: CalibrationStats) -> CalibrationStats:
         """Statistics of the samples of both, as if they had been gathered together.
@@ -333,7 +350,14 @@ class CalibrationStats:
             tensors = {}
             for names, picked in ((PER_SAMPLE, torch.tensor(order)), (PER_TOKEN, rows)):
                 for name in tensor_names(self.needs, names):
-                    tensors[name] = torch.cat([layer.tensors[name], theirs[name]])[picked]
+                    parts = [layer.tensors[name], theirs[name]]
+                    if parts[0].dtype != parts[1].dtype:
+                        raise RequestError(
+                            f"these statistics cannot be merged: {name} is {parts[0].dtype} in one and "
+                            f"{parts[1].dtype} in the "
+                            "other; calibrate both in the same precision."
+                        )
+                    tensors[name] = torch.cat(parts)[picked]
             layers[index] = replace(layer, tensors=tensors, sample_weights=weights, token_sample=token_sample)
         provenance = {**self.provenance, "merged": [self.provenance, other.provenance]}
         return replace(
@@ -344,6 +368,22 @@ class CalibrationStats:
             token_position=token_position,
             provenance=provenance,
             domain_weights=None,
+        )
+
+
+def check_domain_weights(samples: Iterable[Sample], domain_weights: Mapping[str, float]) -> None:
+    """Raise unless there is a positive, finite number for each domain of the samples, and for no other.
+
+    Raises:
+        RequestError: Naming the domains.
+    """
+    domains = sorted({sample.domain for sample in samples})
+    sound = all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in domain_weights.values())
+    if set(domain_weights) != set(domains) or not sound:
+        raise RequestError(
+            f"domain_weights must give a positive number for each domain of the calibration ({', '.join(domains)}), "
+            "and is "
+            f"{dict(domain_weights)}."
         )
 
 
@@ -420,3 +460,5 @@ class _LayerFile(Mapping[str, Tensor]):
                 columns = {"gram": num_experts * (num_experts + 1) // 2, "inputs": shape[-1]}.get(name, num_experts)
                 if shape != [rows[name], columns]:
                     raise ValueError(f"{self._path.name}: {name} has shape {shape}, not {[rows[name], columns]}")
+                if (dtype := file.get_slice(name).get_dtype()) not in ("F64", "F32", "BF16", "F16"):
+                    raise ValueError(f"{self._path.name}: {name} has dtype {dtype}")

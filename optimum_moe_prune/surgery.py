@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures import architecture_of
 from .architectures.block import fingerprint, moe_blocks
-from .collect import check_model
+from .collect import check_finite, check_model
 from .errors import RequestError
 from .plan import PruningPlan
 
@@ -60,13 +60,12 @@ def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
                 "the model. "
                 "A plan is applied to the model it was made for, before pruning."
             )
-    made_for = (plan.provenance.get("model") or {}).get("fingerprint")
-    if made_for is not None and made_for != (found_print := fingerprint(blocks)):
-        name = (plan.provenance.get("model") or {}).get("name_or_path") or "unnamed"
+    found_print = fingerprint(blocks)
+    if plan.made_for.get("fingerprint", found_print) != found_print:
         raise RequestError(
-            f"this plan was made for a model with other router weights ({name}, fingerprint {made_for[:12]}; this "
-            "model: "
-            f"{found_print[:12]})."
+            "this plan was made for a model with other router weights "
+            f"({plan.made_for.get('name_or_path') or 'unnamed'}, "
+            f"fingerprint {plan.made_for['fingerprint'][:12]}; this model: {found_print[:12]})."
         )
 
 
@@ -87,8 +86,9 @@ def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
         RequestError: If the plan does not fit the model, or the model cannot be changed.
         RunError: If a parameter holds NaN or infinity.
     """
-    check_plan(plan, model)
     check_model(model)
+    check_plan(plan, model)
+    check_finite(model)
     blocks = moe_blocks(model)
     spec = blocks[0].spec
     for block in blocks:

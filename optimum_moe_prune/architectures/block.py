@@ -146,6 +146,24 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     return blocks
 
 
+def dense_layers(model: Any) -> list[int]:
+    """Decoder layers without experts."""
+    sparse = {block.layer for block in moe_blocks(model)}
+    return [i for i in range(len(attrgetter(architecture_of(model.config).layers)(model))) if i not in sparse]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside a ``with``; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def input_device(model: Any) -> torch.device:
     """Where a model takes its token ids."""
     return model.get_input_embeddings().weight.device

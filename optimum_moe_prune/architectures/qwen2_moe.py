@@ -12,5 +12,4 @@ QWEN2_MOE = MoESpec(
     count_key="num_experts",
     renormalise="norm_topk_prob",
     cast_weights=True,
-    shared_experts=("shared_expert", "shared_expert_gate"),
 )

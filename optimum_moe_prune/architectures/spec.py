@@ -34,7 +34,6 @@ class MoESpec:
         top_k_key: The config's key for the experts used per token.
         renormalise: Whether the router divides the chosen weights by their sum: always, never, or by that config key.
         cast_weights: Whether the router rounds the weights to the dtype of its logits.
-        shared_experts: Modules of the block that every token uses; they are never pruned.
     """
 
     model_type: str
@@ -51,7 +50,6 @@ class MoESpec:
     top_k_key: str = "num_experts_per_tok"
     renormalise: bool | str = True
     cast_weights: bool = False
-    shared_experts: tuple[str, ...] = ()
 
     def routing(self, config: Any) -> Routing:
         """The rule of this architecture's router, with the settings of one model."""

@@ -42,7 +42,7 @@ def architecture_of(config: Any) -> MoESpec:
     model_type = getattr(config, "model_type", None) or type(config).__name__
     if model_type in _ROWS:
         return _ROWS[model_type]
-    has_experts = any("expert" in key for key in config.to_dict())
+    has_experts = _names_experts(config.to_dict())
     known = nearest_first(model_type, list_architectures())
     if has_experts:
         raise RequestError(
@@ -53,6 +53,13 @@ def architecture_of(config: Any) -> MoESpec:
         f"a {model_type!r} model has no experts: it is not a Mixture-of-Experts model, so there is nothing to prune. "
         f"Known architectures: {known}."
     )
+
+
+def _names_experts(values: Any) -> bool:
+    """Whether a config, or one nested in it, has a key about experts."""
+    if not isinstance(values, dict):
+        return False
+    return any("expert" in str(key) or "moe" in str(key) or _names_experts(value) for key, value in values.items())
 
 
 for _spec in (MIXTRAL, QWEN2_MOE):

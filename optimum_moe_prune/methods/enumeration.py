@@ -14,11 +14,11 @@ elimination.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from ..budget import Budget
+from ..errors import RequestError
 from ..progress import progress
 from ..replay import Replay
 from ..stats import CalibrationStats, LayerStats, Need
@@ -27,9 +27,12 @@ from .registry import Retained, register_method
 Search = Literal["auto", "exhaustive", "greedy"]
 
 
+MOST_SETS = 2_000_000
+
+
 @dataclass(frozen=True)
-class Options:
-    """Options of ``enumeration``.
+class SearchOptions:
+    """How the set with the least reconstruction error is searched.
 
     Attributes:
         search: ``"exhaustive"``, ``"greedy"`` backward elimination, or ``"auto"``: exhaustive up to ``max_sets`` sets.
@@ -50,24 +53,39 @@ class Options:
     summary="the set with the least reconstruction error, by exhaustive or greedy search",
     source="NAEE, arXiv 2402.14800",
     needs={Need.ROUTING, Need.GRAM},
-    options=Options,
+    options=SearchOptions,
 )
-def enumeration(stats: CalibrationStats, budget: Budget, options: Options) -> Retained:
+def enumeration(stats: CalibrationStats, budget: Budget, options: SearchOptions) -> Retained:
     """Retained experts ``{layer: experts}``."""
     return {
-        index: best_set(stats.layers[index], count, budget.protected[index], options.search, options.max_sets)
+        index: best_set(stats.layers[index], index, count, budget, options)
         for index, count in progress(budget.num_experts.items(), "enumerating", unit="layer")
     }
 
 
-def best_set(layer: LayerStats, size: int, required: Iterable[int], search: Search, max_sets: int) -> tuple[int, ...]:
-    """The set of ``size`` experts of a layer, holding ``required``, with the least (or a greedily small) loss."""
-    required = tuple(required)
+def best_set(layer: LayerStats, index: int, size: int, budget: Budget, options: SearchOptions) -> tuple[int, ...]:
+    """The set of ``size`` experts of a layer, holding the protected ones, with the least (or a greedily small) loss.
+
+    Raises:
+        RequestError: If an exhaustive search is asked for that would never end.
+    """
+    required = budget.protected[index]
     if size == len(required):
-        return tuple(sorted(required))
+        return required
+    sets = math.comb(layer.num_experts - len(required), size - len(required))
+    if options.search == "exhaustive" and sets > MOST_SETS:
+        raise RequestError(
+            f"search='exhaustive' would try {sets} sets of {size} experts in layer {index}; the most is "
+            f"{MOST_SETS}. Use "
+            "search='greedy'."
+        )
     tensors = layer.tensors
     replay = Replay(tensors["logits"], tensors["gram"], layer.routing, layer.token_sample, layer.sample_weights)
-    sets = math.comb(layer.num_experts - len(required), size - len(required))
-    if search == "exhaustive" or (search == "auto" and sets <= max_sets):
+    if options.search == "exhaustive" or (options.search == "auto" and sets <= options.max_sets):
         return replay.best_set(size, required)
+    if options.search == "auto":
+        budget.note(
+            f"layer {index}: {sets} sets of {size} experts are more than max_sets={options.max_sets}; eliminated "
+            "greedily"
+        )
     return replay.eliminate(size, required)

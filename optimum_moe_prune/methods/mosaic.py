@@ -28,7 +28,6 @@ What the paper leaves open, and what is done here:
 
 from __future__ import annotations
 
-import logging
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -44,38 +43,30 @@ from sklearn.metrics import silhouette_score
 from ..budget import Budget
 from ..progress import progress
 from ..stats import CalibrationStats, LayerStats, Need
-from .enumeration import Search
 from .registry import Retained, register_method
-from .variability import generalists, variability_scores
-
-logger = logging.getLogger(__name__)
+from .variability import GeneralistOptions, check, generalists, variability_scores
 
 _MOST_DOMAINS = 16  # the most that num_domains="auto" tries
 _SILHOUETTE_TOKENS = 2000
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of ``mosaic``.
+class Options(GeneralistOptions):
+    """Options of ``mosaic``; ``search`` and ``max_sets`` as in ``enumeration``.
 
     Attributes:
         num_generalists: ``m``, at most the number of retained experts.
         num_domains: Clusters of tokens; None for ``r - m`` as published, ``"auto"`` for the one with the best
             silhouette.
         ward: ``"ranks"`` or ``"distances"``, see above.
-        search: How the generalists are searched, as in ``enumeration``.
-        max_sets: The most sets that ``search="auto"`` tries.
     """
 
     num_generalists: int = 1
     num_domains: int | Literal["auto"] | None = None
     ward: Literal["ranks", "distances"] = "ranks"
-    search: Search = "auto"
-    max_sets: int = 20_000
 
     def __post_init__(self) -> None:
-        if self.num_generalists < 0:
-            raise ValueError(f"num_generalists is {self.num_generalists}; it cannot be negative.")
+        super().__post_init__()
         if isinstance(self.num_domains, int) and self.num_domains < 1:
             raise ValueError(f"num_domains is {self.num_domains}; there must be at least 1.")
 
@@ -93,6 +84,7 @@ def needs(options: Options) -> frozenset[Need]:
     source="Mosaic Pruning, arXiv 2511.19822",
     needs=needs,
     options=Options,
+    check=check,
 )
 def mosaic(stats: CalibrationStats, budget: Budget, options: Options) -> Retained:
     """Retained experts ``{layer: experts}``."""
@@ -100,7 +92,7 @@ def mosaic(stats: CalibrationStats, budget: Budget, options: Options) -> Retaine
     few = []
     for index, count in progress(budget.num_experts.items(), "mosaic", unit="layer"):
         layer = stats.layers[index]
-        first = generalists(layer, index, options.num_generalists, budget, options.search, options.max_sets)
+        first = generalists(layer, index, budget, options)
         others = [expert for expert in range(layer.num_experts) if expert not in first]
         clusters = count - len(first)
         if clusters == 0:
@@ -118,12 +110,10 @@ def mosaic(stats: CalibrationStats, budget: Budget, options: Options) -> Retaine
         ]
         retained[index] = tuple(sorted([*first, *representatives]))
     if few:
-        logger.warning(
+        budget.note(
             "mosaic: with fewer than 3 domains ranks say almost nothing, so experts are compared by log errors in "
-            "%d of %d "
-            "layers; num_domains sets the number of domains.",
-            len(few),
-            len(retained),
+            f"{len(few)} "
+            f"of {len(retained)} layers; num_domains sets the number of domains"
         )
     return retained
 

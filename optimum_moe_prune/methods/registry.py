@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import logging
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -19,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from ..budget import Budget, choose
-from ..errors import RequestError, nearest_first
+from ..errors import RequestError, RunError, nearest_first
 from ..stats import CalibrationStats, LayerStats, Need
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "optimum_moe_prune.methods"
 
@@ -43,6 +46,7 @@ class Method:
         source: Where it was published.
         needs: The statistics it reads, given its options.
         options: A frozen dataclass of its options, each with a default.
+        check: ``(budget, options) -> None``: raises what can be refused before any work.
         scores: ``(stats, options) -> {layer: (E,)}``, higher = keep; or
         retained: ``(stats, budget, options) -> {layer: experts}``.
     """
@@ -52,6 +56,7 @@ class Method:
     source: str
     needs: Callable[[Any], frozenset[Need]]
     options: type
+    check: Callable[[Budget, Any], None] | None = None
     scores: Callable[[CalibrationStats, Any], Scores] | None = None
     retained: Callable[[CalibrationStats, Budget, Any], Retained] | None = None
 
@@ -61,7 +66,16 @@ class Method:
             scores = self.scores(stats, options)
             return choose(scores, budget), scores
         assert self.retained is not None
-        return self.retained(stats, budget, options), None
+        retained = self.retained(stats, budget, options)
+        for layer, count in budget.num_experts.items():
+            experts = retained.get(layer, ())
+            if len(experts) != count or not set(budget.protected[layer]) <= set(experts):
+                raise RunError(
+                    f"method {self.name!r} retains {list(experts)} in layer {layer}, where the budget keeps {count} "
+                    "experts and "
+                    f"protects {list(budget.protected[layer])}."
+                )
+        return retained, None
 
 
 _METHODS: dict[str, Method] = {}
@@ -76,6 +90,7 @@ def register_method(
     source: str,
     needs: frozenset[Need] | set[Need] | Callable[[Any], frozenset[Need]],
     options: type = NoOptions,
+    check: Callable[[Budget, Any], None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the function of a method and make it known.
 
@@ -87,6 +102,7 @@ def register_method(
         source: Where it was published.
         needs: The statistics it reads, or a function of its options.
         options: A frozen dataclass of its options.
+        check: Raises what can be refused before any work.
 
     Raises:
         RequestError: If the name is taken or the kind unknown.
@@ -109,6 +125,7 @@ def register_method(
             source,
             needed,
             options,
+            check,
             scores=function if kind == "scores" else None,
             retained=function if kind == "set" else None,
         )
@@ -123,7 +140,10 @@ def list_methods() -> list[str]:
     if not _entry_points_read:
         _entry_points_read = True
         for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-            entry_point.load()
+            try:
+                entry_point.load()
+            except Exception as error:  # another package's mistake must not stop this one
+                logger.warning("the methods of %s cannot be loaded: %r", entry_point.value, error)
     return sorted(_METHODS)
 
 
@@ -134,7 +154,7 @@ def get_method(name: str) -> Method:
         RequestError: If there is none, listing those there are, the most similar name first.
     """
     known = list_methods()
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise RequestError(f"method {name!r} is not known. Known: {nearest_first(str(name), known)}.")
     return _METHODS[name]
 
@@ -145,6 +165,8 @@ def make_options(method: Method, values: Mapping[str, Any]) -> Any:
     Raises:
         RequestError: If an option is unknown, or its value has the wrong type or is refused by the method.
     """
+    if not isinstance(values, Mapping):
+        raise RequestError(f"method_options is {values!r}; it must be a mapping of names to values.")
     hints = typing.get_type_hints(method.options)
     known = [f.name for f in dataclasses.fields(method.options)]
     converted = {}

@@ -16,31 +16,29 @@ import numpy as np
 
 from ..budget import Budget
 from ..errors import RequestError
+from ..progress import progress
 from ..stats import CalibrationStats, LayerStats, Need
-from .enumeration import Search, best_set
+from .enumeration import SearchOptions, best_set
 from .registry import Retained, register_method
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of ``variability``.
+class GeneralistOptions(SearchOptions):
+    """Options of methods that begin with generalists; ``search`` and ``max_sets`` as in ``enumeration``.
 
     Attributes:
-        num_generalists: Experts chosen for the least reconstruction error; the others are ranked.
-        search: How the generalists are searched, as in ``enumeration``.
-        max_sets: The most sets that ``search="auto"`` tries.
+        num_generalists: Experts chosen for the least reconstruction error, at most as many as are retained.
     """
 
     num_generalists: int = 0
-    search: Search = "auto"
-    max_sets: int = 20_000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_generalists < 0:
             raise ValueError(f"num_generalists is {self.num_generalists}; it cannot be negative.")
 
 
-def needs(options: Options) -> frozenset[Need]:
+def needs(options: GeneralistOptions) -> frozenset[Need]:
     """``GRAM`` only where there are generalists."""
     return frozenset({Need.ROUTING} | ({Need.GRAM} if options.num_generalists else set()))
 
@@ -54,22 +52,24 @@ def variability_scores(layer: LayerStats) -> np.ndarray:
     return np.where(total > 0, scores, 0.0)
 
 
-def generalists(
-    layer: LayerStats, index: int, count: int, budget: Budget, search: Search, max_sets: int
-) -> tuple[int, ...]:
-    """``count`` generalists of a layer, the protected experts among them; more if more are protected.
+def check(budget: Budget, options: GeneralistOptions) -> None:
+    """Refuse more generalists than a layer keeps experts.
 
     Raises:
-        RequestError: If more generalists are asked for than the budget keeps.
+        RequestError: Naming the layer.
     """
-    if count > budget.num_experts[index]:
-        raise RequestError(
-            f"num_generalists is {count}, and the budget keeps {budget.num_experts[index]} experts in layer "
-            f"{index}; ask for "
-            "at most that many."
-        )
-    protected = budget.protected[index]
-    return best_set(layer, max(count, len(protected)), protected, search, max_sets)
+    for index, count in budget.num_experts.items():
+        if options.num_generalists > count:
+            raise RequestError(
+                f"num_generalists is {options.num_generalists}, and the budget keeps {count} experts in layer "
+                f"{index}; ask "
+                "for at most that many."
+            )
+
+
+def generalists(layer: LayerStats, index: int, budget: Budget, options: GeneralistOptions) -> tuple[int, ...]:
+    """The generalists of a layer, the protected experts among them; more of them if more are protected."""
+    return best_set(layer, index, max(options.num_generalists, len(budget.protected[index])), budget, options)
 
 
 @register_method(
@@ -78,14 +78,15 @@ def generalists(
     summary="generalists, then the highest Activation Variability Scores",
     source="ablation of Mosaic Pruning, arXiv 2511.19822",
     needs=needs,
-    options=Options,
+    options=GeneralistOptions,
+    check=check,
 )
-def variability(stats: CalibrationStats, budget: Budget, options: Options) -> Retained:
+def variability(stats: CalibrationStats, budget: Budget, options: GeneralistOptions) -> Retained:
     """Retained experts ``{layer: experts}``."""
     retained = {}
-    for index, count in budget.num_experts.items():
+    for index, count in progress(budget.num_experts.items(), "variability", unit="layer"):
         layer = stats.layers[index]
-        first = generalists(layer, index, options.num_generalists, budget, options.search, options.max_sets)
+        first = generalists(layer, index, budget, options)
         order = np.argsort(-variability_scores(layer), kind="stable").tolist()
         ranked = [expert for expert in order if expert not in first]
         retained[index] = tuple(sorted([*first, *ranked[: count - len(first)]]))
