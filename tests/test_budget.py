@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,7 @@ def test_skipped_layers_are_outside_the_budget() -> None:
         ({"num_experts": 4, "protect": {2: [0]}}, "protect names layer 2, which has no experts"),
         ({"num_experts": 4, "protect": {0: [8]}}, "protect names expert 8 of layer 0, which has experts 0 to 7"),
         ({"num_experts": 4, "protect": {0: range(5)}}, "protect names 5 experts of layer 0, and the budget keeps 4"),
+        ({"num_experts": 4, "skip_layers": [0], "protect": {0: [8]}}, "protect names expert 8 of layer 0"),
         ({"num_experts": 4, "skip_layers": [0, 1, 3]}, "skip_layers names every MoE layer"),
     ],
 )
@@ -57,11 +60,24 @@ def test_impossible_requests_are_refused(request_: dict[str, object], message: s
         uniform_budget(LAYERS, 2, **request_)
 
 
-@pytest.mark.parametrize("sparsity", [0.0625, 0.8124])
-def test_the_range_a_refusal_names_is_right(sparsity: float) -> None:
-    with pytest.raises(RequestError, match=r"Ask for a sparsity of 0\.0625 to 0\.812"):
-        uniform_budget(LAYERS, 2, sparsity=0.9)
-    assert set(uniform_budget(LAYERS, 2, sparsity=sparsity).num_experts.values()) <= {7, 2}
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (60, 4), (7, 3), (128, 8), (2, 1), (512, 10)])
+def test_the_range_a_refusal_names_is_right(experts: int, top_k: int) -> None:
+    with pytest.raises(RequestError) as refused:
+        uniform_budget({0: experts}, top_k, sparsity=1e-6)
+    least, most = re.search(r"Ask for a sparsity of (\S+) to (\S+)\.$", str(refused.value)).groups()
+    assert uniform_budget({0: experts}, top_k, sparsity=float(least)).num_experts == {0: experts - 1}
+    assert uniform_budget({0: experts}, top_k, sparsity=float(most)).num_experts == {0: top_k}
+
+
+def test_where_every_expert_is_used_none_can_go() -> None:
+    with pytest.raises(RequestError, match="every token uses all 4 experts of layer 0: none can be removed"):
+        uniform_budget({0: 4}, 4, num_experts=3)
+
+
+def test_rounding_is_said_and_kept(caplog: pytest.LogCaptureFixture) -> None:
+    assert uniform_budget(LAYERS, 2, sparsity=0.3).notes == ["sparsity 0.3 rounds to 0.25"]
+    assert "sparsity 0.3 rounds to 0.25" in caplog.text
+    assert uniform_budget(LAYERS, 2, sparsity=0.25).notes == []
 
 
 def test_ties_go_to_the_lower_index_and_protection_comes_first() -> None:

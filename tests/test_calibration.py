@@ -131,6 +131,8 @@ def test_batches_hold_every_sample_once_padded_on_the_right(tokenizer: PreTraine
         (["w1 w2", ""], "text 1 has 1 token; a sample needs at least 2"),
         ([{"content": "w1"}], r"record 0 must have 'text' \(a string\) or 'messages' \(a list\); its keys: content"),
         ([{"text": 5}], "record 0 must have 'text'"),
+        ([{"text": ["w1", "w2"]}], "record 0 must have 'text'"),
+        (["w1 \ud800"], "text 0 is not valid Unicode text"),
         ([torch.tensor([3])], "token sample 0 has 1 token;"),
         (torch.tensor([0.5, 1.5]), "token tensor 0 has dtype torch.float32; token ids are integers"),
         (torch.zeros(2, 2, 2, dtype=torch.long), r"and this one \(2, 2, 2\)"),
@@ -177,6 +179,15 @@ def test_names_of_files_are_not_taken_for_texts(tokenizer: PreTrainedTokenizerBa
     (tmp_path / "a.txt").write_text("w1 w2")
     with pytest.raises(RequestError, match=r"pass pathlib\.Path objects to read files"):
         CalibrationSet.build([str(tmp_path / "a.txt")], tokenizer)
+
+
+@pytest.mark.parametrize("length", [80, 150, 300, 2000])
+def test_long_lines_are_texts_like_any_other(tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    assert CalibrationSet.build(["w1 " * length, "w2 " * length], tokenizer).num_tokens == 2 * (length + 1)
+    with pytest.raises(RequestError, match=r"(no file 'w1 .* can be read .*put it in a list|does not exist)"):
+        CalibrationSet.build("w1 " * length, tokenizer)
+    with pytest.raises(RequestError, match="to pass a text and not a file's name, put it in a list"):
+        CalibrationSet.build("w1\0w2", tokenizer)
 
 
 def test_texts_need_a_tokenizer() -> None:

@@ -15,7 +15,7 @@ from conftest import load, make_model, make_texts, make_tokenizer, save_checkpoi
 from safetensors import safe_open
 from transformers import LlamaConfig
 
-from optimum_moe_prune import CalibrationStats, PruningPlan, list_methods
+from optimum_moe_prune import CalibrationStats, MoEPruner, PruningPlan, list_methods
 from optimum_moe_prune.cli import main
 
 
@@ -97,7 +97,7 @@ def test_score_gathers_what_one_method_needs(place: Path, tmp_path: Path, capsys
     assert {str(n) for n in CalibrationStats.load(tmp_path / "stats").needs} == {"routing"}
     plan = ("plan", "--stats", tmp_path / "stats", "--num-experts", 4, "--method", "mosaic", tmp_path / "plan.json")
     code, _, err = call(capsys, *plan)
-    assert code == 2 and "error: method 'mosaic' needs the statistics" in err and "score --method mosaic" in err
+    assert code == 2 and "error: method 'mosaic' needs the statistics" in err and "score --method all" in err
     code, _, err = call(capsys, *score, "--method", "random", tmp_path / "other")
     assert code == 2 and "needs no calibration" in err
 
@@ -251,6 +251,19 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
             "this plan is for a 'mixtral' model, and the model is 'qwen2_moe'",
         ),
         (("evaluate", "--model", "{model}", "--data", "{place}/bad.jsonl"), "bad.jsonl, line 2 is not JSON"),
+        (("evaluate", "--model", "{model}", "--data", "{texts}", "--batch-size", "-1"), "batch_size is -1"),
+        (
+            (*RUN, "--num-experts", "4", "--skip-layers", "9", "{out}"),
+            "skip_layers names layer 9, which has no experts",
+        ),
+        ((*RUN, "--num-experts", "4", "--protect", "0:77", "{out}"), "protect names expert 77 of layer 0"),
+        (
+            (*RUN, "--num-experts", "4", "--option", "num_generalists=5", "{out}"),
+            "num_generalists is 5, and the budget",
+        ),
+        ((*RUN, "--num-experts", "4", "--domain-weight", "x=1", "{out}"), "a positive number for each domain"),
+        ((*RUN, "--num-experts", "4", "--config", "{place}/none.json", "{out}"), "none.json"),
+        ((*RUN, "--num-experts", "4", "--seed", "99999999999", "{out}"), "seed is 99999999999"),
     ],
 )
 def test_wrong_requests_end_with_2_and_write_nothing(
@@ -303,10 +316,82 @@ def test_what_only_the_run_finds_ends_with_1(place: Path, tmp_path: Path, capsys
     code, out, err = call(capsys, *run)
     assert (code, out) == (1, "") and "model.layers.1.mlp.experts.down_proj holds NaN or infinite weights" in err
     assert not (tmp_path / "out").exists()
-    from optimum_moe_prune import RunError
+    code, out, err = call(capsys, *run, "--debug")
+    assert (code, out) == (1, "") and "Traceback" in err
 
-    with pytest.raises(RunError):
-        main([*map(str, run), "--debug"])
+
+def test_a_plan_from_another_precision_applies(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model().save_pretrained(tmp_path / "model")  # float32, whose router weights bfloat16 rounds
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    score = ("score", "--model", tmp_path / "model", "--calibration", place / "texts.jsonl", "--dtype", "bfloat16")
+    assert call(capsys, *score, tmp_path / "stats")[0] == 0
+    plan = ("plan", "--stats", tmp_path / "stats", "--method", "reap", "--num-experts", 4, tmp_path / "plan.json")
+    assert call(capsys, *plan)[0] == 0
+    assert (
+        call(capsys, "apply", "--model", tmp_path / "model", "--plan", tmp_path / "plan.json", tmp_path / "out")[0]
+        == 0
+    )
+
+
+def test_score_gathers_what_options_need(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score = ("score", "--model", place / "model", "--calibration", place / "texts.jsonl", "--json")
+    how = ("--method", "variability", "--option", "num_generalists=2", "--protect-super-experts")
+    code, out, _ = call(capsys, *score, *how, tmp_path / "stats")
+    assert code == 0 and json.loads(out)["needs"] == ["gram", "routed_norms", "routing"]
+    plan = ("plan", "--stats", tmp_path / "stats", *how, "--num-experts", 4, tmp_path / "plan.json")
+    assert call(capsys, *plan)[0] == 0
+
+
+def test_only_earlier_outputs_are_replaced(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "model", tmp_path / "zoo" / "model")
+    (tmp_path / "zoo" / "mine.txt").write_text("keep")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    run = ("run", "--model", tmp_path / "zoo" / "model", "--method", "random", "--num-experts", 4, "--overwrite")
+    for target, message in (
+        (tmp_path / "zoo", "is or holds"),
+        (tmp_path / "zoo" / "model", "is or holds"),
+        (place, "holds something else than an output of this package"),
+    ):
+        code, _, err = call(capsys, *run, target)
+        assert code == 2 and message in err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before and (place / "texts.jsonl").exists()
+    assert call(capsys, *run, tmp_path / "out")[0] == 0
+    assert call(capsys, *run, "--seed", 1, tmp_path / "out")[0] == 0
+    assert PruningPlan.load(tmp_path / "out").config["seed"] == 1
+
+
+def test_apply_on_a_pruned_checkpoint_keeps_the_earlier_plan(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(capsys, "run", "--model", place / "model", "--method", "random", "--num-experts", 6, tmp_path / "six")
+    score = ("score", "--model", tmp_path / "six", "--calibration", place / "texts.jsonl", "--method", "frequency")
+    call(capsys, *score, tmp_path / "stats")
+    budget = ("--method", "frequency", "--num-experts", 4)
+    call(capsys, "plan", "--stats", tmp_path / "stats", *budget, tmp_path / "plan.json")
+    code, _, err = call(
+        capsys, "apply", "--model", tmp_path / "six", "--plan", tmp_path / "plan.json", tmp_path / "four"
+    )
+    assert code == 0, err
+    parent = PruningPlan.load(tmp_path / "four").provenance["parent"]
+    assert PruningPlan.from_dict(parent) == PruningPlan.load(tmp_path / "six")
+
+
+def test_a_recipe_of_an_unknown_method_does_not_stop_a_plan(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    call(capsys, "run", "--model", place / "model", "--method", "random", "--num-experts", 4, tmp_path / "out")
+    for name in ("moe_pruner_config.json", "moe_pruning_plan.json"):
+        path = tmp_path / "out" / name
+        path.write_text(path.read_text().replace('"method": "random"', '"method": "from_elsewhere"'))
+    assert call(capsys, "evaluate", "--model", tmp_path / "out", "--data", place / "texts.jsonl")[0] == 0
+    again = MoEPruner.from_pretrained(tmp_path / "out")
+    assert "cannot be used, only its plan" in caplog.text
+    again.prune(load(place / "model"))
+    again.save_pretrained(tmp_path / "again")
+    for name in ("moe_pruner_config.json", "moe_pruning_plan.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_optimum_cli_has_the_command_and_its_exit_codes(place: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import make_model, make_texts
+from conftest import make_model, make_texts, make_tokenizer
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -153,9 +153,10 @@ def test_batch_size_and_order_do_not_matter(kind: str, tokenizer: object, max_to
         assert_same(results[0], other, rtol=1e-5)
 
 
-def test_padding_never_counts(kind: str, tokenizer: object) -> None:
-    """A short sample beside a long one gives what it gives alone, whatever the padding token and side."""
-    model = make_model(kind)
+def test_padding_never_counts(kind: str) -> None:
+    """A short sample beside a long one gives what it gives alone, whatever the tokenizer says about padding."""
+    model, tokenizer = make_model(kind), make_tokenizer()
+    tokenizer.padding_side, tokenizer.pad_token = "left", "w7"
     long, short = make_texts(1, length=(40, 40))[0], {"text": "w5 w6 w7", "domain": "low"}
     together = collect(model, CalibrationSet.build([long, short], tokenizer), EVERYTHING, batch_size=2)
     alone = collect(model, CalibrationSet.build([short], tokenizer), EVERYTHING)
@@ -218,13 +219,17 @@ def test_bfloat16_is_observed_as_it_is(kind: str, samples: CalibrationSet, needs
 
 def test_the_model_is_left_as_it_was(model: PreTrainedModel, samples: CalibrationSet) -> None:
     model.train()
+    model.model.layers[0].eval()  # a part that stays fixed
+    model.lm_head.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     hooks = [(len(b.router._forward_hooks), "forward" in vars(b.experts)) for b in moe_blocks(model)]
     collect(model, samples, EVERYTHING)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert [(len(b.router._forward_hooks), "forward" in vars(b.experts)) for b in moe_blocks(model)] == hooks
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) and parameter.requires_grad
+        assert torch.equal(parameter, before[name]) and parameter.requires_grad == (name != "lm_head.weight")
 
 
 def test_a_failing_pass_leaves_the_model_as_it_was(samples: CalibrationSet) -> None:
@@ -262,12 +267,31 @@ def test_nan_weights_are_named(samples: CalibrationSet, name: str) -> None:
         collect(model, samples, {Need.ROUTING})
 
 
-def test_infinite_activations_are_named_by_layer(samples: CalibrationSet) -> None:
+@pytest.mark.parametrize("needs", NEEDS[1:], ids=lambda needs: "+".join(sorted(map(str, needs))))
+def test_infinite_activations_are_named_by_layer(samples: CalibrationSet, needs: set[Need]) -> None:
     model = make_model()
     with torch.no_grad():
-        model.model.layers[1].mlp.experts.down_proj.mul_(1e38)
-    with pytest.raises(RunError, match="layer 1: an expert's output is NaN or infinite"):
-        collect(model, samples, {Need.ROUTING, Need.ROUTED_NORMS})
+        model.model.layers[2].mlp.experts.down_proj.mul_(1e38)  # the last one: no later layer notices
+    with pytest.raises(RunError, match="layer 2: an expert's output is NaN or infinite"):
+        collect(model, samples, needs)
+
+
+def test_gram_matrices_keep_their_precision_under_autocast(samples: CalibrationSet) -> None:
+    model = make_model()
+    expected = collect(model, samples, {Need.GRAM}).layers[0].tensors["gram"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = collect(model, samples, {Need.GRAM, Need.SINGLE_ERROR})
+    gram = stats.layers[0].tensors["gram"]
+    assert gram.dtype == torch.float32
+    # The outputs were rounded to bfloat16, their products were not.
+    assert not torch.equal(gram.bfloat16().float(), gram)
+    torch.testing.assert_close(gram, expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_hold_at_least_one_sample(samples: CalibrationSet, batch_size: int) -> None:
+    with pytest.raises(RequestError, match=f"batch_size is {batch_size}"):
+        collect(make_model(), samples, {Need.ROUTING}, batch_size=batch_size)
 
 
 @pytest.fixture

@@ -12,16 +12,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 from test_collect import straight_loop
 
-from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig, Need, RequestError, list_methods
+from optimum_moe_prune import (
+    CalibrationSet,
+    CalibrationStats,
+    MoEPrunerConfig,
+    Need,
+    RequestError,
+    RunError,
+    list_methods,
+)
 from optimum_moe_prune import methods as methods_package
 from optimum_moe_prune.architectures.block import moe_blocks
 from optimum_moe_prune.budget import uniform_budget
 from optimum_moe_prune.collect import collect
 from optimum_moe_prune.methods import get_method, make_options, registry
-from optimum_moe_prune.methods.mosaic import cluster_experts, performance_vectors, token_domains
+from optimum_moe_prune.methods.enumeration import SearchOptions, best_set
+from optimum_moe_prune.methods.mosaic import _standardised, cluster_experts, performance_vectors, token_domains
 from optimum_moe_prune.methods.variability import variability_scores
 from optimum_moe_prune.plan import build_plan
 from optimum_moe_prune.replay import reconstruction_loss, squared_errors
@@ -142,10 +151,6 @@ def test_mosaic_follows_the_paper_step_by_step(stats: CalibrationStats) -> None:
 
 
 def test_rank_standardised_distances_are_two_k_times_one_minus_rho() -> None:
-    from scipy.stats import rankdata
-
-    from optimum_moe_prune.methods.mosaic import _standardised
-
     vectors = np.random.default_rng(0).normal(size=(6, 7))
     standard = _standardised(rankdata(vectors, axis=1), axis=1)
     squared = ((standard[:, None] - standard[None]) ** 2).sum(-1)
@@ -274,6 +279,7 @@ def test_unknown_names_list_the_known_ones_nearest_first() -> None:
         ("mosaic", "ward", "words", "takes 'ranks' or 'distances'"),
         ("reap", "gate", None, "takes 'applied' or 'probability' or 'renormalised'"),
         ("enumeration", "max_sets", 0, "at least 1"),
+        ("mosaic", "max_sets", -5, "at least 1"),
         ("variability", "num_generalists", -2, "cannot be negative"),
     ],
 )
@@ -314,12 +320,44 @@ def test_a_method_of_ones_own(stats: CalibrationStats, monkeypatch: pytest.Monke
         registry.register_method("own", kind="set", summary="", source="", needs=frozenset())
 
 
+def test_a_set_that_does_not_keep_to_the_budget_is_refused(
+    stats: CalibrationStats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    registry.register_method("greedy_guest", kind="set", summary="", source="", needs=frozenset())(
+        lambda stats, budget, options: {layer: (0, 1, 2, 3, 4) for layer in budget.num_experts}
+    )
+    with pytest.raises(RunError, match=r"'greedy_guest' retains .* in layer 0, where the budget keeps 4 experts"):
+        build_plan(stats, MoEPrunerConfig(method="greedy_guest", num_experts=4))
+
+
+def test_a_search_without_end_is_refused(stats: CalibrationStats) -> None:
+    budget = uniform_budget({0: 40}, 2, num_experts=20)
+    layer = replace(stats.layers[0], num_experts=40)
+    with pytest.raises(RequestError, match="would try 137846528820 sets of 20 experts in layer 0"):
+        best_set(layer, 0, 20, budget, SearchOptions(search="exhaustive"))
+
+
+def test_going_greedy_is_said_and_kept(stats: CalibrationStats) -> None:
+    plan = build_plan(stats, MoEPrunerConfig(method="enumeration", num_experts=4, method_options={"max_sets": 5}))
+    assert any("more than max_sets=5; eliminated greedily" in note for note in plan.provenance["notes"])
+
+
+def test_layers_without_experts_are_named(stats: CalibrationStats) -> None:
+    notes = build_plan(stats, MoEPrunerConfig(method="frequency", num_experts=4)).provenance["notes"]
+    expected = [] if stats.model["model_type"] == "mixtral" else ["layers without experts stay as they are: 1"]
+    assert notes == expected
+
+
 def test_methods_of_installed_packages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
 
     class EntryPoint:
+        value = "somewhere:method"
+
         def load(self) -> None:
             loaded.append(True)
+            raise ImportError("broken")  # and does no harm
 
     monkeypatch.setattr(registry, "_entry_points_read", False)
     monkeypatch.setattr(

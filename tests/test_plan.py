@@ -90,6 +90,10 @@ def edited(**changes: object) -> dict[str, object]:
         ({"layers": []}, "the plan is damaged"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": None}, "top_k is None"),
+        ({"format_version": -3}, "format version -3"),
+        ({"format_version": True}, "format version True"),
+        ({"provenance": {"model": "x"}}, "provenance of the model is damaged"),
+        ({"provenance": {"model": {"fingerprint": 5}}}, "provenance of the model is damaged"),
         ({"provenance": 5}, "the plan is damaged"),
     ],
 )

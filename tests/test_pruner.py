@@ -104,7 +104,8 @@ def test_pruning_a_pruned_checkpoint_keeps_the_earlier_plan(
     first.prune(load(folder))
     first.save_pretrained(tmp_path / "five")
     with caplog.at_level(logging.WARNING):
-        second = MoEPruner.from_pretrained(tmp_path / "five", method="frequency", num_experts=3)
+        recipe = MoEPrunerConfig(method="frequency", num_experts=3)
+        second = MoEPruner.from_pretrained(tmp_path / "five", config=recipe)
     assert "five was pruned before; with a new recipe it is taken as the model to prune" in caplog.text
     second.prune(load(tmp_path / "five"), TEXTS)
     assert set(second.pruning_plan.original_num_experts.values()) == {5}
@@ -187,12 +188,18 @@ def test_outputs_in_the_way_and_failures_leave_nothing(
     pruner.prune(load(folder))
     with pytest.raises(RequestError, match="does not have the numbers of experts of the plan"):
         pruner.save_pretrained(tmp_path / "out", load(folder))
+    with pytest.raises(RequestError, match=r"is or holds .*, which is read; name another folder"):
+        pruner.save_pretrained(folder, overwrite=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
     with pytest.raises(RequestError, match="exists and is not empty"):
-        pruner.save_pretrained(folder)
+        pruner.save_pretrained(tmp_path / "full")
+    with pytest.raises(RequestError, match="holds something else than an output of this package"):
+        pruner.save_pretrained(tmp_path / "full", overwrite=True)
     monkeypatch.setattr(PruningPlan, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         pruner.save_pretrained(tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "model"]
 
 
 def test_a_pruner_without_a_folder(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -217,6 +224,81 @@ def test_a_plan_edited_by_hand_applies(folder: Path, tmp_path: Path) -> None:
     original = load(folder)
     for now, before in zip(moe_blocks(model), moe_blocks(original), strict=True):
         assert torch.equal(now.expert_tensors["down_proj"], before.expert_tensors["down_proj"][[0, 2, 5]])
+
+
+def test_changes_made_in_memory_are_saved(folder: Path, tmp_path: Path) -> None:
+    pruner = MoEPruner.from_pretrained(folder, method="random", num_experts=3)
+    model = load(folder)
+    model.resize_token_embeddings(100, mean_resizing=False)
+    model.config.rms_norm_eps = 0.5
+    pruner.prune(model)
+    pruner.save_pretrained(tmp_path / "out")
+    reloaded = load(tmp_path / "out")
+    assert_equal_states(reloaded, model)
+    assert reloaded.config.rms_norm_eps == 0.5
+
+
+def test_what_is_saved_is_the_plan_that_was_applied(folder: Path, tmp_path: Path) -> None:
+    pruner = MoEPruner.from_pretrained(folder, method="frequency", num_experts=3)
+    pruner.prune(load(folder), TEXTS)
+    applied = pruner.pruning_plan
+    pruner.plan(domain_weights={"low": 1e6, "high": 1})
+    assert pruner.pruning_plan.provenance != applied.provenance
+    pruner.save_pretrained(tmp_path / "out")
+    assert PruningPlan.load(tmp_path / "out") == applied
+
+
+def test_a_plan_that_was_made_is_the_one_that_is_applied(folder: Path) -> None:
+    pruner = MoEPruner.from_pretrained(folder, method="frequency", num_experts=3)
+    pruner.calibrate(calibration=TEXTS)  # loads the bound model for it
+    plan = pruner.plan(domain_weights={"low": 1e6, "high": 1})
+    pruner.prune(load(folder))
+    assert pruner.pruning_plan is plan
+    with pytest.raises(RequestError, match="a calibration is needed"):
+        pruner.calibrate(load(folder))
+
+
+def test_overrides_reach_a_stored_recipe(folder: Path, tmp_path: Path) -> None:
+    pruner = MoEPruner.from_pretrained(folder, method="random", num_experts=3)
+    pruner.prune(load(folder))
+    pruner.save_pretrained(tmp_path / "out")
+    again = MoEPruner.from_pretrained(tmp_path / "out", batch_size=1)
+    assert again.config.batch_size == 1 and again.config.method == "random" and again.pruning_plan is not None
+
+
+def test_models_without_plain_parameters_are_refused_first(folder: Path) -> None:
+    config = MoEPrunerConfig(method="random", num_experts=3)
+    for attribute, value, message in (
+        ("peft_config", {}, "PEFT adapters"),
+        ("hf_quantizer", object(), "is quantised"),
+    ):
+        model = load(folder)
+        setattr(model, attribute, value)
+        with pytest.raises(RequestError, match=message):
+            MoEPruner(config).prune(model)
+    with torch.device("meta"):
+        meta = make_model()
+    with pytest.raises(RequestError, match="on the meta device"):
+        MoEPruner(config).prune(meta)
+
+
+def test_nested_experts_are_seen_and_unknown_types_list_the_known(tmp_path: Path) -> None:
+    nested = LlamaConfig()
+    nested.text_part = {"deep": {"num_experts": 4}}
+    nested.save_pretrained(tmp_path / "nested")
+    with pytest.raises(RequestError, match="architecture 'llama' is not known"):
+        MoEPruner.from_pretrained(tmp_path / "nested", num_experts=3)
+    for name, content in (
+        ("new", {"model_type": "from_tomorrow"}),
+        ("none", {}),
+        ("odd", {"model_type": "mixtral", "num_local_experts": "x"}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+        with pytest.raises(
+            RequestError, match=r"no model can be read from .* Known architectures: mixtral, qwen2_moe"
+        ):
+            MoEPruner.from_pretrained(tmp_path / name, num_experts=3)
 
 
 # ------------------------------------------------------------------------------------------- the recipe
@@ -264,6 +346,14 @@ def test_keys_of_newer_versions_are_ignored_with_a_warning(caplog: pytest.LogCap
         ({"num_experts": 4, "batch_size": 0}, "batch_size is 0; it must be an integer of at least 1"),
         ({"num_experts": 4, "max_length": 1}, "max_length is 1; it must be an integer of at least 2"),
         ({"num_experts": 4, "seed": -1}, "seed is -1"),
+        ({"num_experts": 4, "seed": 2**32}, "seed is 4294967296; .* at most 4294967295"),
+        ({"sparsity": "0.5"}, "sparsity is '0.5'"),
+        ({"num_experts": 4, "method": []}, r"method \[\] is not known"),
+        ({"num_experts": 4, "method_options": "abc"}, "method_options is 'abc'"),
+        ({"num_experts": 4, "allocation": 5}, "allocation 5 is not known"),
+        ({"num_experts": 4, "pack": "no"}, "pack is 'no'; it must be true or false"),
+        ({"num_experts": 4, "protect": {"0": "12"}}, "protect must be"),
+        ({"num_experts": 4, "skip_layers": [1.7]}, "protect must be"),
         ({"num_experts": 4, "protect": [1]}, r"protect must be \{layer: \[expert, ...\]\}"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 from conftest import make_model, make_texts, make_tokenizer
 from torch import Tensor
 
-from optimum_moe_prune import CalibrationSet, Need
+from optimum_moe_prune import CalibrationSet, Need, RunError
 from optimum_moe_prune.architectures.block import moe_blocks
 from optimum_moe_prune.collect import collect
 from optimum_moe_prune.replay import (
@@ -131,6 +131,42 @@ def test_a_peaked_router_loses_no_precision() -> None:
     replay = Replay(logits, gram, routing, sample, weights)
     torch.testing.assert_close(replay.losses(sets), expected, rtol=1e-6, atol=0)
     assert 0 in replay.eliminate(4)
+
+
+def test_logits_worlds_apart_do_not_break_the_search() -> None:
+    logits, _, gram, sample, weights = layer_data(6, seed=5)
+    logits[:, 0] += 2000
+    for renormalise in (True, False):
+        replay = Replay(logits, gram, Routing(2, renormalise, False), sample, weights)
+        assert bool(torch.isfinite(replay.losses(list(itertools.combinations(range(6), 3)))).all())
+        assert 0 in replay.best_set(3) and 0 in replay.eliminate(3)
+
+
+def test_losses_that_are_not_numbers_are_an_error() -> None:
+    with pytest.raises(RunError, match="NaN or infinite"):
+        first_minimum(torch.tensor([1.0, float("nan")]))
+
+
+def coarse_layer(experts: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits of a bfloat16 router, rounded so that many tie at the top-k boundary."""
+    logits, _, gram, sample, weights = layer_data(experts, seed=seed)
+    return (logits * 2).round().div(2).bfloat16(), gram, sample, weights
+
+
+@pytest.mark.parametrize("cast", [True, False])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_in_bfloat16_the_search_decides_as_the_model_does(renormalise: bool, cast: bool) -> None:
+    for seed in range(4):
+        logits, gram, sample, weights = coarse_layer(7, seed)
+        routing = Routing(2, renormalise, cast)
+        replay = Replay(logits, gram, routing, sample, weights)
+        chosen, _ = select(logits, routing)
+        tied = logits.sort(descending=True).values
+        assert (tied[:, 1] == tied[:, 2]).sum() > 5, "ties are what this is about"
+        assert torch.equal(replay.order[:, :2].sort().values, chosen.sort().values)
+        sets = list(itertools.combinations(range(7), 4))
+        best = min(sets, key=lambda s, a=(logits, gram, routing), b=(sample, weights): loss(*a, s, *b))
+        assert replay.best_set(4) == best
 
 
 def test_gram_index_reads_the_upper_triangle() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,9 @@ def test_what_does_not_belong_together_is_not_merged(
         stats.merge(collect(make_model(seed=1), others, {Need.ROUTING}))
     with pytest.raises(RequestError, match=r"needs is .*'routing'"):
         stats.merge(collect(make_model(), others, {Need.ROUTING, Need.GRAM}))
+    with pytest.raises(RequestError, match=r"logits is torch.float32 in one and torch.bfloat16 in the other"):
+        coarse = collect(make_model().to(torch.bfloat16), others, {Need.ROUTING})
+        stats.merge(replace(coarse, model=stats.model))
     with pytest.raises(RequestError, match="seed is 0 in one and 3 in the other"):
         stats.merge(collect(make_model(), others, {Need.ROUTING}, seed=3))
 
@@ -83,7 +87,16 @@ def test_domain_weights_set_the_share_of_tokens(samples: CalibrationSet) -> None
     assert torch.equal(stats.layers[0].total("routed_tokens"), table.sum(0)), "the original is as it was"
 
 
-@pytest.mark.parametrize("weights", [{"low": 1}, {"low": 1, "high": 0}, {"low": 1, "high": 1, "mid": 1}])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"low": 1},
+        {"low": 1, "high": 0},
+        {"low": 1, "high": 1, "mid": 1},
+        {"low": 1, "high": float("inf")},
+        {"low": 1, "high": "2"},
+    ],
+)
 def test_wrong_domain_weights_are_refused(samples: CalibrationSet, weights: dict[str, float]) -> None:
     stats = collect(make_model(), samples, {Need.ROUTING})
     with pytest.raises(RequestError, match=r"a positive number for each domain of the calibration \(high, low\)"):
@@ -126,6 +139,11 @@ def test_a_newer_format_is_refused(saved: Path) -> None:
         {"layers": {"../../x": {"num_experts": 8, "routing": {}}}},
         {"layers": []},
         {"samples": []},
+        {"model": 3},
+        {"model": {"model_type": "mixtral", "top_k": "2", "fingerprint": ""}},
+        {"model": {"model_type": "mixtral", "top_k": 3, "fingerprint": ""}},
+        {"provenance": [1]},
+        {"seed": "0"},
         {"model": None, "provenance": None, "max_tokens": None, "samples": None},
     ],
 )
@@ -160,6 +178,9 @@ def test_an_output_in_the_way_stays_as_it_is(samples: CalibrationSet, tmp_path: 
     with pytest.raises(RequestError, match="exists and is not empty"):
         stats.save(target)
     assert [p.name for p in tmp_path.rglob("*")] == ["stats", "mine.txt"]
+    with pytest.raises(RequestError, match="holds something else than an output of this package"):
+        stats.save(target, overwrite=True)
+    (target / "stats.json").write_text("{}")  # an earlier output
     stats.save(target, overwrite=True)
     assert not (target / "mine.txt").exists() and (target / "stats.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["stats"]
