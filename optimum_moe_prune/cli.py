@@ -53,8 +53,7 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="FILE",
         help=".jsonl (text or messages, optional domain), .txt (blank line between documents), or "
-        "hub:name[config](split):samples; "
-        "may be repeated",
+        "hub:name[config](split):samples; may be repeated",
     )
     group.add_argument(
         "--num-samples", type=int, metavar="N", help="samples to use, in equal shares of the domains (default 128)"
@@ -106,7 +105,7 @@ def _add_seed(parser: argparse.ArgumentParser) -> None:
 def _add_common(parser: argparse.ArgumentParser, output: str | None = None, output_help: str = "") -> None:
     if output is not None:
         parser.add_argument("output", metavar=output, help=output_help)
-        parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+        parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this package")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
@@ -267,7 +266,7 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .pruner import MoEPruner, load_model_config
 
     check_target(args.output, args.overwrite, [args.model])
-    every = args.method in (None, "all") and not args.config
+    every = args.method == "all" or (args.method is None and not args.config)
     # A recipe checks the calibration's settings and knows their defaults; its budget is not used.
     args.method, args.sparsity = None if every else args.method, None if args.config else 0.5
     settings = recipe(args)
@@ -299,14 +298,16 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from .plan import build_plan
+    from .plan import PruningPlan, build_plan
     from .stats import CalibrationStats
 
     target = Path(args.output)
     if target.suffix != ".json":
         raise RequestError(f"the plan's file must end in .json, and is {args.output}.")
-    if target.exists() and not args.overwrite:
-        raise RequestError(f"{args.output} exists; name another file, or allow replacing it (--overwrite).")
+    if target.exists():
+        if not args.overwrite:
+            raise RequestError(f"{args.output} exists; name another file, or allow replacing it (--overwrite).")
+        PruningPlan.load(target)  # nothing but an earlier plan is replaced
     config = recipe(args)
     weights = _domain_weights(args)
     plan = build_plan(CalibrationStats.load(args.stats), config, weights)

@@ -204,6 +204,7 @@ class MoEPruner:
             max_tokens=config.max_tokens,
             seed=config.seed,
         )
+        self.pruning_plan = None  # one made or loaded before does not rest on these statistics
         return self.stats
 
     def plan(
@@ -278,7 +279,7 @@ class MoEPruner:
         Args:
             save_directory: The target, absent or empty.
             model: The pruned model; by default the one this pruner pruned.
-            overwrite: Replace a target that is not empty.
+            overwrite: Replace an earlier output of this package.
 
         Raises:
             RequestError: If there is no pruned model, it does not match the plan, or the target is in the way.

@@ -205,7 +205,7 @@ class CalibrationStats:
 
         Args:
             folder: The target, absent or empty.
-            overwrite: Replace a target that is not empty.
+            overwrite: Replace an earlier output of this package.
 
         Raises:
             RequestError: If the target is in the way.

@@ -15,7 +15,7 @@ from conftest import load, make_model, make_texts, make_tokenizer, save_checkpoi
 from safetensors import safe_open
 from transformers import LlamaConfig
 
-from optimum_moe_prune import CalibrationStats, MoEPruner, PruningPlan, list_methods
+from optimum_moe_prune import CalibrationStats, MoEPruner, MoEPrunerConfig, PruningPlan, list_methods
 from optimum_moe_prune.cli import main
 
 
@@ -71,7 +71,9 @@ def test_run_equals_score_plan_apply(place: Path, tmp_path: Path, capsys: pytest
 
 
 def test_one_calibration_serves_every_method(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    call(capsys, "score", "--model", place / "model", "--calibration", place / "texts.jsonl", tmp_path / "stats")
+    score = ("score", "--model", place / "model", "--calibration", place / "texts.jsonl", "--method", "all")
+    recipe = MoEPrunerConfig(method="reap", num_experts=4).save_pretrained(tmp_path)
+    assert call(capsys, *score, "--config", recipe, tmp_path / "stats")[0] == 0
     for method in list_methods():
         code, out, _ = call(
             capsys,
@@ -359,6 +361,9 @@ def test_only_earlier_outputs_are_replaced(place: Path, tmp_path: Path, capsys: 
     assert sorted(p.name for p in tmp_path.rglob("*")) == before and (place / "texts.jsonl").exists()
     assert call(capsys, *run, tmp_path / "out")[0] == 0
     assert call(capsys, *run, "--seed", 1, tmp_path / "out")[0] == 0
+    plan = ("plan", "--stats", tmp_path, "--num-experts", 4, "--overwrite", tmp_path / "zoo" / "model" / "config.json")
+    code, _, err = call(capsys, *plan)
+    assert code == 2 and "the plan has format version None" in err
     assert PruningPlan.load(tmp_path / "out").config["seed"] == 1
 
 

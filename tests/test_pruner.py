@@ -254,6 +254,8 @@ def test_a_plan_that_was_made_is_the_one_that_is_applied(folder: Path) -> None:
     plan = pruner.plan(domain_weights={"low": 1e6, "high": 1})
     pruner.prune(load(folder))
     assert pruner.pruning_plan is plan
+    pruner.calibrate(load(folder), TEXTS[:2])
+    assert pruner.pruning_plan is None, "it would not rest on the new statistics"
     with pytest.raises(RequestError, match="a calibration is needed"):
         pruner.calibrate(load(folder))
 
