@@ -37,7 +37,7 @@ import corpus  # noqa: E402
 
 GENERAL = "docs"
 CALIBRATION_SAMPLES = 120  # of a draw: 20 of each domain, or all of the general one
-HELDOUT_SAMPLES = 40  # of each domain
+HELDOUT_SAMPLES = 24  # of each domain
 CONTEXT = 256  # the length the small models were trained on
 RELOAD = """
 import sys
