@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import platform
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -294,7 +295,7 @@ class _LayerObserver:
         log_p = torch.log_softmax(logits.double(), dim=-1)
         p = log_p.exp()
         self._add("probability", p)
-        self._add("probability_log2", p * log_p / torch.log(torch.tensor(2.0, dtype=torch.float64)))
+        self._add("probability_log2", p * log_p / math.log(2))
         self._add_chosen("routed_tokens", chosen, torch.ones_like(chosen, dtype=torch.float64))
         self._add_chosen("routed_probability", chosen, p.gather(1, chosen))
 

@@ -38,7 +38,7 @@ TIE = 1e-9
 _TABLE_BITS = 20  # a table of 2**20 entries at most
 _TABLE_SUBSETS = 20_000
 _SETS_AT_ONCE = 512
-_DECIDED_BY_DEFINITION = 16  # sets
+_DECIDED_BY_DEFINITION = 8  # sets
 _WORKING_BYTES = 16 * 2**20  # chunks of this size stay near the processor
 
 
@@ -114,10 +114,12 @@ def squared_errors(logits: Tensor, gram: Tensor, routing: Routing, retained: Seq
         ``(T,)`` float64, never negative.
     """
     change = route(logits, routing, sorted(retained)) - route(logits, routing)
-    index = gram_index(logits.shape[1])
+    rows, columns = torch.triu_indices(logits.shape[1], logits.shape[1])
+    twice = torch.where(rows == columns, 1.0, 2.0)  # each pair off the diagonal stands for both of its orders
+    size = max(1, _WORKING_BYTES // (8 * len(rows)))
     errors = [
-        torch.einsum("te,tef,tf->t", c, g[:, index].double(), c)
-        for c, g in zip(change.split(1024), gram.split(1024), strict=True)
+        (c[:, rows] * c[:, columns] * g) @ twice.double()
+        for c, g in zip(change.split(size), gram.split(size), strict=True)
     ]
     return torch.cat(errors).clamp_(min=0)
 
@@ -295,7 +297,7 @@ class Replay:
             return sets[best]
         # In lower precision the model rounds weights and meets ties: decide among the best by its own operations.
         few = torch.sort(losses, stable=True).indices[:_DECIDED_BY_DEFINITION]
-        near = few[losses[few] <= 1.1 * losses[best]].sort().values.tolist()
+        near = few[losses[few] <= 1.05 * losses[best]].sort().values.tolist()
         return sets[near[first_minimum(torch.stack([self._loss_by_definition(sets[i]) for i in near]))]]
 
     def _loss_by_definition(self, retained: tuple[int, ...]) -> Tensor:
