@@ -155,3 +155,13 @@ def test_the_benchmarks_run(script: str, arguments: list[str]) -> None:
 def test_no_template_is_left_unfilled(made: dict[str, list[dict[str, str]]]) -> None:
     for samples in made.values():
         assert not [s for s in samples if s["domain"] in corpus.GENERATORS and "rng." in s["text"]]
+
+
+def test_mosaics_options_can_be_measured() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import mosaic_options as m, quickstart\n"
+    code += "quickstart.CALIBRATION_SAMPLES, m.TUNE_SAMPLES, m.DRAWS = 12, 1, 1\n"
+    code += "sys.argv = ['mosaic_options.py', '--generalists', '1', '--domains', '3']\nm.main()"
+    done = subprocess.run([sys.executable, "-c", code, str(EXAMPLES)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[:3] for row in rows[1:]] == [["25%", "1", "3"], ["50%", "1", "3"]]
