@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,6 @@ import numpy as np
 
 from .errors import RequestError, RunError
 from .stats import CalibrationStats
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,9 @@ class Budget:
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Say that something else was done than asked for: a warning now, and kept with the plan."""
-        logger.warning(text)
-        self.notes.append(text)
+        """Remember that something else was done than asked for; said once, and kept with the plan."""
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 def num_removed(sparsity: float, num_experts: int) -> int:
@@ -120,8 +117,7 @@ def uniform_budget(
         if len(experts) > counts[layer]:
             raise RequestError(
                 f"protect names {len(experts)} experts of layer {layer}, and the budget keeps {counts[layer]}; "
-                "protect "
-                "fewer or keep more."
+                "protect fewer or keep more."
             )
         protected[layer] = experts
     budget = Budget(counts, protected, seed)

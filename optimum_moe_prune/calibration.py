@@ -162,9 +162,8 @@ class CalibrationSet:
         for origin, ids, domain in tokens:
             if len(ids) < 2:
                 raise RequestError(
-                    f"{origin} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a sample needs at least 2. "
-                    "Remove it or "
-                    "give a longer one."
+                    f"{origin} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a sample needs at least 2. Remove "
+                    "it or give a longer one."
                 )
             truncated += len(ids) > max_length
             ids = ids[:max_length].to(torch.int64)
@@ -193,8 +192,7 @@ class CalibrationSet:
                 wrong = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
                 raise RequestError(
                     f"token id {wrong} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to "
-                    "another "
-                    "model."
+                    "another model."
                 )
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -263,9 +261,8 @@ def _records(source: Any) -> Iterator[_Record]:
         yield from _list_records(source)
     else:
         raise RequestError(
-            f"calibration of type {type(source).__name__} is not understood; give texts, files, records with "
-            "'text', or "
-            "token tensors."
+            f"calibration of type {type(source).__name__} is not understood; give texts, files, records with 'text', "
+            "or token tensors."
         )
 
 
@@ -275,8 +272,7 @@ def _list_records(items: Sequence[Any]) -> Iterator[_Record]:
         if items and all(map(os.path.isfile, items)):
             raise RequestError(
                 f"the calibration is a list of strings, which are texts, but each names a file ({items[0]}); pass "
-                "pathlib.Path "
-                "objects to read files."
+                "pathlib.Path objects to read files."
             )
         yield from (_Record(f"text {number}", text, DEFAULT_DOMAIN) for number, text in enumerate(items))
     elif all(isinstance(item, PathLike) for item in items):
@@ -322,8 +318,8 @@ def _file_records(path: Path) -> Iterator[_Record]:
     except (OSError, ValueError) as error:
         name = str(path) if len(str(path)) <= 60 else f"{str(path)[:60]}..."
         raise RequestError(
-            f"no file {name!r} can be read ({error.__class__.__name__}); to pass a text and not a file's name, put "
-            "it in a list."
+            f"no file {name!r} can be read ({error.__class__.__name__}); to pass a text and not a file's name, put it "
+            "in a list."
         ) from error
     if not text.strip():
         raise RequestError(f"{path} is empty.")

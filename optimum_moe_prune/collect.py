@@ -181,8 +181,7 @@ def check_model(model: PreTrainedModel) -> None:
         if parameter.device.type == "meta":
             raise RequestError(
                 f"{name} is on the meta device (offloaded or not loaded); load the model so that it fits the "
-                "machine's "
-                "memory (device_map without offload)."
+                "machine's memory (device_map without offload)."
             )
 
 

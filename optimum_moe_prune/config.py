@@ -105,8 +105,7 @@ class MoEPrunerConfig:
         except (TypeError, ValueError, AttributeError) as error:
             raise RequestError(
                 f"protect must be {{layer: [expert, ...]}} and skip_layers [layer, ...]; they are {self.protect!r} "
-                "and "
-                f"{self.skip_layers!r}."
+                f"and {self.skip_layers!r}."
             ) from error
 
     def options(self) -> Any:

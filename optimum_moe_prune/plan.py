@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .config import MoEPrunerConfig
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 PLAN_NAME = "moe_pruning_plan.json"
@@ -176,8 +179,7 @@ class PruningPlan:
                 if entry["num_experts"] != len(entry["retained"]):
                     raise RequestError(
                         f"layer {layer}: num_experts is {entry['num_experts']!r}, and {len(entry['retained'])} "
-                        "experts are "
-                        "retained; change both when editing a plan."
+                        "experts are retained; change both when editing a plan."
                     )
             scores = {
                 layer: tuple(entry["scores"]) for layer, entry in layers.items() if entry.get("scores") is not None
@@ -288,6 +290,8 @@ def build_plan(
     if dense := stats.model.get("dense_layers"):
         budget.note(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
     chosen, scores = method.select(stats, budget, options)
+    for note in budget.notes:
+        logger.warning("%s: %s", config.method, note)
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
     provenance: dict[str, Any] = {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -137,7 +137,7 @@ class MoEPruner:
                 check_request(config, counts, top_k)
             return cls(config, name_or_path=name_or_path, model_config=model_config, parent=stored, hub=hub)
         try:
-            recipe = MoEPrunerConfig.from_pretrained(name_or_path, **hub, **overrides)
+            recipe = MoEPrunerConfig.from_pretrained(name_or_path, **_of_files(hub), **overrides)
         except RequestError as error:
             if overrides:
                 raise
@@ -390,8 +390,7 @@ def check_request(config: MoEPrunerConfig, counts: Mapping[int, int], top_k: int
     if len(budget.num_experts) < len(counts):
         raise RequestError(
             "skip_layers leaves layers with different numbers of experts, and such a checkpoint cannot be reloaded "
-            "yet; "
-            "prune without skip_layers (planning with them works)."
+            "yet; prune without skip_layers (planning with them works)."
         )
 
 
@@ -438,5 +437,10 @@ def _find(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str, Any
     if Path(name_or_path).is_dir():
         path = Path(name_or_path) / file_name
         return path if path.is_file() else None
-    found = cached_file(str(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **hub)
+    found = cached_file(str(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **_of_files(hub))
     return None if found is None else Path(found)
+
+
+def _of_files(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is said about the Hub, what concerns files and not code."""
+    return {key: value for key, value in hub.items() if key != "trust_remote_code"}

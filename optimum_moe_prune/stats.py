@@ -172,9 +172,8 @@ class CalibrationStats:
         if missing:
             have = ", ".join(sorted(map(str, self.needs))) or "nothing"
             raise RequestError(
-                f"method {method!r} needs the statistics {', '.join(missing)}, and these hold {have}. Calibrate "
-                "again and "
-                "gather them (score --method all gathers everything)."
+                f"method {method!r} needs the statistics {', '.join(missing)}, and these hold {have}. Calibrate again "
+                "and gather them (score --method all gathers everything)."
             )
 
     def with_domain_weights(self, domain_weights: Mapping[str, float] | None) -> CalibrationStats:
@@ -247,8 +246,8 @@ class CalibrationStats:
         version = header.get("format_version")
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise RequestError(
-                f"{folder} has format version {version!r}; this package reads up to {FORMAT_VERSION}. Install a "
-                "newer one."
+                f"{folder} has format version {version!r}; this package reads up to {FORMAT_VERSION}. Install a newer "
+                "one."
             )
         try:
             samples = tuple(Sample(**sample) for sample in header["samples"])
@@ -354,8 +353,7 @@ class CalibrationStats:
                     if parts[0].dtype != parts[1].dtype:
                         raise RequestError(
                             f"these statistics cannot be merged: {name} is {parts[0].dtype} in one and "
-                            f"{parts[1].dtype} in the "
-                            "other; calibrate both in the same precision."
+                            f"{parts[1].dtype} in the other; calibrate both in the same precision."
                         )
                     tensors[name] = torch.cat(parts)[picked]
             layers[index] = replace(layer, tensors=tensors, sample_weights=weights, token_sample=token_sample)
@@ -382,8 +380,7 @@ def check_domain_weights(samples: Iterable[Sample], domain_weights: Mapping[str,
     if set(domain_weights) != set(domains) or not sound:
         raise RequestError(
             f"domain_weights must give a positive number for each domain of the calibration ({', '.join(domains)}), "
-            "and is "
-            f"{dict(domain_weights)}."
+            f"and is {dict(domain_weights)}."
         )
 
 

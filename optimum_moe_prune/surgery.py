@@ -30,16 +30,14 @@ def check_plan_for_config(plan: PruningPlan, config: Any) -> None:
         if expected[what] != {value}:
             counts = ", ".join(map(str, sorted(expected[what])))
             raise RequestError(
-                f"this plan is for another model, with {what} {counts}; this model has {value}. A plan is applied "
-                "to the model "
-                "it was made for, before pruning."
+                f"this plan is for another model, with {what} {counts}; this model has {value}. A plan is applied to "
+                "the model it was made for, before pruning."
             )
     if plan.uniform_num_experts is None:
         raise RequestError(
             f"the plan retains different numbers of experts in different layers ({min(plan.num_experts.values())} to "
             f"{max(plan.num_experts.values())}); a checkpoint with unequal layers cannot be reloaded yet, so every "
-            "layer must "
-            "retain the same number (no skip_layers)."
+            "layer must retain the same number (no skip_layers)."
         )
 
 
@@ -56,16 +54,15 @@ def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
         expected, found = plan.original_num_experts.get(layer, 0), counts.get(layer, 0)
         if expected != found:
             raise RequestError(
-                f"this plan is for another model: layer {layer} has {expected} experts in the plan and {found} in "
-                "the model. "
-                "A plan is applied to the model it was made for, before pruning."
+                f"this plan is for another model: layer {layer} has {expected} experts in the plan and {found} in the "
+                "model. A plan is applied to the model it was made for, before pruning."
             )
     found_print = fingerprint(blocks)
     if plan.made_for.get("fingerprint", found_print) != found_print:
         raise RequestError(
             "this plan was made for a model with other router weights "
-            f"({plan.made_for.get('name_or_path') or 'unnamed'}, "
-            f"fingerprint {plan.made_for['fingerprint'][:12]}; this model: {found_print[:12]})."
+            f"({plan.made_for.get('name_or_path') or 'unnamed'}, fingerprint {plan.made_for['fingerprint'][:12]}; "
+            f"this model: {found_print[:12]})."
         )
 
 

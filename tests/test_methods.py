@@ -338,9 +338,14 @@ def test_a_search_without_end_is_refused(stats: CalibrationStats) -> None:
         best_set(layer, 0, 20, budget, SearchOptions(search="exhaustive"))
 
 
-def test_going_greedy_is_said_and_kept(stats: CalibrationStats) -> None:
-    plan = build_plan(stats, MoEPrunerConfig(method="enumeration", num_experts=4, method_options={"max_sets": 5}))
-    assert any("more than max_sets=5; eliminated greedily" in note for note in plan.provenance["notes"])
+def test_what_was_done_otherwise_is_said_once_and_kept(
+    stats: CalibrationStats, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = MoEPrunerConfig(method="enumeration", sparsity=0.4, method_options={"max_sets": 5})
+    notes = build_plan(stats, config).provenance["notes"]
+    assert [note.split()[0] for note in notes if "rounds to" in note] == ["sparsity"]
+    assert sum("more than max_sets=5; eliminated greedily" in note for note in notes) == 1
+    assert [record.getMessage() for record in caplog.records] == [f"enumeration: {note}" for note in notes]
 
 
 def test_layers_without_experts_are_named(stats: CalibrationStats) -> None:

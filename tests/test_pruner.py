@@ -264,7 +264,7 @@ def test_overrides_reach_a_stored_recipe(folder: Path, tmp_path: Path) -> None:
     pruner = MoEPruner.from_pretrained(folder, method="random", num_experts=3)
     pruner.prune(load(folder))
     pruner.save_pretrained(tmp_path / "out")
-    again = MoEPruner.from_pretrained(tmp_path / "out", batch_size=1)
+    again = MoEPruner.from_pretrained(tmp_path / "out", batch_size=1, trust_remote_code=True)
     assert again.config.batch_size == 1 and again.config.method == "random" and again.pruning_plan is not None
 
 

@@ -129,8 +129,8 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
             blocks.append(MoEBlock(spec, index, module, routing))
     if not blocks:
         raise RequestError(
-            f"none of the {len(layers)} layers of this {spec.model_type!r} model has experts, so there is nothing "
-            "to prune."
+            f"none of the {len(layers)} layers of this {spec.model_type!r} model has experts, so there is nothing to "
+            "prune."
         )
     for block in blocks:
         try:

@@ -75,17 +75,13 @@ def best_set(layer: LayerStats, index: int, size: int, budget: Budget, options: 
     sets = math.comb(layer.num_experts - len(required), size - len(required))
     if options.search == "exhaustive" and sets > MOST_SETS:
         raise RequestError(
-            f"search='exhaustive' would try {sets} sets of {size} experts in layer {index}; the most is "
-            f"{MOST_SETS}. Use "
-            "search='greedy'."
+            f"search='exhaustive' would try {sets} sets of {size} experts in layer {index}; the most is {MOST_SETS}. "
+            "Use search='greedy'."
         )
     tensors = layer.tensors
     replay = Replay(tensors["logits"], tensors["gram"], layer.routing, layer.token_sample, layer.sample_weights)
     if options.search == "exhaustive" or (options.search == "auto" and sets <= options.max_sets):
         return replay.best_set(size, required)
     if options.search == "auto":
-        budget.note(
-            f"layer {index}: {sets} sets of {size} experts are more than max_sets={options.max_sets}; eliminated "
-            "greedily"
-        )
+        budget.note(f"{sets} sets of {size} experts are more than max_sets={options.max_sets}; eliminated greedily")
     return replay.eliminate(size, required)

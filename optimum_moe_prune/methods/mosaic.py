@@ -112,8 +112,7 @@ def mosaic(stats: CalibrationStats, budget: Budget, options: Options) -> Retaine
     if few:
         budget.note(
             "mosaic: with fewer than 3 domains ranks say almost nothing, so experts are compared by log errors in "
-            f"{len(few)} "
-            f"of {len(retained)} layers; num_domains sets the number of domains"
+            f"{len(few)} of {len(retained)} layers; num_domains sets the number of domains"
         )
     return retained
 

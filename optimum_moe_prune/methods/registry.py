@@ -72,8 +72,7 @@ class Method:
             if len(experts) != count or not set(budget.protected[layer]) <= set(experts):
                 raise RunError(
                     f"method {self.name!r} retains {list(experts)} in layer {layer}, where the budget keeps {count} "
-                    "experts and "
-                    f"protects {list(budget.protected[layer])}."
+                    f"experts and protects {list(budget.protected[layer])}."
                 )
         return retained, None
 

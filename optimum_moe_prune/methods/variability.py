@@ -62,8 +62,7 @@ def check(budget: Budget, options: GeneralistOptions) -> None:
         if options.num_generalists > count:
             raise RequestError(
                 f"num_generalists is {options.num_generalists}, and the budget keeps {count} experts in layer "
-                f"{index}; ask "
-                "for at most that many."
+                f"{index}; ask for at most that many."
             )
 
 
