@@ -171,7 +171,7 @@ class PruningPlan:
             RequestError: If they are of a newer format, or no sound plan.
         """
         version = values.get("format_version")
-        if not _is_int(version) or not 1 <= version <= FORMAT_VERSION:  # type: ignore[operator]
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise RequestError(f"the plan has format version {version!r}; this package reads up to {FORMAT_VERSION}.")
         try:
             layers = {int(layer): entry for layer, entry in values["layers"].items()}

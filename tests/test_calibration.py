@@ -7,6 +7,7 @@ import json
 import logging
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -29,7 +30,6 @@ def test_every_form_of_texts_gives_the_same_samples(tokenizer: PreTrainedTokeniz
     jsonl, txt = tmp_path / "a.jsonl", tmp_path / "b.txt"
     jsonl.write_text("\n".join(json.dumps({"text": t}) for t in TEXTS) + "\n\n")
     txt.write_text("\n\n".join(TEXTS[:2]) + "\n \n\n" + TEXTS[2] + "\n")
-    datasets = pytest.importorskip("datasets")
     for source in (
         TEXTS,
         [{"text": t} for t in TEXTS],
@@ -205,7 +205,6 @@ def test_mixtures_of_datasets(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A local folder stands in for a repository on the Hub; everything else is the real library."""
-    pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name in ("one", "two"):
