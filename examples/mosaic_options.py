@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import tempfile
 from pathlib import Path
 
 import quickstart
-from quickstart import CONTEXT, HERE, calibrated, corpus, draw, losses
+from quickstart import CONTEXT, HERE, calibrated, corpus, draw, losses, texts_by_domain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -42,10 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         paths = corpus.write_corpus(Path(scratch), counts)
         tune = CalibrationSet.build(paths["tune"], tokenizer, max_length=CONTEXT)
-        text: dict[str, list[str]] = {domain: [] for domain in corpus.DOMAINS}
-        for line in paths["train"].read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            text[record["domain"]].append(record["text"])
+        text = texts_by_domain(paths["train"])
     base = losses(model, tune)
     stats = [calibrated(model, draw(text, n, corpus.DOMAINS), set(Need), tokenizer)[0] for n in range(DRAWS)]
     print("removed  generalists  domains  nats lost")

@@ -76,6 +76,15 @@ def losses(model: PreTrainedModel, heldout: CalibrationSet) -> dict[str, float]:
     return {domain: result.loss for domain, result in evaluate(model, heldout, batch_size=16).domains.items()}
 
 
+def texts_by_domain(path: Path) -> dict[str, list[str]]:
+    """The texts of a ``.jsonl`` file of the corpus."""
+    text: dict[str, list[str]] = {domain: [] for domain in corpus.DOMAINS}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        text[record["domain"]].append(record["text"])
+    return text
+
+
 def draw(text: dict[str, list[str]], number: int, domains: tuple[str, ...]) -> list[dict[str, str]]:
     """Calibration texts that no other draw of the same domains uses."""
     each = CALIBRATION_SAMPLES // len(domains)
@@ -154,10 +163,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(arguments.model)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         heldout = CalibrationSet.build(paths["heldout"], tokenizer, max_length=CONTEXT)
-        text: dict[str, list[str]] = {domain: [] for domain in corpus.DOMAINS}
-        for line in paths["train"].read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            text[record["domain"]].append(record["text"])
+        text = texts_by_domain(paths["train"])
 
         print("Pruning half of the experts with Mosaic ...\n")
         pruner = MoEPruner.from_pretrained(arguments.model, MoEPrunerConfig(method="mosaic", sparsity=0.5))

@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from .calibration import SAMPLE_SELECTIONS
 from .errors import RequestError, nearest_first
-from .files import read_json, write_text
+from .files import is_integer, read_json, write_text
 from .methods import get_method, make_options
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class MoEPrunerConfig:
                 "exactly one of num_experts (to retain in each layer) and sparsity (fraction to remove) is needed; "
                 f"{have} given."
             )
-        if self.sparsity is not None and (not _is_number(self.sparsity) or not 0 < self.sparsity < 1):
+        if self.sparsity is not None and (not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1):
             raise RequestError(
                 f"sparsity is {self.sparsity!r}; the fraction of experts to remove lies between 0 and 1."
             )
@@ -89,7 +89,7 @@ class MoEPrunerConfig:
         for name, minimum in least.items():
             value = getattr(self, name)
             most = 2**32 - 1 if name == "seed" else 2**63 - 1
-            if not (name == "num_experts" and value is None) and not (_is_integer(value) and minimum <= value <= most):
+            if not (name == "num_experts" and value is None) and not (is_integer(value) and minimum <= value <= most):
                 raise RequestError(
                     f"{name} is {value!r}; it must be an integer of at least {minimum} and at most {most}."
                 )
@@ -100,7 +100,7 @@ class MoEPrunerConfig:
             self.protect = {int(layer): tuple(experts) for layer, experts in self.protect.items()}
             self.skip_layers = tuple(self.skip_layers)
             numbers = [*self.skip_layers, *(e for experts in self.protect.values() for e in experts)]
-            if not all(map(_is_integer, numbers)):
+            if not all(map(is_integer, numbers)):
                 raise ValueError(numbers)
         except (TypeError, ValueError, AttributeError) as error:
             raise RequestError(
@@ -218,11 +218,3 @@ class MoEPrunerConfig:
                 raise RequestError(f"{name_or_path} has no {CONFIG_NAME}.")
             path = Path(found)
         return cls.from_dict(read_json(path), **kwargs)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

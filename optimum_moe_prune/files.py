@@ -127,6 +127,11 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
+def is_integer(value: Any) -> bool:
+    """Whether a value read from JSON is an integer; Python counts truth values among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 

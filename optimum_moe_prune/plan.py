@@ -15,7 +15,7 @@ import numpy as np
 
 from .budget import Budget, super_experts, uniform_budget
 from .errors import RequestError
-from .files import read_json, write_text
+from .files import is_integer, read_json, write_text
 from .methods import get_method
 from .stats import CalibrationStats, Need
 
@@ -63,18 +63,18 @@ class PruningPlan:
             raise RequestError(
                 "a plan names retained experts and the original number for each MoE layer, the same layers."
             )
-        if not _is_int(self.top_k) or self.top_k < 1:
+        if not is_integer(self.top_k) or self.top_k < 1:
             raise RequestError(f"the plan's top_k is {self.top_k!r}; it must be a positive integer.")
         made_for = self.provenance.get("model") or {}
         if not isinstance(made_for, dict) or not isinstance(made_for.get("fingerprint", ""), str):
             raise RequestError("the plan's provenance of the model is damaged.")
         for layer, experts in self.retained.items():
             original = self.original_num_experts[layer]
-            if not _is_int(layer) or layer < 0:
+            if not is_integer(layer) or layer < 0:
                 raise RequestError(f"the plan names layer {layer!r}; layers are numbered from 0.")
-            if not _is_int(original) or not 1 <= original <= _MOST_EXPERTS:
+            if not is_integer(original) or not 1 <= original <= _MOST_EXPERTS:
                 raise RequestError(f"layer {layer}: the plan's original_num_experts is {original!r}.")
-            if not all(map(_is_int, experts)) or list(experts) != sorted(set(experts)):
+            if not all(map(is_integer, experts)) or list(experts) != sorted(set(experts)):
                 raise RequestError(f"layer {layer}: retained experts must be distinct integers in rising order.")
             if experts and not 0 <= experts[0] <= experts[-1] < original:
                 raise RequestError(
@@ -321,7 +321,3 @@ def build_plan(
 def with_parent(plan: PruningPlan, parent: PruningPlan) -> PruningPlan:
     """The plan, remembering the plan that made the model it was made for."""
     return replace(plan, provenance={**plan.provenance, "parent": parent.to_dict()})
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

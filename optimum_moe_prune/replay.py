@@ -365,8 +365,7 @@ class _Elimination:
         replay, routing = self.replay, self.replay.routing
         width = self.best.shape[1]
         top_k = min(routing.top_k, width)
-        # Column j: the chosen ones without the j-th best, its successor moved up; the last: the chosen ones as they
-        # are.
+        # Column j: the chosen without the j-th best, its successor moved up; last: the chosen as they are.
         keeps = 1.0 - torch.eye(width, dtype=torch.float64)
         if width <= routing.top_k:  # all alive are chosen, nobody moves up
             keeps = torch.cat([keeps, torch.ones(width, 1, dtype=torch.float64)], dim=1)
