@@ -85,7 +85,10 @@ def collect(
     for row, (sample, position) in enumerate(zip(token_sample.tolist(), token_position.tolist(), strict=True)):
         row_of_token[sample][position] = row
     current = _Current()
-    observers = [_LayerObserver(block, needs, len(calibration), len(token_sample), current) for block in blocks]
+    observers: list[_LayerObserver] = []
+    for block in blocks:
+        before = observers[-1] if observers else None
+        observers.append(_LayerObserver(block, needs, len(calibration), len(token_sample), current, before))
 
     decoder = model.base_model
     device = input_device(model)
@@ -233,16 +236,29 @@ class _Current:
 class _LayerObserver:
     """Gathers the statistics of one layer while the model runs."""
 
-    def __init__(self, block: MoEBlock, needs: frozenset[Need], samples: int, kept: int, current: _Current) -> None:
+    def __init__(
+        self,
+        block: MoEBlock,
+        needs: frozenset[Need],
+        samples: int,
+        kept: int,
+        current: _Current,
+        before: _LayerObserver | None,
+    ) -> None:
         self.block = block
+        self.before = before
         self.needs = needs
         self.current = current
         self.num_kept = kept
         self.num_experts = block.num_experts
         self.sums = {
             name: torch.zeros(samples, self.num_experts, dtype=torch.float64)
-            for name in tensor_names(needs, PER_SAMPLE)
+            for name in tensor_names(needs - {Need.COACTIVATION}, PER_SAMPLE)
         }
+        if Need.COACTIVATION in needs:
+            experts_before = 0 if before is None else before.num_experts
+            self.sums["coactivation"] = torch.zeros(samples, experts_before, self.num_experts)
+        self.chosen: Tensor | None = None
         self.kept: dict[str, Tensor] = {}
         triangle = torch.triu_indices(self.num_experts, self.num_experts)
         self.triangle = (triangle[0], triangle[1])
@@ -288,15 +304,32 @@ class _LayerObserver:
     # -- the work
 
     def _routing(self, logits: Tensor, chosen: Tensor) -> None:
+        if not self.needs & {Need.ROUTING, Need.COACTIVATION}:
+            return
+        log_p = torch.log_softmax(logits.double(), dim=-1)
+        p = log_p.exp()
+        if Need.COACTIVATION in self.needs:
+            self._coactivation(p.cpu(), chosen.cpu())
         if Need.ROUTING not in self.needs:
             return
         self._keep("logits", logits)
-        log_p = torch.log_softmax(logits.double(), dim=-1)
-        p = log_p.exp()
         self._add("probability", p)
         self._add("probability_log2", p * log_p / math.log(2))
         self._add_chosen("routed_tokens", chosen, torch.ones_like(chosen, dtype=torch.float64))
         self._add_chosen("routed_probability", chosen, p.gather(1, chosen))
+
+    def _coactivation(self, p: Tensor, chosen: Tensor) -> None:
+        """Probabilities ``(T, E)`` here, summed over the tokens routed to each expert of the MoE layer before."""
+        self.chosen = chosen
+        if self.before is None:
+            return
+        routed_before = self.before.chosen
+        assert routed_before is not None
+        for number in self.current.sample.unique().tolist():  # the whole of a sample is in one batch
+            rows = (self.current.sample == number).nonzero().flatten()
+            routed = torch.zeros(len(rows), self.before.num_experts, dtype=torch.float64)
+            routed.scatter_(1, routed_before[rows], 1.0)
+            self.sums["coactivation"][number] = (routed.T @ p[rows]).float()
 
     def _routed(self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """The block's output from the outputs of the chosen experts, each computed once."""
@@ -324,6 +357,8 @@ class _LayerObserver:
             outputs.append(_weighted_sum(routed.to(x.dtype), w))
             if Need.ROUTED_NORMS in self.needs:
                 chosen_norms.append(torch.linalg.vector_norm(routed, dim=-1))
+            if Need.DENSE_NORMS in self.needs:
+                self._add("dense_norm", torch.linalg.vector_norm(y, dim=-1), rows)
             if Need.SINGLE_ERROR in self.needs:
                 error = torch.stack([(y[:, e] - full).square_().sum(-1) for e in range(self.num_experts)], dim=1)
                 self._add("single_error", error, rows)

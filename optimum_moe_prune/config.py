@@ -18,6 +18,7 @@ from .calibration import SAMPLE_SELECTIONS
 from .errors import RequestError, nearest_first
 from .files import is_integer, read_json, write_text
 from .methods import get_method, make_options
+from .methods.registry import ALLOCATIONS
 
 if TYPE_CHECKING:
     import os
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "moe_pruner_config.json"
-ALLOCATIONS = ("uniform",)
 
 
 @dataclass
@@ -34,9 +34,10 @@ class MoEPrunerConfig:
 
     Attributes:
         method: Name of a method (``list_methods()``).
-        num_experts: Experts to retain in each layer; or
+        num_experts: Experts to retain in each layer (on average, where layers keep different numbers); or
         sparsity: the fraction of experts to remove. Exactly one of the two.
-        allocation: How the budget is spread over layers: ``"uniform"``, or None for the method's own way.
+        allocation: How the budget is spread over layers: ``"uniform"``, the same in each; ``"global"``, one number for
+            the whole model, so that layers keep different numbers; None for the method's own way.
         method_options: Options of the method, by name.
         protect: Experts that are retained in any case, by layer.
         skip_layers: MoE layers that keep all their experts.
@@ -80,11 +81,18 @@ class MoEPrunerConfig:
             raise RequestError(
                 f"sparsity is {self.sparsity!r}; the fraction of experts to remove lies between 0 and 1."
             )
+        method = get_method(self.method)
         for name, known in (("allocation", (None, *ALLOCATIONS)), ("sample_selection", SAMPLE_SELECTIONS)):
             value = getattr(self, name)
             if value not in known:
                 nearest = nearest_first(str(value), [choice for choice in known if choice is not None])
                 raise RequestError(f"{name} {value!r} is not known. Known: {nearest}.")
+        if self.allocation not in (None, *method.allocations):
+            raise RequestError(
+                f"allocation {self.allocation!r} is not for method {self.method!r}, which takes "
+                f"{' or '.join(map(repr, method.allocations))}: it chooses a set for a given number of experts in a "
+                "layer."
+            )
         least = {"num_experts": 1, "num_samples": 1, "max_length": 2, "batch_size": 1, "max_tokens": 1, "seed": 0}
         for name, minimum in least.items():
             value = getattr(self, name)

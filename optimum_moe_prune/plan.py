@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .budget import Budget, super_experts, uniform_budget
+from .budget import Budget, global_budget, super_experts, uniform_budget
 from .errors import RequestError
 from .files import is_integer, read_json, write_text
 from .methods import get_method
@@ -242,7 +242,9 @@ def budget_for(
     Raises:
         RequestError: If the budget cannot be kept to, or the method refuses it.
     """
-    budget = uniform_budget(
+    method = get_method(config.method)
+    make = uniform_budget if (config.allocation or method.allocations[0]) == "uniform" else global_budget
+    budget = make(
         original,
         top_k,
         num_experts=config.num_experts,
@@ -251,9 +253,8 @@ def budget_for(
         skip_layers=config.skip_layers,
         seed=config.seed,
     )
-    check = get_method(config.method).check
-    if check is not None:
-        check(budget, config.options())
+    if method.check is not None:
+        method.check(budget, config.options())
     return budget
 
 
@@ -305,6 +306,7 @@ def build_plan(
             **stats.provenance,
         },
         "notes": budget.notes,
+        "findings": budget.findings,
     }
     return PruningPlan(
         model_type=stats.model["model_type"],

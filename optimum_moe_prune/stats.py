@@ -6,7 +6,7 @@ per token, for the *kept tokens*: all of them up to ``max_tokens``, else those w
 position, the same ones for any batch size, order or number of processes. Samples stand in the order of their hashes,
 so that nothing depends on the order they were seen in.
 
-Shapes: S samples, N kept tokens, E experts, H hidden size, K top_k.
+Shapes: S samples, N kept tokens, E experts, P experts of the MoE layer before, H hidden size, K top_k.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ class Need(str, enum.Enum):
 
     ROUTING = "routing"
     ROUTED_NORMS = "routed_norms"
+    DENSE_NORMS = "dense_norms"
     SINGLE_ERROR = "single_error"
     GRAM = "gram"
     INPUTS = "inputs"
+    COACTIVATION = "coactivation"
 
     def __str__(self) -> str:
         return self.value
@@ -58,10 +60,15 @@ PER_SAMPLE: dict[Need, tuple[str, ...]] = {
         "norm_renormalised",
         "max_norm",
     ),
+    # sum over all tokens of ||f||
+    Need.DENSE_NORMS: ("dense_norm",),
     # sum over tokens of ||F_{e} - F_all||^2 and, in every column, of ||F_all||^2
     Need.SINGLE_ERROR: ("single_error", "output_energy"),
+    # (S, P, E) float32 in place of (S, E), P the experts of the MoE layer before (0 in the first): the sum over the
+    # tokens routed to an expert there of p here
+    Need.COACTIVATION: ("coactivation",),
 }
-"""Tensors ``(S, E)`` in float64, by need."""
+"""Tensors ``(S, E)`` in float64 where nothing else is said, by need."""
 
 PER_TOKEN: dict[Need, tuple[str, ...]] = {
     Need.ROUTING: ("logits",),  # (N, E), dtype of the router's logits
@@ -71,7 +78,7 @@ PER_TOKEN: dict[Need, tuple[str, ...]] = {
 }
 """Tensors of the kept tokens, by need."""
 
-DENSE = frozenset({Need.SINGLE_ERROR, Need.GRAM})
+DENSE = frozenset({Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.GRAM})
 """The needs for which every expert runs on every token."""
 
 
@@ -295,11 +302,13 @@ class CalibrationStats:
             raise ValueError(f"{wrong[0]!r} has the wrong type")
         if not self.layers:
             raise ValueError("there are no layers")
-        for index, layer in self.layers.items():
+        before = 0
+        for index, layer in sorted(self.layers.items()):
             if index < 0 or not self.model["top_k"] == layer.routing.top_k <= layer.num_experts:
                 raise ValueError(f"layer {index} has {layer.num_experts} experts and top_k {layer.routing.top_k}")
             if isinstance(layer.tensors, _LayerFile):
-                layer.tensors.check(len(self.samples), len(self.token_sample), layer.num_experts)
+                layer.tensors.check(len(self.samples), len(self.token_sample), layer.num_experts, before)
+            before = layer.num_experts
         kept = self.token_sample
         if len(kept) != len(self.token_position) or (
             len(kept) and not 0 <= kept.min() <= kept.max() < len(self.samples)
@@ -447,15 +456,20 @@ class _LayerFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def check(self, num_samples: int, num_tokens: int, num_experts: int) -> None:
+    def check(self, num_samples: int, num_tokens: int, num_experts: int, experts_before: int) -> None:
         """Raise ValueError unless every tensor is there in the shape the header promises."""
         rows = dict.fromkeys(sum(PER_SAMPLE.values(), ()), num_samples)
         rows |= dict.fromkeys(sum(PER_TOKEN.values(), ()), num_tokens)
         with safe_open(self._path, framework="pt") as file:
             for name in self._names:
                 shape = file.get_slice(name).get_shape()
-                columns = {"gram": num_experts * (num_experts + 1) // 2, "inputs": shape[-1]}.get(name, num_experts)
-                if shape != [rows[name], columns]:
-                    raise ValueError(f"{self._path.name}: {name} has shape {shape}, not {[rows[name], columns]}")
+                below: dict[str, list[int]] = {
+                    "gram": [num_experts * (num_experts + 1) // 2],
+                    "inputs": shape[-1:],
+                    "coactivation": [experts_before, num_experts],
+                }
+                expected = [rows[name], *below.get(name, [num_experts])]
+                if shape != expected:
+                    raise ValueError(f"{self._path.name}: {name} has shape {shape}, not {expected}")
                 if (dtype := file.get_slice(name).get_dtype()) not in ("F64", "F32", "BF16", "F16"):
                     raise ValueError(f"{self._path.name}: {name} has dtype {dtype}")

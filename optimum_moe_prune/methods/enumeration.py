@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..budget import Budget
+from ..budget import UniformBudget
 from ..errors import RequestError
 from ..progress import progress
 from ..replay import Replay
@@ -55,7 +55,7 @@ class SearchOptions:
     needs={Need.ROUTING, Need.GRAM},
     options=SearchOptions,
 )
-def enumeration(stats: CalibrationStats, budget: Budget, options: SearchOptions) -> Retained:
+def enumeration(stats: CalibrationStats, budget: UniformBudget, options: SearchOptions) -> Retained:
     """Retained experts ``{layer: experts}``."""
     return {
         index: best_set(stats.layers[index], index, count, budget, options)
@@ -63,7 +63,9 @@ def enumeration(stats: CalibrationStats, budget: Budget, options: SearchOptions)
     }
 
 
-def best_set(layer: LayerStats, index: int, size: int, budget: Budget, options: SearchOptions) -> tuple[int, ...]:
+def best_set(
+    layer: LayerStats, index: int, size: int, budget: UniformBudget, options: SearchOptions
+) -> tuple[int, ...]:
     """The set of ``size`` experts of a layer, holding the protected ones, with the least (or a greedily small) loss.
 
     Raises:

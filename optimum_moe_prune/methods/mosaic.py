@@ -40,7 +40,7 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 
-from ..budget import Budget
+from ..budget import UniformBudget
 from ..progress import progress
 from ..stats import CalibrationStats, LayerStats, Need
 from .registry import Retained, register_method
@@ -86,7 +86,7 @@ def needs(options: Options) -> frozenset[Need]:
     options=Options,
     check=check,
 )
-def mosaic(stats: CalibrationStats, budget: Budget, options: Options) -> Retained:
+def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> Retained:
     """Retained experts ``{layer: experts}``."""
     retained = {}
     few = []

@@ -6,9 +6,9 @@ A layer's draw depends on the seed and the layer alone, and a smaller budget kee
 
 import numpy as np
 
-from ..budget import Budget
+from ..budget import Budget, choose
 from ..stats import CalibrationStats
-from .registry import NoOptions, Retained, register_method
+from .registry import ALLOCATIONS, NoOptions, Retained, register_method
 
 
 @register_method(
@@ -17,13 +17,16 @@ from .registry import NoOptions, Retained, register_method
     summary="a seeded uniform choice",
     source="baseline of Mosaic Pruning and MoE Pathfinder",
     needs=frozenset(),
+    allocations=ALLOCATIONS,
 )
 def random(stats: CalibrationStats, budget: Budget, options: NoOptions) -> Retained:
     """Retained experts ``{layer: experts}``."""
-    retained = {}
-    for layer, count in budget.num_experts.items():
-        order = np.random.default_rng([budget.seed, layer]).permutation(stats.num_experts[layer]).tolist()
-        protected = budget.protected[layer]
-        drawn = [expert for expert in order if expert not in protected]
-        retained[layer] = tuple(sorted([*protected, *drawn[: count - len(protected)]]))
-    return retained
+    return choose({layer: _draw(count, [budget.seed, layer]) for layer, count in budget.original.items()}, budget)
+
+
+def _draw(count: int, seed: list[int]) -> np.ndarray:
+    """A random order of experts as random scores ``(count,)``, comparable between layers."""
+    generator = np.random.default_rng(seed)
+    scores = np.empty(count)
+    scores[generator.permutation(count)] = np.sort(generator.random(count))[::-1]
+    return scores

@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from ..budget import Budget, choose
+from ..budget import Budget, UniformBudget, choose
 from ..errors import RequestError, RunError, nearest_first
 from ..stats import CalibrationStats, LayerStats, Need
 
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "optimum_moe_prune.methods"
+
+ALLOCATIONS = ("uniform", "global")
 
 Scores = dict[int, np.ndarray]
 Retained = dict[int, tuple[int, ...]]
@@ -46,6 +48,8 @@ class Method:
         source: Where it was published.
         needs: The statistics it reads, given its options.
         options: A frozen dataclass of its options, each with a default.
+        allocations: How it can spread a budget over the layers, its own way first: ``"uniform"`` (the same in every
+            layer, a ``UniformBudget``) or ``"global"`` (a number for the whole model, a plain ``Budget``).
         check: ``(budget, options) -> None``: raises what can be refused before any work.
         scores: ``(stats, options) -> {layer: (E,)}``, higher = keep; or
         retained: ``(stats, budget, options) -> {layer: experts}``.
@@ -56,9 +60,10 @@ class Method:
     source: str
     needs: Callable[[Any], frozenset[Need]]
     options: type
-    check: Callable[[Budget, Any], None] | None = None
+    allocations: tuple[str, ...]
+    check: Callable[[Any, Any], None] | None = None
     scores: Callable[[CalibrationStats, Any], Scores] | None = None
-    retained: Callable[[CalibrationStats, Budget, Any], Retained] | None = None
+    retained: Callable[[CalibrationStats, Any, Any], Retained] | None = None
 
     def select(self, stats: CalibrationStats, budget: Budget, options: Any) -> tuple[Retained, Scores | None]:
         """The retained experts of each layer of the budget, sorted, and the scores where the method has them."""
@@ -67,13 +72,19 @@ class Method:
             return choose(scores, budget), scores
         assert self.retained is not None
         retained = self.retained(stats, budget, options)
-        for layer, count in budget.num_experts.items():
+        for layer in budget.original:
             experts = retained.get(layer, ())
-            if len(experts) != count or not set(budget.protected[layer]) <= set(experts):
+            fixed = budget.num_experts[layer] if isinstance(budget, UniformBudget) else None
+            enough = len(experts) >= budget.floor if fixed is None else len(experts) == fixed
+            if not enough or not set(budget.protected[layer]) <= set(experts):
+                count = f"{budget.floor} or more" if fixed is None else fixed
                 raise RunError(
                     f"method {self.name!r} retains {list(experts)} in layer {layer}, where the budget keeps {count} "
                     f"experts and protects {list(budget.protected[layer])}."
                 )
+        total = sum(len(retained[layer]) for layer in budget.original)
+        if total != budget.total:
+            raise RunError(f"method {self.name!r} retains {total} experts, and the budget keeps {budget.total}.")
         return retained, None
 
 
@@ -89,7 +100,8 @@ def register_method(
     source: str,
     needs: frozenset[Need] | set[Need] | Callable[[Any], frozenset[Need]],
     options: type = NoOptions,
-    check: Callable[[Budget, Any], None] | None = None,
+    allocations: tuple[str, ...] | None = None,
+    check: Callable[[Any, Any], None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the function of a method and make it known.
 
@@ -101,6 +113,7 @@ def register_method(
         source: Where it was published.
         needs: The statistics it reads, or a function of its options.
         options: A frozen dataclass of its options.
+        allocations: See ``Method.allocations``; by default both for scores, and uniform for a set.
         check: Raises what can be refused before any work.
 
     Raises:
@@ -115,6 +128,10 @@ def register_method(
         raise RequestError(f"method {name!r} is registered already.")
     if kind not in ("scores", "set"):
         raise RequestError(f"kind is {kind!r}; a method gives 'scores' or a 'set'.")
+    if allocations is None:
+        allocations = ALLOCATIONS if kind == "scores" else ALLOCATIONS[:1]
+    if not allocations or not set(allocations) <= set(ALLOCATIONS):
+        raise RequestError(f"allocations are {allocations!r}; known: {', '.join(ALLOCATIONS)}.")
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         needed = needs if callable(needs) else lambda _options: frozenset(needs)
@@ -124,6 +141,7 @@ def register_method(
             source,
             needed,
             options,
+            allocations,
             check,
             scores=function if kind == "scores" else None,
             retained=function if kind == "set" else None,

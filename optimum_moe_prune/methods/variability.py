@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..budget import Budget
+from ..budget import UniformBudget
 from ..errors import RequestError
 from ..progress import progress
 from ..stats import CalibrationStats, LayerStats, Need
@@ -52,7 +52,7 @@ def variability_scores(layer: LayerStats) -> np.ndarray:
     return np.where(total > 0, scores, 0.0)
 
 
-def check(budget: Budget, options: GeneralistOptions) -> None:
+def check(budget: UniformBudget, options: GeneralistOptions) -> None:
     """Refuse more generalists than a layer keeps experts.
 
     Raises:
@@ -66,7 +66,7 @@ def check(budget: Budget, options: GeneralistOptions) -> None:
             )
 
 
-def generalists(layer: LayerStats, index: int, budget: Budget, options: GeneralistOptions) -> tuple[int, ...]:
+def generalists(layer: LayerStats, index: int, budget: UniformBudget, options: GeneralistOptions) -> tuple[int, ...]:
     """The generalists of a layer, the protected experts among them; more of them if more are protected."""
     return best_set(layer, index, max(options.num_generalists, len(budget.protected[index])), budget, options)
 
@@ -80,7 +80,7 @@ def generalists(layer: LayerStats, index: int, budget: Budget, options: Generali
     options=GeneralistOptions,
     check=check,
 )
-def variability(stats: CalibrationStats, budget: Budget, options: GeneralistOptions) -> Retained:
+def variability(stats: CalibrationStats, budget: UniformBudget, options: GeneralistOptions) -> Retained:
     """Retained experts ``{layer: experts}``."""
     retained = {}
     for index, count in progress(budget.num_experts.items(), "variability", unit="layer"):

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Importance: Pathfinder's best paths by the importance of experts alone, without transitions.
+
+An ablation of MoE Pathfinder, arXiv 2512.18425 ("IS"): the weight of a path is the product of
+:math:`e_i = \mathrm{softmax}_i(-L_i / (\tau \|F_{all}\|_F))` along it. Everything else is as in ``pathfinder``.
+"""
+
+from ..budget import Budget
+from ..stats import CalibrationStats, Need
+from .pathfinder import GLOBAL_FIRST, ImportanceOptions, log_importance, on_best_paths
+from .registry import Retained, register_method
+
+
+@register_method(
+    "importance",
+    kind="set",
+    summary="the experts on the best paths by reconstruction loss",
+    source="ablation of MoE Pathfinder, arXiv 2512.18425",
+    needs={Need.SINGLE_ERROR},
+    options=ImportanceOptions,
+    allocations=GLOBAL_FIRST,
+)
+def importance(stats: CalibrationStats, budget: Budget, options: ImportanceOptions) -> Retained:
+    """Retained experts ``{layer: experts}``."""
+    return on_best_paths(stats, budget, log_importance(stats, budget, options.tau), None, options.num_paths)

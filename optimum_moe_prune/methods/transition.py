@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Transition: Pathfinder's best paths by the transitions alone, without the importance of experts.
+
+An ablation of MoE Pathfinder, arXiv 2512.18425 ("TI"): the weight of a path is the product of
+:math:`t_{ij} = a_i^{(l)} p_j^{(l+1)}` along it. Everything else is as in ``pathfinder``.
+"""
+
+from ..budget import Budget
+from ..stats import CalibrationStats
+from .pathfinder import GLOBAL_FIRST, TransitionOptions, log_transitions, on_best_paths, transition_needs
+from .registry import Retained, register_method
+
+
+@register_method(
+    "transition",
+    kind="set",
+    summary="the experts on the best paths by activation strength and routing probability",
+    source="ablation of MoE Pathfinder, arXiv 2512.18425",
+    needs=transition_needs,
+    options=TransitionOptions,
+    allocations=GLOBAL_FIRST,
+)
+def transition(stats: CalibrationStats, budget: Budget, options: TransitionOptions) -> Retained:
+    """Retained experts ``{layer: experts}``."""
+    return on_best_paths(stats, budget, None, log_transitions(stats, options.transitions), options.num_paths)
