@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Remove whole experts from Mixture-of-Experts models and get back a checkpoint that plain ``from_pretrained`` opens.
 
-Importing this package is light: torch and transformers are imported when a name that needs them is first used.
+Importing this package is light: torch and transformers are imported when a name that needs them is first used. It lets
+transformers load checkpoints whose layers have different numbers of experts (``optimum_moe_prune.reload``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from .reload import enable as _enable_reload
 
 if TYPE_CHECKING:
     from .architectures import MoESpec, list_architectures, register_architecture
@@ -70,3 +73,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+_enable_reload()

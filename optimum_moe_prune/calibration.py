@@ -13,7 +13,7 @@ import os.path
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import RequestError
+from .representatives import NumClusters, check_clusters, representatives
 from .stats import Sample
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_DOMAIN = "default"
-SAMPLE_SELECTIONS = ("first", "random")
+SAMPLE_SELECTIONS = ("first", "random", "kmeans")
 
 CalibrationInput = Union[
     str,
@@ -99,6 +100,7 @@ class CalibrationSet:
         num_samples: int | None = None,
         max_length: int = 2048,
         sample_selection: str = "first",
+        num_clusters: NumClusters = None,
         pack: bool = False,
         seed: int = 0,
     ) -> CalibrationSet:
@@ -109,9 +111,13 @@ class CalibrationSet:
             tokenizer: Needed for anything but tensors.
             num_samples: The most samples to use, in equal shares of the domains; None uses all.
             max_length: Longer samples are cut to this many tokens.
-            sample_selection: ``"first"`` takes the first samples of each domain, ``"random"`` a seeded choice.
+            sample_selection: ``"first"`` takes the first samples of each domain, ``"random"`` a seeded choice,
+                ``"kmeans"`` the representatives of clusters.
+            num_clusters: For ``"kmeans"``: representatives of each domain; ``"auto"`` finds for each domain the
+                number, of 2 to 20, whose clusters are most distinct (silhouette). With either ``num_samples`` is not
+                looked at; by default it sets the number, in equal shares of the domains.
             pack: Join the samples of a domain and cut them into samples of exactly ``max_length`` tokens.
-            seed: For ``"random"``.
+            seed: For ``"random"`` and ``"kmeans"``.
 
         Raises:
             RequestError: If there is nothing to read, a file or record is broken, or a sample has less than two
@@ -125,12 +131,14 @@ class CalibrationSet:
             raise RequestError(f"max_length is {max_length}; a sample needs at least 2 tokens.")
         if num_samples is not None and num_samples < 1:
             raise RequestError(f"num_samples is {num_samples}; at least 1 sample is needed.")
+        check_clusters(sample_selection, num_clusters)
         records = list(_records(source))
         if not records:
             raise RequestError(
                 "the calibration holds no samples; give texts, a .jsonl or .txt file, or token tensors."
             )
-        if not pack:
+        kmeans = sample_selection == "kmeans"
+        if not pack and not kmeans:
             records = _select(records, num_samples, sample_selection, seed)
         tokens = [(r.origin, _tokens(r, tokenizer), r.domain) for r in records]
         if pack:
@@ -139,8 +147,12 @@ class CalibrationSet:
                 raise RequestError(
                     f"packing leaves no sample of {max_length} tokens; lower max_length or give more text."
                 )
-            tokens = _select(tokens, num_samples, sample_selection, seed)
-        return cls._of_tokens(tokens, max_length)
+            tokens = tokens if kmeans else _select(tokens, num_samples, sample_selection, seed)
+        pool = cls._of_tokens(tokens, max_length)
+        if not kmeans:
+            return pool
+        domains = [sample.domain for sample in pool.samples]
+        return pool.subset(representatives(pool.token_ids, domains, num_samples, num_clusters, seed))
 
     @classmethod
     def from_hub(cls, mixture: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> CalibrationSet:
@@ -180,6 +192,13 @@ class CalibrationSet:
             logger.warning("%d samples have the same tokens as another one and were left out.", duplicates)
         ordered = [entries[digest] for digest in sorted(entries)]
         return cls(tuple(s for s, _ in ordered), tuple(i for _, i in ordered), truncated, duplicates)
+
+    def subset(self, chosen: Iterable[int]) -> CalibrationSet:
+        """The samples with these numbers."""
+        numbers = sorted(chosen)
+        return replace(
+            self, samples=tuple(self.samples[i] for i in numbers), token_ids=tuple(self.token_ids[i] for i in numbers)
+        )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise unless every token id is below ``vocab_size``.

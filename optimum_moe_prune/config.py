@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import HfApi
 from transformers.utils import cached_file
@@ -19,6 +19,7 @@ from .errors import RequestError, nearest_first
 from .files import is_integer, read_json, write_text
 from .methods import get_method, make_options
 from .methods.registry import ALLOCATIONS
+from .representatives import check_clusters
 
 if TYPE_CHECKING:
     import os
@@ -42,11 +43,13 @@ class MoEPrunerConfig:
         protect: Experts that are retained in any case, by layer.
         skip_layers: MoE layers that keep all their experts.
         protect_super_experts: Retain experts with extreme outputs (arXiv 2507.23279).
-        num_samples: Calibration samples to use at most, in equal shares of the domains.
+        num_samples: Calibration samples to use at most, in equal shares of the domains; not with ``num_clusters``.
         max_length: Tokens of a sample at most; less if the model was made for less (``max_position_embeddings``).
         batch_size: Samples in a forward pass.
         max_tokens: Tokens for which statistics per token are kept, at most.
-        sample_selection: ``"first"`` or ``"random"``.
+        sample_selection: ``"first"``, ``"random"``, or ``"kmeans"``: representatives of clusters (``representatives``).
+        num_clusters: For ``"kmeans"``: representatives of each domain, or ``"auto"``; by default ``num_samples`` in
+            equal shares of the domains.
         pack: Join the samples of a domain and cut them into samples of ``max_length`` tokens.
         seed: For whatever is drawn.
     """
@@ -64,6 +67,7 @@ class MoEPrunerConfig:
     batch_size: int = 8
     max_tokens: int = 8192
     sample_selection: str = "first"
+    num_clusters: int | Literal["auto"] | None = None
     pack: bool = False
     seed: int = 0
 
@@ -101,6 +105,7 @@ class MoEPrunerConfig:
                 raise RequestError(
                     f"{name} is {value!r}; it must be an integer of at least {minimum} and at most {most}."
                 )
+        check_clusters(self.sample_selection, self.num_clusters)
         for name in ("protect_super_experts", "pack"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be true or false.")

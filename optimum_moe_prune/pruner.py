@@ -18,11 +18,13 @@ from transformers.utils import cached_file
 from .architectures import architecture_of, list_architectures
 from .architectures.block import moe_blocks
 from .calibration import CalibrationInput, CalibrationSet, sample_length
+from .card import model_card
 from .collect import check_model, collect, empty_stats
 from .config import CONFIG_NAME, MoEPrunerConfig
 from .errors import RequestError
 from .files import read_json, written_folder
 from .plan import PLAN_NAME, PruningPlan, budget_for, build_plan, plan_needs, with_parent
+from .standalone import write_standalone
 from .stats import CalibrationStats, check_domain_weights
 from .surgery import apply_plan
 
@@ -269,9 +271,13 @@ class MoEPruner:
         return self.model
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, model: PreTrainedModel | None = None, overwrite: bool = False
+        self,
+        save_directory: str | os.PathLike,
+        model: PreTrainedModel | None = None,
+        overwrite: bool = False,
+        standalone: bool = False,
     ) -> Path:
-        """Write the pruned checkpoint with recipe, plan, tokenizer and generation config.
+        """Write the pruned checkpoint with recipe, plan, model card, tokenizer and generation config.
 
         The config is the source's own with the pruning keys changed. Everything is written beside the target and
         renamed.
@@ -280,6 +286,8 @@ class MoEPruner:
             save_directory: The target, absent or empty.
             model: The pruned model; by default the one this pruner pruned.
             overwrite: Replace an earlier output of this package.
+            standalone: Where layers keep different numbers of experts, add a modelling file, with which
+                ``trust_remote_code=True`` loads the checkpoint without this package.
 
         Raises:
             RequestError: If there is no pruned model, it does not match the plan, or the target is in the way.
@@ -303,6 +311,10 @@ class MoEPruner:
                 self._restore_config(partial, model)
             if self._tokenizer is not None and self._tokenizer_given:
                 self._tokenizer.save_pretrained(partial)
+            standalone = standalone and plan.uniform_num_experts is None  # elsewhere nothing is needed
+            if standalone:
+                write_standalone(partial, model.config)
+            model_card(plan, Path(save_directory).name, standalone).save(partial / "README.md")
         return Path(save_directory)
 
     # -- helpers
@@ -323,6 +335,7 @@ class MoEPruner:
             num_samples=config.num_samples,
             max_length=sample_length(config.max_length, model_config),
             sample_selection=config.sample_selection,
+            num_clusters=config.num_clusters,
             pack=config.pack,
             seed=config.seed,
         )
@@ -372,6 +385,9 @@ class MoEPruner:
         for name in now.keys() - own:
             if now[name] != before.get(name):
                 values[name] = now[name]
+        for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
+            if name not in now:
+                values.pop(name, None)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -386,12 +402,7 @@ def check_request(config: MoEPrunerConfig, counts: Mapping[int, int], top_k: int
     Raises:
         RequestError: Naming what was asked, what is true and what can be asked instead.
     """
-    budget = budget_for(config, counts, top_k)
-    if len(budget.num_experts) < len(counts):
-        raise RequestError(
-            "skip_layers leaves layers with different numbers of experts, and such a checkpoint cannot be reloaded "
-            "yet; prune without skip_layers (planning with them works)."
-        )
+    budget_for(config, counts, top_k)
 
 
 def moe_layers(model_config: Any) -> tuple[dict[int, int], int]:

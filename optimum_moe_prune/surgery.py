@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .architectures import architecture_of
+from .architectures import MoESpec, architecture_of
 from .architectures.block import fingerprint, moe_blocks
 from .collect import check_finite, check_model
 from .errors import RequestError
@@ -15,30 +16,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_WHEN = "A plan is applied to the model it was made for, before pruning."
+
+
 def check_plan_for_config(plan: PruningPlan, config: Any) -> None:
     """Raise unless a plan fits a model as far as its config tells, before weights are read.
 
     Raises:
-        RequestError: If it was made for another model, or retains different numbers in different layers.
+        RequestError: If it was made for another model.
     """
     spec = architecture_of(config)
     if plan.model_type != spec.model_type:
         raise RequestError(f"this plan is for a {plan.model_type!r} model, and the model is {spec.model_type!r}.")
-    expected = {"experts": set(plan.original_num_experts.values()), "top_k": {plan.top_k}}
-    found = {"experts": getattr(config, spec.count_key), "top_k": spec.routing(config).top_k}
-    for what, value in found.items():
-        if expected[what] != {value}:
-            counts = ", ".join(map(str, sorted(expected[what])))
+    if (found := spec.routing(config).top_k) != plan.top_k:
+        raise RequestError(f"this plan is for another model, with top_k {plan.top_k}; this model has {found}. {_WHEN}")
+    for layer, expected in sorted(plan.original_num_experts.items()):
+        if layer >= config.num_hidden_layers:
             raise RequestError(
-                f"this plan is for another model, with {what} {counts}; this model has {value}. A plan is applied to "
-                "the model it was made for, before pruning."
+                f"this plan is for another model: it names layer {layer}, and the model has layers 0 to "
+                f"{config.num_hidden_layers - 1}. {_WHEN}"
             )
-    if plan.uniform_num_experts is None:
-        raise RequestError(
-            f"the plan retains different numbers of experts in different layers ({min(plan.num_experts.values())} to "
-            f"{max(plan.num_experts.values())}); a checkpoint with unequal layers cannot be reloaded yet, so every "
-            "layer must retain the same number (no skip_layers)."
-        )
+        if (found := spec.num_experts(config, layer)) != expected:
+            raise RequestError(
+                f"this plan is for another model, with {expected} experts in layer {layer}; this model has {found}. "
+                f"{_WHEN}"
+            )
 
 
 def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
@@ -55,7 +57,7 @@ def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
         if expected != found:
             raise RequestError(
                 f"this plan is for another model: layer {layer} has {expected} experts in the plan and {found} in the "
-                "model. A plan is applied to the model it was made for, before pruning."
+                f"model. {_WHEN}"
             )
     found_print = fingerprint(blocks)
     if plan.made_for.get("fingerprint", found_print) != found_print:
@@ -90,8 +92,33 @@ def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
     spec = blocks[0].spec
     for block in blocks:
         block.retain(plan.retained[block.layer])
-    count = plan.uniform_num_experts
-    setattr(model.config, spec.count_key, count)
-    for name in spec.model_counts:
-        setattr(model, name, count)
+    write_counts(spec, model.config, plan.num_experts)
+    if plan.uniform_num_experts is not None:
+        for name in spec.model_counts:
+            setattr(model, name, plan.uniform_num_experts)
     return model
+
+
+def write_counts(spec: MoESpec, config: Any, counts: Mapping[int, int]) -> None:
+    """Write the numbers of experts of the MoE layers into a config.
+
+    The same in every layer: under the architecture's key, as in any model. Else as ``per_layer_config``, transformers'
+    own schema; the number for the whole model stays what it was, so that whoever does not look at the layers meets
+    tensors of other shapes and stops, and reading it is allowed, since the model's class does.
+    """
+    layers = config.to_dict().get("per_layer_config") or {}
+    own = {int(layer): dict(values) for layer, values in layers.items()}
+    aliases = type(config).attribute_map
+    for layer, values in own.items():
+        own[layer] = {key: value for key, value in values.items() if aliases.get(key, key) != spec.count_key}
+    config.per_layer_config = None
+    if len(set(counts.values())) == 1:
+        setattr(config, spec.count_key, next(iter(counts.values())))
+    else:
+        for layer, count in counts.items():
+            own.setdefault(layer, {})[spec.count_key] = count
+        config.allow_global_per_layer_attribute_access = True
+    if any(own.values()):
+        config.per_layer_config = own
+    else:
+        vars(config).pop("allow_global_per_layer_attribute_access", None)

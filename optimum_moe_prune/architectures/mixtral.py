@@ -6,6 +6,7 @@ from .spec import MoESpec
 MIXTRAL = MoESpec(
     model_type="mixtral",
     block_class="MixtralSparseMoeBlock",
+    layer_class="MixtralDecoderLayer",
     count_key="num_local_experts",
     renormalise=True,
     cast_weights=False,

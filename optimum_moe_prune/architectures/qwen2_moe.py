@@ -9,6 +9,7 @@ from .spec import MoESpec
 QWEN2_MOE = MoESpec(
     model_type="qwen2_moe",
     block_class="Qwen2MoeSparseMoeBlock",
+    layer_class="Qwen2MoeDecoderLayer",
     count_key="num_experts",
     renormalise="norm_topk_prob",
     cast_weights=True,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..replay import Routing
+from ..unequal import count_of_layer, is_unequal
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class MoESpec:
     Attributes:
         model_type: ``config.model_type``.
         block_class: Class name of the MoE block; a decoder layer whose block has another class is dense.
+        layer_class: Class name of the decoder layer.
         count_key: The config's own (canonical) key for the number of routed experts.
         layers: From the causal language model to its decoder layers.
         block: From a decoder layer to its MoE block.
@@ -34,10 +36,12 @@ class MoESpec:
         top_k_key: The config's key for the experts used per token.
         renormalise: Whether the router divides the chosen weights by their sum: always, never, or by that config key.
         cast_weights: Whether the router rounds the weights to the dtype of its logits.
+        modelling: The module with these classes; by default the one of the model type in transformers.
     """
 
     model_type: str
     block_class: str
+    layer_class: str
     count_key: str
     layers: str = "model.layers"
     block: str = "mlp"
@@ -50,6 +54,20 @@ class MoESpec:
     top_k_key: str = "num_experts_per_tok"
     renormalise: bool | str = True
     cast_weights: bool = False
+    modelling: str = ""
+
+    @property
+    def modelling_module(self) -> str:
+        """The module with the architecture's classes."""
+        return self.modelling or f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+
+    def is_unequal(self, config: Any) -> bool:
+        """Whether a model's layers have different numbers of experts (``per_layer_config``)."""
+        return is_unequal(config, self.count_key)
+
+    def num_experts(self, config: Any, layer: int) -> int:
+        """Routed experts of a decoder layer, should it be sparse."""
+        return count_of_layer(config, self.count_key, layer)
 
     def routing(self, config: Any) -> Routing:
         """The rule of this architecture's router, with the settings of one model."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import RequestError, nearest_first
+from ..reload import extend_registered
 from .mixtral import MIXTRAL
 from .qwen2_moe import QWEN2_MOE
 from .spec import MoESpec
@@ -22,12 +23,18 @@ def register_architecture(spec: MoESpec) -> MoESpec:
     if spec.model_type in _ROWS:
         raise RequestError(f"architecture {spec.model_type!r} is registered already.")
     _ROWS[spec.model_type] = spec
+    extend_registered(spec)
     return spec
 
 
 def list_architectures() -> list[str]:
     """Model types that can be pruned."""
     return sorted(_ROWS)
+
+
+def all_architectures() -> list[MoESpec]:
+    """The rows."""
+    return list(_ROWS.values())
 
 
 def architecture_of(config: Any) -> MoESpec:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A modelling file that travels with an unequal checkpoint, so that ``trust_remote_code=True`` loads it without us.
+
+It holds ``unequal.py`` as it is and, below, a causal language model that is transformers' own with MoE blocks of the
+right size put in place of those of other sizes. Plain loading does not look at it. ``AutoModel`` is not offered:
+transformers translates the names of experts' tensors for its own backbone classes only, and would leave those of a
+class of ours random.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .architectures import architecture_of
+
+FILE_NAME = "modeling_unequal_moe.py"
+
+_CLASSES = Template(
+    '''
+
+# ---------------------------------------------------------------------------- this architecture
+
+import $module as modelling  # noqa: E402
+
+# transformers looks for this in the file of a model's class, to know that an experts implementation (grouped_mm,
+# eager, ...) can be chosen for it; here it is the experts' own class that has it:
+# @use_experts_implementation
+
+modelling.load_balancing_loss_func = balanced_by_layer(modelling.load_balancing_loss_func)
+
+
+class Unequal$causal(modelling.$causal):
+    """transformers' own model, with MoE blocks of the number of experts that each layer has."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index, layer in enumerate(self.$layers):
+            block = layer.$block
+            count = count_of_layer(config, "$count_key", index)
+            if type(block).__name__ == "$block_class" and len(block.$experts.$tensor) != count:
+                own = config.per_layer_config[index]
+                layer.$block = type(block)(own)
+                share_config(layer.$block, own, config)
+        self.post_init()
+'''
+)
+
+
+def write_standalone(folder: str | Path, config: Any) -> Path:
+    """Add the modelling file to a checkpoint and name it in ``config.json`` (``auto_map``).
+
+    Args:
+        folder: The checkpoint.
+        config: Its config, of a known architecture.
+
+    Returns:
+        The file.
+    """
+    spec = architecture_of(config)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.model_type]
+    classes = _CLASSES.substitute(
+        module=spec.modelling_module,
+        causal=causal,
+        block=spec.block,
+        block_class=spec.block_class,
+        count_key=spec.count_key,
+        experts=spec.experts,
+        tensor=spec.expert_tensors[0],
+        layers=spec.layers,
+    )
+    path = Path(folder) / FILE_NAME
+    path.write_text((files(__package__) / "unequal.py").read_text(encoding="utf-8") + classes, encoding="utf-8")
+    config_file = Path(folder) / "config.json"
+    values = json.loads(config_file.read_text(encoding="utf-8"))
+    values["auto_map"] = {"AutoModelForCausalLM": f"{FILE_NAME.removesuffix('.py')}.Unequal{causal}"}
+    config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return path
