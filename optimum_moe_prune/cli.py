@@ -18,150 +18,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
+from .arguments import (
+    add_calibration,
+    add_common,
+    add_dtype,
+    add_method,
+    add_model,
+    add_seed,
+    add_standalone,
+    domain_weights,
+    recipe,
+)
 from .errors import MoEPruneError, RequestError
 
 if TYPE_CHECKING:
     from .plan import PruningPlan
-
-# ------------------------------------------------------------------------------------------- arguments
-
-RECIPE_FLAGS = ("method", "num_experts", "sparsity", "allocation", "protect_super_experts")
-CALIBRATION_FLAGS = ("num_samples", "max_length", "batch_size", "max_tokens", "sample_selection", "pack", "seed")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR|ID", help="the model's folder, or its id on the Hub")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--token", help="access token for a private repository on the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument(
-        "--device", default="cpu", metavar="D", help="where to run: cpu, cuda, cuda:1, auto ... (default cpu)"
-    )
-
-
-def _add_dtype(parser: argparse.ArgumentParser, what: str) -> None:
-    choices = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument(
-        "--dtype", default="auto", choices=choices, help=f"precision of {what} (default auto: the checkpoint's)"
-    )
-
-
-def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("calibration")
-    group.add_argument(
-        "--calibration",
-        action="append",
-        metavar="FILE",
-        help=".jsonl (text or messages, optional domain), .txt (blank line between documents), or "
-        "hub:name[config](split):samples; may be repeated",
-    )
-    group.add_argument(
-        "--num-samples", type=int, metavar="N", help="samples to use, in equal shares of the domains (default 128)"
-    )
-    group.add_argument("--max-length", type=int, metavar="L", help="cut samples to this many tokens (default 2048)")
-    group.add_argument("--batch-size", type=int, metavar="B", help="samples in a forward pass (default 8)")
-    group.add_argument(
-        "--max-tokens", type=int, metavar="N", help="tokens to keep statistics per token for (default 8192)"
-    )
-    group.add_argument("--sample-selection", metavar="S", help="first or random (default first)")
-    group.add_argument("--pack", action="store_true", default=None, help="join samples and cut them into full lengths")
-
-
-def _add_method(parser: argparse.ArgumentParser, budget: bool = True) -> None:
-    group = parser.add_argument_group("method and budget" if budget else "what to gather")
-    default = "see: list methods (default mosaic)" if budget else "gather what this method needs, or all (default all)"
-    group.add_argument("--method", metavar="NAME", help=default)
-    group.add_argument(
-        "--option", action="append", default=[], metavar="K=V", help="an option of the method; may be repeated"
-    )
-    group.add_argument(
-        "--protect-super-experts", action="store_true", default=None, help="retain experts with extreme outputs"
-    )
-    group.add_argument(
-        "--config", metavar="FILE", help="a saved recipe (moe_pruner_config.json); other flags take precedence"
-    )
-    if not budget:
-        return
-    group.add_argument("--num-experts", type=int, metavar="N", help="experts to retain in each layer")
-    group.add_argument("--sparsity", type=float, metavar="F", help="or the fraction of experts to remove")
-    group.add_argument("--allocation", metavar="A", help="how the budget is spread over layers: uniform")
-    group.add_argument(
-        "--protect",
-        action="append",
-        default=[],
-        metavar="LAYER:E,E",
-        help="experts to retain in any case; may be repeated",
-    )
-    group.add_argument("--skip-layers", metavar="L,L", help="layers that keep all their experts")
-    group.add_argument(
-        "--domain-weight", action="append", default=[], metavar="DOMAIN=W", help="share of a domain; may be repeated"
-    )
-
-
-def _add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, metavar="S", help="for whatever is drawn (default 0)")
-
-
-def _add_common(parser: argparse.ArgumentParser, output: str | None = None, output_help: str = "") -> None:
-    if output is not None:
-        parser.add_argument("output", metavar=output, help=output_help)
-        parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this package")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def _whole(text: str, what: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise RequestError(f"{what} must be a whole number, and is {text!r}.") from error
-
-
-def _pairs(items: list[str], flag: str, separator: str, form: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for item in items:
-        key, found, value = item.partition(separator)
-        if not found or not key or not value:
-            raise RequestError(f"{flag} {item} is not of the form {form}.")
-        pairs[key] = value
-    return pairs
-
-
-def recipe(args: argparse.Namespace) -> Any:
-    """The ``MoEPrunerConfig`` that the arguments ask for."""
-    from .config import MoEPrunerConfig
-
-    values: dict[str, Any] = {}
-    for flag in (*RECIPE_FLAGS, *CALIBRATION_FLAGS):
-        if getattr(args, flag, None) is not None:
-            values[flag] = getattr(args, flag)
-    if args.option:
-        values["method_options"] = _pairs(args.option, "--option", "=", "NAME=VALUE")
-    if getattr(args, "protect", None):
-        pairs = _pairs(args.protect, "--protect", ":", "LAYER:EXPERT,EXPERT")
-        values["protect"] = {
-            _whole(layer, "the layer in --protect"): [_whole(e, "an expert in --protect") for e in experts.split(",")]
-            for layer, experts in pairs.items()
-        }
-    if getattr(args, "skip_layers", None):
-        values["skip_layers"] = [_whole(layer, "a layer in --skip-layers") for layer in args.skip_layers.split(",")]
-    if not args.config:
-        return MoEPrunerConfig(**values)
-    stored = MoEPrunerConfig.from_pretrained(args.config)
-    if values.get("method", stored.method) == stored.method:
-        values["method_options"] = {**stored.method_options, **values.get("method_options", {})}
-    return MoEPrunerConfig.from_dict(stored.to_dict(), **values)
-
-
-def _domain_weights(args: argparse.Namespace) -> dict[str, float] | None:
-    weights = {}
-    for domain, weight in _pairs(args.domain_weight, "--domain-weight", "=", "DOMAIN=WEIGHT").items():
-        try:
-            weights[domain] = float(weight)
-        except ValueError as error:
-            raise RequestError(f"--domain-weight {domain}={weight}: the weight must be a number.") from error
-    return weights or None
-
 
 # ------------------------------------------------------------------------------------------- the work
 
@@ -202,7 +73,7 @@ def _samples(args: argparse.Namespace, pruner: Any, settings: Mapping[str, Any])
         source,
         pruner.tokenizer,
         max_length=sample_length(settings["max_length"], pruner.model_config),
-        **{name: settings[name] for name in ("num_samples", "sample_selection", "pack", "seed")},
+        **{name: settings[name] for name in ("num_samples", "sample_selection", "num_clusters", "pack", "seed")},
     )
     samples.check_vocabulary(pruner.model_config.vocab_size)
     return samples
@@ -243,7 +114,7 @@ def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     check_target(args.output, args.overwrite, [args.model])
     config = recipe(args)
-    weights = _domain_weights(args)
+    weights = domain_weights(args)
     _check_device(args.device)
     pruner = MoEPruner.from_pretrained(args.model, config, **_hub(args))
     if plan_needs(config):
@@ -254,26 +125,22 @@ def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         pruner.prune(model, stats, domain_weights=weights)
     else:
         pruner.prune(_load_model(args, dtype="auto"))
-    pruner.save_pretrained(args.output, overwrite=args.overwrite)
-    return _told(pruner.pruning_plan, args.output)
+    return _saved(pruner, args)
 
 
 def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .collect import collect
     from .files import check_target
-    from .methods import get_method, list_methods, make_options
     from .plan import plan_needs
     from .pruner import MoEPruner, load_model_config
+    from .stats import Need
 
     check_target(args.output, args.overwrite, [args.model])
     every = args.method == "all" or (args.method is None and not args.config)
     # A recipe checks the calibration's settings and knows their defaults; its budget is not used.
     args.method, args.sparsity = None if every else args.method, None if args.config else 0.5
     settings = recipe(args)
-    needs = plan_needs(settings)
-    if every:
-        methods = map(get_method, list_methods())
-        needs = needs.union(*(method.needs(make_options(method, {})) for method in methods))
+    needs = frozenset(Need) if every else plan_needs(settings)
     if not needs:
         raise RequestError(f"method {settings.method!r} needs no calibration, so there is nothing to score.")
     _check_device(args.device)
@@ -309,7 +176,7 @@ def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             raise RequestError(f"{args.output} exists; name another file, or allow replacing it (--overwrite).")
         PruningPlan.load(target)  # nothing but an earlier plan is replaced
     config = recipe(args)
-    weights = _domain_weights(args)
+    weights = domain_weights(args)
     plan = build_plan(CalibrationStats.load(args.stats), config, weights)
     plan.save(target)
     return _told(plan, args.output)
@@ -327,8 +194,7 @@ def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     pruner = MoEPruner.from_plan(plan, args.model, **_hub(args))
     check_plan_for_config(plan, pruner.model_config)
     pruner.prune(_load_model(args, dtype="auto"))
-    pruner.save_pretrained(args.output, overwrite=args.overwrite)
-    return _told(plan, args.output)
+    return _saved(pruner, args)
 
 
 def _evaluate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -368,6 +234,18 @@ def _list(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         if options:
             lines.append(f"{'':<{width}}    options: " + ", ".join(f"{key}={value}" for key, value in options.items()))
     return "\n".join(lines), {"methods": told}
+
+
+def _saved(pruner: Any, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Write the pruned checkpoint, and what is said of it."""
+    pruner.save_pretrained(args.output, overwrite=args.overwrite, standalone=args.standalone)
+    text, told = _told(pruner.pruning_plan, args.output)
+    if pruner.pruning_plan.uniform_num_experts is None:
+        text += "\nIts layers keep different numbers of experts: import optimum_moe_prune before loading it"
+        text += ", or pass trust_remote_code=True." if args.standalone else "."
+    elif args.standalone:
+        text += "\nAll layers keep the same number of experts: plain transformers loads it, --standalone adds nothing."
+    return text, told
 
 
 def _told(plan: PruningPlan | None, output: str) -> tuple[str, dict[str, Any]]:
@@ -415,12 +293,13 @@ class RunCommand(_Command):
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        _add_model(parser)
-        _add_dtype(parser, "the calibration; what is written keeps the checkpoint's")
-        _add_calibration(parser)
-        _add_method(parser)
-        _add_seed(parser)
-        _add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
+        add_model(parser)
+        add_dtype(parser, "the calibration; what is written keeps the checkpoint's")
+        add_calibration(parser)
+        add_method(parser)
+        add_seed(parser)
+        add_standalone(parser)
+        add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
 
 class ScoreCommand(_Command):
@@ -429,12 +308,12 @@ class ScoreCommand(_Command):
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        _add_model(parser)
-        _add_dtype(parser, "the calibration")
-        _add_calibration(parser)
-        _add_method(parser, budget=False)
-        _add_seed(parser)
-        _add_common(parser, "STATS_DIR", "folder of the statistics, absent or empty")
+        add_model(parser)
+        add_dtype(parser, "the calibration")
+        add_calibration(parser)
+        add_method(parser, budget=False)
+        add_seed(parser)
+        add_common(parser, "STATS_DIR", "folder of the statistics, absent or empty")
 
 
 class PlanCommand(_Command):
@@ -444,9 +323,9 @@ class PlanCommand(_Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--stats", required=True, metavar="STATS_DIR", help="statistics that score saved")
-        _add_method(parser)
-        _add_seed(parser)
-        _add_common(parser, "PLAN.json", "file of the plan")
+        add_method(parser)
+        add_seed(parser)
+        add_common(parser, "PLAN.json", "file of the plan")
 
 
 class ApplyCommand(_Command):
@@ -455,9 +334,10 @@ class ApplyCommand(_Command):
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        _add_model(parser)
+        add_model(parser)
         parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
-        _add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
+        add_standalone(parser)
+        add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
 
 class EvaluateCommand(_Command):
@@ -466,8 +346,8 @@ class EvaluateCommand(_Command):
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        _add_model(parser)
-        _add_dtype(parser, "the models")
+        add_model(parser)
+        add_dtype(parser, "the models")
         parser.add_argument(
             "--reference", metavar="DIR|ID", help="the model to compare with, usually the unpruned one"
         )
@@ -480,7 +360,7 @@ class EvaluateCommand(_Command):
         parser.add_argument(
             "--max-length", type=int, default=2048, metavar="L", help="cut samples to this many tokens (default 2048)"
         )
-        _add_common(parser)
+        add_common(parser)
 
 
 class ListCommand(_Command):
@@ -490,7 +370,7 @@ class ListCommand(_Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("what", choices=("methods", "models"))
-        _add_common(parser)
+        add_common(parser)
 
 
 COMMANDS: tuple[type[_Command], ...] = (

@@ -47,7 +47,8 @@ class MoEPrunerConfig:
         max_length: Tokens of a sample at most; less if the model was made for less (``max_position_embeddings``).
         batch_size: Samples in a forward pass.
         max_tokens: Tokens for which statistics per token are kept, at most.
-        sample_selection: ``"first"``, ``"random"``, or ``"kmeans"``: representatives of clusters (``representatives``).
+        sample_selection: ``"first"``, ``"random"``, or ``"kmeans"``, representatives of clusters (see
+            ``representatives``).
         num_clusters: For ``"kmeans"``: representatives of each domain, or ``"auto"``; by default ``num_samples`` in
             equal shares of the domains.
         pack: Join the samples of a domain and cut them into samples of ``max_length`` tokens.

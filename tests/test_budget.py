@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from optimum_moe_prune import RequestError, RunError
-from optimum_moe_prune.budget import Budget, choose, num_removed, uniform_budget
+from optimum_moe_prune.budget import choose, choose_ranked, global_budget, num_removed, uniform_budget
 
 LAYERS = {0: 8, 1: 8, 3: 8}
 
@@ -81,10 +81,105 @@ def test_rounding_is_kept() -> None:
 
 def test_ties_go_to_the_lower_index_and_protection_comes_first() -> None:
     scores = {0: np.array([1.0, 3.0, 1.0, 3.0, 0.0])}
-    assert choose(scores, Budget({0: 3}, {0: ()})) == {0: (0, 1, 3)}
-    assert choose(scores, Budget({0: 3}, {0: (4,)})) == {0: (1, 3, 4)}
+    assert choose(scores, uniform_budget({0: 5}, 2, num_experts=3)) == {0: (0, 1, 3)}
+    assert choose(scores, uniform_budget({0: 5}, 2, num_experts=3, protect={0: [4]})) == {0: (1, 3, 4)}
 
 
 def test_scores_that_are_not_finite_are_named() -> None:
     with pytest.raises(RunError, match="layer 0: expert 1 has no finite score"):
-        choose({0: np.array([1.0, np.nan, 2.0])}, Budget({0: 2}, {0: ()}))
+        choose({0: np.array([1.0, np.nan, 2.0])}, uniform_budget({0: 3}, 1, num_experts=2))
+
+
+# ------------------------------------------------------------------------------------------- one budget for all layers
+
+
+@pytest.mark.parametrize(
+    ("request_", "total"),
+    [
+        ({"sparsity": 0.5}, 12),
+        ({"sparsity": 0.25}, 18),
+        ({"sparsity": 0.3}, 17),
+        ({"num_experts": 3}, 9),
+        ({"sparsity": 0.5, "skip_layers": [1]}, 8),
+        ({"num_experts": 5, "skip_layers": [0]}, 10),
+    ],
+)
+def test_a_global_budget_counts_over_all_layers(request_: dict[str, object], total: int) -> None:
+    budget = global_budget(LAYERS, 2, **request_)
+    assert budget.total == total and budget.floor == 2
+    assert set(budget.original) == set(LAYERS) - set(request_.get("skip_layers", []))
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (
+            {"sparsity": 0.01},
+            r"sparsity=0.01 keeps 24 of the 24 experts in 3 layers: nothing to prune. Ask for a spar",
+        ),
+        (
+            {"sparsity": 0.9},
+            r"keeps 2 of the 24 experts in 3 layers, and each layer keeps at least the 2 .* together 6",
+        ),
+        ({"num_experts": 1}, r"num_experts=1 on average keeps 3 of the 24 .* together 6. Ask for 2 to 7"),
+        ({"num_experts": 8}, r"num_experts=8 on average keeps 24 .* nothing to prune. Ask for 2 to 7"),
+        ({"num_experts": 2, "protect": {0: range(8)}}, r"keeps 6 .* those protected, together 12. Ask for 4 to 7"),
+        ({"num_experts": 4, "protect": {2: [0]}}, "protect names layer 2, which has no experts"),
+        ({"num_experts": 4, "protect": {0: [8]}}, "protect names expert 8 of layer 0"),
+        ({"sparsity": 1.5}, "sparsity is 1.5; .* between 0 and 1"),
+        ({"num_experts": 4, "skip_layers": [0, 1, 3]}, "skip_layers names every MoE layer"),
+        ({}, "give exactly one of"),
+    ],
+)
+def test_impossible_global_requests_are_refused(request_: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        global_budget(LAYERS, 2, **request_)
+
+
+@pytest.mark.parametrize(("layers", "top_k"), [({0: 8, 1: 8}, 2), ({0: 60, 5: 60, 7: 12}, 4), ({0: 3, 1: 2}, 1)])
+def test_the_range_a_global_refusal_names_is_right(layers: dict[int, int], top_k: int) -> None:
+    with pytest.raises(RequestError) as refused:
+        global_budget(layers, top_k, sparsity=1e-6)
+    least, most = re.search(r"Ask for a sparsity of (\S+) to (\S+)\.$", str(refused.value)).groups()
+    assert global_budget(layers, top_k, sparsity=float(least)).total == sum(layers.values()) - 1
+    assert global_budget(layers, top_k, sparsity=float(most)).total == top_k * len(layers)
+    with pytest.raises(RequestError, match="none can be removed"):
+        global_budget(dict.fromkeys(layers, top_k), top_k, num_experts=top_k)
+
+
+def test_global_choice_equals_a_straight_loop() -> None:
+    rng = np.random.default_rng(0)
+    for trial in range(50):
+        layers = {0: 6, 2: 9, 3: 4}
+        scores = {layer: np.round(rng.gamma(1.0, size=count), 1) * 10**layer for layer, count in layers.items()}
+        protect = {2: [int(rng.integers(9))]} if trial % 2 else {}
+        budget = global_budget(layers, 2, num_experts=int(rng.integers(2, 6)), protect=protect)
+        found = choose(scores, budget)
+        relative = {layer: values / values.mean() for layer, values in scores.items()}
+        expected = {}
+        for layer, values in relative.items():
+            best = sorted(range(len(values)), key=lambda e, v=values: (-v[e], e))
+            first = list(protect.get(layer, []))
+            expected[layer] = (first + [e for e in best if e not in first])[:2]
+        while sum(map(len, expected.values())) < budget.total:
+            _, expert, layer = min(
+                (-relative[layer][e], e, layer)
+                for layer in layers
+                for e in range(layers[layer])
+                if e not in expected[layer]
+            )
+            expected[layer].append(expert)
+        assert found == {layer: tuple(sorted(experts)) for layer, experts in expected.items()}
+
+
+def test_global_ties_favour_no_layer() -> None:
+    equal = {layer: np.zeros(8) for layer in LAYERS}
+    kept = choose(equal, global_budget(LAYERS, 2, sparsity=0.5))
+    assert kept == {0: (0, 1, 2, 3), 1: (0, 1, 2, 3), 3: (0, 1, 2, 3)}
+
+
+def test_ranks_of_several_numbers_are_compared_in_order() -> None:
+    keys = {0: [(0, 5.0), (1, 1.0), (0, 1.0), (1, 0.5)], 1: [(0, 2.0), (1, 9.0), (0, 2.0), (1, 0.7)]}
+    assert choose_ranked(keys, global_budget({0: 4, 1: 4}, 1, num_experts=2)) == {0: (0, 2), 1: (0, 2)}
+    assert choose_ranked(keys, global_budget({0: 4, 1: 4}, 1, sparsity=0.375)) == {0: (0, 2, 3), 1: (0, 2)}
+    assert choose_ranked(keys, uniform_budget({0: 4, 1: 4}, 1, num_experts=3)) == {0: (0, 2, 3), 1: (0, 2, 3)}

@@ -35,7 +35,21 @@ from optimum_moe_prune.methods.variability import variability_scores
 from optimum_moe_prune.plan import build_plan
 from optimum_moe_prune.replay import reconstruction_loss, squared_errors
 
-ALL = ["ean", "enumeration", "frequency", "man", "mosaic", "msan", "random", "reap", "soft_frequency", "variability"]
+ALL = [
+    "ean",
+    "enumeration",
+    "frequency",
+    "importance",
+    "man",
+    "mosaic",
+    "msan",
+    "pathfinder",
+    "random",
+    "reap",
+    "soft_frequency",
+    "transition",
+    "variability",
+]
 
 
 @pytest.fixture
@@ -236,7 +250,8 @@ def test_random_is_seeded_nested_and_needs_nothing(samples: CalibrationSet) -> N
 
 @pytest.mark.parametrize("method", ALL)
 def test_every_method_keeps_to_budget_protection_and_seed(stats: CalibrationStats, method: str) -> None:
-    config = MoEPrunerConfig(method=method, num_experts=4, protect={0: (1, 5)}, skip_layers=(2,), seed=5)
+    settings = {"num_experts": 4, "protect": {0: (1, 5)}, "skip_layers": (2,), "seed": 5}
+    config = MoEPrunerConfig(method=method, allocation="uniform", **settings)
     first, second = build_plan(stats, config), build_plan(stats, config)
     assert len(first.retained[0]) == 4 and {1, 5} <= set(first.retained[0])
     assert first.num_experts[2] == first.original_num_experts[2]
@@ -250,6 +265,23 @@ def test_a_method_reads_no_more_than_it_declares(kind: str, samples: Calibration
     needs = get_method(method).needs(config.options())
     full, lean = (collect(make_model(kind), samples, n) for n in (set(Need), needs))
     assert build_plan(lean, config).retained == build_plan(full, config).retained
+
+
+@pytest.mark.parametrize("method", [name for name in ALL if "global" in get_method(name).allocations])
+def test_a_global_allocation_keeps_to_its_budget(stats: CalibrationStats, method: str) -> None:
+    top_k = stats.model["top_k"]
+    config = MoEPrunerConfig(method=method, sparsity=0.4, allocation="global", protect={0: (1, 5)}, seed=5)
+    plan = build_plan(stats, config)
+    everything = sum(stats.num_experts.values())
+    assert sum(plan.num_experts.values()) == everything - math.floor(0.4 * everything + 0.5)
+    assert min(plan.num_experts.values()) >= top_k and {1, 5} <= set(plan.retained[0])
+    assert build_plan(stats, config).retained == plan.retained
+
+
+@pytest.mark.parametrize("method", ["mosaic", "enumeration", "variability"])
+def test_methods_that_choose_sets_for_a_count_refuse_a_global_allocation(method: str) -> None:
+    with pytest.raises(RequestError, match=f"allocation 'global' is not for method '{method}', which takes 'uniform'"):
+        MoEPrunerConfig(method=method, sparsity=0.5, allocation="global")
 
 
 def test_one_file_each() -> None:

@@ -343,7 +343,7 @@ def test_keys_of_newer_versions_are_ignored_with_a_warning(caplog: pytest.LogCap
         ({"num_experts": True}, "num_experts is True"),
         ({"num_experts": 4, "method": "mosiac"}, "Known: mosaic"),
         ({"num_experts": 4, "method_options": {"x": 1}}, "has no option 'x'"),
-        ({"num_experts": 4, "allocation": "globl"}, "allocation 'globl' is not known. Known: uniform"),
+        ({"num_experts": 4, "allocation": "globl"}, "allocation 'globl' is not known. Known: global, uniform"),
         ({"num_experts": 4, "sample_selection": "best"}, "sample_selection 'best' is not known. Known: "),
         ({"num_experts": 4, "batch_size": 0}, "batch_size is 0; it must be an integer of at least 1"),
         ({"num_experts": 4, "max_length": 1}, "max_length is 1; it must be an integer of at least 2"),

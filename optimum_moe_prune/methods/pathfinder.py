@@ -72,7 +72,7 @@ class ImportanceOptions(PathOptions):
         tau: The temperature: small, and only the expert with the least error counts; large, and all count the same.
     """
 
-    tau: float = 0.3
+    tau: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
