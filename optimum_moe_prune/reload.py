@@ -46,6 +46,7 @@ def enable() -> None:
     """Let transformers build layers with different numbers of experts, from now on and in what it has imported."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+    logging.getLogger(_WARNER).addFilter(_unless_ours)
     for name in [name for name in sys.modules if _MODELLING.fullmatch(name)]:
         _extend(sys.modules[name])
 
@@ -110,7 +111,6 @@ def _extend(module: ModuleType) -> None:
                 _set(changes, module, "load_balancing_loss_func", balanced_by_layer(module.load_balancing_loss_func))
             for base in _model_bases(module):
                 _set(changes, base, "_finalize_model_loading", _checked(base._finalize_model_loading, spec))
-            logging.getLogger(_WARNER).addFilter(_unless_ours)
 
 
 def _set(changes: list[tuple[Any, str, Any]], owner: Any, name: str, value: Any) -> None:
@@ -179,7 +179,9 @@ def _check_loaded(loading_info: Any, spec: MoESpec) -> None:
 
 def _unless_ours(record: logging.LogRecord) -> bool:
     """Drop transformers' warning about reading the model-wide number of experts of a known architecture."""
+    match = _WARNING.search(str(record.msg))
+    if match is None:
+        return True
     from .architectures.table import all_architectures
 
-    match = _WARNING.search(str(record.msg))
-    return match is None or match[1] not in {spec.count_key for spec in all_architectures()}
+    return match[1] not in {spec.count_key for spec in all_architectures()}

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from transformers import LlamaConfig
 
 from optimum_moe_prune import CalibrationStats, MoEPruner, MoEPrunerConfig, PruningPlan, list_methods
-from optimum_moe_prune.methods import get_method
 from optimum_moe_prune.cli import main
+from optimum_moe_prune.methods import get_method
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,9 @@ from optimum_moe_prune.plan import build_plan
 IDS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def plan_for(model: PreTrainedModel, num_experts: int = 4, seed: int = 0) -> PruningPlan:
-    return build_plan(empty_stats(model), MoEPrunerConfig(method="random", num_experts=num_experts, seed=seed))
+def plan_for(model: PreTrainedModel, num_experts: int = 4, seed: int = 0, allocation: str = "uniform") -> PruningPlan:
+    config = MoEPrunerConfig(method="random", num_experts=num_experts, seed=seed, allocation=allocation)
+    return build_plan(empty_stats(model), config)
 
 
 @contextlib.contextmanager
@@ -49,10 +50,13 @@ def masked_routers(model: PreTrainedModel, plan: PruningPlan, monkeypatch: pytes
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("num_experts", [3, 4, 6])
-def test_pruned_is_masked(kind: str, num_experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruned_is_masked(kind: str, num_experts: int, allocation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(kind)
-    plan = plan_for(model, num_experts)
+    plan = plan_for(model, num_experts, seed=4, allocation=allocation)
+    if num_experts == 4:
+        assert (plan.uniform_num_experts is None) == (allocation == "global")
     whole = model(input_ids=IDS).logits
     with masked_routers(model, plan, monkeypatch):
         expected = model(input_ids=IDS).logits

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that bring their own code: the same model without this package, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import KINDS, aligned, load, make_model, make_texts, make_tokenizer, save_checkpoint
+from huggingface_hub import ModelCard
+
+from optimum_moe_prune import MoEPruner, MoEPrunerConfig
+
+IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+
+LOAD = """
+import sys, os, torch
+from transformers import AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__name__.startswith("Unequal"), type(model)
+for parameter in model.parameters():
+    parameter.data = parameter.data.clone()
+ids = torch.load(folder + "/../ids.pt")
+with torch.no_grad():
+    out = model(input_ids=ids, labels=ids, output_router_logits=True)
+    result = {"logits": out.logits, "aux": out.aux_loss, "generated": model.generate(ids, max_new_tokens=4,
+        do_sample=False), "state": model.state_dict(), "experts": model.config._experts_implementation}
+model.save_pretrained(folder + "/../again")
+again = AutoModelForCausalLM.from_pretrained(folder + "/../again", trust_remote_code=True)
+assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
+assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
+assert all(0 < p.std() < 1 for name, p in fresh.named_parameters() if "experts" in name)
+for door, how in ((AutoModelForCausalLM, {}), (AutoModel, {"trust_remote_code": True})):
+    try:
+        door.from_pretrained(folder, **how)
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("loaded without the package and without its code")
+assert "optimum_moe_prune" not in sys.modules
+torch.save(result, folder + "/../result.pt")
+"""
+
+
+def prune(kind: str, path: Path, **settings: object) -> MoEPruner:
+    save_checkpoint(kind, path / "base", make_tokenizer())
+    config = MoEPrunerConfig(**{"method": "pathfinder", "sparsity": 0.3, **settings})
+    pruner = MoEPruner.from_pretrained(path / "base", config)
+    pruner.prune(load(path / "base"), calibration=make_texts())
+    return pruner
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_the_code_in_the_checkpoint_gives_the_same_model(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruner = prune(kind, tmp_path)
+    pruner.save_pretrained(tmp_path / "out", standalone=True)
+    model = load(tmp_path / "out")  # with the package and without trust, transformers' own class
+    assert type(model).__module__.startswith("transformers.models.")
+    torch.save(IDS, tmp_path / "ids.pt")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = torch.load(tmp_path / "result.pt")
+    expected = aligned(model)(input_ids=IDS, labels=IDS, output_router_logits=True)
+    assert torch.equal(result["logits"], expected.logits) and torch.equal(result["aux"], expected.aux_loss)
+    assert torch.equal(result["generated"], model.generate(IDS, max_new_tokens=4, do_sample=False))
+    assert result["experts"] == model.config._experts_implementation
+    state = model.state_dict()
+    assert result["state"].keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in result["state"].items())
+
+
+def test_equal_layers_need_no_code(tmp_path: Path) -> None:
+    pruner = prune("mixtral", tmp_path, allocation="uniform", sparsity=0.5)
+    pruner.save_pretrained(tmp_path / "out", standalone=True)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_the_card_says_first_how_to_load(tmp_path: Path) -> None:
+    pruner = prune("mixtral", tmp_path)
+    pruner.save_pretrained(tmp_path / "plain")
+    pruner.save_pretrained(tmp_path / "standalone", standalone=True)
+    for name in ("plain", "standalone"):
+        card = ModelCard.load(tmp_path / name / "README.md")
+        first = card.text.strip().split("\n# ")[0]
+        assert "pip install optimum-moe-prune" in first and "import optimum_moe_prune" in first
+        assert f"from_pretrained('{name}')" in first
+        assert ("trust_remote_code=True" in first) == (name == "standalone")
+        assert "pathfinder" in card.text and "| 0 | " in card.text and "low" in card.text
+        assert card.data.library_name == "transformers" and card.data.base_model is None
+    kept = sum(pruner.pruning_plan.num_experts.values())
+    assert f"{kept} of 24 routed experts are retained" in card.text
+
+
+def test_the_card_of_equal_layers_promises_plain_transformers(tmp_path: Path) -> None:
+    model = make_model()
+    model.config._name_or_path, model.config._commit_hash = "someone/some-model", "0" * 40
+    pruner = MoEPruner(MoEPrunerConfig(method="random", num_experts=4))
+    pruner.prune(model)
+    pruner.save_pretrained(tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.text.strip().startswith("# out") and "plain transformers loads it" in card.text
+    assert card.data.base_model == "someone/some-model" and "Experts of `someone/some-model`" in card.text
+    assert "import optimum_moe_prune" not in card.text
