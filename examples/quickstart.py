@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prune a small trained model with Mosaic, compare the methods by domain, save, and reload with plain transformers.
+"""Prune a small trained model with Mosaic and with Pathfinder, save, reload, and compare the methods by domain.
 
     python examples/quickstart.py [--model examples/small_models/qwen2_moe] [--draws 3] [--output FOLDER]
 
 Needs no network: the model is one of this repository's, and the text is made on the spot by
 ``small_models/corpus.py``, for calibration from the split the model was trained on, for judging from the held-out one.
-The table shows, for each domain, by how many nats per token the loss rises; one row is calibrated on a single general
-domain, all others on a mixture.
+The table shows, for each domain, by how many nats per token the loss rises, and how many experts each layer retains
+(of the first draw). Rows marked "global" spread the same number of experts unequally over the layers. One row is
+calibrated on a single general domain, all others on a mixture.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPruner, MoEPrunerConfig, Need, list_methods
 from optimum_moe_prune.collect import collect
 from optimum_moe_prune.evaluate import evaluate
+from optimum_moe_prune.methods import get_method
 from optimum_moe_prune.plan import build_plan
 
 HERE = Path(__file__).resolve().parent
@@ -41,13 +43,15 @@ HELDOUT_SAMPLES = 24  # of each domain
 CONTEXT = 256  # the length the small models were trained on
 RELOAD = """
 import sys
+{first}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 assert "optimum_moe_prune" not in sys.modules
-print(f"{type(model).__name__}, {model.num_experts} experts in each MoE layer, {model.num_parameters():,} parameters")
+experts = [len(layer.mlp.experts.down_proj) for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+print(f"{{type(model).__name__}}, experts in its MoE layers: {{experts}}, {{model.num_parameters():,}} parameters")
 ids = tokenizer("SELECT name, city\\nFROM", return_tensors="pt", return_token_type_ids=False)
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True))
 """
@@ -61,6 +65,7 @@ class Row:
     lost: list[dict[str, float]]
     calibration_seconds: list[float]
     plan_seconds: list[float]
+    experts: list[int]
 
     def by_domain(self) -> list[float]:
         return [sum(lost[domain] for lost in self.lost) / len(self.lost) for domain in corpus.DOMAINS]
@@ -108,19 +113,26 @@ def compare(
     general = [
         calibrated(model, draw(text, n, (GENERAL,)), {Need.ROUTING, Need.GRAM}, tokenizer) for n in range(draws)
     ]
+    entries = [(f"enumeration, {GENERAL} only", "enumeration", "uniform", general)]
+    for method in list_methods():
+        for allocation in get_method(method).allocations:
+            entries.append((method + (", global" if allocation == "global" else ""), method, allocation, mixed))
     rows: dict[float, list[Row]] = {}
     for sparsity in (0.25, 0.5):
+        known: dict[str, dict[str, float]] = {}  # methods often agree
         rows[sparsity] = []
-        entries = [(method, method, mixed) for method in list_methods()]
-        entries.append((f"enumeration, {GENERAL} only", "enumeration", general))
-        for name, method, calibrations in entries:
-            row = Row(name, [], [], [])
+        for name, method, allocation, calibrations in entries:
+            row = Row(name, [], [], [], [])
             for number, (stats, seconds) in enumerate(calibrations):
                 began = time.perf_counter()
-                plan = build_plan(stats, MoEPrunerConfig(method=method, sparsity=sparsity, seed=number))
+                config = MoEPrunerConfig(method=method, sparsity=sparsity, allocation=allocation, seed=number)
+                plan = build_plan(stats, config)
                 row.plan_seconds.append(time.perf_counter() - began)
                 row.calibration_seconds.append(0.0 if method == "random" else seconds)
-                after = losses(plan.apply(copy.deepcopy(model)), heldout)
+                row.experts = row.experts or list(plan.num_experts.values())
+                if str(plan.retained) not in known:
+                    known[str(plan.retained)] = losses(plan.apply(copy.deepcopy(model)), heldout)
+                after = known[str(plan.retained)]
                 row.lost.append({domain: after[domain] - base[domain] for domain in base})
             rows[sparsity].append(row)
             print(f"  {sparsity:.0%} removed, {name}: {row.mean:.2f} nats", file=sys.stderr)
@@ -134,11 +146,17 @@ def print_table(rows: dict[float, list[Row]], draws: int) -> None:
     for sparsity, table in rows.items():
         print(f"\n{sparsity:.0%} of the experts removed: nats lost per token, mean of {draws} calibration draw(s)")
         columns = [*corpus.DOMAINS, "mean", "worst", "plan s"]
-        print(f"{'method':<{width}} " + " ".join(f"{c:>8}" for c in columns))
+        print(f"{'method':<{width}} " + " ".join(f"{c:>8}" for c in columns) + "  experts")
         for row in sorted(table, key=lambda r: r.mean):
             values = row.by_domain()
             cells = [*values, row.mean, max(values), sum(row.plan_seconds) / draws]
-            print(f"{row.name:<{width}} " + " ".join(f"{cell:8.2f}" for cell in cells))
+            numbers = row.experts if len(set(row.experts)) > 1 else [row.experts[0], "in each layer"]
+            print(
+                f"{row.name:<{width}} "
+                + " ".join(f"{cell:8.2f}" for cell in cells)
+                + "  "
+                + " ".join(map(str, numbers))
+            )
     every = {row.name: sum(row.calibration_seconds) / draws for row in next(iter(rows.values()))}
     general = every[f"enumeration, {GENERAL} only"]
     print(
@@ -150,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE / "small_models" / "mixtral")
     parser.add_argument(
-        "--output", type=Path, help="keep the pruned checkpoint in this folder (default: a temporary one)"
+        "--output", type=Path, help="keep the pruned checkpoints in this folder (default: a temporary one)"
     )
     parser.add_argument("--draws", type=int, default=1, help="disjoint calibration draws to average over (default 1)")
     arguments = parser.parse_args()
@@ -165,20 +183,23 @@ def main() -> None:
         heldout = CalibrationSet.build(paths["heldout"], tokenizer, max_length=CONTEXT)
         text = texts_by_domain(paths["train"])
 
-        print("Pruning half of the experts with Mosaic ...\n")
-        pruner = MoEPruner.from_pretrained(arguments.model, MoEPrunerConfig(method="mosaic", sparsity=0.5))
-        pruner.prune(copy.deepcopy(model), calibration=draw(text, 0, corpus.DOMAINS))
-        assert pruner.pruning_plan is not None
-        print(pruner.pruning_plan.summary())
         output = arguments.output or Path(scratch) / "pruned"
-        pruner.save_pretrained(output, overwrite=arguments.output is None)
-
-        print("\nReloading it in a new process with plain transformers ...\n", flush=True)
-        subprocess.run([sys.executable, "-c", RELOAD, str(output)], check=True)
+        sample = draw(text, 0, corpus.DOMAINS)
+        for method, first in (("mosaic", ""), ("pathfinder", "import optimum_moe_prune")):
+            print(f"Pruning half of the experts with {method} ...\n")
+            pruner = MoEPruner.from_pretrained(arguments.model, MoEPrunerConfig(method=method, sparsity=0.5))
+            pruner.prune(copy.deepcopy(model), calibration=sample)
+            assert pruner.pruning_plan is not None
+            print(pruner.pruning_plan.summary())
+            pruner.save_pretrained(output / method, overwrite=arguments.output is None)
+            how = f"transformers, after {first}" if first else "plain transformers"
+            print(f"\nReloading it in a new process with {how} ...\n", flush=True)
+            subprocess.run([sys.executable, "-c", RELOAD.format(first=first), str(output / method)], check=True)
+            print()
         if arguments.output:
-            print(f"\nThe pruned checkpoint is in {output}.")
+            print(f"The pruned checkpoints are in {output}.")
 
-        print("\nComparing the methods ...", flush=True)
+        print("Comparing the methods ...", flush=True)
         print_table(compare(model, tokenizer, text, heldout, arguments.draws), arguments.draws)
 
 

@@ -153,7 +153,7 @@ def recipe(args: argparse.Namespace) -> Any:
         if getattr(args, flag, None) is not None:
             values[flag] = getattr(args, flag)
     if "num_clusters" in values and values["num_clusters"] != "auto":
-        values["num_clusters"] = _whole(values["num_clusters"], "--num-clusters")
+        values["num_clusters"] = _whole(values["num_clusters"], "--num-clusters (or auto)")
     if args.option:
         values["method_options"] = _pairs(args.option, "--option", "=", "NAME=VALUE")
     if getattr(args, "protect", None):

@@ -117,10 +117,14 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mosaic: 24 of 48 experts retained in 6 layers (50% removed)" in done.stdout
-    assert "MixtralForCausalLM, 4 experts in each MoE layer" in done.stdout
+    assert "MixtralForCausalLM, experts in its MoE layers: [4, 4, 4, 4, 4, 4], " in done.stdout
+    assert "pathfinder: 24 of 48 experts retained in 6 layers (50% removed)" in done.stdout
+    assert done.stdout.count("MixtralForCausalLM, experts in its MoE layers: [") == 2
     rows = [line.split("  ")[0].strip() for line in done.stdout.splitlines()]
-    assert rows.count("mosaic") == rows.count("enumeration, docs only") == 2
-    assert (tmp_path / "out" / "moe_pruning_plan.json").exists()
+    for name in ("mosaic", "enumeration, docs only", "pathfinder", "pathfinder, global", "reap, global"):
+        assert rows.count(name) == 2
+    for method in ("mosaic", "pathfinder"):
+        assert (tmp_path / "out" / method / "moe_pruning_plan.json").exists()
 
 
 QUICK = """
@@ -152,16 +156,24 @@ def test_the_benchmarks_run(script: str, arguments: list[str]) -> None:
     assert all(row.get("same sets") in (True, "", None) for row in result["rows"])
 
 
+def test_the_path_benchmark_runs() -> None:
+    tiny = ["--layers", "3", "--experts", "6", "--top-k", "2", "--paths", "9", "--samples", "4"]
+    script = EXAMPLES / "benchmarks" / "paths.py"
+    done = subprocess.run([sys.executable, str(script), *tiny], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["rows"]) == 3
+
+
 def test_no_template_is_left_unfilled(made: dict[str, list[dict[str, str]]]) -> None:
     for samples in made.values():
         assert not [s for s in samples if s["domain"] in corpus.GENERATORS and "rng." in s["text"]]
 
 
-def test_mosaics_options_can_be_measured() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import mosaic_options as m, quickstart\n"
+def test_options_can_be_measured() -> None:
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import method_options as m, quickstart\n"
     code += "quickstart.CALIBRATION_SAMPLES, m.TUNE_SAMPLES, m.DRAWS = 12, 1, 1\n"
-    code += "sys.argv = ['mosaic_options.py', '--generalists', '1', '--domains', '3']\nm.main()"
+    code += "sys.argv = ['method_options.py', '--method', 'pathfinder', '--try', 'tau=0.2,0.3']\nm.main()"
     done = subprocess.run([sys.executable, "-c", code, str(EXAMPLES)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[:3] for row in rows[1:]] == [["25%", "1", "3"], ["50%", "1", "3"]]
+    assert [row[:2] for row in rows[1:]] == [["25%", "0.2"], ["25%", "0.3"], ["50%", "0.2"], ["50%", "0.3"]]
