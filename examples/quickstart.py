@@ -49,7 +49,7 @@ from transformers.utils.logging import disable_progress_bar
 disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-assert "optimum_moe_prune" not in sys.modules
+assert ("optimum_moe_prune" in sys.modules) == bool("{first}")
 experts = [len(layer.mlp.experts.down_proj) for layer in model.model.layers if hasattr(layer.mlp, "experts")]
 print(f"{{type(model).__name__}}, experts in its MoE layers: {{experts}}, {{model.num_parameters():,}} parameters")
 ids = tokenizer("SELECT name, city\\nFROM", return_tensors="pt", return_token_type_ids=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import RequestError
 
-RECIPE_FLAGS = ("method", "num_experts", "sparsity", "allocation", "protect_super_experts")
+RECIPE_FLAGS = ("method", "num_experts", "sparsity", "total_experts", "allocation", "protect_super_experts")
 CALIBRATION_FLAGS = (
     "num_samples",
     "max_length",
@@ -87,6 +87,9 @@ def add_method(parser: argparse.ArgumentParser, budget: bool = True) -> None:
         "--num-experts", type=int, metavar="N", help="experts to retain in each layer (global: on average)"
     )
     group.add_argument("--sparsity", type=float, metavar="F", help="or the fraction of experts to remove")
+    group.add_argument(
+        "--total-experts", type=int, metavar="N", help="or, global: the experts to retain in all layers together"
+    )
     group.add_argument(
         "--allocation", metavar="A", help="uniform: the same count in each layer; global: one for the whole model"
     )

@@ -82,7 +82,7 @@ def uniform_budget(
     Raises:
         RequestError: Naming what was asked, what is true and what can be asked instead.
     """
-    layers, protected = _layers(original, top_k, num_experts, sparsity, protect, skip_layers)
+    layers, protected = _layers(original, (num_experts, sparsity), sparsity, protect, skip_layers)
     counts = {}
     for layer, total in layers.items():
         if num_experts is not None:
@@ -122,6 +122,7 @@ def global_budget(
     *,
     num_experts: int | None = None,
     sparsity: float | None = None,
+    total_experts: int | None = None,
     protect: Mapping[int, Sequence[int]] | None = None,
     skip_layers: Sequence[int] = (),
     seed: int = 0,
@@ -132,7 +133,8 @@ def global_budget(
         original: Experts in each MoE layer.
         top_k: Experts used per token; every layer keeps at least that many.
         num_experts: Experts to retain in each layer, on average; or
-        sparsity: the fraction of all experts to remove.
+        sparsity: the fraction of all experts to remove; or
+        total_experts: the experts to retain in all layers together. Skipped layers do not count in any of the three.
         protect: Experts that must be retained, by layer.
         skip_layers: MoE layers that keep all their experts.
         seed: Carried along.
@@ -140,10 +142,12 @@ def global_budget(
     Raises:
         RequestError: Naming what was asked, what is true and what can be asked instead.
     """
-    layers, protected = _layers(original, top_k, num_experts, sparsity, protect, skip_layers)
+    layers, protected = _layers(original, (num_experts, sparsity, total_experts), sparsity, protect, skip_layers)
     everything = sum(layers.values())
     if num_experts is not None:
         total, asked = num_experts * len(layers), f"num_experts={num_experts} on average"
+    elif total_experts is not None:
+        total, asked = total_experts, f"total_experts={total_experts}"
     else:
         assert sparsity is not None
         total, asked = everything - num_removed(sparsity, everything), f"sparsity={sparsity}"
@@ -155,6 +159,8 @@ def global_budget(
     if num_experts is not None:
         low, high = -(-least // len(layers)), (everything - 1) // len(layers)
         allowed = f"Ask for {low} to {high}." if low <= high else "Ask for a sparsity instead."
+    elif total_experts is not None:
+        allowed = f"Ask for {least} to {everything - 1}."
     else:
         allowed = f"Ask for a sparsity of {1 / everything:.4g} to {(everything - least) / everything:.4g}."
     if total >= everything:
@@ -171,16 +177,16 @@ def global_budget(
 
 def _layers(
     original: Mapping[int, int],
-    top_k: int,
-    num_experts: int | None,
+    sizes: Sequence[float | None],
     sparsity: float | None,
     protect: Mapping[int, Sequence[int]] | None,
     skip_layers: Sequence[int],
 ) -> tuple[dict[int, int], dict[int, tuple[int, ...]]]:
     """The layers of a budget with their experts and protected experts; refuses what is wrong for every budget."""
-    if (num_experts is None) == (sparsity is None):
+    if sum(size is not None for size in sizes) != 1:
         raise RequestError(
-            "give exactly one of num_experts (to retain in each layer) and sparsity (fraction to remove)."
+            "give exactly one of num_experts (to retain in each layer), sparsity (fraction to remove) and, for all "
+            "layers together, total_experts."
         )
     if sparsity is not None and not 0 < sparsity < 1:
         raise RequestError(f"sparsity is {sparsity}; the fraction of experts to remove lies between 0 and 1.")

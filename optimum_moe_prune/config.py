@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "moe_pruner_config.json"
+SIZES = ("num_experts", "sparsity", "total_experts")
 
 
 @dataclass
@@ -36,7 +37,8 @@ class MoEPrunerConfig:
     Attributes:
         method: Name of a method (``list_methods()``).
         num_experts: Experts to retain in each layer (on average, where layers keep different numbers); or
-        sparsity: the fraction of experts to remove. Exactly one of the two.
+        sparsity: the fraction of experts to remove; or
+        total_experts: the experts to retain in the whole model, for a global allocation. Exactly one of the three.
         allocation: How the budget is spread over layers: ``"uniform"``, the same in each; ``"global"``, one number for
             the whole model, so that layers keep different numbers; None for the method's own way.
         method_options: Options of the method, by name.
@@ -58,6 +60,7 @@ class MoEPrunerConfig:
     method: str = "mosaic"
     num_experts: int | None = None
     sparsity: float | None = None
+    total_experts: int | None = None
     allocation: str | None = None
     method_options: dict[str, Any] = field(default_factory=dict)
     protect: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -76,11 +79,11 @@ class MoEPrunerConfig:
         options = make_options(get_method(self.method), self.method_options)
         # Plain values, so that they compare and travel as JSON.
         self.method_options = {name: getattr(options, name) for name in self.method_options}
-        if (self.num_experts is None) == (self.sparsity is None):
-            have = "neither is" if self.num_experts is None else "both are"
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if len(given) != 1:
             raise RequestError(
-                "exactly one of num_experts (to retain in each layer) and sparsity (fraction to remove) is needed; "
-                f"{have} given."
+                "exactly one of num_experts (to retain in each layer), sparsity (fraction to remove) and "
+                f"total_experts (to retain in the whole model) is needed; given: {' and '.join(given) or 'none'}."
             )
         if self.sparsity is not None and (not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1):
             raise RequestError(
@@ -98,11 +101,24 @@ class MoEPrunerConfig:
                 f"{' or '.join(map(repr, method.allocations))}: it chooses a set for a given number of experts in a "
                 "layer."
             )
-        least = {"num_experts": 1, "num_samples": 1, "max_length": 2, "batch_size": 1, "max_tokens": 1, "seed": 0}
+        if self.total_experts is not None and self.allocates == "uniform":
+            raise RequestError(
+                "total_experts is for allocation 'global', and the allocation is 'uniform'; give num_experts or "
+                "sparsity."
+            )
+        least = {
+            "num_experts": 1,
+            "total_experts": 1,
+            "num_samples": 1,
+            "max_length": 2,
+            "batch_size": 1,
+            "max_tokens": 1,
+            "seed": 0,
+        }
         for name, minimum in least.items():
             value = getattr(self, name)
             most = 2**32 - 1 if name == "seed" else 2**63 - 1
-            if not (name == "num_experts" and value is None) and not (is_integer(value) and minimum <= value <= most):
+            if not (name in SIZES and value is None) and not (is_integer(value) and minimum <= value <= most):
                 raise RequestError(
                     f"{name} is {value!r}; it must be an integer of at least {minimum} and at most {most}."
                 )
@@ -122,6 +138,11 @@ class MoEPrunerConfig:
                 f"and {self.skip_layers!r}."
             ) from error
 
+    @property
+    def allocates(self) -> str:
+        """``allocation``, or the method's own way."""
+        return self.allocation or get_method(self.method).allocations[0]
+
     def options(self) -> Any:
         """The options of the method, with its defaults filled in."""
         return make_options(get_method(self.method), self.method_options)
@@ -139,7 +160,8 @@ class MoEPrunerConfig:
 
         Args:
             values: As :meth:`to_dict` gives them.
-            overrides: Take precedence. Giving one of ``num_experts`` and ``sparsity`` replaces the other.
+            overrides: Take precedence. Giving one of ``num_experts``, ``sparsity`` and ``total_experts`` replaces the
+                others.
         """
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
@@ -154,9 +176,8 @@ class MoEPrunerConfig:
                 f"{wrong[0]!r} is no setting of MoEPrunerConfig. Settings: {nearest_first(wrong[0], sorted(known))}."
             )
         merged = {key: value for key, value in values.items() if key in known}
-        if overrides.get("num_experts") is not None or overrides.get("sparsity") is not None:
-            merged.pop("num_experts", None)
-            merged.pop("sparsity", None)
+        if any(overrides.get(name) is not None for name in SIZES):
+            merged = {key: value for key, value in merged.items() if key not in SIZES}
         if "method" in merged and overrides.get("method", merged["method"]) != merged["method"]:
             merged.pop("method_options", None)  # those of another method
         merged |= overrides

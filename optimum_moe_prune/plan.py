@@ -243,16 +243,17 @@ def budget_for(
         RequestError: If the budget cannot be kept to, or the method refuses it.
     """
     method = get_method(config.method)
-    make = uniform_budget if (config.allocation or method.allocations[0]) == "uniform" else global_budget
-    budget = make(
-        original,
-        top_k,
-        num_experts=config.num_experts,
-        sparsity=config.sparsity,
-        protect={layer: tuple(experts) for layer, experts in (config.protect if protect is None else protect).items()},
-        skip_layers=config.skip_layers,
-        seed=config.seed,
-    )
+    settings: dict[str, Any] = {
+        "num_experts": config.num_experts,
+        "sparsity": config.sparsity,
+        "protect": {layer: tuple(e) for layer, e in (config.protect if protect is None else protect).items()},
+        "skip_layers": config.skip_layers,
+        "seed": config.seed,
+    }
+    if config.allocates == "uniform":
+        budget: Budget = uniform_budget(original, top_k, **settings)
+    else:
+        budget = global_budget(original, top_k, total_experts=config.total_experts, **settings)
     if method.check is not None:
         method.check(budget, config.options())
     return budget

@@ -31,8 +31,8 @@ def test_skipped_layers_are_outside_the_budget() -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({}, "give exactly one of num_experts .* and sparsity"),
-        ({"num_experts": 4, "sparsity": 0.5}, "give exactly one of num_experts .* and sparsity"),
+        ({}, "give exactly one of num_experts .* sparsity"),
+        ({"num_experts": 4, "sparsity": 0.5}, "give exactly one of num_experts .* sparsity"),
         ({"num_experts": 0}, r"num_experts=0 leaves layer 0 with 0 experts, and every token uses 2. Ask for 2 to 7"),
         ({"num_experts": 1}, r"num_experts=1 leaves layer 0 with 1 experts, and every token uses 2. Ask for 2 to 7"),
         ({"num_experts": 8}, r"num_experts=8 leaves layer 0 with all its 8 experts: nothing to prune. Ask for 2 to 7"),
@@ -102,6 +102,8 @@ def test_scores_that_are_not_finite_are_named() -> None:
         ({"num_experts": 3}, 9),
         ({"sparsity": 0.5, "skip_layers": [1]}, 8),
         ({"num_experts": 5, "skip_layers": [0]}, 10),
+        ({"total_experts": 13}, 13),
+        ({"total_experts": 7, "skip_layers": [0]}, 7),
     ],
 )
 def test_a_global_budget_counts_over_all_layers(request_: dict[str, object], total: int) -> None:
@@ -124,6 +126,9 @@ def test_a_global_budget_counts_over_all_layers(request_: dict[str, object], tot
         ({"num_experts": 1}, r"num_experts=1 on average keeps 3 of the 24 .* together 6. Ask for 2 to 7"),
         ({"num_experts": 8}, r"num_experts=8 on average keeps 24 .* nothing to prune. Ask for 2 to 7"),
         ({"num_experts": 2, "protect": {0: range(8)}}, r"keeps 6 .* those protected, together 12. Ask for 4 to 7"),
+        ({"total_experts": 5}, r"total_experts=5 keeps 5 of the 24 .* together 6. Ask for 6 to 23"),
+        ({"total_experts": 24}, r"total_experts=24 keeps 24 .* nothing to prune. Ask for 6 to 23"),
+        ({"num_experts": 4, "total_experts": 12}, "give exactly one of"),
         ({"num_experts": 4, "protect": {2: [0]}}, "protect names layer 2, which has no experts"),
         ({"num_experts": 4, "protect": {0: [8]}}, "protect names expert 8 of layer 0"),
         ({"sparsity": 1.5}, "sparsity is 1.5; .* between 0 and 1"),

@@ -276,6 +276,8 @@ def test_a_global_allocation_keeps_to_its_budget(stats: CalibrationStats, method
     assert sum(plan.num_experts.values()) == everything - math.floor(0.4 * everything + 0.5)
     assert min(plan.num_experts.values()) >= top_k and {1, 5} <= set(plan.retained[0])
     assert build_plan(stats, config).retained == plan.retained
+    counted = replace(config, sparsity=None, total_experts=sum(plan.num_experts.values()))
+    assert build_plan(stats, counted).retained == plan.retained
 
 
 @pytest.mark.parametrize("method", ["mosaic", "enumeration", "variability"])
