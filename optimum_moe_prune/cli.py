@@ -229,8 +229,14 @@ def _list(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     lines, told = [], {}
     for name, method in methods.items():
         options = {f.name: f.default for f in dataclasses.fields(method.options)}
-        told[name] = {"summary": method.summary, "source": method.source, "options": options}
+        told[name] = {
+            "summary": method.summary,
+            "source": method.source,
+            "allocations": list(method.allocations),
+            "options": options,
+        }
         lines.append(f"{name:<{width}}  {method.summary} [{method.source}]")
+        lines.append(f"{'':<{width}}    allocation: {', '.join(method.allocations)}")
         if options:
             lines.append(f"{'':<{width}}    options: " + ", ".join(f"{key}={value}" for key, value in options.items()))
     return "\n".join(lines), {"methods": told}

@@ -65,6 +65,8 @@ class PruningPlan:
             )
         if not is_integer(self.top_k) or self.top_k < 1:
             raise RequestError(f"the plan's top_k is {self.top_k!r}; it must be a positive integer.")
+        if not isinstance(self.provenance.get("findings", {}), dict):
+            raise RequestError("the plan's findings are damaged.")
         made_for = self.provenance.get("model") or {}
         if not isinstance(made_for, dict) or not isinstance(made_for.get("fingerprint", ""), str):
             raise RequestError("the plan's provenance of the model is damaged.")
@@ -122,6 +124,8 @@ class PruningPlan:
         for layer, experts in sorted(self.retained.items()):
             ids = " ".join(map(str, experts))
             lines.append(f"  layer {layer:>{width}}  {len(experts)} of {self.original_num_experts[layer]}: {ids}")
+        if found := self.provenance.get("findings"):
+            lines.append("  found: " + "; ".join(f"{name} {_shown(value)}" for name, value in found.items()))
         return "\n".join(lines)
 
     def diff(self, other: PruningPlan) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -217,6 +221,11 @@ class PruningPlan:
         if path.is_dir():
             path = path / PLAN_NAME
         return cls.from_dict(read_json(path))
+
+
+def _shown(value: Any) -> str:
+    """A finding as text; of one by layer its values."""
+    return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
 def plan_needs(config: MoEPrunerConfig) -> frozenset[Need]:

@@ -17,7 +17,7 @@ from test_collect import straight_loop
 from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig, Need, RequestError
 from optimum_moe_prune.budget import global_budget
 from optimum_moe_prune.collect import collect
-from optimum_moe_prune.methods.pathfinder import log_importance, log_transitions, on_best_paths
+from optimum_moe_prune.methods.pathfinder import _sample_weights, log_importance, log_transitions, on_best_paths
 from optimum_moe_prune.plan import build_plan
 
 NEEDS = {Need.ROUTING, Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.COACTIVATION}
@@ -81,7 +81,8 @@ def brute_force(
     layers = sorted(stats.layers)
     counts = [stats.num_experts[layer] for layer in layers]
     ranked = []
-    marginal: dict[tuple[int, int], float] = {}
+    best: dict[tuple[int, int], float] = {}
+    total_weight: Counter = Counter()
     for nodes, edges in weights:
         paths = []
         for path in itertools.product(*map(range, counts)):
@@ -90,9 +91,13 @@ def brute_force(
             paths.append((-weight, path))
         paths.sort()
         ranked.append([path for _, path in paths[:most]])
+        through: dict[tuple[int, int], float] = {}
         for weight, path in paths:
             for expert in enumerate(path):
-                marginal[expert] = max(marginal.get(expert, -math.inf), paths[0][0] - weight)
+                through[expert] = max(through.get(expert, -math.inf), paths[0][0] - weight)
+        for expert, value in through.items():
+            best[expert] = max(best.get(expert, -math.inf), value)
+            total_weight[expert] += math.exp(value)
 
     def union(m: int) -> set[tuple[int, int]]:
         return {expert for paths in ranked for path in paths[:m] for expert in enumerate(path)}
@@ -109,7 +114,8 @@ def brute_force(
 
     def key(expert: tuple[int, int]) -> tuple:
         column, number = expert
-        return expert not in inside, -participation[expert], round(-marginal[expert], 9), number, column
+        ties = -round(best[expert], 9), -round(total_weight[expert], 9), number, column
+        return expert not in inside, -participation[expert], *ties
 
     order = sorted(((c, e) for c, count in enumerate(counts) for e in range(count)), key=key)
     kept = [x for column in range(len(counts)) for x in [o for o in order if o[0] == column][:floor]]
@@ -139,7 +145,8 @@ def test_the_choice_is_that_of_listing_all_paths(
             t = [np.zeros_like(table) for table in t]
         weights.append((v, t))
     assert plan.retained == brute_force(stats, weights, budget.total, budget.floor, most)
-    assert plan.provenance["findings"]["num_paths"] <= most
+    found = plan.provenance["findings"]
+    assert found["samples"] == len(stats.samples) and f"num_paths {found['num_paths']}" in plan.summary()
 
 
 def test_uniform_allocation_keeps_the_same_everywhere_in_the_same_order(stats: CalibrationStats) -> None:
@@ -174,11 +181,48 @@ def test_a_layer_that_gives_nothing_leaves_experts_equal() -> None:
     stats = collect(model, samples, NEEDS)
     budget = global_budget(stats.num_experts, 2, sparsity=0.5)
     np.testing.assert_allclose(np.exp(log_importance(stats, budget, tau=0.1)[1]), 1 / 8)
-    plan = build_plan(stats, MoEPrunerConfig(method="pathfinder", sparsity=0.5))
-    assert sum(plan.num_experts.values()) == 12 and min(plan.num_experts.values()) >= 2
-    assert any("12 of 12 samples have no path" in note for note in plan.provenance["notes"])
-    by_importance = build_plan(stats, MoEPrunerConfig(method="importance", sparsity=0.5))
-    assert not any("no path" in note for note in by_importance.provenance["notes"])
+    # A factor that is the same for all says nothing: the others decide as if it were not there.
+    plan = build_plan(stats, MoEPrunerConfig(method="transition", sparsity=0.5))
+    assert not any("no path" in note for note in plan.provenance["notes"])
+    stats.layers[1].tensors["dense_norm"].fill_(3.0)
+    assert build_plan(stats, MoEPrunerConfig(method="transition", sparsity=0.5)).retained == plan.retained
+
+
+def test_an_expert_that_is_never_active_is_on_no_path(stats: CalibrationStats) -> None:
+    first = min(stats.layers)
+    stats.layers[first].tensors["dense_norm"][:, 2] = 0
+    plan = build_plan(stats, MoEPrunerConfig(method="transition", sparsity=0.3))
+    assert 2 not in plan.retained[first]
+
+
+def test_numbering_does_not_matter(stats: CalibrationStats) -> None:
+    """Experts numbered the other way round: the same ones are kept, where they differ at all."""
+    layers = {}
+    for index, layer in stats.layers.items():
+        tensors = {name: tensor.flip(-1) for name, tensor in layer.tensors.items()}
+        tensors["coactivation"] = tensors["coactivation"].flip(-2)
+        layers[index] = replace(layer, tensors=tensors)
+    mirrored = replace(stats, layers=layers)
+    for method in ("pathfinder", "transition", "importance"):
+        for sparsity in (0.2, 0.4, 0.55):
+            for options in ({"num_paths": 1}, {"num_paths": 60}):
+                config = MoEPrunerConfig(method=method, sparsity=sparsity, method_options=options)
+                expected = build_plan(stats, config).retained
+                found = build_plan(mirrored, config).retained
+                last = {layer: stats.num_experts[layer] - 1 for layer in found}
+                assert expected == {i: tuple(sorted(last[i] - e for e in found[i])) for i in found}
+
+
+def test_domains_of_equal_weight_count_the_same_whatever_their_lengths() -> None:
+    long, short = make_texts(8, length=(40, 40)), make_texts(24, seed=5, length=(4, 4))
+    records = [r for r in long if r["domain"] == "low"] + [r for r in short if r["domain"] == "high"]
+    stats = collect(make_model(), CalibrationSet.build(records, make_tokenizer()), NEEDS)
+    for weights in ({"low": 1.0, "high": 1.0}, {"low": 3.0, "high": 1.0}):
+        found = _sample_weights(stats.with_domain_weights(weights))
+        mass = {d: found[[s.domain == d for s in stats.samples]].sum() for d in weights}
+        assert mass["low"] / mass["high"] == pytest.approx(weights["low"] / weights["high"])
+        assert found.mean() == pytest.approx(1.0)
+    assert (_sample_weights(stats) == 1).all()
 
 
 def test_domains_count_with_their_weights() -> None:
@@ -216,9 +260,12 @@ def best_path(nodes: list[np.ndarray], edges: list[np.ndarray]) -> tuple[int, ..
     ("options", "message"),
     [
         ({"num_paths": 0}, "num_paths is 0; there must be at least 1"),
-        ({"tau": 0.0}, "tau is 0.0; it must be positive"),
-        ({"tau": -1.0}, "tau is -1.0; it must be positive"),
-        ({"tau": math.inf}, "tau is inf; it must be positive"),
+        ({"num_paths": 10_001}, "num_paths is 10001; there must be at least 1 and at most 10000"),
+        ({"tau": 0.0}, r"tau is 0.0; it must be between 1e-6 and 1e6"),
+        ({"tau": -1.0}, r"tau is -1.0; it must be between"),
+        ({"tau": math.inf}, "tau is inf; it must be between"),
+        ({"tau": math.nan}, "tau is nan; it must be between"),
+        ({"tau": 1e-310}, "it must be between"),
         ({"transitions": "median"}, "'transitions' of method 'pathfinder' is 'median'; it takes 'mean' or 'condition"),
     ],
 )

@@ -18,15 +18,16 @@ What the paper leaves open, and what is done here:
   lengths. Everything is computed in logarithms.
 - The budget: :math:`m` grows from 1 to ``num_paths`` while the experts on the paths fit into it. What is left is
   filled (or, where the single best paths are too many, trimmed) by participation: how many paths an expert is on, up
-  to the first :math:`m` that no longer fits. Ties go by the best path through the expert, relative to the sample's
-  best, in the sample where that is largest; then to the lower expert, then to the lower layer. Every layer keeps at
-  least ``top_k`` experts. With ``allocation="uniform"`` the same order decides in each layer.
+  to the first :math:`m` that no longer fits. Ties go by the weight of the best path through the expert, relative to
+  the sample's best: in the sample where it is largest, then summed over samples (experts on best paths all have 1 in
+  some sample); only then to the lower expert and the lower layer. Every layer keeps at least ``top_k`` experts. With
+  ``allocation="uniform"`` the same order decides in each layer.
 - With sums over a sample's tokens, :math:`t_{ij}` is a product of one factor for each layer, and no transition
   depends on where it comes from. ``transitions="conditional"`` is :math:`t_{ij} = a_i c_{ij}`, with :math:`c_{ij}` the
   mean of :math:`p_j^{(l+1)}` over the tokens that layer :math:`l` routed to :math:`i`; :math:`p_j` if there are none.
-- Samples count with their weights (``domain_weights``) in the participation.
+- Every sample counts once; with ``domain_weights`` the samples of a domain share its weight equally.
 - A layer whose output is 0 on a sample has a uniform :math:`e`. A path through an expert with :math:`a_i = 0` has
-  weight 0 and is no path.
+  weight 0 and is no path; where all experts of a layer have 0, their factor says nothing and is left out.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from .registry import Retained, register_method
 
 Transitions = Literal["mean", "conditional"]
 GLOBAL_FIRST = ("global", "uniform")
+MOST_PATHS = 10_000
 _DIGITS = 9  # participation and path weights are compared to so many decimals, beyond are rounding errors
 
 
@@ -54,14 +56,14 @@ class PathOptions:
     """How many paths are looked at.
 
     Attributes:
-        num_paths: The most paths of a sample, ``m``.
+        num_paths: The most paths of a sample, ``m``; at most 10,000.
     """
 
     num_paths: int = 500
 
     def __post_init__(self) -> None:
-        if self.num_paths < 1:
-            raise ValueError(f"num_paths is {self.num_paths}; there must be at least 1.")
+        if not 1 <= self.num_paths <= MOST_PATHS:
+            raise ValueError(f"num_paths is {self.num_paths}; there must be at least 1 and at most {MOST_PATHS}.")
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class ImportanceOptions(PathOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.tau < float("inf"):
-            raise ValueError(f"tau is {self.tau}; it must be positive.")
+        if not 1e-6 <= self.tau <= 1e6:
+            raise ValueError(f"tau is {self.tau}; it must be between 1e-6 and 1e6.")
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def log_transitions(stats: CalibrationStats, transitions: Transitions) -> Callab
     """
     tokens = np.array([sample.num_tokens for sample in stats.samples], dtype=np.float64)[:, None]
     layers = [layer for _, layer in sorted(stats.layers.items())]
-    strength = [_log(layer.tensors["dense_norm"].double().numpy() / tokens) for layer in layers[:-1]]
+    strength = [_strength(layer.tensors["dense_norm"].double().numpy() / tokens) for layer in layers[:-1]]
     probability = [_log(layer.tensors["probability"].double().numpy() / tokens) for layer in layers[1:]]
     if transitions == "mean":
         return lambda sample: [a[sample][:, None] + p[sample] for a, p in zip(strength, probability, strict=True)]
@@ -175,6 +177,11 @@ def log_transitions(stats: CalibrationStats, transitions: Transitions) -> Callab
         return found
 
     return of_sample
+
+
+def _strength(norms: np.ndarray) -> np.ndarray:
+    """Log activation strengths ``(S, E)``; 0 for a sample on which no expert of the layer is active."""
+    return _log(np.where(norms.any(axis=1, keepdims=True), norms, 1.0))
 
 
 def _log(values: np.ndarray) -> np.ndarray:
@@ -201,14 +208,17 @@ def on_best_paths(
     """
     layers = sorted(stats.layers)
     counts = [stats.num_experts[layer] for layer in layers]
-    weights = stats.layers[layers[0]].sample_weights.numpy()
+    weights = _sample_weights(stats)
     paths = []  # of each sample (m, L)
-    marginal = [np.full(count, -np.inf) for count in counts]
+    best = [np.full(count, -np.inf) for count in counts]
+    total = [np.zeros(count) for count in counts]
     for number in progress(range(len(weights)), "finding paths", unit="sample"):
         v = [np.zeros(count) for count in counts] if nodes is None else [layer[number] for layer in nodes]
         e = [np.zeros(pair) for pair in itertools.pairwise(counts)] if edges is None else edges(number)
-        paths.append(k_best_paths(v, e, num_paths)[1])
-        marginal = [np.maximum(a, b) for a, b in zip(marginal, max_marginals(v, e), strict=True)]
+        paths.append(k_best_paths(v, e, num_paths)[1].astype(np.int32))
+        for column, marginal in enumerate(max_marginals(v, e)):
+            best[column] = np.maximum(best[column], marginal)
+            total[column] += weights[number] * np.exp(marginal)
     if without := sum(len(p) == 0 for p in paths):
         budget.note(f"{without} of {len(paths)} samples have no path: some layer's outputs or probabilities are all 0")
 
@@ -223,13 +233,23 @@ def on_best_paths(
         order = zip(
             (entry[layer] >= grown).tolist(),
             (-participation.round(_DIGITS)).tolist(),
-            (-marginal[column].round(_DIGITS)).tolist(),
+            (-best[column].round(_DIGITS)).tolist(),
+            (-total[column].round(_DIGITS)).tolist(),
             strict=True,
         )
         keys[layer] = list(order)
     on_paths = sum(int((entry[layer] < grown).sum()) for layer in budget.original)
     budget.findings.update(num_paths=grown, experts_on_paths=on_paths, samples=len(paths))
     return choose_ranked(keys, budget)
+
+
+def _sample_weights(stats: CalibrationStats) -> np.ndarray:
+    """What each sample counts ``(S,)``: 1, or an equal part of its domain's weight; 1 on average."""
+    domains = [sample.domain for sample in stats.samples]
+    if stats.domain_weights is None:
+        return np.ones(len(domains))
+    share = np.array([stats.domain_weights[domain] / domains.count(domain) for domain in domains])
+    return share / share.mean()
 
 
 def _first_path(paths: Sequence[np.ndarray], column: int, count: int) -> np.ndarray:

@@ -27,6 +27,7 @@ def random(stats: CalibrationStats, budget: Budget, options: NoOptions) -> Retai
 def _draw(count: int, seed: list[int]) -> np.ndarray:
     """A random order of experts as random scores ``(count,)``, comparable between layers."""
     generator = np.random.default_rng(seed)
+    order = generator.permutation(count)
     scores = np.empty(count)
-    scores[generator.permutation(count)] = np.sort(generator.random(count))[::-1]
+    scores[order] = np.sort(generator.random(count))[::-1]
     return scores
