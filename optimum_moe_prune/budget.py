@@ -83,27 +83,33 @@ def uniform_budget(
         RequestError: Naming what was asked, what is true and what can be asked instead.
     """
     layers, protected = _layers(original, (num_experts, sparsity), sparsity, protect, skip_layers)
+    if all(total == top_k for total in layers.values()):
+        layer, total = next(iter(layers.items()))
+        raise RequestError(f"every token uses all {total} experts of layer {layer}: none can be removed.")
     counts = {}
     for layer, total in layers.items():
+        # A layer may stay whole if others shrink: that is how unequal layers become equal.
         if num_experts is not None:
             count, asked = num_experts, f"num_experts={num_experts}"
-            allowed = f"Ask for {top_k} to {total - 1}."
+            allowed = f"Ask for {top_k} to {max(total - 1, top_k)}"
+            whole = total == count < max(layers.values())
         else:
             assert sparsity is not None
             removed = num_removed(sparsity, total)
             count, asked = total - removed, f"sparsity={sparsity} removes {removed} of {total} experts, which"
-            allowed = f"Ask for a sparsity of {1 / total:.4g} to {(total - top_k) / total:.4g}."
-        if total == top_k:
-            raise RequestError(f"every token uses all {total} experts of layer {layer}: none can be removed.")
+            allowed = f"Ask for a sparsity of {1 / total:.4g} to {(total - top_k) / total:.4g}"
+            whole = False
+        if len(set(layers.values())) > 1:
+            allowed += f", or leave layer {layer} as it is (skip_layers)"
         if count > total:
-            raise RequestError(f"{asked} asks for more experts than layer {layer} has ({total}). {allowed}")
-        if count == total:
+            raise RequestError(f"{asked} asks for more experts than layer {layer} has ({total}). {allowed}.")
+        if count == total and not whole:
             raise RequestError(
-                f"{asked} leaves layer {layer} with all its {total} experts: nothing to prune. {allowed}"
+                f"{asked} leaves layer {layer} with all its {total} experts: nothing to prune. {allowed}."
             )
         if count < top_k:
             raise RequestError(
-                f"{asked} leaves layer {layer} with {max(count, 0)} experts, and every token uses {top_k}. {allowed}"
+                f"{asked} leaves layer {layer} with {max(count, 0)} experts, and every token uses {top_k}. {allowed}."
             )
         if len(protected[layer]) > count:
             raise RequestError(

@@ -12,8 +12,8 @@ import logging
 import os.path
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -148,11 +148,11 @@ class CalibrationSet:
                     f"packing leaves no sample of {max_length} tokens; lower max_length or give more text."
                 )
             tokens = tokens if kmeans else _select(tokens, num_samples, sample_selection, seed)
-        pool = cls._of_tokens(tokens, max_length)
         if not kmeans:
-            return pool
-        domains = [sample.domain for sample in pool.samples]
-        return pool.subset(representatives(pool.token_ids, domains, num_samples, num_clusters, seed))
+            return cls._of_tokens(tokens, max_length)
+        return cls._of_tokens(
+            tokens, max_length, lambda ids, domains: representatives(ids, domains, num_samples, num_clusters, seed)
+        )
 
     @classmethod
     def from_hub(cls, mixture: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> CalibrationSet:
@@ -168,37 +168,39 @@ class CalibrationSet:
         return cls.build(hub_records(mixture), tokenizer, **options)
 
     @classmethod
-    def _of_tokens(cls, tokens: Iterable[tuple[str, Tensor, str]], max_length: int) -> CalibrationSet:
-        entries: dict[str, tuple[Sample, Tensor]] = {}
-        truncated = duplicates = 0
+    def _of_tokens(
+        cls,
+        tokens: Iterable[tuple[str, Tensor, str]],
+        max_length: int,
+        choose: Callable[[list[Tensor], list[str]], list[int]] | None = None,
+    ) -> CalibrationSet:
+        """Cut samples, leave out what is there already and, with ``choose``, all but the chosen ones."""
+        entries: dict[str, tuple[Sample, Tensor, bool]] = {}
+        duplicates = 0
         for origin, ids, domain in tokens:
             if len(ids) < 2:
                 raise RequestError(
                     f"{origin} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a sample needs at least 2. Remove "
                     "it or give a longer one."
                 )
-            truncated += len(ids) > max_length
+            was_cut = len(ids) > max_length
             ids = ids[:max_length].to(torch.int64)
             digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             if digest in entries:
                 duplicates += 1
                 continue
-            entries[digest] = (Sample(digest, domain, len(ids)), ids)
+            entries[digest] = (Sample(digest, domain, len(ids)), ids, was_cut)
+        ordered = [entries[digest] for digest in sorted(entries)]
+        if choose is not None:
+            ordered = [ordered[i] for i in choose([ids for _, ids, _ in ordered], [s.domain for s, _, _ in ordered])]
+        truncated = sum(was_cut for _, _, was_cut in ordered)
         if truncated:
             logger.warning(
-                "%d of %d samples are longer than %d tokens and were cut.", truncated, len(entries), max_length
+                "%d of %d samples are longer than %d tokens and were cut.", truncated, len(ordered), max_length
             )
         if duplicates:
             logger.warning("%d samples have the same tokens as another one and were left out.", duplicates)
-        ordered = [entries[digest] for digest in sorted(entries)]
-        return cls(tuple(s for s, _ in ordered), tuple(i for _, i in ordered), truncated, duplicates)
-
-    def subset(self, chosen: Iterable[int]) -> CalibrationSet:
-        """The samples with these numbers."""
-        numbers = sorted(chosen)
-        return replace(
-            self, samples=tuple(self.samples[i] for i in numbers), token_ids=tuple(self.token_ids[i] for i in numbers)
-        )
+        return cls(tuple(s for s, _, _ in ordered), tuple(ids for _, ids, _ in ordered), truncated, duplicates)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise unless every token id is below ``vocab_size``.
@@ -320,7 +322,17 @@ def _mapping_record(record: Any, origin: str, domain: str) -> _Record:
         keys = ", ".join(map(str, record)) or "none"
         raise RequestError(f"{origin} must have 'text' (a string) or 'messages' (a list); its keys: {keys}.")
     label = record.get("domain", domain)
-    return _Record(origin, content, str(domain if label is None else label))
+    label = str(domain if label is None else label)
+    _check_unicode(label, f"the domain of {origin}")
+    return _Record(origin, content, label)
+
+
+def _check_unicode(text: str, what: str) -> None:
+    """Refuse half characters, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{what} is not valid Unicode text: {error.reason}.") from error
 
 
 def _file_records(path: Path) -> Iterator[_Record]:
@@ -423,10 +435,7 @@ def _tokens(record: _Record, tokenizer: Any) -> Tensor:
             "a tokenizer is needed for texts, and this model's folder has none; pass token tensors instead."
         )
     if isinstance(record.content, str):
-        try:
-            record.content.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"{record.origin} is not valid Unicode text: {error.reason}.") from error
+        _check_unicode(record.content, record.origin)
         ids = tokenizer(record.content, verbose=False)["input_ids"]
     else:
         if not getattr(tokenizer, "chat_template", None):

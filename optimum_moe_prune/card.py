@@ -60,10 +60,12 @@ def model_card(plan: PruningPlan, name: str, standalone: bool = False) -> ModelC
     if not unequal:
         parts.append("Every layer keeps the same number of experts, so plain transformers loads it.")
     parts.append(f"Method: {_method(plan)}")
-    calibration = plan.provenance.get("calibration") or {}
-    if calibration.get("samples"):
-        domains = ", ".join(f"{domain} {tokens}" for domain, tokens in calibration["tokens_by_domain"].items())
-        parts.append(f"Calibration: {calibration['samples']} samples; tokens by domain: {domains}.")
+    calibration = plan.provenance.get("calibration")
+    calibration = calibration if isinstance(calibration, dict) else {}  # plans are edited by hand
+    by_domain = calibration.get("tokens_by_domain")
+    if isinstance(by_domain, dict) and by_domain:
+        domains = ", ".join(f"{' '.join(str(domain).split())} {tokens}" for domain, tokens in by_domain.items())
+        parts.append(f"Calibration: {calibration.get('samples')} samples; tokens by domain: {domains}.")
     rows = "\n".join(
         f"| {layer} | {len(experts)} of {plan.original_num_experts[layer]} | {' '.join(map(str, experts))} |"
         for layer, experts in sorted(plan.retained.items())

@@ -179,7 +179,10 @@ class MoEPrunerConfig:
         if any(overrides.get(name) is not None for name in SIZES):
             merged = {key: value for key, value in merged.items() if key not in SIZES}
         if "method" in merged and overrides.get("method", merged["method"]) != merged["method"]:
-            merged.pop("method_options", None)  # those of another method
+            for name in ("method_options", "allocation"):  # those of another method
+                merged.pop(name, None)
+        if overrides.get("sample_selection", "kmeans") != "kmeans":
+            merged.pop("num_clusters", None)
         merged |= overrides
         return cls(**merged)
 

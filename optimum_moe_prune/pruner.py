@@ -24,9 +24,10 @@ from .config import CONFIG_NAME, MoEPrunerConfig
 from .errors import RequestError
 from .files import read_json, written_folder
 from .plan import PLAN_NAME, PruningPlan, budget_for, build_plan, plan_needs, with_parent
-from .standalone import write_standalone
+from .standalone import standalone_class, write_standalone
 from .stats import CalibrationStats, check_domain_weights
 from .surgery import apply_plan
+from .unequal import without_standalone
 
 if TYPE_CHECKING:
     import os
@@ -301,6 +302,9 @@ class MoEPruner:
             raise RequestError(
                 "this model does not have the numbers of experts of the plan; pass the model that was pruned."
             )
+        standalone = standalone and plan.uniform_num_experts is None  # elsewhere nothing is needed
+        if standalone:
+            standalone_class(model.config)
         with written_folder(save_directory, overwrite, sources=[self.name_or_path]) as partial:
             model.save_pretrained(partial)
             plan.save(partial / PLAN_NAME)
@@ -311,10 +315,9 @@ class MoEPruner:
                 self._restore_config(partial, model)
             if self._tokenizer is not None and self._tokenizer_given:
                 self._tokenizer.save_pretrained(partial)
-            standalone = standalone and plan.uniform_num_experts is None  # elsewhere nothing is needed
             if standalone:
                 write_standalone(partial, model.config)
-            model_card(plan, Path(save_directory).name, standalone).save(partial / "README.md")
+            model_card(plan, Path(save_directory).resolve().name, standalone).save(partial / "README.md")
         return Path(save_directory)
 
     # -- helpers
@@ -380,14 +383,17 @@ class MoEPruner:
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
         if values.get(key) != dtype:
             values[key] = dtype
+        if self.model_config is None:
+            self.model_config = load_model_config(str(self.name_or_path), **self._hub)
         before, now = self.model_config.to_dict(), model.config.to_dict()
         own = {spec.count_key, "dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
         for name in now.keys() - own:
             if now[name] != before.get(name):
                 values[name] = now[name]
-        for name in ("per_layer_config", "allow_global_per_layer_attribute_access"):
-            if name not in now:
-                values.pop(name, None)
+        if "per_layer_config" not in now:
+            values.pop("per_layer_config", None)
+        if auto_map := without_standalone(values.pop("auto_map", {})):
+            values["auto_map"] = auto_map
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,10 +5,11 @@ Such a checkpoint says so in ``config.json`` in transformers' own schema (``per_
 reads but does not build for most architectures. Importing this package switches the rest on:
 
 - a decoder layer is built with its own number of experts;
+- the number for the whole model may be read, as transformers' constructors do; the warning that it is ambiguous is not
+  shown, of whatever model type the config with such a key is;
 - the auxiliary loss is the mean over layers (see ``unequal``);
-- a checkpoint whose tensors disagree with its config is refused by name, also with ``ignore_mismatched_sizes=True``,
-  which would leave random experts in place;
-- transformers' warning that the model-wide number of experts is ambiguous is not shown for the keys concerned.
+- a checkpoint whose experts disagree with its config is refused by name, also with ``ignore_mismatched_sizes=True``,
+  which would leave random experts in place.
 
 The classes of an architecture are changed in place when transformers imports its modelling module, or at once if it
 has done so; nothing is imported for it. Models with equal layers are built and run as before.
@@ -36,10 +37,14 @@ if TYPE_CHECKING:
 _MODELLING = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
 _WARNING = re.compile(r"global config value for per-layer attribute `(\w+)`")
 _WARNER = "transformers.integrations.heterogeneity.configuration_utils"
+_PERMISSION = "allow_global_per_layer_attribute_access"
 _ABSENT: Any = object()
 
-_undo: dict[str, list[tuple[Any, str, Any]]] = {}
-"""What was there before, by modelling module."""
+_undo: list[tuple[Any, str, Any]] = []
+"""What was there before: owner, attribute, value."""
+
+_registered: set[str] = set()
+"""Modelling modules of the known architectures that are not in transformers."""
 
 
 def enable() -> None:
@@ -47,28 +52,31 @@ def enable() -> None:
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     logging.getLogger(_WARNER).addFilter(_unless_ours)
-    for name in [name for name in sys.modules if _MODELLING.fullmatch(name)]:
-        _extend(sys.modules[name])
+    for name in list(sys.modules):
+        _extend_loaded(name)
 
 
 def disable() -> None:
-    """Put everything back as transformers made it. Models that were built stay as they are."""
+    """Put everything back as transformers made it.
+
+    Models with unequal layers that were built before still run, but have no auxiliary loss.
+    """
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
-    for changes in _undo.values():
-        for owner, name, before in reversed(changes):
-            if before is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
+    for owner, name, before in reversed(_undo):
+        if before is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
     _undo.clear()
     logging.getLogger(_WARNER).removeFilter(_unless_ours)
 
 
 def extend_registered(spec: MoESpec) -> None:
-    """Reach an architecture that is registered after transformers imported its modelling module."""
-    if _finder in sys.meta_path and spec.modelling_module in sys.modules:
-        _extend(sys.modules[spec.modelling_module])
+    """Reach a new architecture, also if its modelling module was imported before, or is not one of transformers."""
+    _registered.add(spec.modelling_module)
+    if _finder in sys.meta_path:
+        _extend_loaded(spec.modelling_module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -77,7 +85,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        found = importlib.machinery.PathFinder.find_spec(name, path) if _MODELLING.fullmatch(name) else None
+        found = importlib.machinery.PathFinder.find_spec(name, path) if _is_modelling(name) else None
         loader: Any = None if found is None else found.loader
         if loader is None:
             return None
@@ -94,27 +102,40 @@ class _Finder(importlib.abc.MetaPathFinder):
 _finder = _Finder()
 
 
+def _is_modelling(name: str) -> bool:
+    return name in _registered or _MODELLING.fullmatch(name) is not None
+
+
+def _extend_loaded(name: str) -> None:
+    """Extend a module that was imported before; one that is only being imported is left to the import."""
+    module = sys.modules.get(name) if _is_modelling(name) else None
+    if module is not None and not getattr(module.__spec__, "_initializing", False):
+        _extend(module)
+
+
 def _extend(module: ModuleType) -> None:
     """Extend the classes of a modelling module, if it is that of a known architecture."""
     from .architectures.table import all_architectures  # not before torch is there
 
     for spec in all_architectures():
-        if spec.modelling_module == module.__name__ and module.__name__ not in _undo:
-            layer_class = getattr(module, spec.layer_class, None)
-            if layer_class is None:  # another version of transformers: such checkpoints then fail to load, loudly
-                continue
-            changes = _undo[module.__name__] = []
-            _set(changes, layer_class, "__init__", _layer_init(layer_class.__init__, spec))
-            if hasattr(module, "load_balancing_loss_func"):
-                from .unequal import balanced_by_layer
+        layer_class = getattr(module, spec.layer_class, None) if spec.modelling_module == module.__name__ else None
+        # Without the class it is another version of transformers: such checkpoints then fail to load, loudly.
+        if layer_class is None or hasattr(layer_class.__init__, "moe_prune"):
+            continue
+        from .unequal import allow_global_count, balanced_by_layer
 
-                _set(changes, module, "load_balancing_loss_func", balanced_by_layer(module.load_balancing_loss_func))
-            for base in _model_bases(module):
-                _set(changes, base, "_finalize_model_loading", _checked(base._finalize_model_loading, spec))
+        _set(layer_class, "__init__", _layer_init(layer_class.__init__, spec))
+        if hasattr(module, "load_balancing_loss_func"):
+            _set(module, "load_balancing_loss_func", balanced_by_layer(module.load_balancing_loss_func))
+        for base in _model_bases(module):
+            _set(base, "_finalize_model_loading", _checked(base._finalize_model_loading, spec))
+            if (config_class := getattr(base, "config_class", None)) is not None:
+                _undo.append((config_class, _PERMISSION, vars(config_class).get(_PERMISSION, _ABSENT)))
+                allow_global_count(config_class)
 
 
-def _set(changes: list[tuple[Any, str, Any]], owner: Any, name: str, value: Any) -> None:
-    changes.append((owner, name, vars(owner).get(name, _ABSENT)))
+def _set(owner: Any, name: str, value: Any) -> None:
+    _undo.append((owner, name, vars(owner).get(name, _ABSENT)))
     setattr(owner, name, value)
 
 
@@ -131,6 +152,7 @@ def _layer_init(init: Callable[..., None], spec: MoESpec) -> Callable[..., None]
         init(self, own, layer_idx, *args, **kwargs)
         share_config(self, own, config)
 
+    vars(__init__)["moe_prune"] = True
     return __init__
 
 
@@ -147,34 +169,18 @@ def _model_bases(module: ModuleType) -> list[Any]:
 
 def _checked(finalize: Callable[..., Any], spec: MoESpec) -> staticmethod:
     """The last step of loading, which fills gaps with random weights, after a check that the experts have none."""
-    from .unequal import is_unequal
+    from .unequal import damage
+
+    experts = tuple(f"{spec.experts}.{name}" for name in spec.expert_tensors)
+    where = (spec.layers.rpartition(".")[2], spec.block, (*experts, *spec.router_tensors))
 
     @functools.wraps(finalize)
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        if is_unequal(model.config, spec.count_key):
-            _check_loaded(loading_info, spec)
+        if found := damage(model.config, loading_info, *where):
+            raise RunError(found)
         return finalize(model, load_config, loading_info)
 
     return staticmethod(_finalize_model_loading)
-
-
-def _check_loaded(loading_info: Any, spec: MoESpec) -> None:
-    """Raise unless every tensor of the MoE blocks was found in its shape.
-
-    Raises:
-        RunError: Naming the layer, what ``config.json`` says and what the checkpoint holds.
-    """
-    in_block = re.compile(rf"(?:^|\.){re.escape(spec.layers.rpartition('.')[2])}\.(\d+)\.{re.escape(spec.block)}\.")
-    advice = "The checkpoint is damaged or was edited; it is not loaded, since these experts would be random."
-    for name, found, expected in sorted(loading_info.mismatched_keys):
-        if match := in_block.search(name):
-            raise RunError(
-                f"layer {match[1]}: config.json says {expected[0]} experts (per_layer_config), and the checkpoint "
-                f"holds {found[0]} ({name} has shape {tuple(found)}, not {tuple(expected)}). {advice}"
-            )
-    for name in sorted(loading_info.missing_keys):
-        if match := in_block.search(name):
-            raise RunError(f"layer {match[1]}: {name} is missing in the checkpoint. {advice}")
 
 
 def _unless_ours(record: logging.LogRecord) -> bool:

@@ -18,12 +18,15 @@ import numpy as np
 
 from .errors import RequestError
 from .files import is_integer
+from .progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_CLUSTERS = 20
 """The most clusters of a domain that ``"auto"`` tries; the paper uses 5 to 20."""
+
+_SILHOUETTE_SAMPLES = 2000
 
 NumClusters = int | Literal["auto"] | None
 
@@ -58,7 +61,8 @@ def representatives(
         domains: Its domain.
         num_samples: Where ``num_clusters`` is None: how many of all, in equal shares of the domains.
         num_clusters: How many of each domain; ``"auto"``: for each domain the number, of 2 to 20, whose clusters are
-            most distinct (mean silhouette). Domains of fewer than 3 samples are then taken whole.
+            most distinct (mean silhouette, of a seeded choice where there are more than 2,000). Domains of fewer than
+            3 samples are then taken whole.
         seed: For K-Means.
 
     Raises:
@@ -70,7 +74,7 @@ def representatives(
     shares = _shares({d: len(m) for d, m in members.items()}, len(domains) if num_samples is None else num_samples)
     features = token_features(token_ids)
     chosen: list[int] = []
-    for domain, numbers in sorted(members.items()):
+    for domain, numbers in progress(sorted(members.items()), "finding representatives", unit="domain"):
         count = shares[domain] if num_clusters is None else num_clusters
         if count != "auto" and count > len(numbers):
             raise RequestError(
@@ -109,7 +113,7 @@ def _nearest_to_centres(features: Any, count: int | Literal["auto"], seed: int) 
     """For each cluster the row nearest to its centre; ties to the first."""
     if count == "auto":
         fits = [_kmeans(features, k, seed) for k in range(2, min(MOST_CLUSTERS, features.shape[0] - 1) + 1)]
-        means = max(fits, key=lambda fit: _silhouette(features, fit.labels_))
+        means = max(fits, key=lambda fit: _silhouette(features, fit.labels_, seed))
     else:
         means = _kmeans(features, count, seed)
     label = means.labels_
@@ -132,7 +136,10 @@ def _kmeans(features: Any, count: int, seed: int) -> Any:
         return KMeans(count, n_init=3, random_state=seed).fit(features)
 
 
-def _silhouette(features: Any, label: np.ndarray) -> float:
+def _silhouette(features: Any, label: np.ndarray, seed: int) -> float:
     from sklearn.metrics import silhouette_score
 
+    if len(label) > _SILHOUETTE_SAMPLES:
+        rows = np.random.default_rng(seed).permutation(len(label))[:_SILHOUETTE_SAMPLES]
+        features, label = features[rows], label[rows]
     return float(silhouette_score(features, label)) if 1 < len(set(label.tolist())) < len(label) else -1.0

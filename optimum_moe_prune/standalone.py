@@ -18,8 +18,8 @@ from typing import Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .architectures import architecture_of
-
-FILE_NAME = "modeling_unequal_moe.py"
+from .errors import RequestError
+from .unequal import FILE_STEM
 
 _CLASSES = Template(
     '''
@@ -33,6 +33,7 @@ import $module as modelling  # noqa: E402
 # @use_experts_implementation
 
 modelling.load_balancing_loss_func = balanced_by_layer(modelling.load_balancing_loss_func)
+allow_global_count(modelling.$causal.config_class)
 
 
 class Unequal$causal(modelling.$causal):
@@ -48,8 +49,26 @@ class Unequal$causal(modelling.$causal):
                 layer.$block = type(block)(own)
                 share_config(layer.$block, own, config)
         self.post_init()
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        if found := damage(model.config, loading_info, "$layer_list", "$block", $counted):
+            raise RuntimeError(found)
+        return modelling.$causal._finalize_model_loading(model, load_config, loading_info)
 '''
 )
+
+
+def standalone_class(config: Any) -> str:
+    """The class of transformers that the file's own derives from.
+
+    Raises:
+        RequestError: If transformers has no causal language model of this type.
+    """
+    model_type = architecture_of(config).model_type
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RequestError(f"standalone: transformers has no causal language model of type {model_type!r} of its own.")
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
 
 
 def write_standalone(folder: str | Path, config: Any) -> Path:
@@ -63,7 +82,7 @@ def write_standalone(folder: str | Path, config: Any) -> Path:
         The file.
     """
     spec = architecture_of(config)
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.model_type]
+    causal = standalone_class(config)
     classes = _CLASSES.substitute(
         module=spec.modelling_module,
         causal=causal,
@@ -73,11 +92,13 @@ def write_standalone(folder: str | Path, config: Any) -> Path:
         experts=spec.experts,
         tensor=spec.expert_tensors[0],
         layers=spec.layers,
+        layer_list=spec.layers.rpartition(".")[2],
+        counted=repr((*(f"{spec.experts}.{name}" for name in spec.expert_tensors), *spec.router_tensors)),
     )
-    path = Path(folder) / FILE_NAME
+    path = Path(folder) / f"{FILE_STEM}.py"
     path.write_text((files(__package__) / "unequal.py").read_text(encoding="utf-8") + classes, encoding="utf-8")
     config_file = Path(folder) / "config.json"
     values = json.loads(config_file.read_text(encoding="utf-8"))
-    values["auto_map"] = {"AutoModelForCausalLM": f"{FILE_NAME.removesuffix('.py')}.Unequal{causal}"}
+    values.setdefault("auto_map", {})["AutoModelForCausalLM"] = f"{FILE_STEM}.Unequal{causal}"
     config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return path

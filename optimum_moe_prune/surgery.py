@@ -11,6 +11,7 @@ from .architectures.block import fingerprint, moe_blocks
 from .collect import check_finite, check_model
 from .errors import RequestError
 from .plan import PruningPlan
+from .unequal import without_standalone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +105,8 @@ def write_counts(spec: MoESpec, config: Any, counts: Mapping[int, int]) -> None:
 
     The same in every layer: under the architecture's key, as in any model. Else as ``per_layer_config``, transformers'
     own schema; the number for the whole model stays what it was, so that whoever does not look at the layers meets
-    tensors of other shapes and stops, and reading it is allowed, since the model's class does.
+    tensors of other shapes and stops. transformers' permission to read it stays unwritten (``allow_global_count``).
+    Code that came with the checkpoint (``standalone``) is for the numbers it had, and is no longer named.
     """
     layers = config.to_dict().get("per_layer_config") or {}
     own = {int(layer): dict(values) for layer, values in layers.items()}
@@ -117,8 +119,9 @@ def write_counts(spec: MoESpec, config: Any, counts: Mapping[int, int]) -> None:
     else:
         for layer, count in counts.items():
             own.setdefault(layer, {})[spec.count_key] = count
-        config.allow_global_per_layer_attribute_access = True
     if any(own.values()):
         config.per_layer_config = own
-    else:
-        vars(config).pop("allow_global_per_layer_attribute_access", None)
+    if hasattr(config, "auto_map"):
+        config.auto_map = without_standalone(config.auto_map)
+        if not config.auto_map:
+            del config.auto_map

@@ -8,10 +8,14 @@ it comes from.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+FILE_STEM = "modeling_unequal_moe"
+"""What this file is called in a checkpoint."""
 
 
 def count_of_layer(config: Any, count_key: str, layer: int) -> int:
@@ -38,7 +42,7 @@ def balanced_by_layer(load_balancing_loss: Callable[..., Any]) -> Callable[..., 
     transformers pools an expert's index over all layers, which says nothing where layers have different numbers of
     experts: balanced narrow layers would push wide ones away from their first experts. There the loss is the mean over
     the layers of the loss of each layer alone, with its own number of experts; ``top_k`` where all are balanced, as
-    before. Logits of ``num_experts`` columns are passed on as they are.
+    before. Where every layer has ``num_experts`` nothing changes.
     """
     if getattr(load_balancing_loss, "balanced_by_layer", False):
         return load_balancing_loss
@@ -56,3 +60,51 @@ def balanced_by_layer(load_balancing_loss: Callable[..., Any]) -> Callable[..., 
 
     vars(loss)["balanced_by_layer"] = True
     return loss
+
+
+def allow_global_count(config_class: Any) -> None:
+    """Let a config class answer for the number of experts of the whole model where layers have their own.
+
+    transformers refuses that unless each config allows it, and the constructors of its models ask. The permission is
+    not written into ``config.json``: without this code transformers then stops before it could build a model of the
+    wrong shape and fill it with random experts.
+    """
+
+    def remember(config: Any, value: bool) -> None:
+        vars(config)["allow_global_per_layer_attribute_access"] = value
+
+    config_class.allow_global_per_layer_attribute_access = property(lambda config: True, remember)
+
+
+def without_standalone(auto_map: dict[str, Any]) -> dict[str, Any]:
+    """An ``auto_map`` without the code of this file."""
+    return {door: code for door, code in auto_map.items() if FILE_STEM not in str(code)}
+
+
+def damage(config: Any, loading_info: Any, layers: str, block: str, counted: tuple[str, ...]) -> str | None:
+    """What is wrong with the experts that were loaded, or None.
+
+    Args:
+        config: The model's config; only those that say something of their layers are looked at.
+        loading_info: What transformers found, in its last step before it fills gaps with random weights.
+        layers: Name of the list of decoder layers.
+        block: Path from a decoder layer to its MoE block.
+        counted: Paths below the block of the tensors with a row per expert.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return None
+    inside = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.{re.escape(block)}\.(.+)")
+    advice = "The checkpoint is damaged or was edited; it is not loaded, since these experts would be random."
+    for name, found, expected in sorted(loading_info.mismatched_keys):
+        if match := inside.search(name):
+            shapes = f"{name} has shape {tuple(found)}, not {tuple(expected)}"
+            if match[2] in counted and found[0] != expected[0] and tuple(found[1:]) == tuple(expected[1:]):
+                return (
+                    f"layer {match[1]}: config.json says {expected[0]} experts, and the checkpoint holds {found[0]} "
+                    f"({shapes}). {advice}"
+                )
+            return f"layer {match[1]}: the checkpoint disagrees with config.json: {shapes}. {advice}"
+    for name in sorted(loading_info.missing_keys):
+        if match := inside.search(name):
+            return f"layer {match[1]}: {name} is missing in the checkpoint. {advice}"
+    return None

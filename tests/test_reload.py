@@ -24,8 +24,18 @@ from transformers import (
     PreTrainedModel,
     pipeline,
 )
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
-from optimum_moe_prune import MoEPruner, MoEPrunerConfig, MoESpec, PruningPlan, RunError, register_architecture, reload
+from optimum_moe_prune import (
+    MoEPruner,
+    MoEPrunerConfig,
+    MoESpec,
+    PruningPlan,
+    RequestError,
+    RunError,
+    register_architecture,
+    reload,
+)
 from optimum_moe_prune.architectures import table
 from optimum_moe_prune.architectures.block import moe_blocks
 from optimum_moe_prune.plan import PLAN_NAME
@@ -218,7 +228,9 @@ def test_switching_off_and_on(pruned: Path) -> None:
     reload.disable()
     try:
         assert reload._finder not in sys.meta_path
-        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        with pytest.raises(
+            AmbiguousGlobalPerLayerAttributeError, match="is a per-layer attribute and may vary across layers"
+        ):
             load(pruned)
     finally:
         reload.enable()
@@ -269,8 +281,13 @@ def test_the_order_of_imports_does_not_matter(order: dict[str, str], tmp_path: P
 
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_without_the_package_loading_fails_loudly(kind: str, tmp_path: Path) -> None:
-    result = in_a_process(pruned_folder(kind, tmp_path))
-    assert result.returncode == 1 and "RuntimeError" in result.stderr and "MISMATCH" in result.stderr
+    """Before a model is built, so that no option can fill it with random experts."""
+    folder = pruned_folder(kind, tmp_path)
+    loose = LOAD.replace("(sys.argv[1])", "(sys.argv[1], ignore_mismatched_sizes=True)")
+    for code in (LOAD, loose):
+        command = [sys.executable, "-c", code.format(first="", second="", third=""), str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 1 and "is a per-layer attribute and may vary across layers" in result.stderr
 
 
 INT8 = """
@@ -313,10 +330,30 @@ def test_a_config_that_disagrees_with_the_tensors_is_refused_by_layer(pruned: Pa
     truth = counts(load(pruned))[2]
     count = count if count != truth else 4
     edit_config(pruned, "2", count)
-    message = rf"layer 2: config.json says {count} experts .* the checkpoint holds {truth} \(.*layers\.2\.mlp"
+    message = rf"layer 2: config.json says {count} experts, and the checkpoint holds {truth} \(.*layers\.2\.mlp"
     for door in (AutoModelForCausalLM, AutoModel):
         with pytest.raises(RunError, match=message):
             door.from_pretrained(pruned, ignore_mismatched_sizes=loose)
+
+
+@pytest.mark.parametrize("loose", [False, True])
+@pytest.mark.parametrize("layers", [{}, {"0": {}}])
+def test_numbers_that_were_taken_out_of_the_config_are_missed(
+    pruned: Path, layers: dict[str, object], loose: bool
+) -> None:
+    path = pruned / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"per_layer_config": layers}))
+    with pytest.raises(RunError, match=r"layer 0: config.json says . experts, and the checkpoint holds ."):
+        AutoModelForCausalLM.from_pretrained(pruned, ignore_mismatched_sizes=loose)
+
+
+def test_other_shapes_that_disagree_are_not_called_numbers_of_experts(pruned: Path) -> None:
+    path = pruned / "config.json"
+    values = json.loads(path.read_text())
+    key = "intermediate_size" if values["model_type"] == "mixtral" else "shared_expert_intermediate_size"
+    path.write_text(json.dumps(values | {key: 36}))
+    with pytest.raises(RunError, match=r"layer 0: the checkpoint disagrees with config.json: .* has shape"):
+        load(pruned)
 
 
 def test_experts_that_are_missing_are_named(pruned: Path) -> None:
@@ -352,7 +389,7 @@ def test_the_cut_is_repeated_on_the_base_model(kind: str, tmp_path: Path) -> Non
     assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
     source, written = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "out"))
     changed = {key for key in source.keys() | written.keys() if source.get(key) != written.get(key)}
-    assert changed == {"per_layer_config", "allow_global_per_layer_attribute_access"}
+    assert changed == {"per_layer_config"}
     # A plan edited by hand.
     plan = PruningPlan.load(tmp_path / "out" / PLAN_NAME)
     layer = max(plan.num_experts, key=plan.num_experts.get)
@@ -377,6 +414,35 @@ def test_an_unequal_model_is_pruned_again(pruned: Path, tmp_path: Path) -> None:
     fewer.save_pretrained(tmp_path / "fewer")
     assert counts(load(tmp_path / "fewer")) == counts(fewer) != before
     assert sum(counts(fewer).values()) < sum(before.values())
+
+
+def test_layers_at_their_floor_become_equal_with_the_others(tmp_path: Path) -> None:
+    folder = pruned_folder("mixtral", tmp_path)
+    model = load(folder)
+    retained = {0: (0, 3), 1: tuple(range(5)), 2: (0, 1)}
+    PruningPlan("mixtral", 2, "by hand", retained, counts(model)).apply(model)
+    config = MoEPrunerConfig(method="random", num_experts=2)
+    assert counts(MoEPruner(config).prune(model)) == {0: 2, 1: 2, 2: 2}
+    for settings in ({"num_experts": 3}, {"sparsity": 0.3}):
+        unequal = PruningPlan("mixtral", 2, "by hand", retained, counts(load(folder))).apply(load(folder))
+        with pytest.raises(RequestError, match=r"or leave layer 0 as it is \(skip_layers\)"):
+            MoEPruner(MoEPrunerConfig(method="random", **settings)).prune(unequal)
+
+
+def test_layers_with_their_own_top_k_are_refused(tmp_path: Path) -> None:
+    folder = pruned_folder("mixtral", tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    values["per_layer_config"]["1"]["num_experts_per_tok"] = 1
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(RequestError, match="layers of this model differ in num_experts_per_tok; that is not support"):
+        moe_blocks(load(folder))
+
+
+def test_modules_that_are_imported_again_are_extended_again(tmp_path: Path) -> None:
+    folder = pruned_folder("qwen2_moe", tmp_path)
+    again = "import importlib, transformers.models.qwen2_moe.modeling_qwen2_moe as m; importlib.reload(m)"
+    result = in_a_process(folder, first=f"import optimum_moe_prune\n{again}")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from optimum_moe_prune import MoEPruner, MoEPrunerConfig
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 
 LOAD = """
-import sys, os, torch
+import sys, shutil, torch
 from transformers import AutoModel, AutoModelForCausalLM
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -36,13 +36,24 @@ assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.
 fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
 assert [p.shape for p in fresh.parameters()] == [p.shape for p in model.parameters()]
 assert all(0 < p.std() < 1 for name, p in fresh.named_parameters() if "experts" in name)
-for door, how in ((AutoModelForCausalLM, {}), (AutoModel, {"trust_remote_code": True})):
+from safetensors.torch import load_file, save_file
+tensors = load_file(folder + "/model.safetensors")
+gone = [name for name in tensors if "layers.2." in name and ".experts." in name]
+damaged = folder + "/../damaged"
+shutil.copytree(folder, damaged)
+kept = {name: tensor for name, tensor in tensors.items() if name not in gone}
+save_file(kept, damaged + "/model.safetensors", {"format": "pt"})
+for door, where, how in (
+    (AutoModelForCausalLM, folder, {}),
+    (AutoModel, folder, {"trust_remote_code": True}),
+    (AutoModelForCausalLM, damaged, {"trust_remote_code": True, "ignore_mismatched_sizes": True}),
+):
     try:
-        door.from_pretrained(folder, **how)
-    except RuntimeError:
-        pass
+        door.from_pretrained(where, **how)
+    except (AttributeError, RuntimeError) as error:
+        assert ("layer 2" in str(error)) == (where == damaged), error
     else:
-        raise AssertionError("loaded without the package and without its code")
+        raise AssertionError("loaded what it should not")
 assert "optimum_moe_prune" not in sys.modules
 torch.save(result, folder + "/../result.pt")
 """
@@ -79,6 +90,27 @@ def test_the_code_in_the_checkpoint_gives_the_same_model(
     state = model.state_dict()
     assert result["state"].keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in result["state"].items())
+
+
+def test_code_for_other_numbers_does_not_stay(tmp_path: Path) -> None:
+    """Pruned again, or applied again without the option: the config names no file that is not there."""
+    pruner = prune("mixtral", tmp_path)
+    config_file = tmp_path / "base" / "config.json"
+    theirs = {"AutoTokenizer": ["own.py", None]}
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"auto_map": theirs}))
+    pruner.save_pretrained(tmp_path / "out", standalone=True)
+    first = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert first["AutoTokenizer"] == theirs["AutoTokenizer"] and "Unequal" in first["AutoModelForCausalLM"]
+    again = MoEPruner.from_pretrained(tmp_path / "out")
+    again.prune(load(tmp_path / "base"))
+    again.save_pretrained(tmp_path / "again")
+    fewer = MoEPruner.from_pretrained(tmp_path / "out", MoEPrunerConfig(method="random", num_experts=2))
+    model = fewer.prune(load(tmp_path / "out"))
+    fewer.save_pretrained(tmp_path / "fewer")
+    model.save_pretrained(tmp_path / "alone")
+    for name in ("again", "fewer", "alone"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["auto_map"] == theirs
+        assert not list((tmp_path / name).glob("*.py"))
 
 
 def test_equal_layers_need_no_code(tmp_path: Path) -> None:

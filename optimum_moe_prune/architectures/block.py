@@ -116,6 +116,11 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     config: Any = model.config
     spec = architecture_of(config)
     routing = spec.routing(config)
+    own = set(getattr(config, "per_layer_attributes", None) or ()) & {spec.top_k_key, spec.renormalise}
+    if own:
+        raise RequestError(
+            f"the layers of this model differ in {', '.join(sorted(map(str, own)))}; that is not supported."
+        )
     try:
         layers = attrgetter(spec.layers)(model)
     except AttributeError as error:
