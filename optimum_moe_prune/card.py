@@ -22,8 +22,7 @@ _IMPORT = """\
 > model = AutoModelForCausalLM.from_pretrained({name!r})
 > ```
 >
-> Without it transformers refuses the checkpoint. Never pass `ignore_mismatched_sizes=True`: it replaces experts by
-> random ones."""
+> Without it transformers refuses the checkpoint (`... is a per-layer attribute and may vary across layers`)."""
 
 _STANDALONE = """\
 >

@@ -96,6 +96,11 @@ def test_long_samples_are_cut_and_duplicates_left_out(
     ]
 
 
+def test_domains_are_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(RequestError, match="the domain of record 0 is not valid Unicode text"):
+        CalibrationSet.build([{"text": "w1 w2", "domain": "\ud83d"}], tokenizer)
+
+
 def test_packing_joins_within_a_domain_only_when_asked(tokenizer: PreTrainedTokenizerBase) -> None:
     records = [
         {"text": "w1 w2 w3", "domain": "a"},

@@ -205,7 +205,7 @@ def test_evaluate_prints_domains(place: Path, tmp_path: Path, capsys: pytest.Cap
 def test_list_names_methods_and_models(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "list", "methods")
     assert code == 0 and all(f"\n{name} " in f"\n{out}" for name in list_methods())
-    assert "arXiv 2511.19822" in out
+    assert "arXiv 2511.19822" in out and "allocation: global, uniform" in out
     code, out, _ = call(capsys, "list", "models", "--json")
     assert json.loads(out) == {"models": ["mixtral", "qwen2_moe"]}
 

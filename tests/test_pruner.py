@@ -325,6 +325,16 @@ def test_recipes_travel_as_json(tmp_path: Path) -> None:
         MoEPrunerConfig.from_pretrained(save_checkpoint("mixtral", tmp_path / "m", make_tokenizer()))
 
 
+def test_overrides_take_what_depends_on_them_along() -> None:
+    stored = MoEPrunerConfig(
+        method="pathfinder", total_experts=20, allocation="global", sample_selection="kmeans", num_clusters=4
+    ).to_dict()
+    first = MoEPrunerConfig.from_dict(stored, sample_selection="first")
+    assert (first.sample_selection, first.num_clusters, first.total_experts) == ("first", None, 20)
+    mosaic = MoEPrunerConfig.from_dict(stored, method="mosaic", sparsity=0.5)
+    assert (mosaic.allocation, mosaic.total_experts, mosaic.num_clusters) == (None, None, 4)
+
+
 def test_keys_of_newer_versions_are_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     values = MoEPrunerConfig(num_experts=4).to_dict() | {"from_the_future": 1}
     with caplog.at_level(logging.WARNING):

@@ -194,6 +194,17 @@ def test_balanced_layers_of_any_width_have_the_same_loss() -> None:
     assert one_width == pytest.approx(2.0, abs=1e-3)
 
 
+@pytest.fixture
+def own_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Registered architectures are forgotten afterwards."""
+    monkeypatch.setattr(table, "_ROWS", dict(table._ROWS))
+    monkeypatch.setattr(reload, "_registered", set(reload._registered))
+    yield
+    reload.disable()
+    monkeypatch.undo()
+    reload.enable()
+
+
 # ------------------------------------------------------------------------------------------- stock models
 
 
@@ -221,6 +232,30 @@ def test_stock_models_are_as_if_we_were_not_there(kind: str, tmp_path: Path) -> 
         if moment == 0:
             load(pruned_folder(kind, tmp_path))  # and afterwards
     assert torch.equal(look(earlier)["logits"], expected[0]["logits"])
+
+
+def test_modelling_code_of_other_packages_is_reached(
+    own_rows: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module outside transformers that is imported after its architecture was registered."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "class OwnLayer:\n    def __init__(self, config, layer_idx): self.config = config\n"
+    (tmp_path / "own_modelling.py").write_text(code)
+    register_architecture(
+        MoESpec(
+            model_type="own",
+            block_class="OwnBlock",
+            layer_class="OwnLayer",
+            count_key="num_experts",
+            modelling="own_modelling",
+        )
+    )
+    import own_modelling
+
+    assert own_modelling.OwnLayer.__init__.moe_prune
+    reload.disable()
+    assert not hasattr(own_modelling.OwnLayer.__init__, "moe_prune")
+    sys.modules.pop("own_modelling")
 
 
 def test_switching_off_and_on(pruned: Path) -> None:
@@ -443,16 +478,6 @@ def test_modules_that_are_imported_again_are_extended_again(tmp_path: Path) -> N
     again = "import importlib, transformers.models.qwen2_moe.modeling_qwen2_moe as m; importlib.reload(m)"
     result = in_a_process(folder, first=f"import optimum_moe_prune\n{again}")
     assert result.returncode == 0, result.stderr
-
-
-@pytest.fixture
-def own_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Registered architectures are forgotten afterwards."""
-    monkeypatch.setattr(table, "_ROWS", dict(table._ROWS))
-    yield
-    reload.disable()
-    monkeypatch.undo()
-    reload.enable()
 
 
 @torch.no_grad()

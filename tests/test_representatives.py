@@ -82,6 +82,14 @@ def test_samples_that_do_not_differ_are_filled_up() -> None:
     assert len(CalibrationSet.build(texts[:2], make_tokenizer(), sample_selection="kmeans", num_clusters="auto")) == 2
 
 
+def test_what_was_cut_is_said_of_the_chosen_samples(caplog: pytest.LogCaptureFixture) -> None:
+    chosen = CalibrationSet.build(topics(4), make_tokenizer(), sample_selection="kmeans", num_clusters=2, max_length=8)
+    assert len(chosen) == chosen.truncated == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "4 of 4 samples are longer than 8 tokens and were cut."
+    ]
+
+
 def test_packed_samples_can_be_represented() -> None:
     packed = CalibrationSet.build(
         topics(4), make_tokenizer(), sample_selection="kmeans", num_clusters=3, pack=True, max_length=16

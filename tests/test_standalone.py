@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import KINDS, aligned, load, make_model, make_texts, make_tokenize
 from huggingface_hub import ModelCard
 
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig
+from optimum_moe_prune.card import model_card
 
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -134,6 +136,21 @@ def test_the_card_says_first_how_to_load(tmp_path: Path) -> None:
         assert card.data.library_name == "transformers" and card.data.base_model is None
     kept = sum(pruner.pruning_plan.num_experts.values())
     assert f"{kept} of 24 routed experts are retained" in card.text
+
+
+def test_the_card_survives_what_people_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    pruner = MoEPruner(MoEPrunerConfig(method="frequency", num_experts=4), tokenizer=make_tokenizer())
+    pruner.prune(model, calibration=[{"text": "w1 w2 w3", "domain": "two\n# lines"}])
+    card = str(model_card(pruner.pruning_plan, "x"))
+    assert "two # lines 4" in card and "\n# lines" not in card
+    for calibration in ("my text", {"samples": 3}, {"tokens_by_domain": 5}, None):
+        plan = replace(pruner.pruning_plan, provenance={"calibration": calibration}, method="of another package")
+        assert "`of another package`." in str(model_card(plan, "x"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    pruner.save_pretrained(".")
+    assert "\n# here\n" in (tmp_path / "here" / "README.md").read_text()
 
 
 def test_the_card_of_equal_layers_promises_plain_transformers(tmp_path: Path) -> None:
