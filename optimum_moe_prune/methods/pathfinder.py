@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from scipy.special import log_softmax
 
 from ..budget import Budget, choose_ranked
 from ..paths import k_best_paths, max_marginals
@@ -142,9 +143,7 @@ def log_importance(stats: CalibrationStats, budget: Budget, tau: float) -> list[
         error = np.sqrt(layer.tensors["single_error"].double().numpy())
         output = np.sqrt(layer.tensors["output_energy"].double().numpy())
         relative = np.divide(error, output, out=np.zeros_like(error), where=output > 0)
-        logits = -relative / tau
-        logits -= logits.max(axis=1, keepdims=True)
-        importance = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        importance = log_softmax(-relative / tau, axis=1)
         entropy = -(np.exp(importance) * importance).sum(axis=1)
         shares[str(index)] = round(float(entropy.mean() / np.log(max(2, layer.num_experts))), 4)
         found.append(importance)
@@ -220,7 +219,7 @@ def on_best_paths(
             best[column] = np.maximum(best[column], marginal)
             total[column] += weights[number] * np.exp(marginal)
     if without := sum(len(p) == 0 for p in paths):
-        budget.note(f"{without} of {len(paths)} samples have no path: some layer's outputs or probabilities are all 0")
+        budget.note(f"{without} of {len(paths)} samples have no path: all meet an expert of activity or probability 0")
 
     entry = {layer: _first_path(paths, column, counts[column]) for column, layer in enumerate(layers)}
     grown = _grown(entry, budget, num_paths)
