@@ -146,7 +146,9 @@ def test_the_choice_is_that_of_listing_all_paths(
         weights.append((v, t))
     assert plan.retained == brute_force(stats, weights, budget.total, budget.floor, most)
     found = plan.provenance["findings"]
-    assert found["samples"] == len(stats.samples) and f"num_paths {found['num_paths']}" in plan.summary()
+    assert found["samples"] == len(stats.samples) and f"paths_per_sample {found['paths_per_sample']}" in plan.summary()
+    trimmed = any("the single best paths of" in note for note in plan.provenance["notes"])
+    assert trimmed == (found["paths_per_sample"] == 0)
 
 
 def test_uniform_allocation_keeps_the_same_everywhere_in_the_same_order(stats: CalibrationStats) -> None:

@@ -237,8 +237,13 @@ def on_best_paths(
             strict=True,
         )
         keys[layer] = list(order)
-    on_paths = sum(int((entry[layer] < grown).sum()) for layer in budget.original)
-    budget.findings.update(num_paths=grown, experts_on_paths=on_paths, samples=len(paths))
+    on_paths = sum(int((entry[layer] < max(grown, 1)).sum()) for layer in budget.original)
+    if not grown:
+        budget.note(
+            f"the single best paths of {len(paths)} samples use {on_paths} experts, which the budget of {budget.total} "
+            "does not hold with its floors: the experts on the most of them are kept"
+        )
+    budget.findings.update(paths_per_sample=grown, experts_on_paths=on_paths, samples=len(paths))
     return choose_ranked(keys, budget)
 
 
