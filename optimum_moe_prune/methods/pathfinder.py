@@ -240,8 +240,8 @@ def on_best_paths(
     on_paths = sum(int((entry[layer] < max(grown, 1)).sum()) for layer in budget.original)
     if not grown:
         budget.note(
-            f"the single best paths of {len(paths)} samples use {on_paths} experts, which the budget of {budget.total} "
-            "does not hold with its floors: the experts on the most of them are kept"
+            f"the single best paths of {len(paths)} samples use {on_paths} experts, more than the budget of "
+            f"{budget.total} holds: the experts on the most of them are kept"
         )
     budget.findings.update(paths_per_sample=grown, experts_on_paths=on_paths, samples=len(paths))
     return choose_ranked(keys, budget)
