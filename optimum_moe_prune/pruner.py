@@ -136,8 +136,7 @@ class MoEPruner:
                     "%s was pruned before; with a new recipe it is taken as the model to prune.", name_or_path
                 )
             if config is not None:
-                counts, top_k = moe_layers(model_config)
-                check_request(config, counts, top_k)
+                budget_for(config, *moe_layers(model_config))  # refuses what can be refused before any work
             return cls(config, name_or_path=name_or_path, model_config=model_config, parent=stored, hub=hub)
         try:
             recipe = MoEPrunerConfig.from_pretrained(name_or_path, **_of_files(hub), **overrides)
@@ -255,7 +254,7 @@ class MoEPruner:
         if calibration is not None or domain_weights is not None or plan is None:
             config = self._recipe()
             blocks = moe_blocks(model)
-            check_request(config, {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k)
+            budget_for(config, {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k)
             if isinstance(calibration, CalibrationStats):
                 self.stats = calibration
             elif not plan_needs(config):
@@ -395,20 +394,6 @@ class MoEPruner:
         if auto_map := without_standalone(values.pop("auto_map", {})):
             values["auto_map"] = auto_map
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def check_request(config: MoEPrunerConfig, counts: Mapping[int, int], top_k: int) -> None:
-    """Refuse what the recipe and the numbers of experts alone show to be impossible.
-
-    Args:
-        config: The recipe.
-        counts: Experts in each MoE layer.
-        top_k: Experts used per token.
-
-    Raises:
-        RequestError: Naming what was asked, what is true and what can be asked instead.
-    """
-    budget_for(config, counts, top_k)
 
 
 def moe_layers(model_config: Any) -> tuple[dict[int, int], int]:
