@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -57,9 +57,9 @@ def _load_model(args: argparse.Namespace, path: str | None = None, dtype: str | 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or args.dtype, device_map=args.device, **hub)
 
 
-def _samples(args: argparse.Namespace, pruner: Any, settings: Mapping[str, Any]) -> Any:
+def _samples(args: argparse.Namespace, pruner: Any) -> Any:
     """The calibration samples the arguments name, their tokens checked against the model's vocabulary."""
-    from .calibration import CalibrationSet, hub_records, sample_length
+    from .calibration import hub_records
 
     sources = args.calibration or []
     if not sources:
@@ -69,12 +69,7 @@ def _samples(args: argparse.Namespace, pruner: Any, settings: Mapping[str, Any])
     if hub and files:
         raise RequestError("--calibration takes files or hub: mixtures, not both at once.")
     source: Any = [record for mixture in hub for record in hub_records(mixture)] if hub else files
-    samples = CalibrationSet.build(
-        source,
-        pruner.tokenizer,
-        max_length=sample_length(settings["max_length"], pruner.model_config),
-        **{name: settings[name] for name in ("num_samples", "sample_selection", "num_clusters", "pack", "seed")},
-    )
+    samples = pruner.samples(source)
     samples.check_vocabulary(pruner.model_config.vocab_size)
     return samples
 
@@ -118,7 +113,7 @@ def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     _check_device(args.device)
     pruner = MoEPruner.from_pretrained(args.model, config, **_hub(args))
     if plan_needs(config):
-        samples = _samples(args, pruner, vars(config))
+        samples = _samples(args, pruner)
         if weights is not None:
             check_domain_weights(samples.samples, weights)
         stats, model = _statistics(args, lambda model: pruner.calibrate(model, samples))
@@ -147,7 +142,7 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     pruner = MoEPruner(
         settings, name_or_path=args.model, model_config=load_model_config(args.model, **_hub(args)), hub=_hub(args)
     )
-    samples = _samples(args, pruner, vars(settings))
+    samples = _samples(args, pruner)
     how = {"batch_size": settings.batch_size, "max_tokens": settings.max_tokens, "seed": settings.seed}
     stats, _ = _statistics(args, lambda model: collect(model, samples, needs, **how))
     stats.save(args.output, args.overwrite)

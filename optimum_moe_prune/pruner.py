@@ -178,6 +178,27 @@ class MoEPruner:
 
     # -- the verbs
 
+    def samples(self, calibration: CalibrationInput, model_config: Any = None) -> CalibrationSet:
+        """The calibration samples that the recipe's settings make of a calibration.
+
+        Args:
+            calibration: Texts, files, records, a dataset or token tensors.
+            model_config: Of the model they are for; by default of the bound one.
+        """
+        config = self._recipe()
+        if isinstance(calibration, CalibrationSet):
+            return calibration
+        return CalibrationSet.build(
+            calibration,
+            self.tokenizer,
+            num_samples=config.num_samples,
+            max_length=sample_length(config.max_length, self.model_config if model_config is None else model_config),
+            sample_selection=config.sample_selection,
+            num_clusters=config.num_clusters,
+            pack=config.pack,
+            seed=config.seed,
+        )
+
     def calibrate(
         self, model: PreTrainedModel | None = None, calibration: CalibrationInput | None = None
     ) -> CalibrationStats:
@@ -193,7 +214,7 @@ class MoEPruner:
         config = self._recipe()
         if calibration is None:
             raise RequestError("a calibration is needed; pass calibration=texts.")
-        samples = self._samples(calibration, self.model_config if model is None else model.config)
+        samples = self.samples(calibration, None if model is None else model.config)
         if model is None:
             if self.name_or_path is None:
                 raise RequestError("this pruner is not bound to a model; pass the model to calibrate.")
@@ -260,7 +281,7 @@ class MoEPruner:
             elif not plan_needs(config):
                 self.stats = empty_stats(model, seed=config.seed)
             elif calibration is not None:
-                samples = self._samples(calibration, model.config)
+                samples = self.samples(calibration, model.config)
                 if domain_weights is not None:
                     check_domain_weights(samples.samples, domain_weights)
                 self.calibrate(model, samples)
@@ -325,22 +346,6 @@ class MoEPruner:
         if self.config is None:
             raise RequestError("this pruner has no recipe; pass config=MoEPrunerConfig(method=..., num_experts=...).")
         return self.config
-
-    def _samples(self, calibration: CalibrationInput, model_config: Any) -> CalibrationSet:
-        """The calibration samples that the recipe's settings make of a calibration."""
-        config = self._recipe()
-        if isinstance(calibration, CalibrationSet):
-            return calibration
-        return CalibrationSet.build(
-            calibration,
-            self.tokenizer,
-            num_samples=config.num_samples,
-            max_length=sample_length(config.max_length, model_config),
-            sample_selection=config.sample_selection,
-            num_clusters=config.num_clusters,
-            pack=config.pack,
-            seed=config.seed,
-        )
 
     def _carry_files(self, folder: Path) -> None:
         """Copy the tokenizer's files, and the generation config where the model wrote none."""

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _MODELLING = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
 _WARNING = re.compile(r"global config value for per-layer attribute `(\w+)`")
 _WARNER = "transformers.integrations.heterogeneity.configuration_utils"
-_PERMISSION = "allow_global_per_layer_attribute_access"
 _ABSENT: Any = object()
 
 _undo: list[tuple[Any, str, Any]] = []
@@ -122,7 +121,7 @@ def _extend(module: ModuleType) -> None:
         # Without the class it is another version of transformers: such checkpoints then fail to load, loudly.
         if layer_class is None or hasattr(layer_class.__init__, "moe_prune"):
             continue
-        from .unequal import allow_global_count, balanced_by_layer
+        from .unequal import GLOBAL_COUNT_ALLOWED, PERMISSION, balanced_by_layer
 
         _set(layer_class, "__init__", _layer_init(layer_class.__init__, spec))
         if hasattr(module, "load_balancing_loss_func"):
@@ -130,8 +129,7 @@ def _extend(module: ModuleType) -> None:
         for base in _model_bases(module):
             _set(base, "_finalize_model_loading", _checked(base._finalize_model_loading, spec))
             if (config_class := getattr(base, "config_class", None)) is not None:
-                _undo.append((config_class, _PERMISSION, vars(config_class).get(_PERMISSION, _ABSENT)))
-                allow_global_count(config_class)
+                _set(config_class, PERMISSION, GLOBAL_COUNT_ALLOWED)
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
@@ -141,11 +139,11 @@ def _set(owner: Any, name: str, value: Any) -> None:
 
 def _layer_init(init: Callable[..., None], spec: MoESpec) -> Callable[..., None]:
     """A decoder layer's ``__init__`` that reads the layer's own config."""
-    from .unequal import is_unequal, share_config
+    from .unequal import share_config
 
     @functools.wraps(init)
     def __init__(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
-        if not is_unequal(config, spec.count_key):
+        if not spec.is_unequal(config):
             init(self, config, layer_idx, *args, **kwargs)
             return
         own = config.per_layer_config[layer_idx]

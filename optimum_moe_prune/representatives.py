@@ -10,7 +10,6 @@ any weights are read, and is the same for every model with the tokenizer.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 MOST_CLUSTERS = 20
 """The most clusters of a domain that ``"auto"`` tries; the paper uses 5 to 20."""
-
-_SILHOUETTE_SAMPLES = 2000
 
 NumClusters = int | Literal["auto"] | None
 
@@ -111,11 +108,11 @@ def _shares(sizes: Mapping[str, int], number: int) -> dict[str, int]:
 
 def _nearest_to_centres(features: Any, count: int | Literal["auto"], seed: int) -> list[int]:
     """For each cluster the row nearest to its centre; ties to the first."""
-    if count == "auto":
-        fits = [_kmeans(features, k, seed) for k in range(2, min(MOST_CLUSTERS, features.shape[0] - 1) + 1)]
-        means = max(fits, key=lambda fit: _silhouette(features, fit.labels_, seed))
-    else:
-        means = _kmeans(features, count, seed)
+    from .clustering import kmeans, silhouette  # scikit-learn, only where samples are clustered
+
+    counts = range(2, min(MOST_CLUSTERS, features.shape[0] - 1) + 1) if count == "auto" else [count]
+    fits = [kmeans(features, k, seed, n_init=3) for k in counts]
+    means = fits[0] if len(fits) == 1 else max(fits, key=lambda fit: silhouette(features, fit.labels_, seed))
     label = means.labels_
     distance = means.transform(features)[np.arange(len(label)), label]
     nearest_first = np.argsort(distance, kind="stable").tolist()
@@ -125,21 +122,3 @@ def _nearest_to_centres(features: Any, count: int | Literal["auto"], seed: int) 
     # Fewer distinct rows than clusters leave some of these empty: the next nearest rows stand in.
     others = [row for row in nearest_first if row not in found.values()]
     return [*found.values(), *others[: means.n_clusters - len(found)]]
-
-
-def _kmeans(features: Any, count: int, seed: int) -> Any:
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return KMeans(count, n_init=3, random_state=seed).fit(features)
-
-
-def _silhouette(features: Any, label: np.ndarray, seed: int) -> float:
-    from sklearn.metrics import silhouette_score
-
-    if len(label) > _SILHOUETTE_SAMPLES:
-        rows = np.random.default_rng(seed).permutation(len(label))[:_SILHOUETTE_SAMPLES]
-        features, label = features[rows], label[rows]
-    return float(silhouette_score(features, label)) if 1 < len(set(label.tolist())) < len(label) else -1.0

@@ -26,14 +26,14 @@ _CLASSES = Template(
 
 # ---------------------------------------------------------------------------- this architecture
 
-import $module as modelling  # noqa: E402
+import $module as modelling
 
 # transformers looks for this in the file of a model's class, to know that an experts implementation (grouped_mm,
 # eager, ...) can be chosen for it; here it is the experts' own class that has it:
 # @use_experts_implementation
 
 modelling.load_balancing_loss_func = balanced_by_layer(modelling.load_balancing_loss_func)
-allow_global_count(modelling.$causal.config_class)
+setattr(modelling.$causal.config_class, PERMISSION, GLOBAL_COUNT_ALLOWED)
 
 
 class Unequal$causal(modelling.$causal):

@@ -105,7 +105,7 @@ def write_counts(spec: MoESpec, config: Any, counts: Mapping[int, int]) -> None:
 
     The same in every layer: under the architecture's key, as in any model. Else as ``per_layer_config``, transformers'
     own schema; the number for the whole model stays what it was, so that whoever does not look at the layers meets
-    tensors of other shapes and stops. transformers' permission to read it stays unwritten (``allow_global_count``).
+    tensors of other shapes and stops. transformers' permission to read it stays unwritten (``unequal``).
     Code that came with the checkpoint (``standalone``) is for the numbers it had, and is no longer named.
     """
     layers = config.to_dict().get("per_layer_config") or {}

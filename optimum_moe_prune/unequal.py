@@ -62,18 +62,15 @@ def balanced_by_layer(load_balancing_loss: Callable[..., Any]) -> Callable[..., 
     return loss
 
 
-def allow_global_count(config_class: Any) -> None:
-    """Let a config class answer for the number of experts of the whole model where layers have their own.
+PERMISSION = "allow_global_per_layer_attribute_access"
 
-    transformers refuses that unless each config allows it, and the constructors of its models ask. The permission is
-    not written into ``config.json``: without this code transformers then stops before it could build a model of the
-    wrong shape and fill it with random experts.
-    """
+GLOBAL_COUNT_ALLOWED = property(lambda config: True, lambda config, value: vars(config).update({PERMISSION: value}))
+"""In place of a config class's ``PERMISSION``: the number of experts of the whole model may be read.
 
-    def remember(config: Any, value: bool) -> None:
-        vars(config)["allow_global_per_layer_attribute_access"] = value
-
-    config_class.allow_global_per_layer_attribute_access = property(lambda config: True, remember)
+transformers refuses that where layers have their own, unless each config allows it, and the constructors of its
+models ask. The permission is not written into ``config.json``: without this code transformers then stops before it
+could build a model of the wrong shape and fill it with random experts.
+"""
 
 
 def without_standalone(auto_map: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ What the paper leaves open, and what is done here:
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,18 +35,15 @@ import numpy as np
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import silhouette_score
 
 from ..budget import UniformBudget
+from ..clustering import kmeans, silhouette
 from ..progress import progress
 from ..stats import CalibrationStats, LayerStats, Need
 from .registry import Retained, register_method
 from .variability import GeneralistOptions, check, generalists, variability_scores
 
 _MOST_DOMAINS = 16  # the most that num_domains="auto" tries
-_SILHOUETTE_TOKENS = 2000
 
 
 @dataclass(frozen=True)
@@ -130,23 +126,18 @@ def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: i
     weights = layer.token_weights.numpy()
     if num_domains != "auto":
         return _kmeans(inputs, weights, num_domains, seed)
-    tokens = np.random.default_rng(seed).permutation(len(inputs))[:_SILHOUETTE_TOKENS]
     best, best_score = np.zeros(len(inputs), dtype=np.int64), -np.inf
     for count in range(2, min(_MOST_DOMAINS, len(inputs) - 1) + 1):
         labels = _kmeans(inputs, weights, count, seed)
-        if 1 < len(set(labels[tokens])) < len(tokens):
-            score = silhouette_score(inputs[tokens], labels[tokens])
-            if score > best_score:
-                best, best_score = labels, score
+        score = silhouette(inputs, labels, seed)
+        if score > best_score:
+            best, best_score = labels, score
     return best
 
 
 def _kmeans(inputs: np.ndarray, weights: np.ndarray, count: int, seed: int) -> np.ndarray:
-    with warnings.catch_warnings():
-        # Fewer distinct inputs than clusters: the empty ones are left out below.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        means = KMeans(min(count, len(inputs)), n_init=1, random_state=seed).fit(inputs, sample_weight=weights)
-    return np.unique(means.labels_, return_inverse=True)[1]
+    means = kmeans(inputs, min(count, len(inputs)), seed, weights=weights)
+    return np.unique(means.labels_, return_inverse=True)[1]  # without the empty ones
 
 
 def performance_vectors(layer: LayerStats, domain: np.ndarray) -> np.ndarray:

@@ -95,14 +95,8 @@ class TransitionOptions(PathOptions):
 
 
 @dataclass(frozen=True)
-class Options(ImportanceOptions):
-    """Options of ``pathfinder``; ``num_paths`` and ``tau`` as in ``ImportanceOptions``.
-
-    Attributes:
-        transitions: As in ``TransitionOptions``.
-    """
-
-    transitions: Transitions = "mean"
+class Options(TransitionOptions, ImportanceOptions):
+    """Options of ``pathfinder``: those of both factors."""
 
 
 def transition_needs(options: Any) -> frozenset[Need]:

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""K-Means and the silhouette, as the choice of domains (Mosaic) and of representative samples use them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import silhouette_score
+
+_SILHOUETTE_ROWS = 2000
+
+
+def kmeans(points: Any, count: int, seed: int, *, weights: np.ndarray | None = None, n_init: int = 1) -> KMeans:
+    """K-Means of ``points`` (rows, dense or sparse); with fewer distinct rows than clusters some stay empty."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return KMeans(count, n_init=n_init, random_state=seed).fit(points, sample_weight=weights)
+
+
+def silhouette(points: Any, label: np.ndarray, seed: int) -> float:
+    """Mean silhouette of a seeded choice of at most 2,000 rows; minus infinity where these form no clusters."""
+    rows = np.random.default_rng(seed).permutation(len(label))[:_SILHOUETTE_ROWS]
+    if not 1 < len(set(label[rows].tolist())) < len(rows):
+        return float("-inf")
+    return float(silhouette_score(points[rows], label[rows]))
