@@ -27,6 +27,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--token", help="access token for a private repository on the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where to calculate."""
     parser.add_argument(
         "--device", default="cpu", metavar="D", help="where to run: cpu, cuda, cuda:1, auto ... (default cpu)"
     )
@@ -37,6 +41,18 @@ def add_dtype(parser: argparse.ArgumentParser, what: str) -> None:
     choices = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument(
         "--dtype", default="auto", choices=choices, help=f"precision of {what} (default auto: the checkpoint's)"
+    )
+
+
+def add_streaming(parser: argparse.ArgumentParser) -> None:
+    """How much of the model is in memory, and what becomes of interrupted work."""
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="hold one decoder layer in memory at a time (default: where the model does not fit)",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin an interrupted calibration anew; by default it is continued"
     )
 
 
@@ -111,8 +127,11 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="S", help="for whatever is drawn (default 0)")
 
 
-def add_standalone(parser: argparse.ArgumentParser) -> None:
-    """What travels with the pruned checkpoint."""
+def add_writing(parser: argparse.ArgumentParser) -> None:
+    """How the pruned checkpoint is written."""
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes in a file, as 500MB or 5GB (default 5GB)"
+    )
     parser.add_argument(
         "--standalone",
         action="store_true",

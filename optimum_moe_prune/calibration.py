@@ -91,6 +91,11 @@ class CalibrationSet:
         """Tokens of all samples."""
         return sum(sample.num_tokens for sample in self.samples)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the samples and their domains."""
+        return hashlib.sha256(" ".join(f"{s.hash}{s.domain!r}" for s in self.samples).encode()).hexdigest()
+
     @classmethod
     def build(
         cls,

@@ -12,7 +12,6 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,11 +20,13 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from .arguments import (
     add_calibration,
     add_common,
+    add_device,
     add_dtype,
     add_method,
     add_model,
     add_seed,
-    add_standalone,
+    add_streaming,
+    add_writing,
     domain_weights,
     recipe,
 )
@@ -43,7 +44,7 @@ def _hub(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _load_model(args: argparse.Namespace, path: str | None = None, dtype: str | None = None) -> Any:
+def _load_model(args: argparse.Namespace, path: str | None = None) -> Any:
     """The model at ``path`` (by default ``--model``); its architecture is checked before its weights are read."""
     from transformers import AutoModelForCausalLM
 
@@ -54,7 +55,7 @@ def _load_model(args: argparse.Namespace, path: str | None = None, dtype: str | 
     if path != args.model:
         hub.pop("revision", None)  # the revision is one of --model
     load_model_config(path, **hub)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or args.dtype, device_map=args.device, **hub)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, device_map=args.device, **hub)
 
 
 def _samples(args: argparse.Namespace, pruner: Any) -> Any:
@@ -85,49 +86,35 @@ def _check_device(device: str) -> None:
             raise RequestError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _statistics(args: argparse.Namespace, gather: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """Statistics gathered from the model in the precision asked for, and the model in the checkpoint's own.
-
-    Both know the model by its own router weights, whatever the precision of the calibration.
-    """
-    from .collect import model_facts
-
-    model = _load_model(args)
-    stats = gather(model)
-    if args.dtype != "auto":
-        del model
-        model = _load_model(args, dtype="auto")
-        stats = replace(stats, model=model_facts(model))
-    return stats, model
-
-
 def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .files import check_target
     from .plan import plan_needs
     from .pruner import MoEPruner
-    from .stats import check_domain_weights
 
     check_target(args.output, args.overwrite, [args.model])
     config = recipe(args)
     weights = domain_weights(args)
     _check_device(args.device)
     pruner = MoEPruner.from_pretrained(args.model, config, **_hub(args))
-    if plan_needs(config):
-        samples = _samples(args, pruner)
-        if weights is not None:
-            check_domain_weights(samples.samples, weights)
-        stats, model = _statistics(args, lambda model: pruner.calibrate(model, samples))
-        pruner.prune(model, stats, domain_weights=weights)
-    else:
-        pruner.prune(_load_model(args, dtype="auto"))
-    return _saved(pruner, args)
+    pruner.prune_checkpoint(
+        args.output,
+        calibration=_samples(args, pruner) if plan_needs(config) else None,
+        domain_weights=weights,
+        stream=args.stream,
+        dtype=args.dtype,
+        device=args.device,
+        restart=args.restart,
+        **_writing(args),
+    )
+    return _written(pruner, args)
 
 
 def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from .collect import collect
+    from .calibrate import calibrate_checkpoint
     from .files import check_target
     from .plan import plan_needs
     from .pruner import MoEPruner, load_model_config
+    from .resume import calibration_folder
     from .stats import Need
 
     check_target(args.output, args.overwrite, [args.model])
@@ -143,8 +130,20 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         settings, name_or_path=args.model, model_config=load_model_config(args.model, **_hub(args)), hub=_hub(args)
     )
     samples = _samples(args, pruner)
-    how = {"batch_size": settings.batch_size, "max_tokens": settings.max_tokens, "seed": settings.seed}
-    stats, _ = _statistics(args, lambda model: collect(model, samples, needs, **how))
+    stats = calibrate_checkpoint(
+        pruner.layout(),
+        samples,
+        needs,
+        batch_size=settings.batch_size,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        dtype=args.dtype,
+        device=args.device,
+        stream=args.stream,
+        folder=calibration_folder(args.output),
+        restart=args.restart,
+        hub=_hub(args),
+    )
     stats.save(args.output, args.overwrite)
     told = {
         "output": args.output,
@@ -152,6 +151,7 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "tokens_by_domain": stats.domains,
         "kept_tokens": len(stats.token_sample),
         "needs": sorted(map(str, needs)),
+        "streamed": stats.provenance["streamed"],
     }
     domains = ", ".join(f"{domain} {tokens}" for domain, tokens in stats.domains.items())
     text = f"{len(samples)} samples, {samples.num_tokens} tokens ({domains})\n"
@@ -181,15 +181,11 @@ def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .files import check_target
     from .plan import PruningPlan
     from .pruner import MoEPruner
-    from .surgery import check_plan_for_config
 
     check_target(args.output, args.overwrite, [args.model, args.plan])
-    _check_device(args.device)
-    plan = PruningPlan.load(args.plan)
-    pruner = MoEPruner.from_plan(plan, args.model, **_hub(args))
-    check_plan_for_config(plan, pruner.model_config)
-    pruner.prune(_load_model(args, dtype="auto"))
-    return _saved(pruner, args)
+    pruner = MoEPruner.from_plan(PruningPlan.load(args.plan), args.model, **_hub(args))
+    pruner.prune_checkpoint(args.output, **_writing(args))
+    return _written(pruner, args)
 
 
 def _evaluate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -237,9 +233,13 @@ def _list(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return "\n".join(lines), {"methods": told}
 
 
-def _saved(pruner: Any, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Write the pruned checkpoint, and what is said of it."""
-    pruner.save_pretrained(args.output, overwrite=args.overwrite, standalone=args.standalone)
+def _writing(args: argparse.Namespace) -> dict[str, Any]:
+    """How a checkpoint is written."""
+    return {"overwrite": args.overwrite, "standalone": args.standalone, "max_shard_size": args.max_shard_size}
+
+
+def _written(pruner: Any, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """What is said of a pruned checkpoint."""
     text, told = _told(pruner.pruning_plan, args.output)
     if pruner.pruning_plan.uniform_num_experts is None:
         text += "\nIts layers keep different numbers of experts: import optimum_moe_prune before loading it"
@@ -295,11 +295,13 @@ class RunCommand(_Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         add_model(parser)
+        add_device(parser)
         add_dtype(parser, "the calibration; what is written keeps the checkpoint's")
+        add_streaming(parser)
         add_calibration(parser)
         add_method(parser)
         add_seed(parser)
-        add_standalone(parser)
+        add_writing(parser)
         add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
 
@@ -310,7 +312,9 @@ class ScoreCommand(_Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         add_model(parser)
+        add_device(parser)
         add_dtype(parser, "the calibration")
+        add_streaming(parser)
         add_calibration(parser)
         add_method(parser, budget=False)
         add_seed(parser)
@@ -337,7 +341,7 @@ class ApplyCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         add_model(parser)
         parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
-        add_standalone(parser)
+        add_writing(parser)
         add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
 
@@ -348,6 +352,7 @@ class EvaluateCommand(_Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         add_model(parser)
+        add_device(parser)
         add_dtype(parser, "the models")
         parser.add_argument(
             "--reference", metavar="DIR|ID", help="the model to compare with, usually the unpruned one"

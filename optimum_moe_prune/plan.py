@@ -144,6 +144,18 @@ class PruningPlan:
 
         return apply_plan(self, model)
 
+    def apply_to_checkpoint(self, source: str | Path, target: str | Path, **options: Any) -> Path:
+        """Write a pruned copy of a checkpoint without building the model (``MoEPruner.prune_checkpoint``).
+
+        Args:
+            source: The folder or Hub id of the model the plan was made for.
+            target: The folder to write, absent or empty.
+            options: ``max_shard_size``, ``overwrite``, ``standalone``.
+        """
+        from .pruner import MoEPruner
+
+        return MoEPruner.from_plan(self, source).prune_checkpoint(target, **options)
+
     # -- files
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -25,3 +25,16 @@ def progress(items: Iterable[T], description: str, total: int | None = None, uni
     from tqdm import tqdm
 
     yield from tqdm(items, desc=description, total=total, unit=unit, delay=_DELAY_SECONDS, disable=None)
+
+
+def progress_bar(total: int, description: str, unit: str) -> Any:
+    """A bar to ``update`` inside a ``with``, shown as :func:`progress` shows its own.
+
+    Args:
+        total: How much there is to do.
+        description: What is being done.
+        unit: What is counted, shown with k, M, G.
+    """
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=description, unit=unit, unit_scale=True, delay=_DELAY_SECONDS, disable=None)

@@ -5,29 +5,30 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
 
 from .architectures import architecture_of, list_architectures
 from .architectures.block import moe_blocks
+from .calibrate import calibrate_checkpoint, no_calibration
 from .calibration import CalibrationInput, CalibrationSet, sample_length
 from .card import model_card
+from .checkpoint import MAX_SHARD_SIZE, apply_to_checkpoint, carry_files, shard_bytes
 from .collect import check_model, collect, empty_stats
 from .config import CONFIG_NAME, MoEPrunerConfig
 from .errors import RequestError
-from .files import read_json, written_folder
+from .files import check_target, read_json, written_folder
+from .layout import Layout, find_layout
 from .plan import PLAN_NAME, PruningPlan, budget_for, build_plan, plan_needs, with_parent
+from .resume import calibration_folder
+from .shards import Checkpoint, find_file
 from .standalone import standalone_class, write_standalone
 from .stats import CalibrationStats, check_domain_weights
-from .surgery import apply_plan
-from .unequal import without_standalone
+from .surgery import apply_plan, pruned_config
 
 if TYPE_CHECKING:
     import os
@@ -35,19 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
-"""Files of a model's folder that go into a pruned checkpoint as they are."""
 
 
 class MoEPruner:
@@ -200,13 +188,22 @@ class MoEPruner:
         )
 
     def calibrate(
-        self, model: PreTrainedModel | None = None, calibration: CalibrationInput | None = None
+        self,
+        model: PreTrainedModel | None = None,
+        calibration: CalibrationInput | None = None,
+        *,
+        stream: bool | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
     ) -> CalibrationStats:
         """Run the model over calibration samples and gather what the recipe's method needs.
 
         Args:
-            model: A causal language model with real parameters; by default the bound one is loaded for it.
+            model: A causal language model with real parameters; by default the bound checkpoint is calibrated.
             calibration: Texts, files, records, a dataset or token tensors.
+            stream: Without a model: hold one decoder layer in memory at a time; by default where it does not fit.
+            dtype: Without a model: the precision to calculate in.
+            device: Without a model: where to calculate.
 
         Returns:
             The statistics, also readable as ``stats``.
@@ -215,18 +212,16 @@ class MoEPruner:
         if calibration is None:
             raise RequestError("a calibration is needed; pass calibration=texts.")
         samples = self.samples(calibration, None if model is None else model.config)
-        if model is None:
-            if self.name_or_path is None:
-                raise RequestError("this pruner is not bound to a model; pass the model to calibrate.")
-            model = AutoModelForCausalLM.from_pretrained(self.name_or_path, **self._hub)
-        self.stats = collect(
-            model,
-            samples,
-            plan_needs(config),
-            batch_size=config.batch_size,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-        )
+        how: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "max_tokens": config.max_tokens,
+            "seed": config.seed,
+        }
+        if model is not None:
+            self.stats = collect(model, samples, plan_needs(config), **how)
+        else:
+            how.update(stream=stream, dtype=dtype, device=device, hub=self._hub)
+            self.stats = calibrate_checkpoint(self.layout(), samples, plan_needs(config), **how)
         self.pruning_plan = None  # one made or loaded before does not rest on these statistics
         return self.stats
 
@@ -291,6 +286,109 @@ class MoEPruner:
         self.model, self._applied_plan = apply_plan(plan, model), plan
         return self.model
 
+    def prune_checkpoint(
+        self,
+        output_dir: str | os.PathLike,
+        *,
+        source: str | os.PathLike | None = None,
+        calibration: CalibrationInput | CalibrationStats | None = None,
+        domain_weights: Mapping[str, float] | None = None,
+        stream: bool | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        max_shard_size: str | int = MAX_SHARD_SIZE,
+        overwrite: bool = False,
+        restart: bool = False,
+        standalone: bool = False,
+    ) -> Path:
+        """Prune a checkpoint's files: calibrate, plan, and write the pruned checkpoint; or apply the plan there is.
+
+        The model is in memory for the calibration at most, and with ``stream`` only one layer of it. Tensors are
+        copied as bytes, in the precision of the source. An interrupted calibration is continued by the same call.
+
+        Args:
+            output_dir: The folder to write, absent or empty.
+            source: The model's folder or Hub id; by default the bound one.
+            calibration: As for :meth:`prune`.
+            domain_weights: A share for each domain of the calibration; by default every token counts once.
+            stream: Hold one decoder layer in memory at a time while calibrating; by default where the model does not
+                fit.
+            dtype: The precision of the calibration; ``"auto"`` is the checkpoint's.
+            device: Where to calibrate.
+            max_shard_size: The most bytes in a file, as a number or ``"5GB"``.
+            overwrite: Replace an earlier output of this package.
+            restart: Begin an interrupted calibration anew.
+            standalone: As for :meth:`save_pretrained`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            RequestError: If anything about the request is wrong; nothing is written then.
+            RunError: If the model holds NaN or infinite values, or something cannot be written. What a calibration
+                had finished stays in the sibling ``.<name>.partial``.
+        """
+        source = self.name_or_path if source is None else str(source)
+        if source is None:
+            raise RequestError("this pruner is not bound to a checkpoint; pass source=.")
+        check_target(output_dir, overwrite, [source])
+        shard_bytes(max_shard_size)
+        layout = self.layout(source)
+        plan = self.pruning_plan
+        if calibration is not None or domain_weights is not None or plan is None:
+            config = self._recipe()
+            budget_for(config, layout.num_experts, layout.spec.routing(layout.config).top_k)
+            if isinstance(calibration, CalibrationStats):
+                self.stats = calibration
+            elif not plan_needs(config):
+                self.stats = no_calibration(layout, seed=config.seed)
+            elif calibration is not None:
+                samples = self.samples(calibration, layout.config)
+                if domain_weights is not None:
+                    check_domain_weights(samples.samples, domain_weights)
+                self.stats = calibrate_checkpoint(
+                    layout,
+                    samples,
+                    plan_needs(config),
+                    batch_size=config.batch_size,
+                    max_tokens=config.max_tokens,
+                    seed=config.seed,
+                    dtype=dtype,
+                    device=device,
+                    stream=stream,
+                    folder=calibration_folder(output_dir),
+                    restart=restart,
+                    hub=self._hub,
+                )
+            elif self.stats is None:
+                raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
+            plan = self.plan(domain_weights=domain_weights)
+        return apply_to_checkpoint(
+            plan,
+            layout,
+            output_dir,
+            recipe=None if self.config is None else self.config.to_dict(),
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            standalone=standalone,
+        )
+
+    def layout(self, source: str | os.PathLike | None = None) -> Layout:
+        """Where the files of a checkpoint, by default the bound one, hold experts and routers; checked.
+
+        Raises:
+            RequestError: If there is none, or its files are damaged.
+        """
+        source = self.name_or_path if source is None else str(source)
+        if source is None:
+            raise RequestError("this pruner is not bound to a checkpoint.")
+        config = self.model_config
+        if config is None or source != self.name_or_path:
+            config = load_model_config(source, **self._hub)
+        revision = getattr(config, "_commit_hash", None) or self._hub.get("revision")
+        hub = {**self._hub, "revision": revision} if revision else self._hub
+        return find_layout(Checkpoint.open(source, hub), config)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -331,7 +429,7 @@ class MoEPruner:
             recipe = plan.config if self.config is None else self.config.to_dict()
             (partial / CONFIG_NAME).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
             if self.name_or_path is not None:
-                self._carry_files(partial)
+                carry_files(self.name_or_path, self._hub, partial)
                 self._restore_config(partial, model)
             if self._tokenizer is not None and self._tokenizer_given:
                 self._tokenizer.save_pretrained(partial)
@@ -347,57 +445,18 @@ class MoEPruner:
             raise RequestError("this pruner has no recipe; pass config=MoEPrunerConfig(method=..., num_experts=...).")
         return self.config
 
-    def _carry_files(self, folder: Path) -> None:
-        """Copy the tokenizer's files, and the generation config where the model wrote none."""
-        assert self.name_or_path is not None
-        source = Path(self.name_or_path)
-        files: list[str] = []
-        if not source.is_dir():
-            from huggingface_hub import list_repo_files
-
-            try:
-                files = list_repo_files(
-                    self.name_or_path, revision=self._hub.get("revision"), token=self._hub.get("token")
-                )
-            except Exception as error:  # offline, or the Hub does not answer: what is in the cache was enough so far
-                logger.info("the files of %s cannot be listed: %s", self.name_or_path, error)
-                cached = _find(self.name_or_path, "config.json", self._hub)
-                source = source if cached is None else cached.parent
-        if source.is_dir():
-            files = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-        for name in files:
-            carried = (*TOKENIZER_FILES, "generation_config.json")
-            if any(fnmatch(name, p) and name.count("/") == p.count("/") for p in carried):
-                found = _find(self.name_or_path, name, self._hub)
-                if found is not None and not (folder / name).exists():
-                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(found, folder / name)
-
     def _restore_config(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the source's own ``config.json``, with the pruning keys and what was changed in memory put in."""
-        found = None if self.name_or_path is None else _find(self.name_or_path, "config.json", self._hub)
+        found = None if self.name_or_path is None else find_file(self.name_or_path, "config.json", self._hub)
         if found is None:
             return
-        spec = architecture_of(model.config)
-        values = read_json(found)
-        aliases = [alias for alias, key in type(model.config).attribute_map.items() if key == spec.count_key]
-        for key in [key for key in (spec.count_key, *aliases) if key in values] or [spec.count_key]:
-            values[key] = getattr(model.config, spec.count_key)
+        if self.model_config is None:
+            self.model_config = load_model_config(str(self.name_or_path), **self._hub)
+        values = pruned_config(read_json(found), self.model_config, model.config, architecture_of(model.config))
         dtype = str(model.dtype).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
         if values.get(key) != dtype:
             values[key] = dtype
-        if self.model_config is None:
-            self.model_config = load_model_config(str(self.name_or_path), **self._hub)
-        before, now = self.model_config.to_dict(), model.config.to_dict()
-        own = {spec.count_key, "dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
-        for name in now.keys() - own:
-            if now[name] != before.get(name):
-                values[name] = now[name]
-        if "per_layer_config" not in now:
-            values.pop("per_layer_config", None)
-        if auto_map := without_standalone(values.pop("auto_map", {})):
-            values["auto_map"] = auto_map
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -435,17 +494,8 @@ def load_model_config(name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
 
 def _stored_plan(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> PruningPlan | None:
     """The plan in a checkpoint that this package made, or None."""
-    stored = _find(name_or_path, PLAN_NAME, hub)
+    stored = find_file(name_or_path, PLAN_NAME, hub)
     return None if stored is None else PruningPlan.load(stored)
-
-
-def _find(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str, Any]) -> Path | None:
-    """A file of a model's folder or Hub repository, or None; a folder is looked at without the network."""
-    if Path(name_or_path).is_dir():
-        path = Path(name_or_path) / file_name
-        return path if path.is_file() else None
-    found = cached_file(str(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **_of_files(hub))
-    return None if found is None else Path(found)
 
 
 def _of_files(hub: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from .errors import RequestError
 from .files import read_json, written_folder
 from .replay import Routing
+from .tensor_files import MappedTensors
 
 FORMAT_VERSION = 1
 
@@ -215,6 +216,7 @@ class CalibrationStats:
 
         Raises:
             RequestError: If the target is in the way.
+            RunError: If something cannot be written.
         """
         header = {
             "format_version": FORMAT_VERSION,
@@ -232,8 +234,13 @@ class CalibrationStats:
         }
         with written_folder(folder, overwrite) as partial:
             for index, layer in self.layers.items():
-                tensors = {name: layer.tensors[name].contiguous() for name in tensor_names(self.needs)}
-                save_file(tensors, partial / _layer_file(index))
+                # Through a mapped file: the library would make a copy of the layer in memory.
+                tensors = {name: layer.tensors[name] for name in tensor_names(self.needs)}
+                written = MappedTensors.create(
+                    partial / layer_file(index), {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+                )
+                for name, tensor in tensors.items():
+                    written[name].copy_(tensor)
             tokens = {"sample": self.token_sample.contiguous(), "position": self.token_position.contiguous()}
             save_file(tokens, partial / "tokens.safetensors")
             (partial / "stats.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
@@ -266,7 +273,7 @@ class CalibrationStats:
                 int(index): LayerStats(
                     num_experts=entry["num_experts"],
                     routing=Routing(**entry["routing"]),
-                    tensors=_LayerFile(folder / _layer_file(int(index)), tensor_names(needs)),
+                    tensors=_LayerFile(folder / layer_file(int(index)), tensor_names(needs)),
                     sample_weights=weights,
                     token_sample=token_sample,
                 )
@@ -302,14 +309,13 @@ class CalibrationStats:
             raise ValueError(f"{wrong[0]!r} has the wrong type")
         if not self.layers:
             raise ValueError("there are no layers")
-        before = 0
+        before, kept = 0, self.token_sample
         for index, layer in sorted(self.layers.items()):
             if index < 0 or not self.model["top_k"] == layer.routing.top_k <= layer.num_experts:
                 raise ValueError(f"layer {index} has {layer.num_experts} experts and top_k {layer.routing.top_k}")
             if isinstance(layer.tensors, _LayerFile):
-                layer.tensors.check(len(self.samples), len(self.token_sample), layer.num_experts, before)
+                layer.tensors.check(len(self.samples), len(kept), layer.num_experts, before, self.needs)
             before = layer.num_experts
-        kept = self.token_sample
         if len(kept) != len(self.token_position) or (
             len(kept) and not 0 <= kept.min() <= kept.max() < len(self.samples)
         ):
@@ -401,6 +407,42 @@ def tensor_names(needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]) ->
     )
 
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of tensors by name."""
+
+
+def layer_shapes(
+    needs: Iterable[Need],
+    num_samples: int,
+    num_tokens: int,
+    num_experts: int,
+    experts_before: int,
+    hidden_size: int,
+    logits_dtype: torch.dtype,
+    inputs_dtype: torch.dtype,
+) -> Shapes:
+    """Shape and dtype of each tensor of a layer's statistics.
+
+    Args:
+        needs: What is gathered.
+        num_samples: S.
+        num_tokens: N, the kept tokens.
+        num_experts: E.
+        experts_before: P, experts of the MoE layer before, 0 in the first.
+        hidden_size: H.
+        logits_dtype: Of the router's logits.
+        inputs_dtype: Of the block's input.
+    """
+    others = {
+        "coactivation": ((num_samples, experts_before, num_experts), torch.float32),
+        "logits": ((num_tokens, num_experts), logits_dtype),
+        "token_single_error": ((num_tokens, num_experts), torch.float32),
+        "gram": ((num_tokens, num_experts * (num_experts + 1) // 2), torch.float32),
+        "inputs": ((num_tokens, hidden_size), inputs_dtype),
+    }
+    return {name: others.get(name, ((num_samples, num_experts), torch.float64)) for name in tensor_names(needs)}
+
+
 def keep_tokens(samples: Sequence[Sample], max_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     """The tokens that are kept: all of them, or the ``max_tokens`` with the lowest hash.
 
@@ -433,7 +475,8 @@ def _mix(values: np.ndarray) -> np.ndarray:
         return values ^ (values >> np.uint64(31))
 
 
-def _layer_file(index: int) -> str:
+def layer_file(index: int) -> str:
+    """The name of the file with a layer's statistics."""
     return f"layer_{index:05d}.safetensors"
 
 
@@ -456,20 +499,16 @@ class _LayerFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def check(self, num_samples: int, num_tokens: int, num_experts: int, experts_before: int) -> None:
+    def check(self, num_samples: int, num_tokens: int, num_experts: int, experts_before: int, needs: Any) -> None:
         """Raise ValueError unless every tensor is there in the shape the header promises."""
-        rows = dict.fromkeys(sum(PER_SAMPLE.values(), ()), num_samples)
-        rows |= dict.fromkeys(sum(PER_TOKEN.values(), ()), num_tokens)
         with safe_open(self._path, framework="pt") as file:
-            for name in self._names:
-                shape = file.get_slice(name).get_shape()
-                below: dict[str, list[int]] = {
-                    "gram": [num_experts * (num_experts + 1) // 2],
-                    "inputs": shape[-1:],
-                    "coactivation": [experts_before, num_experts],
-                }
-                expected = [rows[name], *below.get(name, [num_experts])]
-                if shape != expected:
-                    raise ValueError(f"{self._path.name}: {name} has shape {shape}, not {expected}")
-                if (dtype := file.get_slice(name).get_dtype()) not in ("F64", "F32", "BF16", "F16"):
+            found = {name: file.get_slice(name) for name in self._names}
+            hidden = found["inputs"].get_shape()[-1] if "inputs" in found else 0
+            shapes = layer_shapes(
+                needs, num_samples, num_tokens, num_experts, experts_before, hidden, torch.float32, torch.float32
+            )
+            for name, (shape, _) in shapes.items():
+                if tuple(found[name].get_shape()) != shape:
+                    raise ValueError(f"{self._path.name}: {name} has shape {found[name].get_shape()}, not {shape}")
+                if (dtype := found[name].get_dtype()) not in ("F64", "F32", "BF16", "F16"):
                     raise ValueError(f"{self._path.name}: {name} has dtype {dtype}")

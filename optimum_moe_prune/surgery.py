@@ -125,3 +125,28 @@ def write_counts(spec: MoESpec, config: Any, counts: Mapping[int, int]) -> None:
         config.auto_map = without_standalone(config.auto_map)
         if not config.auto_map:
             del config.auto_map
+
+
+def pruned_config(values: dict[str, Any], before: Any, after: Any, spec: MoESpec) -> dict[str, Any]:
+    """A source's own ``config.json`` with what pruning, or a change in memory, made different; all else as it was.
+
+    Args:
+        values: The source's, as read.
+        before: The config that was made of it.
+        after: The pruned model's.
+        spec: The architecture.
+    """
+    values = dict(values)
+    aliases = [alias for alias, key in type(after).attribute_map.items() if key == spec.count_key]
+    for key in [key for key in (spec.count_key, *aliases) if key in values] or [spec.count_key]:
+        values[key] = getattr(after, spec.count_key)
+    was, now = before.to_dict(), after.to_dict()
+    own = {spec.count_key, "dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
+    for name in now.keys() - own:
+        if now[name] != was.get(name):
+            values[name] = now[name]
+    if "per_layer_config" not in now:
+        values.pop("per_layer_config", None)
+    if auto_map := without_standalone(values.pop("auto_map", {})):
+        values["auto_map"] = auto_map
+    return values

@@ -100,6 +100,13 @@ def load(folder: Path, **kwargs: object) -> PreTrainedModel:
     return aligned(AutoModelForCausalLM.from_pretrained(folder, **kwargs))
 
 
+def assert_equal_states(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    mine, theirs = a.state_dict(), b.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param

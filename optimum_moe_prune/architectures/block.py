@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -181,10 +181,15 @@ def vocabulary(model: Any) -> int:
 
 def fingerprint(blocks: Sequence[MoEBlock]) -> str:
     """sha256 of the router weights in layer order as float32, with expert counts and top_k."""
+    return fingerprint_of((b.layer, b.num_experts, b.routing.top_k, b.router_tensors.values()) for b in blocks)
+
+
+def fingerprint_of(layers: Iterable[tuple[int, int, int, Iterable[Tensor]]]) -> str:
+    """The fingerprint of a model from layer index, number of experts, top_k and router tensors of each MoE layer."""
     digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(f"{block.layer}:{block.num_experts}:{block.routing.top_k};".encode())
-        for tensor in block.router_tensors.values():
+    for layer, num_experts, top_k, tensors in layers:
+        digest.update(f"{layer}:{num_experts}:{top_k};".encode())
+        for tensor in tensors:
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -10,4 +10,10 @@ MIXTRAL = MoESpec(
     count_key="num_local_experts",
     renormalise=True,
     cast_weights=False,
+    file_block="block_sparse_moe",
+    file_experts=(
+        ("w1", "intermediate_size", "hidden_size"),
+        ("w2", "hidden_size", "intermediate_size"),
+        ("w3", "intermediate_size", "hidden_size"),
+    ),
 )

@@ -13,4 +13,9 @@ QWEN2_MOE = MoESpec(
     count_key="num_experts",
     renormalise="norm_topk_prob",
     cast_weights=True,
+    file_experts=(
+        ("gate_proj", "moe_intermediate_size", "hidden_size"),
+        ("up_proj", "moe_intermediate_size", "hidden_size"),
+        ("down_proj", "hidden_size", "moe_intermediate_size"),
+    ),
 )

@@ -37,6 +37,9 @@ class MoESpec:
         renormalise: Whether the router divides the chosen weights by their sum: always, never, or by that config key.
         cast_weights: Whether the router rounds the weights to the dtype of its logits.
         modelling: The module with these classes; by default the one of the model type in transformers.
+        file_block: Name of the block in checkpoint files, where another one than ``block`` may stand there.
+        file_experts: Where files hold one tensor per expert and projection, ``BLOCK.EXPERTS.7.w1.weight``: name of
+            each projection, and the config's keys of its output and input size.
     """
 
     model_type: str
@@ -55,11 +58,18 @@ class MoESpec:
     renormalise: bool | str = True
     cast_weights: bool = False
     modelling: str = ""
+    file_block: str = ""
+    file_experts: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def modelling_module(self) -> str:
         """The module with the architecture's classes."""
         return self.modelling or f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+
+    @property
+    def file_blocks(self) -> tuple[str, ...]:
+        """The names under which checkpoint files may hold the block."""
+        return tuple(dict.fromkeys((self.file_block or self.block, self.block)))
 
     def is_unequal(self, config: Any) -> bool:
         """Whether a model's layers have different numbers of experts (``per_layer_config``)."""

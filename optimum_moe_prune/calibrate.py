@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrate a checkpoint by whichever way fits the machine: the whole model in memory, or one layer at a time."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import get_max_memory
+from transformers import AutoModelForCausalLM
+
+from .calibration import CalibrationSet
+from .collect import collect, versions
+from .errors import RequestError
+from .layout import Layout, model_dtype
+from .resume import Store
+from .stats import CalibrationStats, LayerStats, Need
+from .stream import collect_streamed
+
+logger = logging.getLogger(__name__)
+
+_HEADROOM_BYTES = 2**30  # for activations and statistics
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def calibrate_checkpoint(
+    layout: Layout,
+    calibration: CalibrationSet,
+    needs: Iterable[Need],
+    *,
+    batch_size: int = 8,
+    max_tokens: int = 8192,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "cpu",
+    stream: bool | None = None,
+    folder: Path | None = None,
+    restart: bool = False,
+    hub: Mapping[str, Any] | None = None,
+) -> CalibrationStats:
+    """Gather statistics of the MoE layers of a checkpoint.
+
+    Args:
+        layout: The checkpoint.
+        calibration: The samples.
+        needs: What to gather.
+        batch_size: Samples in a forward pass.
+        max_tokens: The most tokens for which statistics per token are kept.
+        seed: Decides which tokens are kept when there are more.
+        dtype: The precision to calculate in; ``"auto"`` is the checkpoint's.
+        device: Where to calculate.
+        stream: Hold one decoder layer in memory at a time; by default where the model does not fit.
+        folder: Where unfinished work is kept, and continued by a later call for the same.
+        restart: Begin anew, whatever the folder holds.
+        hub: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
+
+    Raises:
+        RequestError: If the request is wrong, or the folder holds unfinished work on something else.
+        RunError: If the model holds NaN or infinite values, or something cannot be written.
+    """
+    needs = frozenset(needs)
+    if stream is None:
+        stream = not _fits(layout, dtype, device)
+    how: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
+    of = {
+        "model": _identity(layout),
+        "calibration": calibration.fingerprint,
+        "needs": sorted(map(str, needs)),
+        **how,
+        "dtype": dtype,
+        "device": torch.device("cpu" if device == "auto" else device).type,
+        "stream": stream,
+        "versions": versions(),
+    }
+    store = Store(folder, of, restart)
+    try:
+        if stream:
+            where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            stats = collect_streamed(layout, calibration, needs, **how, dtype=dtype, device=where, store=store)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                layout.checkpoint.name_or_path, dtype=dtype, device_map=device, **(hub or {})
+            )
+            stats = collect(model, calibration, needs, **how, store=store)
+            stats = replace(stats, model=layout.facts())  # of the checkpoint's own precision
+    except BaseException:
+        store.discard_if_nothing_is_finished()
+        raise
+    provenance = {**stats.provenance, "streamed": stream, "statistics_on_disk": store.spilled}
+    return replace(stats, provenance=provenance)
+
+
+def no_calibration(layout: Layout, *, seed: int = 0) -> CalibrationStats:
+    """Statistics of no calibration at all, for methods that need none."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    routing = layout.spec.routing(layout.config)
+    layers = {
+        index: LayerStats(count, routing, {}, torch.zeros(0, dtype=torch.float64), nothing)
+        for index, count in layout.num_experts.items()
+    }
+    provenance = {"made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
+    return CalibrationStats(layout.facts(), (), layers, frozenset(), nothing, nothing, 0, seed, provenance)
+
+
+def _identity(layout: Layout) -> dict[str, Any]:
+    """What makes a checkpoint the same one: its files, or its commit on the Hub."""
+    checkpoint = layout.checkpoint
+    name: dict[str, Any] = {"name": os.path.abspath(checkpoint.name_or_path)}
+    if not checkpoint.is_local:
+        return {"name": checkpoint.name_or_path, "commit": getattr(layout.config, "_commit_hash", None)}
+    for file in ("config.json", *checkpoint.files):
+        found = os.stat(Path(checkpoint.name_or_path) / file)
+        name[file] = [found.st_size, found.st_mtime_ns]
+    return name
+
+
+def _fits(layout: Layout, dtype: str, device: str) -> bool:
+    """Whether a whole model fits in the memory that is free; says so where it does not."""
+    size = model_dtype(layout.config, layout.checkpoint, dtype).itemsize
+    needed = sum(math.prod(t.shape) for t in layout.checkpoint.tensors.values()) * size
+    free = available_memory(device)
+    if needed + _HEADROOM_BYTES <= free:
+        return True
+    logger.warning(
+        "the model takes %.1f GB and %.1f GB of memory are free, so one layer is held at a time (--stream).",
+        needed / 1e9,
+        free / 1e9,
+    )
+    return False
+
+
+def available_memory(device: str) -> int:
+    """Bytes that are free where a model would be loaded: on the device, or for this process (its container)."""
+    memory = get_max_memory()
+    kind = torch.device("cpu" if device == "auto" else device)
+    if device == "auto":
+        return int(sum(memory.values()))
+    if kind.type != "cpu":
+        index = kind.index or 0
+        if index not in memory:
+            raise RequestError(f"the memory of {device} is not known; say --stream or --no-stream.")
+        return int(memory[index])
+    free = int(memory["cpu"])
+    try:  # a container's limit, where there is one
+        limit = int((_CGROUP / "memory.max").read_text())
+        held = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - int(held["anon"]))
+    except (OSError, ValueError, KeyError):
+        pass
+    return free

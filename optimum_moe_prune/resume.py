@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a calibration grows: in memory, in files the system may page out, or in a folder where it can be continued."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import RequestError, RunError
+from .files import check_space, partial_folder, read_json, write_text
+from .stats import Shapes
+from .tensor_files import MappedTensors
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+IN_MEMORY_BYTES = 512 * 2**20
+"""What a calibration keeps in memory at most; beyond it, its tensors live in files mapped into memory."""
+
+_PROGRESS = "progress.json"
+
+
+class Store:
+    """Makes the tensors of a calibration.
+
+    Without a folder they are in memory up to ``IN_MEMORY_BYTES`` in all, and beyond that in temporary files that are
+    mapped into memory and go away by themselves. Numbers do not depend on it.
+
+    Args:
+        folder: Where to keep them so that an interrupted calibration can be continued.
+        of: What the calibration is of: a later run with something else is refused.
+        restart: Begin anew, whatever the folder holds.
+
+    Attributes:
+        finished: How many steps an earlier run had finished, and this one since.
+        spilled: Whether anything is in files.
+
+    Raises:
+        RequestError: If the folder holds an unfinished calibration of something else.
+    """
+
+    def __init__(self, folder: Path | None = None, of: Mapping[str, Any] | None = None, restart: bool = False) -> None:
+        self.folder = folder
+        self.finished = 0
+        self.spilled = folder is not None
+        self._in_memory = 0
+        self._files: dict[str, MappedTensors] = {}
+        self._of = json.loads(json.dumps(of or {}))
+        if folder is not None:
+            self._open(folder, restart)
+
+    def _open(self, folder: Path, restart: bool) -> None:
+        if restart:
+            shutil.rmtree(folder, ignore_errors=True)
+        if (folder / _PROGRESS).is_file():
+            try:
+                progress = read_json(folder / _PROGRESS)
+                there, finished = dict(progress["of"]), int(progress["finished"])
+                known = progress["format_version"] == FORMAT_VERSION
+            except (RequestError, KeyError, TypeError, ValueError) as error:
+                raise RequestError(
+                    f"the unfinished calibration in {folder} is damaged: {error!r}. Begin anew (--restart)."
+                ) from error
+            differences = [
+                f"{name} is {_short(there.get(name))} there and {_short(self._of.get(name))} now"
+                for name in sorted(set(there) | set(self._of))
+                if there.get(name) != self._of.get(name)
+            ]
+            if differences or not known:
+                raise RequestError(
+                    f"{folder} holds an unfinished calibration of something else: "
+                    f"{'; '.join(differences) or 'its format is another'}. Run the command that began it to continue, "
+                    "or begin anew (--restart)."
+                )
+            self.finished = finished
+            if finished:
+                logger.warning("continuing the unfinished calibration in %s.", folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise RunError(f"{folder} cannot be written: {error}.") from error
+
+    def tensors(self, name: str, shapes: Shapes | None, keep: bool = False) -> Mapping[str, Tensor]:
+        """Tensors of zeros, or what an earlier run left in them.
+
+        Args:
+            name: What they are, as the name of a file.
+            shapes: Shape and dtype of each; None takes what is in the folder as it is.
+            keep: Take what is in the folder.
+
+        Raises:
+            RequestError: If what is there is damaged.
+            RunError: If the disk is full.
+        """
+        nbytes = sum(dtype.itemsize * math.prod(shape) for shape, dtype in (shapes or {}).values())
+        if self.folder is None and shapes is not None and self._in_memory + nbytes <= IN_MEMORY_BYTES:
+            self._in_memory += nbytes
+            return {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in shapes.items()}
+        try:
+            if self.folder is not None:
+                path = self.folder / name
+                if shapes is None or keep:
+                    file = MappedTensors.open(path)
+                    if shapes is not None and {key: (tuple(t.shape), t.dtype) for key, t in file.items()} != shapes:
+                        raise RequestError(f"{path} holds other tensors than it should. Begin anew (--restart).")
+                else:
+                    file = MappedTensors.create(path, shapes)
+                self._files[name] = file
+                return file
+            assert shapes is not None
+            self.spilled = True
+            with tempfile.TemporaryDirectory(prefix="moe-prune-") as folder:  # the tensors outlive it
+                return MappedTensors.create(Path(folder) / name, shapes)
+        except OSError as error:
+            where = self.folder or tempfile.gettempdir()
+            raise RunError(f"the statistics ({nbytes / 1e9:.1f} GB) cannot be kept in {where}: {error}.") from error
+
+    def commit(self, finished: int) -> None:
+        """Say that so many steps are finished, when what they wrote is on disk."""
+        if self.folder is not None:
+            try:
+                for file in self._files.values():
+                    file.sync()
+            except OSError as error:
+                raise RunError(f"{self.folder} cannot be written: {error}.") from error
+            progress = {"format_version": FORMAT_VERSION, "of": self._of, "finished": finished}
+            write_text(self.folder / _PROGRESS, json.dumps(progress, indent=1) + "\n")
+        self.finished = finished
+
+    def release(self, name: str) -> None:
+        """Forget a file that is finished; its tensors stay usable."""
+        self._files.pop(name, None)
+
+    def check_space(self, nbytes: int) -> None:
+        """Raise unless the folder's disk has room for so much."""
+        if self.folder is not None and not self.finished:
+            check_space(self.folder, nbytes)
+
+    def discard_if_nothing_is_finished(self) -> None:
+        """Remove the folder of a calibration that failed before its first step."""
+        if self.folder is not None and not self.finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_if_empty(self.folder.parent)
+
+
+def calibration_folder(target: str | os.PathLike) -> Path:
+    """Where the calibration of an output is kept until the output is there."""
+    return partial_folder(target) / "calibration"
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds nothing."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

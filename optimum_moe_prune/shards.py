@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The safetensors files of a model: which tensors there are, and where; in a local folder or on the Hub.
+
+Of a local folder only headers are read. Of a Hub repository the headers come over the network, and a file is
+downloaded when its bytes are first asked for, into the cache of ``huggingface_hub`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .errors import RequestError
+from .files import read_json
+from .tensor_files import TORCH_DTYPES, TensorEntry, read_header
+
+logger = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+WEIGHT_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.onnx",
+    "*.onnx_data",
+    "*.tflite",
+    "*.ot",
+    "*.npz",
+    "*.mlmodel",
+)
+"""Files with weights, in this format or another."""
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        file: The file that holds it.
+        dtype: As the format names it (``BF16``).
+        shape: Its shape.
+        nbytes: Its size in the file.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass
+class Checkpoint:
+    """A model's safetensors files.
+
+    Attributes:
+        name_or_path: The folder or Hub id.
+        hub: ``revision``, ``token`` and ``cache_dir``, for the Hub.
+        tensors: By name, file after file in the order they lie in.
+        metadata: Of the first file.
+        index_metadata: Of the index, where there is one.
+    """
+
+    name_or_path: str
+    hub: Mapping[str, Any]
+    tensors: dict[str, SourceTensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    index_metadata: dict[str, Any] = field(default_factory=dict)
+    _entries: dict[str, dict[str, TensorEntry]] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def open(cls, name_or_path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> Checkpoint:
+        """Read the index and the headers, and check them against each other.
+
+        Args:
+            name_or_path: A model's folder or Hub id.
+            hub: ``revision``, ``token`` and ``cache_dir``.
+
+        Raises:
+            RequestError: If there are no safetensors files, one is missing or damaged, or the index and they disagree.
+        """
+        checkpoint = cls(
+            str(name_or_path), {key: value for key, value in (hub or {}).items() if key != "trust_remote_code"}
+        )
+        if checkpoint.is_local:
+            single = (Path(name_or_path) / SINGLE_FILE).is_file()
+        else:
+            single = SINGLE_FILE in list_files(checkpoint.name_or_path, checkpoint.hub)
+        weight_map: dict[str, str] = {}
+        if single:
+            files = [SINGLE_FILE]
+        else:
+            weight_map, checkpoint.index_metadata = checkpoint._index()
+            files = sorted(set(weight_map.values()))
+        for file in files:
+            for name, tensor in checkpoint._header(file, first=file == files[0]).items():
+                if name in checkpoint.tensors:
+                    before = checkpoint.tensors[name].file
+                    raise RequestError(f"{name} is in two files of {name_or_path}, {before} and {file}.")
+                checkpoint.tensors[name] = tensor
+        for name, file in weight_map.items():
+            if name not in checkpoint.tensors or checkpoint.tensors[name].file != file:
+                raise RequestError(
+                    f"{INDEX_FILE} of {name_or_path} says that {name} is in {file}, and it is not. The checkpoint is "
+                    "damaged; fetch it again."
+                )
+        if not checkpoint.tensors:
+            raise RequestError(f"the safetensors files of {name_or_path} hold no tensors.")
+        return checkpoint
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder; then nothing touches the network."""
+        return Path(self.name_or_path).is_dir()
+
+    @property
+    def files(self) -> list[str]:
+        """The files with the tensors."""
+        return list(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def path(self, file: str) -> Path:
+        """Where a file lies; one on the Hub is downloaded first.
+
+        Raises:
+            RequestError: If it is missing.
+        """
+        with self._lock:
+            found = find_file(self.name_or_path, file, self.hub)
+        if found is None:
+            raise RequestError(f"{file} of {self.name_or_path} is missing.")
+        return found
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where a tensor lies in its file; one on the Hub is downloaded first."""
+        file = self.tensors[name].file
+        if file not in self._entries:
+            self._entries[file], _ = read_header(self.path(file))
+        return self._entries[file][name]
+
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function from names to tensors, mapped from their files; files stay open inside the ``with``."""
+        with contextlib.ExitStack() as stack:
+            opened: dict[str, Any] = {}
+
+            def read(name: str) -> Tensor:
+                file = self.tensors[name].file
+                if file not in opened:
+                    opened[file] = stack.enter_context(safe_open(self.path(file), framework="pt"))
+                return opened[file].get_tensor(name)
+
+            yield read
+
+    def floating_dtype(self) -> torch.dtype:
+        """The dtype of the first tensor of floating point; float32 where there is none."""
+        for tensor in self.tensors.values():
+            dtype = TORCH_DTYPES.get(tensor.dtype)
+            if dtype is not None and dtype.is_floating_point:
+                return dtype
+        return torch.float32
+
+    # -- helpers
+
+    def _index(self) -> tuple[dict[str, str], dict[str, Any]]:
+        path = find_file(self.name_or_path, INDEX_FILE, self.hub)
+        if path is None:
+            raise RequestError(
+                f"{self.name_or_path} has no safetensors files ({SINGLE_FILE} or {INDEX_FILE}); load the model with "
+                "transformers and save it again, which writes them."
+            )
+        index = read_json(path)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise RequestError(f"{path} has no weight_map; the checkpoint is damaged.")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file:
+                raise RequestError(f"{path} says that {name} is in {file!r}, which is no safetensors file beside it.")
+        metadata = index.get("metadata")
+        if self.is_local:
+            for file in sorted(set(weight_map.values())):
+                if not (Path(self.name_or_path) / file).is_file():
+                    tensors = [name for name, where in weight_map.items() if where == file]
+                    raise RequestError(
+                        f"{Path(self.name_or_path) / file} is missing; the index says that it holds {tensors[0]} and "
+                        f"{len(tensors) - 1} more."
+                    )
+        return weight_map, metadata if isinstance(metadata, dict) else {}
+
+    def _header(self, file: str, first: bool) -> dict[str, SourceTensor]:
+        """The tensors of a file; of one on the Hub that is not here yet, by its header alone."""
+        if not self.is_local and not self._is_cached(file):
+            from huggingface_hub import HfApi
+
+            try:
+                remote = HfApi().parse_safetensors_file_metadata(
+                    self.name_or_path, file, revision=self.hub.get("revision"), token=self.hub.get("token")
+                )
+                if first:
+                    self.metadata = dict(remote.metadata)
+                return {
+                    name: SourceTensor(
+                        file, info.dtype, tuple(info.shape), info.data_offsets[1] - info.data_offsets[0]
+                    )
+                    for name, info in sorted(remote.tensors.items(), key=lambda item: tuple(item[1].data_offsets))
+                }
+            except Exception as error:  # a server that cannot give parts of files; the whole file can be had
+                logger.info("the header of %s cannot be read alone: %s", file, error)
+        self._entries[file], metadata = read_header(self.path(file))
+        if first:
+            self.metadata = metadata
+        return {
+            name: SourceTensor(file, entry.dtype, entry.shape, entry.nbytes)
+            for name, entry in self._entries[file].items()
+        }
+
+    def _is_cached(self, file: str) -> bool:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(
+            self.name_or_path, file, cache_dir=self.hub.get("cache_dir"), revision=self.hub.get("revision")
+        )
+        return isinstance(found, str)
+
+
+def find_file(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str, Any]) -> Path | None:
+    """A file of a model's folder or Hub repository, or None; a folder is looked at without the network."""
+    if Path(name_or_path).is_dir():
+        path = Path(name_or_path) / file_name
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    hub = {key: value for key, value in hub.items() if key != "trust_remote_code"}
+    found = cached_file(str(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+def list_files(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> list[str]:
+    """The files of a model's folder or Hub repository, but hidden ones."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import list_repo_files
+
+        try:
+            names = list_repo_files(str(name_or_path), revision=hub.get("revision"), token=hub.get("token"))
+            return [name for name in names if not _is_hidden(name)]
+        except Exception as error:  # offline, or the Hub does not answer: what is in the cache was enough so far
+            logger.info("the files of %s cannot be listed: %s", name_or_path, error)
+            cached = find_file(name_or_path, "config.json", hub)
+            if cached is None:
+                return []
+            folder = cached.parent
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [name for name in names if not _is_hidden(name)]
+
+
+def other_files(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> list[str]:
+    """The files beside a model's weights: tokenizer, configs, code. Hidden ones are left out."""
+    return [
+        name
+        for name in list_files(name_or_path, hub)
+        if not any(fnmatch(name.rpartition("/")[2], pattern) for pattern in WEIGHT_FILES)
+    ]
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))

@@ -1,0 +1,494 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same answer as ``collect`` with one decoder layer in memory at a time, straight from the checkpoint's files.
+
+The model is built on the meta device. Of each decoder layer the tensors are read through transformers' own conversion
+mapping, the hidden states of all calibration samples go through it, its statistics are finished, and it is dropped.
+Masks and positions come from the model's own forward, run for every batch with only that layer real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from .architectures.block import moe_blocks
+from .calibration import Batch, CalibrationSet
+from .collect import assemble, statistics_bytes
+from .errors import RequestError, RunError
+from .layout import Layout, model_dtype
+from .observe import Current, LayerObserver, Routed
+from .progress import progress
+from .resume import Store
+from .shards import Checkpoint
+from .stats import CalibrationStats, LayerStats, Need, Shapes, layer_file
+from .tensor_files import all_finite
+
+logger = logging.getLogger(__name__)
+
+_READ_AHEAD_BYTES = 8 * 2**20
+
+
+def collect_streamed(
+    layout: Layout,
+    calibration: CalibrationSet,
+    needs: Iterable[Need],
+    *,
+    batch_size: int = 8,
+    max_tokens: int = 8192,
+    seed: int = 0,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    provenance: dict[str, Any] | None = None,
+    store: Store | None = None,
+    read_ahead: bool = True,
+) -> CalibrationStats:
+    """Gather statistics of a checkpoint's MoE layers with one decoder layer in memory.
+
+    Args:
+        layout: The checkpoint.
+        calibration: The samples.
+        needs: What to gather.
+        batch_size: Samples in a forward pass.
+        max_tokens: The most tokens for which statistics per token are kept.
+        seed: Decides which tokens are kept when there are more.
+        dtype: The precision to calculate in; ``"auto"`` is the checkpoint's.
+        device: Where to calculate. Only the layer at work is there.
+        provenance: Added to the provenance of the result.
+        store: Where statistics and hidden states grow. With a folder, each finished layer is kept there, and a later
+            call continues after the last one. By default they are in memory, or in temporary files where they are
+            large.
+        read_ahead: Read the next layer's bytes into the system's cache while a layer calculates.
+
+    Returns:
+        The same statistics as :func:`collect.collect` of the same batches in the same precision, to the bit where
+        parameters are aligned alike.
+
+    Raises:
+        RequestError: If the checkpoint does not fit its config, or a token id is outside its vocabulary.
+        RunError: If a weight, a router's logits or an expert's output is NaN or infinite.
+    """
+    needs = frozenset(needs)
+    store = Store() if store is None else store
+    config = layout.config
+    if getattr(config, "quantization_config", None):
+        raise RequestError(
+            "this checkpoint is quantised; calibrate with the unquantised one. A plan can be applied to both (apply)."
+        )
+    calibration.check_vocabulary(config.get_text_config().vocab_size)
+    skeleton = Skeleton(layout, model_dtype(config, layout.checkpoint, dtype), torch.device(device))
+    facts = layout.facts() if layout.checkpoint.is_local else None  # on the Hub it would fetch all files first
+    current = Current(calibration, max_tokens, seed)
+    batches = list(calibration.batches(batch_size))
+    blocks = {block.layer: block for block in skeleton.blocks}
+    top_k = skeleton.blocks[0].routing.top_k if Need.COACTIVATION in needs else None
+    hidden_size = config.get_text_config().hidden_size
+    states = _States(store, batches, _state_shapes(batches, hidden_size, skeleton.dtype, top_k))
+    store.check_space(statistics_bytes(layout.num_experts, needs, current, config) + 2 * states.nbytes)
+
+    def allocate(layer: int, shapes: Shapes) -> Mapping[str, Tensor]:
+        return store.tensors(layer_file(layer), shapes)
+
+    weights = torch.ones(len(calibration), dtype=torch.float64)
+    layers: dict[int, LayerStats] = {}
+    before: Routed | None = None
+    for index, block in blocks.items():
+        if index < store.finished:
+            tensors = store.tensors(layer_file(index), None)
+            layers[index] = LayerStats(block.num_experts, block.routing, tensors, weights, current.token_sample)
+            before = Routed(block.num_experts)
+
+    with torch.no_grad(), _ReadAhead(layout.checkpoint) as ahead:
+        if store.finished:
+            states.open(store.finished)
+        else:
+            states.begin(skeleton.embedded(batches))
+        remaining = range(store.finished, skeleton.num_layers)
+        for index in progress(remaining, "calibrating", len(remaining), unit="layer"):
+            with skeleton.loaded(index), contextlib.ExitStack() as watching:
+                if read_ahead:
+                    ahead.read(skeleton.sources(index + 1))
+                observer = None
+                if index in blocks:
+                    observer = LayerObserver(blocks[index], needs, current, allocate, before)
+                    watching.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
+                states.turn(index)
+                for number, batch in enumerate(batches):
+                    current.set(batch)
+                    if before is not None:
+                        before.chosen = states.chosen(number)
+                    output = skeleton.forward(index, batch, states.hidden(number))
+                    states.put(number, output, None if observer is None else observer.routed.chosen)
+            if observer is not None:
+                layers[index] = observer.statistics(weights)
+                before = Routed(observer.num_experts)
+            store.commit(index + 1)
+            store.release(layer_file(index))
+    return assemble(
+        facts or layout.facts(),
+        calibration,
+        current,
+        layers,
+        needs,
+        max_tokens,
+        seed,
+        {"dtype": str(skeleton.dtype).removeprefix("torch."), **(provenance or {})},
+    )
+
+
+class _States:
+    """The hidden states between two layers, of every batch, and what was chosen in the last MoE layer.
+
+    With a folder there are two files: a layer reads one and writes the other, so that the one it began with is whole
+    until the layer is finished.
+    """
+
+    def __init__(self, store: Store, batches: Sequence[Batch], shapes: Shapes) -> None:
+        self._store = store
+        self._shapes = shapes
+        self._num_batches = len(batches)
+        self._files: list[Mapping[str, Tensor]] = []
+        self._from = self._to = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What one file takes."""
+        return sum(dtype.itemsize * math.prod(shape) for shape, dtype in self._shapes.values())
+
+    def begin(self, embedded: Iterable[Tensor]) -> None:
+        """Make room, and fill in what goes into the first layer."""
+        copies = 1 if self._store.folder is None else 2
+        self._files = [self._store.tensors(f"states_{copy}.safetensors", self._shapes) for copy in range(copies)]
+        for number, hidden in enumerate(embedded):
+            self._files[0][f"hidden_{number}"].copy_(hidden)
+
+    def open(self, finished: int) -> None:
+        """Take up what an interrupted run left."""
+        self._files = [self._store.tensors(f"states_{copy}.safetensors", None) for copy in range(2)]
+
+    def turn(self, index: int) -> None:
+        """Go on to a layer."""
+        self._from, self._to = index % len(self._files), (index + 1) % len(self._files)
+
+    def hidden(self, number: int) -> Tensor:
+        """What goes into the layer ``(B, L, H)``; a copy, so that it is aligned as any tensor."""
+        return self._files[self._from][f"hidden_{number}"].clone()
+
+    def chosen(self, number: int) -> Tensor:
+        """The experts chosen in the MoE layer before ``(T, K)``."""
+        return self._files[self._from].get(f"chosen_{number}", torch.zeros(0))
+
+    def put(self, number: int, hidden: Tensor, chosen: Tensor | None) -> None:
+        """Store what came out of the layer."""
+        self._files[self._to][f"hidden_{number}"].copy_(hidden)
+        if f"chosen_{number}" in self._shapes:
+            self._files[self._to][f"chosen_{number}"].copy_(self.chosen(number) if chosen is None else chosen)
+
+
+def _state_shapes(batches: Sequence[Batch], hidden_size: int, dtype: torch.dtype, top_k: int | None) -> Shapes:
+    shapes: Shapes = {}
+    for number, batch in enumerate(batches):
+        shapes[f"hidden_{number}"] = ((*batch.input_ids.shape, hidden_size), dtype)
+        if top_k is not None:
+            shapes[f"chosen_{number}"] = ((int(batch.attention_mask.sum()), top_k), torch.int64)
+    return shapes
+
+
+class _ReadAhead:
+    """Reads bytes of files into the system's cache, in a thread; a file on the Hub is downloaded."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._pool = ThreadPoolExecutor(1)
+        self._stop = False
+
+    def __enter__(self) -> _ReadAhead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def read(self, names: Sequence[str]) -> None:
+        """Begin to read tensors."""
+        self._pool.submit(self._read, names)
+
+    def _read(self, names: Sequence[str]) -> None:
+        buffer = memoryview(bytearray(_READ_AHEAD_BYTES))
+        for name in names:
+            try:
+                entry = self._checkpoint.entry(name)
+                file = os.open(self._checkpoint.path(self._checkpoint.tensors[name].file), os.O_RDONLY)
+            except (OSError, RequestError) as error:  # whoever needs the tensor meets it again
+                logger.debug("reading ahead: %s", error)
+                return
+            try:
+                for begin in range(entry.begin, entry.end, len(buffer)):
+                    if self._stop:
+                        return
+                    os.preadv(file, [buffer[: entry.end - begin]], begin)
+            finally:
+                os.close(file)
+
+
+@dataclass
+class _Source:
+    """Where a parameter comes from.
+
+    Attributes:
+        converter: What makes it of its tensors, or None where it is one tensor under another name.
+        tensors: Names in the checkpoint, by the converter's pattern.
+    """
+
+    converter: WeightConverter | None
+    tensors: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.tensors.values() for name in names]
+
+    @property
+    def by_expert(self) -> bool:
+        """Whether each expert's part can be made of that expert's tensors alone, without a second copy of all."""
+        if self.converter is None:
+            return False
+        first, *others = self.converter.operations
+        return (
+            isinstance(first, MergeModulelist)
+            and first.dim == 0
+            and all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
+        )
+
+
+class Skeleton:
+    """A model on the meta device, of which single decoder layers can be loaded and run.
+
+    Args:
+        layout: The checkpoint.
+        dtype: The precision of its parameters.
+        device: Where layers are loaded.
+
+    Attributes:
+        num_layers: Decoder layers.
+        blocks: The MoE blocks.
+
+    Raises:
+        RequestError: If a tensor is missing, or has another shape than the config says.
+    """
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint = layout.checkpoint
+        self.dtype = dtype
+        self.device = device
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(layout.config), dtype=dtype).eval()
+        self.blocks = moe_blocks(self.model)
+        self._layer_path = layout.spec.layers
+        self._layers: Sequence[nn.Module] = attrgetter(layout.spec.layers)(self.model)
+        self.num_layers = len(self._layers)
+        self._parameters = self.model.state_dict()
+        self._sources = self._find_sources()
+        self._check()
+        self._active: int | None = None
+        self._input = self._output = torch.empty(0)
+        for index, layer in enumerate(self._layers):
+            layer.forward = self._standing_in(index, layer.forward)
+        self._prepare()
+
+    # -- running
+
+    def embedded(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """What goes into the first layer, of each batch ``(B, L, H)``; the embeddings are dropped afterwards."""
+        embeddings = self.model.get_input_embeddings()
+        names = [n for n in self._sources if attrgetter(n.rpartition(".")[0])(self.model) is embeddings]
+        self._load(names, in_place=True)
+        self._active = None
+        for batch in batches:
+            self._decoder(batch, input_ids=batch.input_ids.to(self.device))
+            yield self._output
+        embeddings.to("meta")
+
+    def forward(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """What comes out of a loaded layer ``(B, L, H)``."""
+        self._active, self._input = index, hidden.to(self.device)
+        self._decoder(batch, inputs_embeds=self._input)
+        output, self._input, self._output = self._output, torch.empty(0), torch.empty(0)
+        return output
+
+    def _decoder(self, batch: Batch, **inputs: Tensor) -> None:
+        self.model.base_model(attention_mask=batch.attention_mask.to(self.device), use_cache=False, **inputs)
+
+    def _standing_in(self, index: int, real: Any) -> Any:
+        """A layer's forward that does something for the layer at work only, and hands on what it got."""
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._active == index:
+                output = real(self._input, *args, **kwargs)
+                self._output = output if isinstance(output, Tensor) else output[0]
+            elif self._active is None and index == 0:
+                self._output = hidden_states
+            return hidden_states
+
+        return forward
+
+    # -- loading
+
+    def sources(self, index: int) -> list[str]:
+        """The tensors in the checkpoint that a layer is made of; none beyond the last layer."""
+        return [name for parameter in self._names_of(index) for name in self._sources[parameter].names]
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """A decoder layer with its parameters, inside a ``with``."""
+        layer = self._layers[index]
+        try:
+            self._load(self._names_of(index))
+            self._init_buffers(layer)
+            yield
+        finally:
+            layer.to("meta")
+
+    def _names_of(self, index: int) -> list[str]:
+        return [name for name in self._sources if name.startswith(f"{self._layer_path}.{index}.")]
+
+    def _find_sources(self) -> dict[str, _Source]:
+        """For each parameter the tensors it is made of, by transformers' own mapping of names."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self.model.base_model_prefix
+        sources: dict[str, _Source] = {}
+        for name in sorted(self.checkpoint.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self._parameters)
+            if target not in self._parameters and name in self._parameters:
+                target, pattern = name, None
+            if target not in self._parameters:
+                continue  # of no use to the model; transformers passes over it as well
+            source = sources.setdefault(target, _Source(None if pattern is None else of_pattern[pattern]))
+            source.tensors.setdefault(pattern or name, []).append(name)
+        return sources
+
+    def _check(self) -> None:
+        backbone = f"{self.model.base_model_prefix}."
+        made = set(self._sources)
+        for name, source in self._sources.items():
+            targets = [] if source.converter is None else source.converter.target_patterns
+            made.update(name.replace(targets[0], target) for target in targets)
+        missing = sorted(n for n in self._parameters if n.startswith(backbone) and n not in made)
+        if missing:
+            raise RequestError(
+                f"{self.checkpoint.name_or_path} lacks {missing[0]}"
+                + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+                + "; the checkpoint is damaged, or its config is of another model."
+            )
+        for name, source in self._sources.items():
+            expected = tuple(self._parameters[name].shape)
+            if source.converter is None:
+                tensor = self.checkpoint.tensors[source.names[0]]
+                if len(source.names) > 1:
+                    raise RequestError(f"{name} is in the checkpoint twice: {' and '.join(source.names)}.")
+                if tensor.shape != expected:
+                    raise RequestError(
+                        f"{tensor.file}: {source.names[0]} has shape {tensor.shape}, and config.json says {expected}."
+                    )
+
+    def _prepare(self) -> None:
+        """Load what stands beside the layers, but the embeddings and the head."""
+        embeddings = self.model.get_input_embeddings()
+        backbone = f"{self.model.base_model_prefix}."
+        names = [
+            name
+            for name in self._sources
+            if name.startswith(backbone)
+            and not name.startswith(f"{self._layer_path}.")
+            and attrgetter(name.rpartition(".")[0])(self.model) is not embeddings
+        ]
+        self._load(names)
+        inside = {module for layer in self._layers for module in layer.modules()}
+        for module in self.model.base_model.modules():
+            if module not in inside:
+                self._init_buffers(module, deep=False)
+
+    def _init_buffers(self, root: nn.Module, deep: bool = True) -> None:
+        """Make the buffers that no checkpoint holds, as transformers makes them."""
+        for module in root.modules() if deep else [root]:
+            names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+            for name in names:
+                setattr(module, name, torch.empty_like(getattr(module, name), device=self.device))
+            if names:
+                self.model._init_weights(module)
+
+    def _load(self, parameters: Iterable[str], in_place: bool = False) -> None:
+        """Read parameters into the model.
+
+        Args:
+            parameters: Their names in the model.
+            in_place: Use the file's own pages where nothing has to be converted; not for computing with.
+        """
+        with self.checkpoint.reader() as read:
+            for name in parameters:
+                value = self._made(name, self._sources[name], read, in_place)
+                expected = self._parameters[name]
+                if value.shape != expected.shape:
+                    raise RequestError(
+                        f"{self._sources[name].names[0]} gives {name} the shape {tuple(value.shape)}, and config.json "
+                        f"says {tuple(expected.shape)}."
+                    )
+                path, _, last = name.rpartition(".")
+                module = attrgetter(path)(self.model)
+                value = value.to(self.device)
+                if last in module._parameters:
+                    value = nn.Parameter(value, requires_grad=False)
+                value._is_hf_initialized = True  # type: ignore[attr-defined]  # what transformers looks for in _init_weights
+                setattr(module, last, value)
+
+    def _made(self, name: str, source: _Source, read: Any, in_place: bool) -> Tensor:
+        dtype = self._parameters[name].dtype
+
+        def finite(tensor_name: str) -> Tensor:
+            tensor: Tensor = read(tensor_name)
+            if tensor.is_floating_point() and not all_finite(tensor):
+                file = self.checkpoint.tensors[tensor_name].file
+                raise RunError(f"{file}: {tensor_name} holds NaN or infinite weights; the checkpoint is damaged.")
+            return tensor.to(dtype)
+
+        if source.converter is None:
+            value = finite(source.names[0])
+            return value if in_place else value.clone()
+        if not source.by_expert:
+            return self._converted(name, source.converter, {p: [*map(finite, n)] for p, n in source.tensors.items()})
+        whole = torch.empty(self._parameters[name].shape, dtype=dtype)
+        for expert in range(len(whole)):
+            tensors = {pattern: [finite(names[expert])] for pattern, names in source.tensors.items()}
+            whole[expert : expert + 1] = self._converted(name, source.converter, tensors)
+        return whole
+
+    def _converted(self, name: str, converter: WeightConverter, tensors: Mapping[str, list[Tensor]]) -> Tensor:
+        """A parameter by transformers' own operations."""
+        converter = copy.deepcopy(converter)  # it collects what it is given
+        for pattern, values in tensors.items():
+            for value in values:
+                converter.add_tensor(name, name, pattern, value)  # type: ignore[arg-type]
+        made = converter.convert(name, model=self.model, config=self.model.config)[name]
+        return made[0] if isinstance(made, list) else made
