@@ -261,9 +261,11 @@ def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, ba
         {name: (piece.dtype, piece.shape, piece.nbytes) for name, piece in pieces.items()},
         {**checkpoint.metadata, "format": "pt"},
     )
-    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack, open(path, "wb", buffering=0) as written:
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
         opened: dict[str, int] = {}
-        written.write(header)
+        written = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        stack.callback(os.close, written)
+        os.write(written, header)
         position = len(header)
         checks: list[Future[None]] = []
         buffer = bytearray(_BUFFER)
@@ -273,7 +275,7 @@ def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, ba
                 stack.callback(os.close, opened[file])
             begin, end = ranges[0][1].begin, ranges[-1][1].end
             checks += [pool.submit(_check_finite, opened[file], file, buffer, *r) for r in ranges if r[0].checked]
-            _copy(opened[file], written.fileno(), begin, end - begin, position, file, bar)
+            _copy(opened[file], written, begin, end - begin, position, file, bar)
             position += end - begin
             while checks and checks[0].done():
                 checks.pop(0).result()

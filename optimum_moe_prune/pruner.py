@@ -28,7 +28,7 @@ from .resume import calibration_folder
 from .shards import Checkpoint, find_file
 from .standalone import standalone_class, write_standalone
 from .stats import CalibrationStats, check_domain_weights
-from .surgery import apply_plan, pruned_config
+from .surgery import apply_plan, check_plan_for_config, pruned_config
 
 if TYPE_CHECKING:
     import os
@@ -333,9 +333,14 @@ class MoEPruner:
             raise RequestError("this pruner is not bound to a checkpoint; pass source=.")
         check_target(output_dir, overwrite, [source])
         shard_bytes(max_shard_size)
-        layout = self.layout(source)
         plan = self.pruning_plan
-        if calibration is not None or domain_weights is not None or plan is None:
+        if calibration is not None or domain_weights is not None:
+            plan = None
+        if plan is not None:
+            own = self.model_config if source == self.name_or_path else None
+            check_plan_for_config(plan, own or load_model_config(source, **self._hub))
+        layout = self.layout(source)
+        if plan is None:
             config = self._recipe()
             budget_for(config, layout.num_experts, layout.spec.routing(layout.config).top_k)
             if isinstance(calibration, CalibrationStats):
