@@ -70,7 +70,7 @@ def main() -> None:
             a.repeats,
         )
         rows.append({"cost class": name, "calibration s": mine, "plain s": plain, "ratio": ratio, "bar": bar})
-    report("calibration beside the plain forward", rows, vars(a))
+    report("calibration beside the plain forward", rows, vars(a), "ratio")
 
 
 if __name__ == "__main__":

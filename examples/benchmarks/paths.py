@@ -13,32 +13,12 @@ import argparse
 import resource
 
 import numpy as np
-import torch
 from common import report, seconds
+from synthetic import random_stats
 
-from optimum_moe_prune import CalibrationStats, MoEPrunerConfig
+from optimum_moe_prune import MoEPrunerConfig, Need
 from optimum_moe_prune.paths import k_best_paths
 from optimum_moe_prune.plan import build_plan
-from optimum_moe_prune.replay import Routing
-from optimum_moe_prune.stats import PER_SAMPLE, LayerStats, Need, Sample
-
-
-def random_stats(layers: int, experts: int, top_k: int, samples: int, conditional: bool) -> CalibrationStats:
-    """Per-sample statistics as a calibration would leave them, drawn at random."""
-    torch.manual_seed(0)
-    tokens, nothing = 512, torch.zeros(0, dtype=torch.int64)
-    needs = {Need.ROUTING, Need.DENSE_NORMS, Need.SINGLE_ERROR} | ({Need.COACTIVATION} if conditional else set())
-    weights = torch.ones(samples, dtype=torch.float64)
-    made = {}
-    for layer in range(layers):
-        names = [name for need in needs - {Need.COACTIVATION} for name in PER_SAMPLE[need]]
-        tensors = {name: 1 + 99 * torch.rand(samples, experts, dtype=torch.float64) for name in names}
-        if conditional:
-            tensors["coactivation"] = torch.rand(samples, experts if layer else 0, experts)
-        made[layer] = LayerStats(experts, Routing(top_k, True, False), tensors, weights, nothing)
-    model = {"model_type": "mixtral", "top_k": top_k, "fingerprint": "random"}
-    entries = tuple(Sample(f"{n:064x}", "all", tokens) for n in range(samples))
-    return CalibrationStats(model, entries, made, frozenset(needs), nothing, nothing, 0, 0)
 
 
 def main() -> None:
@@ -55,14 +35,21 @@ def main() -> None:
     one = min(seconds(lambda: k_best_paths(nodes, edges, a.paths)) for _ in range(3))
     rows: list[dict[str, object]] = [{"what": f"{a.paths} best paths, one sample", "seconds": one, "bar": 2}]
     for transitions in ("mean", "conditional"):
-        stats = random_stats(a.layers, a.experts, a.top_k, a.samples, transitions == "conditional")
+        needs = {Need.ROUTING, Need.DENSE_NORMS, Need.SINGLE_ERROR}
+        needs |= {Need.COACTIVATION} if transitions == "conditional" else set()
+        stats = random_stats(a.layers, a.experts, a.top_k, a.samples, needs)
         options = {"transitions": transitions, "num_paths": a.paths}
         config = MoEPrunerConfig(method="pathfinder", sparsity=0.5, method_options=options)
         took = seconds(lambda c=config, s=stats: build_plan(s, c))
         rows.append({"what": f"plan, {a.samples} samples, {transitions} transitions", "seconds": took, "bar": 60})
         del stats
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    report(f"paths through {a.layers} layers of {a.experts} experts (peak memory {peak:.1f} GiB)", rows, vars(a))
+    report(
+        f"paths through {a.layers} layers of {a.experts} experts (peak memory {peak:.1f} GiB)",
+        rows,
+        vars(a),
+        "seconds",
+    )
 
 
 if __name__ == "__main__":
