@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from .files import check_target, read_json, written_folder
 from .layout import Layout, find_layout
 from .plan import PLAN_NAME, PruningPlan, budget_for, build_plan, plan_needs, with_parent
 from .resume import calibration_folder
-from .shards import Checkpoint, find_file
+from .shards import Checkpoint, commit_of, find_file
 from .standalone import standalone_class, write_standalone
 from .stats import CalibrationStats, check_domain_weights
 from .surgery import apply_plan, check_plan_for_config, pruned_config
@@ -218,7 +219,7 @@ class MoEPruner:
             "seed": config.seed,
         }
         if model is not None:
-            self.stats = collect(model, samples, plan_needs(config), **how)
+            self.stats = self._with_commit(collect(model, samples, plan_needs(config), **how))
         else:
             how.update(stream=stream, dtype=dtype, device=device, hub=self._hub)
             self.stats = calibrate_checkpoint(self.layout(), samples, plan_needs(config), **how)
@@ -274,7 +275,7 @@ class MoEPruner:
             if isinstance(calibration, CalibrationStats):
                 self.stats = calibration
             elif not plan_needs(config):
-                self.stats = empty_stats(model, seed=config.seed)
+                self.stats = self._with_commit(empty_stats(model, seed=config.seed))
             elif calibration is not None:
                 samples = self.samples(calibration, model.config)
                 if domain_weights is not None:
@@ -450,6 +451,13 @@ class MoEPruner:
             raise RequestError("this pruner has no recipe; pass config=MoEPrunerConfig(method=..., num_experts=...).")
         return self.config
 
+    def _with_commit(self, stats: CalibrationStats) -> CalibrationStats:
+        """Statistics of a model in memory, with the commit of the repository this pruner is bound to."""
+        commit = getattr(self.model_config, "_commit_hash", None)
+        if commit is None or stats.model["name_or_path"] != self.name_or_path:
+            return stats
+        return replace(stats, model={**stats.model, "revision": commit})
+
     def _restore_config(self, folder: Path, model: PreTrainedModel) -> None:
         """Write the source's own ``config.json``, with the pruning keys and what was changed in memory put in."""
         found = None if self.name_or_path is None else find_file(self.name_or_path, "config.json", self._hub)
@@ -494,6 +502,7 @@ def load_model_config(name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
             f"{', '.join(list_architectures())}."
         ) from error
     architecture_of(config)
+    config._commit_hash = commit_of(name_or_path, kwargs)  # transformers no longer says which one it was
     return config
 
 

@@ -259,6 +259,15 @@ def find_file(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str,
     return None if found is None else Path(found)
 
 
+def commit_of(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> str | None:
+    """The commit of a model on the Hub, by where the cache keeps it; None for a folder."""
+    if Path(name_or_path).is_dir():
+        return None
+    found = find_file(name_or_path, "config.json", hub)
+    parts = () if found is None else found.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+
+
 def list_files(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> list[str]:
     """The files of a model's folder or Hub repository, but hidden ones."""
     folder = Path(name_or_path)
