@@ -156,7 +156,7 @@ def command(address: str, cache: Path, *arguments: object, **environment: str) -
 def test_shards_are_fetched_once_and_when_they_are_needed(hub: Hub, place: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     calibration = ["--calibration", place / "texts.jsonl", "--batch-size", 4]
-    score = ["score", "--model", REPO, *calibration, "--stream", tmp_path / "stats"]
+    score = ["score", "--model", REPO, *calibration, "--method", "reap", "--stream", tmp_path / "stats"]
     result = command(hub.address, cache, *score)
     assert result.returncode == 0, result.stderr
     shards = {path.name for path in (place / "model").glob("*.safetensors")}
