@@ -18,16 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from .calibration import CalibrationSet
 from .collect import collect, versions
-from .errors import RequestError
+from .errors import RunError
 from .layout import Layout, model_dtype
-from .resume import Store
+from .resume import Store, unfinished
 from .stats import CalibrationStats, LayerStats, Need
-from .stream import collect_streamed
+from .stream import Skeleton, collect_streamed
 
 logger = logging.getLogger(__name__)
 
 _HEADROOM_BYTES = 2**30  # for activations and statistics
 _CGROUP = Path("/sys/fs/cgroup")
+_MEMINFO = Path("/proc/meminfo")
 
 
 def calibrate_checkpoint(
@@ -62,10 +63,15 @@ def calibrate_checkpoint(
         hub: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
 
     Raises:
-        RequestError: If the request is wrong, or the folder holds unfinished work on something else.
+        RequestError: If the request is wrong, a tensor is missing or has another shape than the config says, or the
+            folder holds unfinished work on something else.
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
     needs = frozenset(needs)
+    device = _resolved(device)
+    there = None if folder is None or restart else unfinished(folder)
+    if stream is None and there is not None:
+        stream = bool(there[0].get("stream"))  # memory may be free now that was not when it began
     if stream is None:
         stream = not _fits(layout, dtype, device)
     how: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
@@ -75,26 +81,42 @@ def calibrate_checkpoint(
         "needs": sorted(map(str, needs)),
         **how,
         "dtype": dtype,
-        "device": torch.device("cpu" if device == "auto" else device).type,
+        "device": torch.device(device.replace("auto", "cuda")).type,
         "stream": stream,
         "versions": versions(),
     }
+    skeleton = Skeleton(layout, model_dtype(layout.config, layout.checkpoint, dtype), device)  # checks all tensors
     store = Store(folder, of, restart)
     try:
         if stream:
-            where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-            stats = collect_streamed(layout, calibration, needs, **how, dtype=dtype, device=where, store=store)
+            stats = collect_streamed(skeleton, calibration, needs, **how, store=store)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                layout.checkpoint.name_or_path, dtype=dtype, device_map=device, **(hub or {})
-            )
-            stats = collect(model, calibration, needs, **how, store=store)
-            stats = replace(stats, model=layout.facts())  # of the checkpoint's own precision
-    except BaseException:
-        store.discard_if_nothing_is_finished()
-        raise
+            stats = _collected(layout, calibration, needs, how, dtype, device, store, dict(hub or {}))
+    finally:
+        store.close()
     provenance = {**stats.provenance, "streamed": stream, "statistics_on_disk": store.spilled}
     return replace(stats, provenance=provenance)
+
+
+def _collected(
+    layout: Layout,
+    calibration: CalibrationSet,
+    needs: frozenset[Need],
+    how: dict[str, Any],
+    dtype: str,
+    device: str,
+    store: Store,
+    hub: dict[str, Any],
+) -> CalibrationStats:
+    """Statistics of the whole model in memory."""
+    hub.update(layout.checkpoint.hub)  # of the commit whose files were looked at
+    model = AutoModelForCausalLM.from_pretrained(layout.checkpoint.name_or_path, dtype=dtype, device_map=device, **hub)
+    try:
+        stats = collect(model, calibration, needs, **how, store=store)
+    except RunError:
+        layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
+        raise
+    return replace(stats, model=layout.facts())  # of the checkpoint's own precision
 
 
 def no_calibration(layout: Layout, *, seed: int = 0) -> CalibrationStats:
@@ -110,15 +132,19 @@ def no_calibration(layout: Layout, *, seed: int = 0) -> CalibrationStats:
 
 
 def _identity(layout: Layout) -> dict[str, Any]:
-    """What makes a checkpoint the same one: its files, or its commit on the Hub."""
+    """What makes a checkpoint the same one: its files and routers, or its commit on the Hub."""
     checkpoint = layout.checkpoint
-    name: dict[str, Any] = {"name": os.path.abspath(checkpoint.name_or_path)}
     if not checkpoint.is_local:
         return {"name": checkpoint.name_or_path, "commit": getattr(layout.config, "_commit_hash", None)}
-    for file in ("config.json", *checkpoint.files):
-        found = os.stat(Path(checkpoint.name_or_path) / file)
-        name[file] = [found.st_size, found.st_mtime_ns]
-    return name
+    folder = Path(os.path.realpath(checkpoint.name_or_path))
+    found = {file: os.stat(folder / file) for file in ("config.json", *checkpoint.files)}
+    files = {file: {"bytes": stat.st_size, "changed at": stat.st_mtime_ns} for file, stat in found.items()}
+    return {"name": str(folder), "fingerprint": layout.fingerprint(), **files}
+
+
+def _resolved(device: str) -> str:
+    """``auto`` is the processor where there is nothing else."""
+    return "cpu" if device == "auto" and not torch.cuda.is_available() else device
 
 
 def _fits(layout: Layout, dtype: str, device: str) -> bool:
@@ -138,16 +164,15 @@ def _fits(layout: Layout, dtype: str, device: str) -> bool:
 
 def available_memory(device: str) -> int:
     """Bytes that are free where a model would be loaded: on the device, or for this process (its container)."""
-    memory = get_max_memory()
-    kind = torch.device("cpu" if device == "auto" else device)
-    if device == "auto":
-        return int(sum(memory.values()))
-    if kind.type != "cpu":
-        index = kind.index or 0
-        if index not in memory:
-            raise RequestError(f"the memory of {device} is not known; say --stream or --no-stream.")
-        return int(memory[index])
-    free = int(memory["cpu"])
+    if device == "auto":  # spread over all there is
+        return int(sum(get_max_memory().values()))
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux
+        free = int(sum(get_max_memory().values()))
     try:  # a container's limit, where there is one
         limit = int((_CGROUP / "memory.max").read_text())
         held = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .errors import RequestError
 from .representatives import NumClusters, check_clusters, representatives
-from .stats import Sample
+from .stats import Sample, samples_fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,7 +94,7 @@ class CalibrationSet:
     @property
     def fingerprint(self) -> str:
         """A hash of the samples and their domains."""
-        return hashlib.sha256(" ".join(f"{s.hash}{s.domain!r}" for s in self.samples).encode()).hexdigest()
+        return samples_fingerprint(self.samples)
 
     @classmethod
     def build(

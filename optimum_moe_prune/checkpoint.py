@@ -16,7 +16,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,15 +36,19 @@ from .plan import PLAN_NAME, PruningPlan
 from .progress import progress_bar
 from .shards import INDEX_FILE, Checkpoint, find_file, other_files
 from .standalone import standalone_class, write_standalone
-from .surgery import check_plan_for_config, pruned_config, write_counts
-from .tensor_files import TORCH_DTYPES, all_finite, header_bytes
+from .surgery import check_plan_for_config, check_routers, pruned_config, write_counts
+from .tensor_files import TORCH_DTYPES, all_finite, header_bytes, reserve, write_all
 from .unequal import FILE_STEM
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
 _OWN_FILES = (PLAN_NAME, CONFIG_NAME, "README.md", "config.json", f"{FILE_STEM}.py")
-_BUFFER = 16 * 2**20
+_BUFFER = 4 * 2**20
+_TOGETHER = 64 * 2**20  # bytes copied at once
+_SAMPLE = 4096  # bytes compared at each end of a range
+_AHEAD_BYTES = 128 * 2**20  # that are read from the disk before they are copied
+_AHEAD = 64  # ranges the copying may be ahead of the looking, so that what is looked at is still in the cache
 _NOT_HERE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -100,13 +105,12 @@ def apply_to_checkpoint(
         RequestError: If the plan is for another model, the source is damaged, or the target is in the way.
         RunError: If a retained weight is NaN or infinite, or something cannot be written.
     """
-    checkpoint, config = layout.checkpoint, layout.config
+    checkpoint = layout.checkpoint
     source = checkpoint.name_or_path
     check_target(target, overwrite, [source])
-    check_plan_for_config(plan, config)
-    standalone = standalone and plan.uniform_num_experts is None  # elsewhere nothing is needed
-    if standalone:
-        standalone_class(config)
+    check_plan_for_config(plan, layout.config)
+    uniform = plan.uniform_num_experts is not None
+    check_request(layout, uniform, standalone)
     pieces = select(plan, layout)
     files = split_state_dict_into_shards_factory(
         pieces,
@@ -116,24 +120,50 @@ def apply_to_checkpoint(
     )
     total = sum(piece.nbytes for piece in pieces.values())
     check_space(target, total)
+    config = _config_of(plan, layout)
     with written_folder(target, overwrite, [source]) as output:
         with progress_bar(total, "writing the checkpoint", "B") as bar:
             for file, names in files.filename_to_tensors.items():
                 _write_file(output / file, {name: pieces[name] for name in names}, checkpoint, bar)
+        checkpoint.check_unchanged()
         if len(files.filename_to_tensors) > 1:
             metadata: dict[str, Any] = {**checkpoint.index_metadata, **files.metadata}
             if "total_parameters" in metadata:
                 metadata["total_parameters"] = sum(math.prod(piece.shape) for piece in pieces.values())
-            index = {"metadata": metadata, "weight_map": files.tensor_to_filename}
-            _write_json(output / INDEX_FILE, index)
+            _write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename})
         carry_files(source, checkpoint.hub, output)
-        _write_json(output / "config.json", _config_of(plan, layout))
+        _write_json(output / "config.json", config)
         plan.save(output / PLAN_NAME)
         _write_json(output / CONFIG_NAME, plan.config if recipe is None else recipe)
+        standalone = standalone and not uniform  # elsewhere nothing is needed
         if standalone:
-            write_standalone(output, config)
+            write_standalone(output, layout.config)
         model_card(plan, Path(target).resolve().name, standalone).save(output / "README.md")
     return Path(target)
+
+
+def check_request(layout: Layout, uniform: bool, standalone: bool) -> None:
+    """Raise unless a checkpoint can be pruned, as far as can be told before it is known which experts go.
+
+    Args:
+        layout: The checkpoint.
+        uniform: Whether every layer will keep the same number of experts.
+        standalone: Whether a modelling file is asked for.
+
+    Raises:
+        RequestError: If it cannot.
+    """
+    if standalone and not uniform:
+        standalone_class(layout.config)
+    if layout.outside and uniform:
+        more = f" and {len(layout.outside) - 1} more tensors" if len(layout.outside) > 1 else ""
+        raise RequestError(
+            f"{layout.outside[0]}{more} of {layout.checkpoint.name_or_path} are experts outside the model's layers, "
+            "which no plan names and config.json would number wrongly. Remove them from the checkpoint, or prune with "
+            "a global allocation, which leaves the model-wide number as it is."
+        )
+    _source_config(layout)
+    _check_quantization(layout)
 
 
 def shard_bytes(size: str | int) -> int:
@@ -158,27 +188,14 @@ def select(plan: PruningPlan, layout: Layout) -> dict[str, Piece]:
         RunError: If a router holds NaN or infinity.
     """
     checkpoint, spec = layout.checkpoint, layout.spec
-    for index in sorted(set(layout.num_experts) | set(plan.original_num_experts)):
-        expected, found = plan.original_num_experts.get(index, 0), layout.num_experts.get(index, 0)
-        if expected != found:
-            raise RequestError(
-                f"this plan is for another model: layer {index} has {expected} experts in the plan and {found} in the "
-                "checkpoint."
-            )
-    found_print = layout.fingerprint()
-    if plan.made_for.get("fingerprint", found_print) != found_print:
+    for index in sorted(set(layout.num_experts) ^ set(plan.original_num_experts)):
+        if index in layout.num_experts:
+            raise RequestError(f"this plan is for another model: it does not name layer {index}, which has experts.")
         raise RequestError(
-            "this plan was made for a model with other router weights "
-            f"({plan.made_for.get('name_or_path') or 'unnamed'}, fingerprint {plan.made_for['fingerprint'][:12]}; "
-            f"this checkpoint: {found_print[:12]})."
+            f"the files of {checkpoint.name_or_path} hold no experts of layer {index}, which the plan names; the "
+            "checkpoint is damaged."
         )
-    if layout.outside and plan.uniform_num_experts is not None:
-        raise RequestError(
-            f"{layout.outside[0]} and {len(layout.outside) - 1} more tensors are experts outside the model's layers, "
-            "which the plan does not name and config.json would number wrongly. Remove them from the checkpoint, or "
-            "prune with a global allocation, which leaves the model-wide number as it is."
-        )
-    _check_quantization(layout)
+    check_routers(plan, layout.fingerprint())
     changed: dict[str, tuple[str, tuple[int, ...] | None] | None] = {}  # name -> new name and rows, or None: pruned
     for index, layer in layout.layers.items():
         retained = plan.retained[index]
@@ -207,6 +224,7 @@ def select(plan: PruningPlan, layout: Layout) -> dict[str, Piece]:
             if nbytes % shape[0]:
                 raise RequestError(f"{name} ({tensor.dtype}) cannot be cut between rows: they share bytes.")
             shape, nbytes = (len(kept), *shape[1:]), nbytes // shape[0] * len(kept)
+        assert new_name not in pieces  # the layout holds each tensor once
         pieces[new_name] = Piece(name, tensor.dtype, shape, nbytes, kept, checked=name in changed)
     return pieces
 
@@ -220,20 +238,25 @@ def carry_files(source: str | os.PathLike, hub: Mapping[str, Any], folder: Path)
         if name in _OWN_FILES or (folder / name).exists():
             continue
         found = find_file(source, name, hub)
-        if found is not None:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found, folder / name)
+        if found is None:
+            raise RunError(f"{name} of {source} is listed there and cannot be fetched.")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found, folder / name)
+
+
+def _source_config(layout: Layout) -> dict[str, Any]:
+    """The source's ``config.json``."""
+    found = find_file(layout.checkpoint.name_or_path, "config.json", layout.checkpoint.hub)
+    if found is None:
+        raise RequestError(f"{layout.checkpoint.name_or_path} has no config.json.")
+    return read_json(found)
 
 
 def _config_of(plan: PruningPlan, layout: Layout) -> dict[str, Any]:
     """The source's ``config.json`` with the pruning keys changed."""
-    checkpoint = layout.checkpoint
-    found = find_file(checkpoint.name_or_path, "config.json", checkpoint.hub)
-    if found is None:
-        raise RequestError(f"{checkpoint.name_or_path} has no config.json.")
     pruned = copy.deepcopy(layout.config)
     write_counts(layout.spec, pruned, plan.num_experts)
-    return pruned_config(read_json(found), layout.config, pruned, layout.spec)
+    return pruned_config(_source_config(layout), layout.config, pruned, layout.spec)
 
 
 def _check_quantization(layout: Layout) -> None:
@@ -255,107 +278,168 @@ def _check_quantization(layout: Layout) -> None:
 def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, bar: Any) -> None:
     """Write one file, and have the library check it."""
     # Wide dtypes first: then every tensor lies at a multiple of the size of its elements, as the library writes them.
-    width = {name: _row_bits(piece) for name, piece in pieces.items()}
+    width = {name: _element_bits(piece) for name, piece in pieces.items()}
     pieces = {name: pieces[name] for name in sorted(pieces, key=lambda name: -width[name])}
     header = header_bytes(
         {name: (piece.dtype, piece.shape, piece.nbytes) for name, piece in pieces.items()},
         {**checkpoint.metadata, "format": "pt"},
     )
-    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
-        opened: dict[str, int] = {}
-        written = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        stack.callback(os.close, written)
-        os.write(written, header)
+    with contextlib.ExitStack() as files:
+        target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        files.callback(os.close, target)
+        size = len(header) + sum(piece.nbytes for piece in pieces.values())
+        reserve(target, size)  # a full disk is met now, and what is reserved at once is written faster
+        write_all(target, header)
         position = len(header)
-        checks: list[Future[None]] = []
-        buffer = bytearray(_BUFFER)
-        for file, ranges in _ranges(pieces, checkpoint):
-            if file not in opened:
-                opened[file] = os.open(checkpoint.path(file), os.O_RDONLY)
-                stack.callback(os.close, opened[file])
-            begin, end = ranges[0][1].begin, ranges[-1][1].end
-            checks += [pool.submit(_check_finite, opened[file], file, buffer, *r) for r in ranges if r[0].checked]
-            _copy(opened[file], written, begin, end - begin, position, file, bar)
-            position += end - begin
-            while checks and checks[0].done():
-                checks.pop(0).result()
-        for check in checks:
-            check.result()
+        with _Checker(target) as checker:  # ends before the files are closed
+            for source, file, ranges in _announced(_ranges(pieces, checkpoint), checkpoint, files):
+                for begin, count in _portions(ranges):
+                    _copy(source, target, begin, count, position + begin - ranges[0].begin, file)
+                    bar.update(count)
+                for found in ranges:
+                    checker.check(source, file, found, position + found.begin - ranges[0].begin)
+                position += ranges[-1].end - ranges[0].begin
+            checker.finish()
     try:
-        with safe_open(path, framework="pt") as file:
-            found = set(file.keys())
+        with safe_open(path, framework="pt") as written:
+            found_shapes = {name: tuple(written.get_slice(name).get_shape()) for name in written.keys()}
     except SafetensorError as error:
         raise RunError(f"{path.name} was not written as it should be: {error}") from error
-    if found != set(pieces):
+    if found_shapes != {name: piece.shape for name, piece in pieces.items()}:
         raise RunError(f"{path.name} was not written as it should be: it holds other tensors.")
 
 
 @dataclass(frozen=True)
 class _Range:
+    """Neighbouring bytes of a source file, of one tensor."""
+
+    piece: Piece
     begin: int
     end: int
 
 
-def _ranges(pieces: Mapping[str, Piece], checkpoint: Checkpoint) -> Iterator[tuple[str, list[tuple[Piece, _Range]]]]:
-    """The ranges of source files that the pieces are, in their order; neighbours stand together."""
+def _ranges(pieces: Mapping[str, Piece], checkpoint: Checkpoint) -> Iterator[tuple[str, list[_Range]]]:
+    """The ranges of source files that the pieces are, in their order; neighbours stand together, up to a bound."""
     file = ""
-    together: list[tuple[Piece, _Range]] = []
+    together: list[_Range] = []
     for piece in pieces.values():
         entry = checkpoint.entry(piece.source)
         source = checkpoint.tensors[piece.source]
         if piece.rows is None:
-            ranges = [_Range(entry.begin, entry.end)]
+            ranges = [_Range(piece, entry.begin, entry.end)]
         else:
             row = entry.nbytes // entry.shape[0]
-            ranges = [_Range(entry.begin + row * r, entry.begin + row * (r + 1)) for r in piece.rows]
+            ranges = [_Range(piece, entry.begin + row * r, entry.begin + row * (r + 1)) for r in piece.rows]
         for found in ranges:
-            if together and (file != source.file or together[-1][1].end != found.begin):
+            apart = together and (file != source.file or together[-1].end != found.begin)
+            if apart or (together and found.end - together[0].begin > _TOGETHER):
                 yield file, together
                 together = []
             file = source.file
-            together.append((piece, found))
+            together.append(found)
     if together:
         yield file, together
 
 
-def _row_bits(piece: Piece) -> int:
+def _announced(
+    groups: Iterable[tuple[str, list[_Range]]], checkpoint: Checkpoint, files: contextlib.ExitStack
+) -> Iterator[tuple[int, str, list[_Range]]]:
+    """The groups with the descriptor of their file, when the system was told which are wanted next."""
+    opened: dict[str, int] = {}
+    coming: deque[tuple[int, str, list[_Range]]] = deque()
+    announced = 0
+    for file, ranges in groups:
+        if file not in opened:
+            opened[file] = checkpoint.opened(file)
+            files.callback(os.close, opened[file])
+        begin, count = ranges[0].begin, ranges[-1].end - ranges[0].begin
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(opened[file], begin, count, os.POSIX_FADV_WILLNEED)
+        coming.append((opened[file], file, ranges))
+        announced += count
+        while coming and announced > _AHEAD_BYTES:
+            yield coming[0]
+            done = coming.popleft()[2]
+            announced -= done[-1].end - done[0].begin
+    yield from coming
+
+
+def _portions(ranges: list[_Range]) -> Iterator[tuple[int, int]]:
+    """Begin and length of parts of neighbouring ranges, small enough for a progress bar."""
+    for begin in range(ranges[0].begin, ranges[-1].end, _TOGETHER):
+        yield begin, min(_TOGETHER, ranges[-1].end - begin)
+
+
+def _element_bits(piece: Piece) -> int:
     return 8 * piece.nbytes // max(1, math.prod(piece.shape))
 
 
-def _copy(source: int, target: int, begin: int, count: int, position: int, file: str, bar: Any) -> None:
+def _copy(source: int, target: int, begin: int, count: int, position: int, file: str) -> None:
     """Copy bytes from file to file at given places, by the system where it can, without passing through memory."""
     by_system = hasattr(os, "copy_file_range")
     while count:
-        wanted = min(count, 4 * _BUFFER)  # in portions, for the progress bar
+        done = 0
         if by_system:
             try:
-                done = os.copy_file_range(source, target, wanted, begin, position)
+                done = os.copy_file_range(source, target, count, begin, position)
             except OSError as error:
                 if error.errno not in _NOT_HERE:
                     raise
-                by_system = False
-                continue
-        else:
-            done = os.pwrite(target, os.pread(source, min(wanted, _BUFFER), begin), position)
-        if done == 0:
-            raise RunError(f"{file} became shorter while it was read.")
+            by_system = done > 0  # some file systems say 0 for cannot
+        if not by_system:
+            data = os.pread(source, min(count, _BUFFER), begin)
+            if not data:
+                raise RunError(f"{file} became shorter while it was read.")
+            done = os.pwrite(target, data, position)
         begin, position, count = begin + done, position + done, count - done
-        bar.update(done)
 
 
-def _check_finite(source: int, file: str, buffer: bytearray, piece: Piece, place: _Range) -> None:
-    """Raise if a retained weight is NaN or infinite; bytes that are no floating point are not looked at."""
-    dtype = TORCH_DTYPES.get(piece.dtype)
-    if dtype is None or not dtype.is_floating_point:
-        return
-    begin = place.begin
-    while begin < place.end:
-        data = memoryview(buffer)[: min(place.end - begin, len(buffer))]
-        if os.preadv(source, [data], begin) < len(data):
-            raise RunError(f"{file} became shorter while it was read.")
-        if not all_finite(torch.frombuffer(data, dtype=dtype)):
-            raise RunError(f"{file}: {piece.source} holds NaN or infinite weights; the checkpoint is damaged.")
-        begin += len(data)
+class _Checker:
+    """Looks at what was written, in a thread beside the copying.
+
+    Experts and routers must be finite; of every range the first and last bytes must be those of the source.
+    """
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._buffer = bytearray(_BUFFER)
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Checker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def check(self, source: int, file: str, found: _Range, position: int) -> None:
+        """Look at a range that was written at ``position``, and raise what was found of earlier ones."""
+        self._waiting.append(self._pool.submit(self._look, source, file, found, position))
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > _AHEAD):
+            self._waiting.popleft().result()
+
+    def finish(self) -> None:
+        """Wait for all, and raise what was found."""
+        for future in self._waiting:
+            future.result()
+
+    def _look(self, source: int, file: str, found: _Range, position: int) -> None:
+        count = found.end - found.begin
+        for offset in {0, max(0, count - _SAMPLE)}:
+            wanted = min(_SAMPLE, count)
+            if os.pread(source, wanted, found.begin + offset) != os.pread(self._target, wanted, position + offset):
+                raise RunError(f"{found.piece.source} was not written as it should be: its bytes differ.")
+        dtype = TORCH_DTYPES.get(found.piece.dtype)
+        if not found.piece.checked or dtype is None or not dtype.is_floating_point:
+            return
+        for offset in range(0, count, len(self._buffer)):
+            data = memoryview(self._buffer)[: min(count - offset, len(self._buffer))]
+            if os.preadv(self._target, [data], position + offset) < len(data):
+                raise RunError(f"{found.piece.source} was not written as it should be: the file is too short.")
+            if not all_finite(torch.frombuffer(data, dtype=dtype)):
+                raise RunError(
+                    f"{file}: {found.piece.source} holds NaN or infinite weights; the checkpoint is damaged."
+                )
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -48,7 +49,7 @@ def _load_model(args: argparse.Namespace, path: str | None = None) -> Any:
     """The model at ``path`` (by default ``--model``); its architecture is checked before its weights are read."""
     from transformers import AutoModelForCausalLM
 
-    from .pruner import load_model_config
+    from .source import load_model_config
 
     path = path or args.model
     hub = _hub(args)
@@ -111,10 +112,11 @@ def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .calibrate import calibrate_checkpoint
-    from .files import check_target
+    from .files import check_target, working_on
     from .plan import plan_needs
-    from .pruner import MoEPruner, load_model_config
+    from .pruner import MoEPruner
     from .resume import calibration_folder
+    from .source import load_model_config
     from .stats import Need
 
     check_target(args.output, args.overwrite, [args.model])
@@ -130,21 +132,23 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         settings, name_or_path=args.model, model_config=load_model_config(args.model, **_hub(args)), hub=_hub(args)
     )
     samples = _samples(args, pruner)
-    stats = calibrate_checkpoint(
-        pruner.layout(),
-        samples,
-        needs,
-        batch_size=settings.batch_size,
-        max_tokens=settings.max_tokens,
-        seed=settings.seed,
-        dtype=args.dtype,
-        device=args.device,
-        stream=args.stream,
-        folder=calibration_folder(args.output),
-        restart=args.restart,
-        hub=_hub(args),
-    )
-    stats.save(args.output, args.overwrite)
+    with working_on(args.output):
+        stats = calibrate_checkpoint(
+            pruner.layout(),
+            samples,
+            needs,
+            batch_size=settings.batch_size,
+            max_tokens=settings.max_tokens,
+            seed=settings.seed,
+            dtype=args.dtype,
+            device=args.device,
+            stream=args.stream,
+            folder=calibration_folder(args.output),
+            restart=args.restart,
+            hub=_hub(args),
+        )
+        stats.save(args.output, args.overwrite)
+        shutil.rmtree(calibration_folder(args.output), ignore_errors=True)
     told = {
         "output": args.output,
         "samples": len(samples),
@@ -191,7 +195,8 @@ def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _evaluate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .calibration import CalibrationSet, sample_length
     from .evaluate import evaluate
-    from .pruner import MoEPruner, load_model_config
+    from .pruner import MoEPruner
+    from .source import load_model_config
 
     _check_device(args.device)
     pruner = MoEPruner(

@@ -79,7 +79,8 @@ def collect(
     current = Current(calibration, max_tokens, seed)
     batches = list(calibration.batches(batch_size))
     resumed = store.finished
-    unfinished = torch.cat([batch.samples for batch in batches[resumed:]])
+    store.check_steps(len(batches))
+    unfinished = torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.samples for batch in batches[resumed:])])
 
     def allocate(layer: int, shapes: Shapes) -> Mapping[str, Tensor]:
         tensors = store.tensors(layer_file(layer), shapes, keep=resumed > 0)
@@ -92,6 +93,10 @@ def collect(
         before = observers[-1].routed if observers else None
         observers.append(LayerObserver(block, needs, current, allocate, before))
     store.check_space(statistics_bytes({b.layer: b.num_experts for b in blocks}, needs, current, model.config))
+    if resumed == len(batches):  # it was interrupted after the last one: nothing will run
+        for observer in observers:
+            observer.tensors = store.tensors(layer_file(observer.block.layer), None)
+
     decoder = model.base_model
     device = input_device(model)
     with contextlib.ExitStack() as stack:
@@ -109,7 +114,7 @@ def collect(
                 attention_mask=batch.attention_mask.to(device),
                 use_cache=False,
             )
-            if time.monotonic() - since >= GROUP_SECONDS and number + 1 < len(batches):
+            if time.monotonic() - since >= GROUP_SECONDS or number + 1 == len(batches):
                 store.commit(number + 1)
                 since = time.monotonic()
 

@@ -17,9 +17,9 @@ import torch
 
 from .architectures import MoESpec, architecture_of
 from .architectures.block import fingerprint_of
-from .errors import RequestError, RunError
+from .errors import RequestError
 from .shards import Checkpoint
-from .tensor_files import TORCH_DTYPES, all_finite
+from .tensor_files import TORCH_DTYPES
 
 
 @dataclass
@@ -63,6 +63,13 @@ class Layout:
         return {index: layer.num_experts for index, layer in self.layers.items()}
 
     @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts."""
+        names = [n for layer in self.layers.values() for tensors in layer.experts.values() for n in tensors.values()]
+        names += [name for layer in self.layers.values() for name in layer.fused.values()]
+        return sum(self.checkpoint.tensors[name].nbytes for name in names)
+
+    @property
     def dense_layers(self) -> list[int]:
         """Decoder layers without experts."""
         return [index for index in range(self.config.num_hidden_layers) if index not in self.layers]
@@ -79,12 +86,7 @@ class Layout:
         tensors = {}
         with self.checkpoint.reader() as read:
             for name in names:
-                tensor = read(name)
-                if tensor.is_floating_point() and not all_finite(tensor):
-                    raise RunError(
-                        f"{self.checkpoint.tensors[name].file}: {name} holds NaN or infinite weights; the checkpoint "
-                        "is damaged."
-                    )
+                tensor = self.checkpoint.finite(name, read(name))
                 tensors[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).clone()
         return fingerprint_of(
             (index, layer.num_experts, top_k, [tensors[layer.router[path]] for path in self.spec.router_tensors])
@@ -128,7 +130,7 @@ def find_layout(checkpoint: Checkpoint, config: Any) -> Layout:
     layer_list = spec.layers.rpartition(".")[2]
     prefix = re.escape(spec.layers.removesuffix(layer_list))
     blocks = "|".join(map(re.escape, spec.file_blocks))
-    inside = re.compile(rf"(?:{prefix})?{re.escape(layer_list)}\.(\d+)\.(?:{blocks})\.(.+)")
+    inside = re.compile(rf"(?:{prefix})?{re.escape(layer_list)}\.([0-9]{{1,6}})\.(?:{blocks})\.(.+)")
     anywhere = re.compile(rf"(?:^|\.){re.escape(spec.experts)}\.")
     router_paths = {spec.router, *(path.rpartition(".")[0] for path in spec.router_tensors)} - {""}
     for name in checkpoint.tensors:
@@ -141,13 +143,13 @@ def find_layout(checkpoint: Checkpoint, config: Any) -> Layout:
         if path.startswith(f"{spec.experts}."):
             layer = layout.layers.setdefault(index, MoELayer(spec.num_experts(config, index)))
             number, _, rest = path.removeprefix(f"{spec.experts}.").partition(".")
-            if number.isdigit():
-                layer.experts.setdefault(int(number), {})[rest] = name
+            if re.fullmatch("[0-9]{1,6}", number):
+                _put(layout, layer.experts.setdefault(int(number), {}), rest, name)
             else:
-                layer.fused[path.removeprefix(f"{spec.experts}.")] = name
+                _put(layout, layer.fused, path.removeprefix(f"{spec.experts}."), name)
         elif path in spec.router_tensors or any(path.startswith(f"{router}.") for router in router_paths):
             layer = layout.layers.setdefault(index, MoELayer(spec.num_experts(config, index)))
-            layer.router[path] = name
+            _put(layout, layer.router, path, name)
     if not layout.layers:
         raise RequestError(
             f"the files of {checkpoint.name_or_path} hold no experts of a {spec.model_type!r} model "
@@ -157,6 +159,15 @@ def find_layout(checkpoint: Checkpoint, config: Any) -> Layout:
         _check_layer(layout, index, layer)
     layout.layers = dict(sorted(layout.layers.items()))
     return layout
+
+
+def _put(layout: Layout, into: dict[str, str], path: str, name: str) -> None:
+    if path in into:
+        raise RequestError(
+            f"{into[path]} and {name} of {layout.checkpoint.name_or_path} are the same tensor under two names. Remove "
+            "one."
+        )
+    into[path] = name
 
 
 def _check_layer(layout: Layout, index: int, layer: MoELayer) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 from .architectures.block import ExpertsForward, MoEBlock
 from .calibration import Batch, CalibrationSet
 from .errors import RunError
-from .stats import DENSE, LayerStats, Need, Shapes, keep_tokens, layer_shapes
+from .kept import keep_tokens
+from .stats import DENSE, LayerStats, Need, Shapes, layer_shapes
 from .tensor_files import all_finite
 
 _CHUNK_BYTES = 128 * 2**20  # outputs of all experts for a chunk of tokens, in float32

@@ -150,11 +150,15 @@ class PruningPlan:
         Args:
             source: The folder or Hub id of the model the plan was made for.
             target: The folder to write, absent or empty.
-            options: ``max_shard_size``, ``overwrite``, ``standalone``.
+            options: ``max_shard_size``, ``overwrite``, ``standalone``; and for the Hub ``revision``, ``token``,
+                ``cache_dir``, ``trust_remote_code``.
         """
         from .pruner import MoEPruner
 
-        return MoEPruner.from_plan(self, source).prune_checkpoint(target, **options)
+        hub = {
+            key: options.pop(key) for key in ("revision", "token", "cache_dir", "trust_remote_code") & options.keys()
+        }
+        return MoEPruner.from_plan(self, source, **hub).prune_checkpoint(target, **options)
 
     # -- files
 

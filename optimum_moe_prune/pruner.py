@@ -5,30 +5,34 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from .architectures import architecture_of, list_architectures
+from .architectures import architecture_of
 from .architectures.block import moe_blocks
+from .budget import UniformBudget
 from .calibrate import calibrate_checkpoint, no_calibration
 from .calibration import CalibrationInput, CalibrationSet, sample_length
 from .card import model_card
-from .checkpoint import MAX_SHARD_SIZE, apply_to_checkpoint, carry_files, shard_bytes
+from .checkpoint import MAX_SHARD_SIZE, apply_to_checkpoint, carry_files, check_request, shard_bytes
 from .collect import check_model, collect, empty_stats
 from .config import CONFIG_NAME, MoEPrunerConfig
 from .errors import RequestError
-from .files import check_target, read_json, written_folder
+from .files import check_space, check_target, read_json, working_on, written_folder
 from .layout import Layout, find_layout
 from .plan import PLAN_NAME, PruningPlan, budget_for, build_plan, plan_needs, with_parent
 from .resume import calibration_folder
-from .shards import Checkpoint, commit_of, find_file
+from .shards import Checkpoint, find_file, without_code
+from .source import load_model_config, moe_layers, stored_plan
 from .standalone import standalone_class, write_standalone
 from .stats import CalibrationStats, check_domain_weights
+from .stream import Skeleton
 from .surgery import apply_plan, check_plan_for_config, pruned_config
 
 if TYPE_CHECKING:
@@ -116,7 +120,7 @@ class MoEPruner:
         }
         hub = {key: value for key, value in given.items() if value is not None}
         model_config = load_model_config(name_or_path, **hub)
-        stored = _stored_plan(name_or_path, hub)
+        stored = stored_plan(name_or_path, hub)
         if config is not None or stored is None:
             if overrides:
                 config = MoEPrunerConfig.from_dict({} if config is None else config.to_dict(), **overrides)
@@ -128,7 +132,7 @@ class MoEPruner:
                 budget_for(config, *moe_layers(model_config))  # refuses what can be refused before any work
             return cls(config, name_or_path=name_or_path, model_config=model_config, parent=stored, hub=hub)
         try:
-            recipe = MoEPrunerConfig.from_pretrained(name_or_path, **_of_files(hub), **overrides)
+            recipe = MoEPrunerConfig.from_pretrained(name_or_path, **without_code(hub), **overrides)
         except RequestError as error:
             if overrides:
                 raise
@@ -150,7 +154,7 @@ class MoEPruner:
             RequestError: If there is no model, or its architecture is not known.
         """
         model_config = load_model_config(name_or_path, **hub)
-        parent = _stored_plan(name_or_path, hub)
+        parent = stored_plan(name_or_path, hub)
         if parent is not None and "parent" not in plan.provenance:
             plan = with_parent(plan, parent)
         return cls(plan=plan, name_or_path=name_or_path, model_config=model_config, hub=hub)
@@ -329,71 +333,120 @@ class MoEPruner:
             RunError: If the model holds NaN or infinite values, or something cannot be written. What a calibration
                 had finished stays in the sibling ``.<name>.partial``.
         """
-        source = self.name_or_path if source is None else str(source)
-        if source is None:
-            raise RequestError("this pruner is not bound to a checkpoint; pass source=.")
-        check_target(output_dir, overwrite, [source])
-        shard_bytes(max_shard_size)
-        plan = self.pruning_plan
-        if calibration is not None or domain_weights is not None:
-            plan = None
-        if plan is not None:
-            own = self.model_config if source == self.name_or_path else None
-            check_plan_for_config(plan, own or load_model_config(source, **self._hub))
-        layout = self.layout(source)
-        if plan is None:
-            config = self._recipe()
-            budget_for(config, layout.num_experts, layout.spec.routing(layout.config).top_k)
-            if isinstance(calibration, CalibrationStats):
-                self.stats = calibration
-            elif not plan_needs(config):
-                self.stats = no_calibration(layout, seed=config.seed)
-            elif calibration is not None:
-                samples = self.samples(calibration, layout.config)
-                if domain_weights is not None:
-                    check_domain_weights(samples.samples, domain_weights)
-                self.stats = calibrate_checkpoint(
-                    layout,
-                    samples,
-                    plan_needs(config),
-                    batch_size=config.batch_size,
-                    max_tokens=config.max_tokens,
-                    seed=config.seed,
+        if source is not None and str(source) != self.name_or_path:
+            other = self._bound_to(source)
+            try:
+                return other.prune_checkpoint(
+                    output_dir,
+                    calibration=calibration,
+                    domain_weights=domain_weights,
+                    stream=stream,
                     dtype=dtype,
                     device=device,
-                    stream=stream,
-                    folder=calibration_folder(output_dir),
+                    max_shard_size=max_shard_size,
+                    overwrite=overwrite,
                     restart=restart,
-                    hub=self._hub,
+                    standalone=standalone,
                 )
-            elif self.stats is None:
-                raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
-            plan = self.plan(domain_weights=domain_weights)
-        return apply_to_checkpoint(
-            plan,
-            layout,
-            output_dir,
-            recipe=None if self.config is None else self.config.to_dict(),
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            standalone=standalone,
-        )
+            finally:
+                self.stats, self.pruning_plan = other.stats, other.pruning_plan
+        if self.name_or_path is None:
+            raise RequestError("this pruner is not bound to a checkpoint; pass source=.")
+        check_target(output_dir, overwrite, [self.name_or_path])
+        shard_bytes(max_shard_size)
+        plan = None if calibration is not None or domain_weights is not None else self.pruning_plan
+        if plan is not None:
+            check_plan_for_config(plan, self._model_config())
+        layout = self.layout()
+        with working_on(output_dir):
+            if plan is None:
+                how: dict[str, Any] = {"stream": stream, "dtype": dtype, "device": device, "restart": restart}
+                plan = self._planned(layout, output_dir, calibration, domain_weights, standalone, how)
+            apply_to_checkpoint(
+                plan,
+                layout,
+                output_dir,
+                recipe=None if self.config is None else self.config.to_dict(),
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                standalone=standalone,
+            )
+            if calibration is not None:
+                shutil.rmtree(calibration_folder(output_dir), ignore_errors=True)
+        return Path(output_dir)
 
-    def layout(self, source: str | os.PathLike | None = None) -> Layout:
-        """Where the files of a checkpoint, by default the bound one, hold experts and routers; checked.
+    def _planned(
+        self,
+        layout: Layout,
+        output_dir: str | os.PathLike,
+        calibration: CalibrationInput | CalibrationStats | None,
+        domain_weights: Mapping[str, float] | None,
+        standalone: bool,
+        how: dict[str, Any],
+    ) -> PruningPlan:
+        """A plan for the bound checkpoint, when everything that can be refused before a calibration is looked at."""
+        config = self._recipe()
+        budget = budget_for(config, layout.num_experts, layout.spec.routing(layout.config).top_k)
+        uniform = isinstance(budget, UniformBudget) and len(set(budget.num_experts.values())) == 1
+        check_request(layout, uniform, standalone)
+        share = budget.total / sum(layout.num_experts.values())
+        check_space(output_dir, int(layout.checkpoint.nbytes - (1 - share) * layout.expert_bytes))
+        if isinstance(calibration, CalibrationStats):
+            self.stats = calibration
+        elif not plan_needs(config):
+            Skeleton(layout, torch.float32)  # looks whether all tensors are there
+            self.stats = no_calibration(layout, seed=config.seed)
+        elif calibration is not None:
+            samples = self.samples(calibration, layout.config)
+            if domain_weights is not None:
+                check_domain_weights(samples.samples, domain_weights)
+            self.stats = calibrate_checkpoint(
+                layout,
+                samples,
+                plan_needs(config),
+                batch_size=config.batch_size,
+                max_tokens=config.max_tokens,
+                seed=config.seed,
+                folder=calibration_folder(output_dir),
+                hub=self._hub,
+                **how,
+            )
+        elif self.stats is None:
+            raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
+        return self.plan(domain_weights=domain_weights)
+
+    def _bound_to(self, source: str | os.PathLike) -> MoEPruner:
+        """The same pruner, for another checkpoint."""
+        other = MoEPruner(
+            self.config,
+            plan=self.pruning_plan,
+            name_or_path=source,
+            tokenizer=self._tokenizer if self._tokenizer_given else None,
+            model_config=load_model_config(source, **self._hub),
+            parent=stored_plan(source, self._hub),
+            hub=self._hub,
+        )
+        other.stats = self.stats
+        return other
+
+    def _model_config(self) -> Any:
+        """The config of the bound model."""
+        if self.model_config is None:
+            self.model_config = load_model_config(str(self.name_or_path), **self._hub)
+        return self.model_config
+
+    def layout(self) -> Layout:
+        """Where the files of the bound checkpoint hold experts and routers; checked.
 
         Raises:
             RequestError: If there is none, or its files are damaged.
         """
-        source = self.name_or_path if source is None else str(source)
-        if source is None:
-            raise RequestError("this pruner is not bound to a checkpoint.")
-        config = self.model_config
-        if config is None or source != self.name_or_path:
-            config = load_model_config(source, **self._hub)
-        revision = getattr(config, "_commit_hash", None) or self._hub.get("revision")
-        hub = {**self._hub, "revision": revision} if revision else self._hub
-        return find_layout(Checkpoint.open(source, hub), config)
+        if self.name_or_path is None:
+            raise RequestError("this pruner is not bound to a model; pass the model to calibrate.")
+        config = self._model_config()
+        commit = getattr(config, "_commit_hash", None)
+        hub = {**self._hub, "revision": commit} if commit else self._hub
+        return find_layout(Checkpoint.open(self.name_or_path, hub), config)
 
     def save_pretrained(
         self,
@@ -463,55 +516,9 @@ class MoEPruner:
         found = None if self.name_or_path is None else find_file(self.name_or_path, "config.json", self._hub)
         if found is None:
             return
-        if self.model_config is None:
-            self.model_config = load_model_config(str(self.name_or_path), **self._hub)
-        values = pruned_config(read_json(found), self.model_config, model.config, architecture_of(model.config))
+        values = pruned_config(read_json(found), self._model_config(), model.config, architecture_of(model.config))
         dtype = str(model.dtype).removeprefix("torch.")
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
         if values.get(key) != dtype:
             values[key] = dtype
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def moe_layers(model_config: Any) -> tuple[dict[int, int], int]:
-    """Experts in each MoE layer, and the experts used per token, from a config alone (a model without weights)."""
-    with torch.device("meta"):
-        blocks = moe_blocks(AutoModelForCausalLM.from_config(model_config))
-    return {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k
-
-
-def load_model_config(name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-    """The config of a model whose architecture is known.
-
-    Args:
-        name_or_path: Its folder or Hub id.
-        kwargs: Passed to ``AutoConfig.from_pretrained``.
-
-    Raises:
-        RequestError: If there is no model, or it is not a known Mixture-of-Experts model.
-    """
-    path = Path(name_or_path)
-    if path.exists() and not (path / "config.json").is_file():
-        raise RequestError(f"{name_or_path} is not a model's folder: it has no config.json.")
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    except Exception as error:  # a config can be wrong in as many ways as there are model types
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RequestError(
-            f"no model can be read from {str(name_or_path)!r}: {first} Known architectures: "
-            f"{', '.join(list_architectures())}."
-        ) from error
-    architecture_of(config)
-    config._commit_hash = commit_of(name_or_path, kwargs)  # transformers no longer says which one it was
-    return config
-
-
-def _stored_plan(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> PruningPlan | None:
-    """The plan in a checkpoint that this package made, or None."""
-    stored = find_file(name_or_path, PLAN_NAME, hub)
-    return None if stored is None else PruningPlan.load(stored)
-
-
-def _of_files(hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what is said about the Hub, what concerns files and not code."""
-    return {key: value for key, value in hub.items() if key != "trust_remote_code"}

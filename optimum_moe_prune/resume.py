@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import RequestError, RunError
-from .files import check_space, partial_folder, read_json, write_text
+from .files import check_space, is_integer, partial_folder, read_json, sync, write_text
 from .stats import Shapes
 from .tensor_files import MappedTensors
 
@@ -38,7 +38,7 @@ class Store:
 
     Args:
         folder: Where to keep them so that an interrupted calibration can be continued.
-        of: What the calibration is of: a later run with something else is refused.
+        of: What the calibration is of, as nested plain values: a later run with something else is refused.
         restart: Begin anew, whatever the folder holds.
 
     Attributes:
@@ -46,7 +46,8 @@ class Store:
         spilled: Whether anything is in files.
 
     Raises:
-        RequestError: If the folder holds an unfinished calibration of something else.
+        RequestError: If the folder holds an unfinished calibration of something else, or a damaged one.
+        RunError: If the folder cannot be made.
     """
 
     def __init__(self, folder: Path | None = None, of: Mapping[str, Any] | None = None, restart: bool = False) -> None:
@@ -56,41 +57,40 @@ class Store:
         self._in_memory = 0
         self._files: dict[str, MappedTensors] = {}
         self._of = json.loads(json.dumps(of or {}))
-        if folder is not None:
-            self._open(folder, restart)
+        if folder is None:
+            return
+        progress = None if restart else unfinished(folder)
+        if progress is None:
+            self._begin(folder)
+            return
+        there, self.finished = progress
+        if differences := list(_differences(there, self._of)):
+            raise RequestError(
+                f"{folder} holds an unfinished calibration of something else: {'; '.join(differences)}. Run the "
+                "command that began it to continue, or begin anew (--restart)."
+            )
+        if self.finished:
+            logger.warning("continuing the unfinished calibration in %s.", folder)
 
-    def _open(self, folder: Path, restart: bool) -> None:
-        if restart:
-            shutil.rmtree(folder, ignore_errors=True)
-        if (folder / _PROGRESS).is_file():
-            try:
-                progress = read_json(folder / _PROGRESS)
-                there, finished = dict(progress["of"]), int(progress["finished"])
-                known = progress["format_version"] == FORMAT_VERSION
-            except (RequestError, KeyError, TypeError, ValueError) as error:
-                raise RequestError(
-                    f"the unfinished calibration in {folder} is damaged: {error!r}. Begin anew (--restart)."
-                ) from error
-            differences = [
-                f"{name} is {_short(there.get(name))} there and {_short(self._of.get(name))} now"
-                for name in sorted(set(there) | set(self._of))
-                if there.get(name) != self._of.get(name)
-            ]
-            if differences or not known:
-                raise RequestError(
-                    f"{folder} holds an unfinished calibration of something else: "
-                    f"{'; '.join(differences) or 'its format is another'}. Run the command that began it to continue, "
-                    "or begin anew (--restart)."
-                )
-            self.finished = finished
-            if finished:
-                logger.warning("continuing the unfinished calibration in %s.", folder)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            try:
-                folder.mkdir(parents=True)
-            except OSError as error:
-                raise RunError(f"{folder} cannot be written: {error}.") from error
+    def _begin(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+            sync(folder.parent)
+        except OSError as error:
+            raise RunError(f"{folder} cannot be written: {error}.") from error
+
+    def check_steps(self, steps: int) -> None:
+        """Raise if more was finished than there is to do.
+
+        Raises:
+            RequestError: The folder is damaged then.
+        """
+        if self.finished > steps:
+            raise RequestError(
+                f"the unfinished calibration in {self.folder} is damaged: it says that {self.finished} steps of "
+                f"{steps} are finished. Begin anew (--restart)."
+            )
 
     def tensors(self, name: str, shapes: Shapes | None, keep: bool = False) -> Mapping[str, Tensor]:
         """Tensors of zeros, or what an earlier run left in them.
@@ -133,6 +133,7 @@ class Store:
             try:
                 for file in self._files.values():
                     file.sync()
+                sync(self.folder)  # their names as well, before anything says that they are finished
             except OSError as error:
                 raise RunError(f"{self.folder} cannot be written: {error}.") from error
             progress = {"format_version": FORMAT_VERSION, "of": self._of, "finished": finished}
@@ -148,11 +149,29 @@ class Store:
         if self.folder is not None and not self.finished:
             check_space(self.folder, nbytes)
 
-    def discard_if_nothing_is_finished(self) -> None:
-        """Remove the folder of a calibration that failed before its first step."""
+    def close(self) -> None:
+        """Remove a folder in which nothing is finished: there is nothing to continue."""
         if self.folder is not None and not self.finished:
             shutil.rmtree(self.folder, ignore_errors=True)
-            remove_if_empty(self.folder.parent)
+
+
+def unfinished(folder: Path) -> tuple[dict[str, Any], int] | None:
+    """What the unfinished calibration in a folder is of, and how many steps are finished; None if there is none.
+
+    Raises:
+        RequestError: If it is damaged.
+    """
+    if not (folder / _PROGRESS).is_file():
+        return None
+    advice = "Begin anew (--restart)."
+    try:
+        progress = read_json(folder / _PROGRESS)
+        version, of, finished = progress["format_version"], progress["of"], progress["finished"]
+        if version != FORMAT_VERSION or not isinstance(of, dict) or not is_integer(finished) or finished < 0:
+            raise ValueError(f"format_version {version!r}, finished {finished!r}")
+    except (RequestError, KeyError, ValueError) as error:
+        raise RequestError(f"the unfinished calibration in {folder} is damaged: {error}. {advice}") from error
+    return of, finished
 
 
 def calibration_folder(target: str | os.PathLike) -> Path:
@@ -160,12 +179,16 @@ def calibration_folder(target: str | os.PathLike) -> Path:
     return partial_folder(target) / "calibration"
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> Iterator[str]:
+    """What differs between two nested mappings, one by one."""
+    for name in sorted(set(there) | set(now)):
+        old, new = there.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{inside}{name}: ")
+        elif old != new:
+            yield f"{inside}{name} is {_short(old)} there and {_short(new)} now"
 
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 120 else f"{text[:117]}..."

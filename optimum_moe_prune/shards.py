@@ -21,9 +21,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .errors import RequestError
-from .files import read_json
-from .tensor_files import TORCH_DTYPES, TensorEntry, read_header
+from .errors import RequestError, RunError
+from .files import MARKERS, read_json
+from .tensor_files import TORCH_DTYPES, TensorEntry, all_finite, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     index_metadata: dict[str, Any] = field(default_factory=dict)
     _entries: dict[str, dict[str, TensorEntry]] = field(default_factory=dict, repr=False)
+    _stamps: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
@@ -99,9 +100,7 @@ class Checkpoint:
         Raises:
             RequestError: If there are no safetensors files, one is missing or damaged, or the index and they disagree.
         """
-        checkpoint = cls(
-            str(name_or_path), {key: value for key, value in (hub or {}).items() if key != "trust_remote_code"}
-        )
+        checkpoint = cls(str(name_or_path), without_code(hub or {}))
         if checkpoint.is_local:
             single = (Path(name_or_path) / SINGLE_FILE).is_file()
         else:
@@ -124,6 +123,17 @@ class Checkpoint:
                     f"{INDEX_FILE} of {name_or_path} says that {name} is in {file}, and it is not. The checkpoint is "
                     "damaged; fetch it again."
                 )
+        beside = {
+            name
+            for name in list_files(name_or_path, checkpoint.hub)
+            if "/" not in name and name.endswith(".safetensors")
+        } - set(files)
+        if beside:
+            logger.warning(
+                "%s of %s belongs to no model that transformers loads from there, and is not looked at.",
+                ", ".join(sorted(beside)),
+                name_or_path,
+            )
         if not checkpoint.tensors:
             raise RequestError(f"the safetensors files of {name_or_path} hold no tensors.")
         return checkpoint
@@ -148,9 +158,13 @@ class Checkpoint:
 
         Raises:
             RequestError: If it is missing.
+            RunError: If it cannot be downloaded.
         """
-        with self._lock:
-            found = find_file(self.name_or_path, file, self.hub)
+        try:
+            with self._lock:
+                found = find_file(self.name_or_path, file, self.hub)
+        except OSError as error:
+            raise RunError(f"{file} of {self.name_or_path} cannot be fetched: {str(error).splitlines()[0]}") from error
         if found is None:
             raise RequestError(f"{file} of {self.name_or_path} is missing.")
         return found
@@ -159,8 +173,53 @@ class Checkpoint:
         """Where a tensor lies in its file; one on the Hub is downloaded first."""
         file = self.tensors[name].file
         if file not in self._entries:
-            self._entries[file], _ = read_header(self.path(file))
+            self._read(file)
         return self._entries[file][name]
+
+    def opened(self, file: str) -> int:
+        """A descriptor to read a file's bytes from, which the caller closes.
+
+        Raises:
+            RunError: If it is not the file any more whose header was read.
+        """
+        if file not in self._entries:
+            self._read(file)
+        descriptor = os.open(self.path(file), os.O_RDONLY)
+        if _stamp(os.fstat(descriptor)) != self._stamps[file]:
+            os.close(descriptor)
+            raise RunError(f"{file} of {self.name_or_path} was changed while it was read.")
+        return descriptor
+
+    def check_unchanged(self) -> None:
+        """Raise if a file that was read is not the same any more.
+
+        Raises:
+            RunError: Naming it.
+        """
+        for file in self._stamps:
+            os.close(self.opened(file))
+
+    def check_finite(self) -> None:
+        """Raise if a tensor holds NaN or infinity. Reads all of them.
+
+        Raises:
+            RunError: Naming it and its file.
+        """
+        with self.reader() as read:
+            for name in self.tensors:
+                self.finite(name, read(name))
+
+    def finite(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that was read, if all of it is finite.
+
+        Raises:
+            RunError: Naming it and its file.
+        """
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise RunError(
+                f"{self.tensors[name].file}: {name} holds NaN or infinite weights; the checkpoint is damaged."
+            )
+        return tensor
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Callable[[str], Tensor]]:
@@ -230,13 +289,20 @@ class Checkpoint:
                 }
             except Exception as error:  # a server that cannot give parts of files; the whole file can be had
                 logger.info("the header of %s cannot be read alone: %s", file, error)
-        self._entries[file], metadata = read_header(self.path(file))
+        metadata = self._read(file)
         if first:
             self.metadata = metadata
         return {
             name: SourceTensor(file, entry.dtype, entry.shape, entry.nbytes)
             for name, entry in self._entries[file].items()
         }
+
+    def _read(self, file: str) -> dict[str, str]:
+        """Read a file's header; its metadata."""
+        path = self.path(file)
+        self._entries[file], metadata = read_header(path)
+        self._stamps[file] = _stamp(os.stat(path))
+        return metadata
 
     def _is_cached(self, file: str) -> bool:
         from huggingface_hub import try_to_load_from_cache
@@ -247,6 +313,11 @@ class Checkpoint:
         return isinstance(found, str)
 
 
+def without_code(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is said about the Hub, what concerns files and not code."""
+    return {key: value for key, value in hub.items() if key != "trust_remote_code"}
+
+
 def find_file(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str, Any]) -> Path | None:
     """A file of a model's folder or Hub repository, or None; a folder is looked at without the network."""
     if Path(name_or_path).is_dir():
@@ -254,8 +325,7 @@ def find_file(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str,
         return path if path.is_file() else None
     from transformers.utils import cached_file
 
-    hub = {key: value for key, value in hub.items() if key != "trust_remote_code"}
-    found = cached_file(str(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **hub)
+    found = cached_file(str(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **without_code(hub))
     return None if found is None else Path(found)
 
 
@@ -288,12 +358,22 @@ def list_files(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> list[
 
 
 def other_files(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> list[str]:
-    """The files beside a model's weights: tokenizer, configs, code. Hidden ones are left out."""
+    """The files beside a model's weights: tokenizer, configs, code. Hidden ones are left out, and earlier outputs."""
+    names = list_files(name_or_path, hub)
+    outputs = tuple(
+        f"{name.rpartition('/')[0]}/" for name in names if name.rpartition("/")[2] in MARKERS and "/" in name
+    )
     return [
         name
-        for name in list_files(name_or_path, hub)
+        for name in names
         if not any(fnmatch(name.rpartition("/")[2], pattern) for pattern in WEIGHT_FILES)
+        and not name.startswith(outputs or "/")
     ]
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _is_hidden(name: str) -> bool:

@@ -11,15 +11,16 @@ Shapes: S samples, N kept tokens, E experts, P experts of the MoE layer before, 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from .errors import RequestError
 from .files import read_json, written_folder
+from .kept import keep_tokens
 from .replay import Routing
 from .tensor_files import MappedTensors
 
@@ -167,8 +169,8 @@ class CalibrationStats:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the calibration samples."""
-        return hashlib.sha256(" ".join(sample.hash for sample in self.samples).encode()).hexdigest()
+        """A hash of the calibration samples and their domains."""
+        return samples_fingerprint(self.samples)
 
     def require(self, needs: Iterable[Need], method: str) -> None:
         """Raise unless everything in ``needs`` was gathered.
@@ -234,13 +236,7 @@ class CalibrationStats:
         }
         with written_folder(folder, overwrite) as partial:
             for index, layer in self.layers.items():
-                # Through a mapped file: the library would make a copy of the layer in memory.
-                tensors = {name: layer.tensors[name] for name in tensor_names(self.needs)}
-                written = MappedTensors.create(
-                    partial / layer_file(index), {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-                )
-                for name, tensor in tensors.items():
-                    written[name].copy_(tensor)
+                _save_layer(layer.tensors, tensor_names(self.needs), partial / layer_file(index))
             tokens = {"sample": self.token_sample.contiguous(), "position": self.token_position.contiguous()}
             save_file(tokens, partial / "tokens.safetensors")
             (partial / "stats.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
@@ -384,6 +380,11 @@ class CalibrationStats:
         )
 
 
+def samples_fingerprint(samples: Iterable[Sample]) -> str:
+    """A hash of samples and their domains."""
+    return hashlib.sha256(" ".join(f"{s.hash} {s.domain!r}" for s in samples).encode()).hexdigest()
+
+
 def check_domain_weights(samples: Iterable[Sample], domain_weights: Mapping[str, float]) -> None:
     """Raise unless there is a positive, finite number for each domain of the samples, and for no other.
 
@@ -443,36 +444,16 @@ def layer_shapes(
     return {name: others.get(name, ((num_samples, num_experts), torch.float64)) for name in tensor_names(needs)}
 
 
-def keep_tokens(samples: Sequence[Sample], max_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The tokens that are kept: all of them, or the ``max_tokens`` with the lowest hash.
-
-    Args:
-        samples: The samples, in their final order.
-        max_tokens: The most tokens to keep.
-        seed: Another seed keeps others.
-
-    Returns:
-        Sample and position of each kept token, both ``(N,)`` int64, in the order of samples and positions.
-    """
-    sample = np.concatenate(
-        [np.full(s.num_tokens, i, dtype=np.int64) for i, s in enumerate(samples)] or [np.zeros(0, int)]
-    )
-    position = np.concatenate([np.arange(s.num_tokens, dtype=np.int64) for s in samples] or [np.zeros(0, int)])
-    if len(sample) > max_tokens:
-        of_sample = np.array([int(s.hash[:16], 16) for s in samples], dtype=np.uint64)
-        key = _mix(_mix(of_sample + np.uint64(seed % 2**64))[sample] + position.astype(np.uint64))
-        kept = np.sort(np.argsort(key, kind="stable")[:max_tokens])
-        sample, position = sample[kept], position[kept]
-    return torch.from_numpy(sample.astype(np.int64)), torch.from_numpy(position.astype(np.int64))
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """Scramble 64-bit integers (the finaliser of splitmix64): an even, reproducible hash."""
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+def _save_layer(tensors: Mapping[str, Tensor], names: Iterable[str], path: Path) -> None:
+    """Write a layer's statistics: the file they live in under another name, or a copy that needs no memory."""
+    if isinstance(tensors, MappedTensors) and tensors.path.name == path.name and tensors.path.is_file():
+        with contextlib.suppress(OSError):  # another disk, or a system without links
+            os.link(tensors.path, path)
+            return
+    found = {name: tensors[name] for name in names}
+    written = MappedTensors.create(path, {name: (tuple(t.shape), t.dtype) for name, t in found.items()})
+    for name, tensor in found.items():
+        written[name].copy_(tensor)
 
 
 def layer_file(index: int) -> str:

@@ -35,14 +35,13 @@ from transformers.core_model_loading import (
 from .architectures.block import moe_blocks
 from .calibration import Batch, CalibrationSet
 from .collect import assemble, statistics_bytes
-from .errors import RequestError, RunError
-from .layout import Layout, model_dtype
+from .errors import MoEPruneError, RequestError
+from .layout import Layout
 from .observe import Current, LayerObserver, Routed
 from .progress import progress
 from .resume import Store
 from .shards import Checkpoint
 from .stats import CalibrationStats, LayerStats, Need, Shapes, layer_file
-from .tensor_files import all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +49,13 @@ _READ_AHEAD_BYTES = 8 * 2**20
 
 
 def collect_streamed(
-    layout: Layout,
+    skeleton: Skeleton,
     calibration: CalibrationSet,
     needs: Iterable[Need],
     *,
     batch_size: int = 8,
     max_tokens: int = 8192,
     seed: int = 0,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
     provenance: dict[str, Any] | None = None,
     store: Store | None = None,
     read_ahead: bool = True,
@@ -66,14 +63,12 @@ def collect_streamed(
     """Gather statistics of a checkpoint's MoE layers with one decoder layer in memory.
 
     Args:
-        layout: The checkpoint.
+        skeleton: The model, its precision, and where to calculate. Only the layer at work is there.
         calibration: The samples.
         needs: What to gather.
         batch_size: Samples in a forward pass.
         max_tokens: The most tokens for which statistics per token are kept.
         seed: Decides which tokens are kept when there are more.
-        dtype: The precision to calculate in; ``"auto"`` is the checkpoint's.
-        device: Where to calculate. Only the layer at work is there.
         provenance: Added to the provenance of the result.
         store: Where statistics and hidden states grow. With a folder, each finished layer is kept there, and a later
             call continues after the last one. By default they are in memory, or in temporary files where they are
@@ -90,13 +85,14 @@ def collect_streamed(
     """
     needs = frozenset(needs)
     store = Store() if store is None else store
+    layout = skeleton.layout
     config = layout.config
     if getattr(config, "quantization_config", None):
         raise RequestError(
             "this checkpoint is quantised; calibrate with the unquantised one. A plan can be applied to both (apply)."
         )
     calibration.check_vocabulary(config.get_text_config().vocab_size)
-    skeleton = Skeleton(layout, model_dtype(config, layout.checkpoint, dtype), torch.device(device))
+    store.check_steps(skeleton.num_layers)
     facts = layout.facts() if layout.checkpoint.is_local else None  # on the Hub it would fetch all files first
     current = Current(calibration, max_tokens, seed)
     batches = list(calibration.batches(batch_size))
@@ -118,9 +114,10 @@ def collect_streamed(
             layers[index] = LayerStats(block.num_experts, block.routing, tensors, weights, current.token_sample)
             before = Routed(block.num_experts)
 
+    skeleton.prepare()
     with torch.no_grad(), _ReadAhead(layout.checkpoint) as ahead:
         if store.finished:
-            states.open(store.finished)
+            states.open()
         else:
             states.begin(skeleton.embedded(batches))
         remaining = range(store.finished, skeleton.num_layers)
@@ -182,7 +179,7 @@ class _States:
         for number, hidden in enumerate(embedded):
             self._files[0][f"hidden_{number}"].copy_(hidden)
 
-    def open(self, finished: int) -> None:
+    def open(self) -> None:
         """Take up what an interrupted run left."""
         self._files = [self._store.tensors(f"states_{copy}.safetensors", None) for copy in range(2)]
 
@@ -239,7 +236,7 @@ class _ReadAhead:
             try:
                 entry = self._checkpoint.entry(name)
                 file = os.open(self._checkpoint.path(self._checkpoint.tensors[name].file), os.O_RDONLY)
-            except (OSError, RequestError) as error:  # whoever needs the tensor meets it again
+            except (OSError, MoEPruneError) as error:  # whoever needs the tensor meets it again
                 logger.debug("reading ahead: %s", error)
                 return
             try:
@@ -296,10 +293,11 @@ class Skeleton:
         RequestError: If a tensor is missing, or has another shape than the config says.
     """
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+        self.layout = layout
         self.checkpoint = layout.checkpoint
         self.dtype = dtype
-        self.device = device
+        self.device = torch.device("cuda" if device == "auto" else device)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(layout.config), dtype=dtype).eval()
         self.blocks = moe_blocks(self.model)
@@ -313,7 +311,6 @@ class Skeleton:
         self._input = self._output = torch.empty(0)
         for index, layer in enumerate(self._layers):
             layer.forward = self._standing_in(index, layer.forward)
-        self._prepare()
 
     # -- running
 
@@ -390,6 +387,12 @@ class Skeleton:
         return sources
 
     def _check(self) -> None:
+        for index in sorted({block.layer for block in self.blocks} ^ set(self.layout.layers)):
+            raise RequestError(
+                f"config.json says that layer {index} of {self.checkpoint.name_or_path} "
+                + ("has no experts, and the files hold some." if index in self.layout.layers else "has experts, and")
+                + ("" if index in self.layout.layers else " the files hold none; the checkpoint is damaged.")
+            )
         backbone = f"{self.model.base_model_prefix}."
         made = set(self._sources)
         for name, source in self._sources.items():
@@ -413,7 +416,7 @@ class Skeleton:
                         f"{tensor.file}: {source.names[0]} has shape {tensor.shape}, and config.json says {expected}."
                     )
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Load what stands beside the layers, but the embeddings and the head."""
         embeddings = self.model.get_input_embeddings()
         backbone = f"{self.model.base_model_prefix}."
@@ -467,11 +470,7 @@ class Skeleton:
         dtype = self._parameters[name].dtype
 
         def finite(tensor_name: str) -> Tensor:
-            tensor: Tensor = read(tensor_name)
-            if tensor.is_floating_point() and not all_finite(tensor):
-                file = self.checkpoint.tensors[tensor_name].file
-                raise RunError(f"{file}: {tensor_name} holds NaN or infinite weights; the checkpoint is damaged.")
-            return tensor.to(dtype)
+            return self.checkpoint.finite(tensor_name, read(tensor_name)).to(dtype)
 
         if source.converter is None:
             value = finite(source.names[0])

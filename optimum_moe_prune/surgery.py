@@ -60,12 +60,24 @@ def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
                 f"this plan is for another model: layer {layer} has {expected} experts in the plan and {found} in the "
                 f"model. {_WHEN}"
             )
-    found_print = fingerprint(blocks)
-    if plan.made_for.get("fingerprint", found_print) != found_print:
+    check_routers(plan, fingerprint(blocks))
+
+
+def check_routers(plan: PruningPlan, found: str) -> None:
+    """Raise unless a plan was made for a model with these router weights.
+
+    Args:
+        plan: The plan.
+        found: The model's fingerprint.
+
+    Raises:
+        RequestError: If it was made for others.
+    """
+    if plan.made_for.get("fingerprint", found) != found:
         raise RequestError(
             "this plan was made for a model with other router weights "
             f"({plan.made_for.get('name_or_path') or 'unnamed'}, fingerprint {plan.made_for['fingerprint'][:12]}; "
-            f"this model: {found_print[:12]})."
+            f"this model: {found[:12]})."
         )
 
 

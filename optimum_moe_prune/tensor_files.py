@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,16 +70,19 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorEntry], dict[s
     """
     path = Path(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        with open(path, "rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
+        with open(path, "rb") as raw:  # says why it cannot be opened; the library calls every such file missing
+            beginning = raw.read(40)
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+            length = int.from_bytes(beginning[:8], "little")
+            raw.seek(8)
             header = json.loads(raw.read(length), object_pairs_hook=_no_duplicates)
     except FileNotFoundError as error:
         raise RequestError(f"{path} is missing.") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        with open(path, "rb") as raw:
-            pointer = raw.read(40).startswith(b"version https://git-lfs")
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
+    except (SafetensorError, ValueError) as error:
+        pointer = beginning.startswith(b"version https://git-lfs")
         why = "is a Git LFS pointer and not the file itself (git lfs pull)" if pointer else f"is damaged: {error}"
         raise RequestError(f"{path} {why}. Fetch it again.") from error
     header.pop("__metadata__", None)
@@ -138,11 +141,15 @@ class MappedTensors(Mapping[str, Tensor]):
 
     The system keeps of them in memory what fits and moves the rest to disk; they count as the file's pages and not as
     memory of the process. They stay usable when the file is removed.
+
+    Attributes:
+        path: Where the file was made or opened.
     """
 
-    def __init__(self, file: int, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, path: Path, file: int, entries: Mapping[str, TensorEntry]) -> None:
+        self.path = path
         self._file = file
-        self._tensors = tensors
+        self._tensors = _mapped(file, entries)
 
     @classmethod
     def create(cls, path: str | os.PathLike, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> MappedTensors:
@@ -163,20 +170,18 @@ class MappedTensors(Mapping[str, Tensor]):
             for name, (shape, dtype) in largest_first
         }
         header = header_bytes(layout)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            os.write(file, header)
-            size = sum(nbytes for _, _, nbytes in layout.values())
-            if size:
-                _allocate(file, len(header), size)
-        except OSError:
-            os.close(file)
-            raise
         position, entries = len(header), {}
         for name, (dtype_name, shape, nbytes) in layout.items():
             entries[name] = TensorEntry(dtype_name, shape, position, position + nbytes)
             position += nbytes
-        return cls(file, _mapped(file, entries))
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            reserve(file, position)
+            write_all(file, header)
+            return cls(Path(path), file, entries)
+        except BaseException:
+            os.close(file)
+            raise
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> MappedTensors:
@@ -186,13 +191,20 @@ class MappedTensors(Mapping[str, Tensor]):
             RequestError: If the file is missing or damaged.
         """
         entries, _ = read_header(path)
+        unknown = {entry.dtype for entry in entries.values()} - set(TORCH_DTYPES)
+        if unknown:
+            raise RequestError(f"{path} is damaged: it holds {min(unknown)}.")
         file = os.open(path, os.O_RDWR)
-        return cls(file, _mapped(file, entries))
+        try:
+            return cls(Path(path), file, entries)
+        except BaseException:
+            os.close(file)
+            raise
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
     def __len__(self) -> int:
@@ -203,14 +215,27 @@ class MappedTensors(Mapping[str, Tensor]):
         os.fsync(self._file)
 
     def __del__(self) -> None:
-        os.close(self._file)
+        if hasattr(self, "_tensors"):  # else whoever opened the file closes it
+            os.close(self._file)
 
 
-def _allocate(file: int, begin: int, size: int) -> None:
+def write_all(file: int, data: bytes) -> None:
+    """Write all of some bytes, which the system may take in parts."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]
+
+
+def reserve(file: int, size: int) -> None:
+    """Make a file so long, its disk space taken.
+
+    Raises:
+        OSError: If the disk is full.
+    """
     if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, begin, size)
+        os.posix_fallocate(file, 0, size)
     else:  # macOS, Windows
-        os.truncate(file, begin + size)
+        os.truncate(file, size)
 
 
 def _mapped(file: int, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from conftest import assert_equal_states, load, make_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+import optimum_moe_prune.checkpoint as checkpoint_module
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, RunError
 from optimum_moe_prune.checkpoint import shard_bytes
 from optimum_moe_prune.shards import INDEX_FILE, SINGLE_FILE, Checkpoint
@@ -245,7 +246,7 @@ def test_metadata_of_files_and_index(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- how bytes travel
 
 
-@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EXDEV])
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EXDEV, 0])
 def test_without_copying_by_the_system(
     error: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +254,8 @@ def test_without_copying_by_the_system(
     plan.apply_to_checkpoint(folder, tmp_path / "by_system")
 
     def refuse(*_: object) -> int:
+        if error == 0:
+            return 0  # some file systems say so
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
@@ -262,17 +265,100 @@ def test_without_copying_by_the_system(
             assert (tmp_path / "by_hand" / name).read_bytes() == (tmp_path / "by_system" / name).read_bytes()
 
 
-def test_what_was_written_is_read_back(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+Copy = Callable[[int, int, int, int, int], int]
+
+
+def lost(real: Copy) -> Copy:
+    """Zeros in place of what was asked for."""
+    return lambda source, target, count, begin, position: os.pwrite(target, bytes(count), position)
+
+
+def shifted(real: Copy) -> Copy:
+    """The bytes eight before."""
+    return lambda source, target, count, begin, position: real(source, target, count, begin - 8, position)
+
+
+def beyond(real: Copy) -> Copy:
+    """Eight bytes too far, so that the file becomes longer."""
+    return lambda source, target, count, begin, position: real(source, target, count, begin, position + 8)
+
+
+@pytest.mark.parametrize("wrong", [lost, shifted, beyond])
+def test_what_was_written_is_read_back(
+    wrong: Callable[[Copy], Copy], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = random_plan(folder)
-    real = os.copy_file_range
-
-    def misplaced(source: int, target: int, count: int, begin: int, position: int) -> int:
-        return real(source, target, count, begin, position + 8)
-
-    monkeypatch.setattr(os, "copy_file_range", misplaced)
+    monkeypatch.setattr(os, "copy_file_range", wrong(os.copy_file_range))
     with pytest.raises(RunError, match="was not written as it should be"):
         plan.apply_to_checkpoint(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_source_that_changes_meanwhile(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = random_plan(folder)
+    other = load(folder)
+    for parameter in other.model.layers[0].self_attn.parameters():
+        parameter.data.neg_()
+    other.save_pretrained(tmp_path / "other")
+    select = checkpoint_module.select
+
+    def replaced(*arguments: object) -> object:
+        os.replace(tmp_path / "other" / SINGLE_FILE, folder / SINGLE_FILE)
+        return select(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(RunError, match="was changed while it was read"):
+        patched.setattr(checkpoint_module, "select", replaced)
+        plan.apply_to_checkpoint(folder, tmp_path / "out")
+    write = checkpoint_module._write_file
+    with monkeypatch.context() as patched, pytest.raises(RunError, match="was changed while it was read"):
+        patched.setattr(checkpoint_module, "_write_file", lambda *a: (write(*a), os.utime(folder / SINGLE_FILE)))
+        plan.apply_to_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_lies_beside_a_checkpoint(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights that transformers does not load from there are named and left; earlier outputs are no part of it."""
+    plan = random_plan(folder)
+    save_file({"a": torch.ones(2)}, folder / "mtp.safetensors")
+    plan.apply_to_checkpoint(folder, folder / "first")
+    assert "mtp.safetensors" in caplog.text and "is not looked at" in caplog.text
+    plan.apply_to_checkpoint(folder, tmp_path / "second")
+    names = {path.relative_to(tmp_path / "second").as_posix() for path in (tmp_path / "second").rglob("*")}
+    assert "mtp.safetensors" not in names and not any(name.startswith("first") for name in names)
+
+
+def test_a_target_that_is_a_link(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = random_plan(folder)
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large_disk")
+    plan.apply_to_checkpoint(folder, tmp_path / "out")
+    plan.apply_to_checkpoint(folder, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "large_disk" / SINGLE_FILE).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large_disk", "model", "out"]
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mounted")
+    (tmp_path / "mounted").mkdir()
+    with pytest.raises(RequestError, match="mounted is where a disk is mounted"):
+        plan.apply_to_checkpoint(folder, tmp_path / "mounted")
+
+
+def test_options_of_the_hub_and_another_source(folder: Path, tmp_path: Path) -> None:
+    plan = random_plan(folder)
+    plan.apply_to_checkpoint(folder, tmp_path / "out", revision="main", token=None, cache_dir=tmp_path)
+    pruner = MoEPruner(MoEPrunerConfig(method="reap", num_experts=4))  # bound to nothing: all comes from the source
+    pruner.prune_checkpoint(tmp_path / "other", source=folder, calibration=["w1 w2 w3", "w4 w5"])
+    assert pruner.pruning_plan is not None and pruner.stats is not None
+    assert PruningPlan.load(tmp_path / "other").retained == pruner.pruning_plan.retained
+    with pytest.raises(RequestError, match="is not bound to a checkpoint"):
+        pruner.prune_checkpoint(tmp_path / "more")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.{}.experts.\u00b2.a", "model.layers.{}9.mlp.experts.0.a"])
+def test_odd_names(name: str, folder: Path, kind: str, tmp_path: Path) -> None:
+    name = name.format("9" * 5000 if "{}9" in name else BLOCK[kind])
+    plan = random_plan(folder)
+    edit(folder, lambda tensors: tensors.update({name: torch.ones(1)}))
+    with pytest.raises(RequestError, match=r"holds its experts twice|are experts outside the model's layers"):
+        plan.apply_to_checkpoint(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("size", ["", "5 XB", "0", "-1", "1.5GB", 0, None])
@@ -300,6 +386,19 @@ def change_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None
 
 def experts(folder: Path, end: str) -> str:
     return next(name for name in sorted(tensors_of(folder)) if ".experts." in name and name.endswith(end))
+
+
+def twice_under_two_names(folder: Path) -> str:
+    name = next(n for n in tensors_of(folder) if n.endswith(".gate.weight"))
+    bare = name.removeprefix("model.")
+    edit(folder, lambda tensors: tensors.update({bare: tensors[name].clone()}))
+    return f"({name} and {bare}|{bare} and {name}) of .* are the same tensor under two names"
+
+
+def config_that_is_no_json(folder: Path) -> str:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"threshold": Infinity,', 1))
+    return "config.json cannot be read as JSON: Infinity is not JSON"
 
 
 def missing_shard(folder: Path) -> str:
@@ -408,6 +507,15 @@ def missing_experts(folder: Path) -> str:
     return "layer 2 of .* has a router and no experts"
 
 
+def missing_layer(folder: Path) -> str:
+    def remove(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if ".layers.2." in n and (".experts." in n or ".gate." in n)]:
+            del tensors[name]
+
+    edit(folder, remove)
+    return "hold no experts of layer 2, which the plan names; the checkpoint is damaged"
+
+
 def no_experts(folder: Path) -> str:
     edit(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if ".experts." in n or ".gate." in n] and None)
     return "hold no experts of a"
@@ -434,7 +542,8 @@ def other_routers(folder: Path) -> str:
 DAMAGE = [
     missing_shard, truncated_shard, corrupt_header, absent_tensor, absent_file, file_elsewhere, no_weight_map, twice,
     no_safetensors, missing_expert, further_expert, missing_projection, shape_of_an_expert, shape_of_a_router,
-    missing_router, missing_experts, no_experts, another_number, other_routers,
+    missing_router, missing_experts, no_experts, another_number, other_routers, twice_under_two_names,
+    config_that_is_no_json, missing_layer,
 ]  # fmt: skip
 
 

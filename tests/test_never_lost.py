@@ -30,11 +30,12 @@ from optimum_moe_prune import (
     PruningPlan,
     RequestError,
     RunError,
+    calibrate,
     collect,
     stream,
 )
 from optimum_moe_prune.calibrate import calibrate_checkpoint
-from optimum_moe_prune.files import MARKERS, written_folder
+from optimum_moe_prune.files import MARKERS, working_on, written_folder
 from optimum_moe_prune.observe import LayerObserver
 
 COMMANDS = ("run", "score", "apply")
@@ -202,10 +203,11 @@ class Failing:
         return wrapped
 
 
+@pytest.mark.parametrize("all_of_them", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["memory", "stream"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_failure_at_every_write_sync_and_rename(
-    command: str, streamed: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    command: str, streamed: bool, all_of_them: bool, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     undisturbed: dict[tuple[str, bool], tuple[Path, float]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     if command == "apply" and streamed:
@@ -220,7 +222,7 @@ def test_a_failure_at_every_write_sync_and_rename(
     total = counted.calls
     assert total > 10
     kinds = set()
-    step = 1 if command == "apply" else max(1, total // 12)  # an even choice where there are hundreds
+    step = 1 if command == "apply" or all_of_them else total // 12  # an even choice
     for number in range(1 + random.Random(command).randrange(step), total + 1, step):
         with monkeypatch.context() as patched:
             failing = Failing(patched, number, random.Random(number).choice([errno.ENOSPC, errno.EIO]))
@@ -237,7 +239,7 @@ def test_a_failure_at_every_write_sync_and_rename(
         assert_same_result(command, tmp_path / "out", expected)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
         shutil.rmtree(tmp_path / "out")
-    assert {"fsync", "write"} & kinds
+    assert {"fsync", "write", "rename"} <= kinds or step > 1
 
 
 def test_replacing_an_earlier_output(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +272,7 @@ def test_killed_between_the_two_renames(place: Path, tmp_path: Path) -> None:
     other = MoEPruner.from_pretrained(place / "model", method="random", num_experts=3)
     other.prune_checkpoint(tmp_path / ".out.replaced")
     (tmp_path / ".out.partial" / "output").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "lock").touch()
     plan = PruningPlan.load(place / "plan.json")
     with pytest.raises(RequestError, match="exists and is not empty"):
         plan.apply_to_checkpoint(place / "model", tmp_path / "out")
@@ -307,16 +310,120 @@ def test_targets_that_may_not_be_written(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_else_the_sibling_holds_stays_after_an_error(tmp_path: Path) -> None:
-    partial = tmp_path / ".out.partial"
-    (partial / "calibration").mkdir(parents=True)
+def test_what_else_the_sibling_holds_stays(place: Path, tmp_path: Path) -> None:
+    """An unfinished calibration outlives other commands with the same target, failing or not."""
+    with working_on(tmp_path / "out") as partial:
+        (partial / "calibration").mkdir()
     with pytest.raises(ValueError, match="stop"), written_folder(tmp_path / "out") as output:
         (output / "a").write_text("a")
         raise ValueError("stop")
-    assert [path.name for path in partial.iterdir()] == ["calibration"]
-    with written_folder(tmp_path / "out") as output:
-        (output / "a").write_text("a")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in partial.iterdir()) == ["calibration", "lock"]
+    PruningPlan.load(place / "plan.json").apply_to_checkpoint(place / "model", tmp_path / "out")
+    assert sorted(path.name for path in partial.iterdir()) == ["calibration", "lock"]
+
+
+def test_one_process_at_a_time(place: Path, tmp_path: Path) -> None:
+    plan = PruningPlan.load(place / "plan.json")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(RequestError, match="another process is working on"):
+        plan.apply_to_checkpoint(place / "model", tmp_path / "out")
+    assert (tmp_path / ".out.partial" / "lock").exists()
+    holder.kill()
+    holder.communicate()
+    plan.apply_to_checkpoint(place / "model", tmp_path / "out")  # the lock of a process that is gone holds nothing
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+HOLDER = """
+import sys
+from optimum_moe_prune.files import working_on
+with working_on(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_others_made_is_not_touched(place: Path, tmp_path: Path) -> None:
+    plan = PruningPlan.load(place / "plan.json")
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "photo.jpg").write_text("mine")
+    plan.apply_to_checkpoint(place / "model", tmp_path / "out")
+    assert (tmp_path / ".out.replaced" / "photo.jpg").exists()
+    (tmp_path / ".more.partial").mkdir()
+    (tmp_path / ".more.partial" / "photo.jpg").write_text("mine")
+    with pytest.raises(RequestError, match="is in the way and was not made by this package"):
+        plan.apply_to_checkpoint(place / "model", tmp_path / "more")
+    assert (tmp_path / ".more.partial" / "photo.jpg").exists()
+
+
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stop"), written_folder(tmp_path / "a" / "b" / "out"):
+        raise ValueError("stop")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stopped_between_the_two_renames(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = PruningPlan.load(place / "plan.json")
+    plan.apply_to_checkpoint(place / "model", tmp_path / "out")
+    (tmp_path / "out" / "mark").touch()
+    rename, calls = os.rename, []
+
+    def stopping(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        plan.apply_to_checkpoint(place / "model", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "mark").exists() and len(calls) == 3
+
+
+def test_nothing_is_called_finished_before_it_is_on_disk(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file is synced before the rename, or the word, that makes it part of something finished."""
+    synced: set[tuple[int, int]] = set()
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def key(found: os.stat_result) -> tuple[int, int]:
+        return found.st_dev, found.st_ino
+
+    def syncing(descriptor: int) -> None:
+        synced.add(key(os.fstat(descriptor)))
+        fsync(descriptor)
+
+    def inside(folder: Path) -> set[Path]:
+        return {path for path in folder.rglob("*") if key(path.stat()) not in synced} | (
+            set() if key(folder.stat()) in synced else {folder}
+        )
+
+    def renaming(source: Path, target: Path) -> None:
+        if Path(source).is_dir() and Path(source).name == "output":
+            assert not inside(Path(source))
+        rename(source, target)
+
+    def replacing(source: Path, target: Path) -> None:
+        if Path(target).name == "progress.json":
+            step = json.loads(Path(source).read_text())["finished"]
+            folder = Path(target).parent
+            written = {path for path in inside(folder) if path.suffix == ".safetensors"}
+            assert not written and key(folder.stat()) in synced, (step, written)
+            assert key(Path(source).stat()) in synced
+            for path in folder.glob("*.safetensors"):
+                synced.discard(key(path.stat()))  # the next step writes to it again
+        replace(source, target)
+
+    monkeypatch.setattr(collect, "GROUP_SECONDS", 0)
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+    monkeypatch.setattr(os, "replace", replacing)
+    for command in COMMANDS:
+        assert call(capsys, *arguments(command, place, tmp_path / command))[0] == 0
 
 
 # ------------------------------------------------------------------------------------------- continued
@@ -398,10 +505,36 @@ def test_another_request_is_refused_and_named(
         with pytest.raises(RequestError, match=rf"of something else: {message}.*begin anew \(--restart\)"):
             calibrate_checkpoint(layout, asked.pop("calibration"), asked.pop("needs"), **asked)
     os.utime(folder / "model.safetensors")
-    with pytest.raises(RequestError, match=r"model is .* there and"):
+    with pytest.raises(
+        RequestError, match=r"else: model: model.safetensors: changed at is \d+ there and \d+ now\. Run"
+    ):
         calibrate_checkpoint(layout_of(folder), samples, needs, **how)
     found = calibrate_checkpoint(layout_of(folder), samples, needs, **how, restart=True)
     assert_identical(found, calibrate_checkpoint(layout, samples, needs, batch_size=3, stream=True))
+
+
+def test_the_way_stays_when_memory_changes(
+    folder: Path, samples: CalibrationSet, tmp_path: Path, stopping: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "available_memory", lambda _: 0)
+    stopping(samples.num_batches(3) + 1)
+    with pytest.raises(Stopped):
+        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, batch_size=3, folder=tmp_path / "kept")
+    again = stopping(0)
+    monkeypatch.setattr(calibrate, "available_memory", lambda _: 2**50)
+    stats = calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, batch_size=3, folder=tmp_path / "kept")
+    assert stats.provenance["streamed"] and 0 not in {layer for layer, _ in again}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["memory", "stream"])
+def test_interrupted_after_the_last_step(
+    streamed: bool, folder: Path, samples: CalibrationSet, tmp_path: Path, stopping: Callable
+) -> None:
+    how = {"batch_size": 3, "stream": streamed, "folder": tmp_path / "kept"}
+    first = calibrate_checkpoint(layout_of(folder), samples, Need, **how)
+    again = stopping(1)
+    assert_identical(calibrate_checkpoint(layout_of(folder), samples, Need, **how), first)
+    assert again == []
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"format_version": 9, "of": {}, "finished": 1}', "[]"])
@@ -412,6 +545,17 @@ def test_damaged_progress(content: str, folder: Path, samples: CalibrationSet, t
     with pytest.raises(RequestError, match=r"(?i)begin anew \(--restart\)"):
         calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, folder=kept)
     calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, folder=kept, restart=True)
+
+
+def test_more_finished_than_there_is(folder: Path, samples: CalibrationSet, tmp_path: Path) -> None:
+    for streamed in (False, True):
+        how = {"stream": streamed, "folder": tmp_path / f"kept_{streamed}"}
+        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, **how)
+        progress = json.loads((how["folder"] / "progress.json").read_text())
+        for finished in (99, -1, True, "1"):
+            (how["folder"] / "progress.json").write_text(json.dumps({**progress, "finished": finished}))
+            with pytest.raises(RequestError, match=r"is damaged.*Begin anew \(--restart\)"):
+                calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, **how)
 
 
 @pytest.mark.parametrize("name", ["layer_00000.safetensors", "states_0.safetensors"])

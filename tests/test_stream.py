@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import load, make_model, make_texts, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+import optimum_moe_prune.pruner as pruner_module
 from optimum_moe_prune import (
     CalibrationSet,
     CalibrationStats,
@@ -29,16 +31,24 @@ from optimum_moe_prune import (
 )
 from optimum_moe_prune.calibrate import available_memory, calibrate_checkpoint
 from optimum_moe_prune.collect import collect
-from optimum_moe_prune.layout import Layout, find_layout
+from optimum_moe_prune.layout import Layout, find_layout, model_dtype
 from optimum_moe_prune.plan import build_plan
-from optimum_moe_prune.pruner import load_model_config
 from optimum_moe_prune.resume import Store
 from optimum_moe_prune.shards import SINGLE_FILE, Checkpoint
-from optimum_moe_prune.stream import Skeleton, collect_streamed
+from optimum_moe_prune.source import load_model_config
+from optimum_moe_prune.stream import Skeleton
+from optimum_moe_prune.stream import collect_streamed as collect_skeleton
 
 
 def layout_of(folder: Path) -> Layout:
     return find_layout(Checkpoint.open(folder), load_model_config(folder))
+
+
+def collect_streamed(
+    layout: Layout, samples: CalibrationSet, needs: Iterable[Need], dtype: str = "auto", **settings: object
+) -> CalibrationStats:
+    skeleton = Skeleton(layout, model_dtype(layout.config, layout.checkpoint, dtype))
+    return collect_skeleton(skeleton, samples, needs, **settings)
 
 
 def assert_identical(a: CalibrationStats, b: CalibrationStats) -> None:
@@ -161,6 +171,8 @@ def test_a_container_has_less_than_the_machine(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.stat").write_text("anon 1000\nfile 5000\n")
     assert abs(available_memory("cpu") - free) < free / 2
+    monkeypatch.setattr(calibrate, "_MEMINFO", tmp_path / "absent")  # another system: accelerate knows
+    assert abs(available_memory("cpu") - free) < free / 2
     (tmp_path / "memory.max").write_text("3000\n")
     assert available_memory("cpu") == 2000
 
@@ -202,17 +214,73 @@ def test_missing_and_misshapen_tensors_are_named_before_long_work(
         collect_streamed(layout_of(folder), samples, {Need.ROUTING})
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["memory", "stream"])
 @pytest.mark.parametrize("end", [".1.self_attn.k_proj.weight", ".2.{}.experts.5.{}.weight", ".0.{}.gate.weight"])
 def test_weights_that_are_not_finite_are_named(
-    end: str, folder: Path, kind: str, samples: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+    end: str, streamed: bool, folder: Path, kind: str, samples: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = end.format(*(("block_sparse_moe", "w2") if kind == "mixtral" else ("mlp", "down_proj")))
     name = f"model.layers{end}"
     edited(folder, lambda tensors: tensors[name].view(-1)[3:4].fill_(float("nan")))
     if end.endswith("gate.weight"):
         monkeypatch.setattr(Skeleton, "embedded", lambda *_: pytest.fail("work began"))
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(RunError, match=f"{SINGLE_FILE}: {name} holds NaN or infinite weights"):
-        collect_streamed(layout_of(folder), samples, {Need.ROUTING})
+        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, stream=streamed)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["memory", "stream"])
+def test_both_ways_refuse_what_is_missing(
+    streamed: bool, folder: Path, samples: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would fill what is missing with random numbers, and a layer without experts could be dense."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("work began"))
+    whole = load_file(folder / SINGLE_FILE)
+    edited(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
+    with pytest.raises(RequestError, match=r"lacks model.layers.1.self_attn.k_proj.weight"):
+        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, stream=streamed)
+    without = {n: t for n, t in whole.items() if ".layers.2." not in n or not (".experts." in n or ".gate." in n)}
+    save_file(without, folder / SINGLE_FILE, metadata={"format": "pt"})
+    for method in ("random", "reap"):
+        pruner = MoEPruner.from_pretrained(folder, method=method, num_experts=4)
+        with pytest.raises(RequestError, match=r"layer 2 of .* has experts, and the files hold none"):
+            pruner.prune_checkpoint(tmp_path / "out", calibration=make_texts(), stream=streamed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_what_cannot_be_written_is_refused_before_the_calibration(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruner_module, "calibrate_checkpoint", lambda *_, **__: pytest.fail("work began"))
+    pruner = MoEPruner.from_pretrained(folder, method="reap", num_experts=4)
+    edited(folder, lambda tensors: tensors.update({"mtp.layers.0.mlp.experts.0.w1": torch.ones(2)}))
+    with pytest.raises(RequestError, match=r"mtp.layers.0.mlp.experts.0.w1 .* are experts outside the model's layers"):
+        pruner.prune_checkpoint(tmp_path / "out", calibration=make_texts())
+    edited(folder, lambda tensors: tensors.pop("mtp.layers.0.mlp.experts.0.w1"))
+    usage = shutil.disk_usage(tmp_path)
+    size = (folder / SINGLE_FILE).stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size // 2))
+    with pytest.raises(RequestError, match="make room, or name a folder on another disk"):
+        pruner.prune_checkpoint(tmp_path / "out", calibration=make_texts())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_tied_weights_and_the_bare_decoder(kind: str, samples: CalibrationSet, tmp_path: Path) -> None:
+    model = make_model(kind, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    model.base_model.save_pretrained(tmp_path / "bare")
+    for name in ("tied", "bare"):
+        found = collect_streamed(layout_of(tmp_path / name), samples, Need)
+        expected = collect(load(tmp_path / "tied"), samples, Need)
+        assert found.model["fingerprint"] == expected.model["fingerprint"]
+        assert_identical(CalibrationStats(**{**vars(found), "model": expected.model}), expected)
+
+
+def test_one_kept_token_and_one_expert(samples: CalibrationSet, tmp_path: Path) -> None:
+    make_model(num_local_experts=1, num_experts_per_tok=1).save_pretrained(tmp_path / "model")
+    found = collect_streamed(layout_of(tmp_path / "model"), samples, Need, max_tokens=1)
+    assert_identical(found, collect(load(tmp_path / "model"), samples, Need, max_tokens=1))
+    assert len(found.token_sample) == 1
 
 
 def test_quantised_checkpoints_and_wrong_tokens(folder: Path, samples: CalibrationSet) -> None:

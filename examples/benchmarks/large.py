@@ -46,9 +46,11 @@ from synthetic import checkpoint_shards, moe_config, shards_bytes, write_checkpo
 from transformers import Qwen2MoeConfig
 
 from optimum_moe_prune import CalibrationStats, MoEPruner, MoEPrunerConfig, PruningPlan
+from optimum_moe_prune.files import working_on
+from optimum_moe_prune.layout import model_dtype
 from optimum_moe_prune.plan import build_plan, plan_needs
 from optimum_moe_prune.resume import Store, calibration_folder
-from optimum_moe_prune.stream import collect_streamed
+from optimum_moe_prune.stream import Skeleton, collect_streamed
 
 _LAYERS = 24
 _MULTIPLIED = (torch.bfloat16, torch.float32)
@@ -122,11 +124,14 @@ def calibrate(
     pruner = MoEPruner.from_pretrained(folder, recipe(retained))
     samples = make_samples(tokens, length, pruner.model_config.vocab_size)
     drop_cache(weight_files(Path(folder)))
-    with watching() as seen:
+    with watching() as seen, working_on(target):
+        layout = pruner.layout()
+        skeleton = Skeleton(layout, model_dtype(layout.config, layout.checkpoint), device)
+        how: dict[str, Any] = {"max_tokens": _KEPT, "read_ahead": read_ahead}
         store = Store(calibration_folder(target))
-        how: dict[str, Any] = {"device": device, "max_tokens": _KEPT, "store": store, "read_ahead": read_ahead}
-        stats = collect_streamed(pruner.layout(), samples, plan_needs(recipe(retained)), **how)
+        stats = collect_streamed(skeleton, samples, plan_needs(recipe(retained)), **how, store=store)
         stats.save(target)
+        shutil.rmtree(calibration_folder(target))
     told: dict[str, Any] = {
         "least used": min(int((x.total("routed_tokens") > 0).sum()) for x in stats.layers.values())
     }
@@ -195,6 +200,8 @@ def run(a: argparse.Namespace, folder: Path) -> None:
     shards = checkpoint_shards(config)
     whole, layer = shards_bytes(shards), shards_bytes([shards[1]])
     largest = max(2 * math.prod(shape) for shard in shards for shape in shard.values())
+    fresh(stats, calibration_folder(stats), pruned, copied)
+    made.unlink(missing_ok=True)
     less = tensor_bytes(config, ".mlp.experts.") * (1 - a.keep_experts / config.num_experts)
     per_token = 2 * config.num_experts * (config.num_experts + 4) + 2 * config.hidden_size
     kept = config.num_hidden_layers * min(a.tokens, _KEPT) * per_token  # while it grows, and as it is saved
@@ -202,8 +209,6 @@ def run(a: argparse.Namespace, folder: Path) -> None:
     there = sum(path.stat().st_size for path in weight_files(source))
     if needed - there > shutil.disk_usage(folder).free:
         raise SystemExit(f"{folder} needs room for {needed / 1e9:.0f} GB; make some, or shrink the model (--scale).")
-    fresh(stats, calibration_folder(stats), pruned, copied)
-    made.unlink(missing_ok=True)
     print(
         f"{config.num_hidden_layers} layers of {config.num_experts} experts, width {config.moe_intermediate_size}, "
         f"vocabulary {config.vocab_size}: {whole / 1e9:.1f} GB. The source is dropped from the system's cache before "
@@ -255,9 +260,7 @@ def run(a: argparse.Namespace, folder: Path) -> None:
     calculating = tflop / speed["bfloat16"] + gram / speed["float32"]
     reading = to_read / speed["GB/s"]
     copying = statistics.median(copyings)
-    floor = (
-        f"calculating ({reading:.3g} s reading)" if calculating > reading else f"reading ({calculating:.3g} s more)"
-    )
+    floor = f"reading {reading:.3g} s, calculating {calculating:.3g} s"
     ratio = statistics.median(c / w["seconds"] for c, w in zip(copyings, writings, strict=True))
     settings["speed"] = {**speed, "cp GB/s": retained_gb / copying}
     print(

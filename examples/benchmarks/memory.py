@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from optimum_moe_prune import CalibrationStats, MoEPruner, Need
 from optimum_moe_prune.collect import collect
+from optimum_moe_prune.layout import model_dtype
 from optimum_moe_prune.resume import IN_MEMORY_BYTES
-from optimum_moe_prune.stream import collect_streamed
+from optimum_moe_prune.stream import Skeleton, collect_streamed
 
 CLASSES = {
     "routing": [Need.ROUTING],
@@ -45,7 +46,8 @@ def streamed(folder: str, needs: list[str], tokens: int, batch_size: int) -> dic
     layout = MoEPruner.from_pretrained(folder).layout()
     samples = make_samples(tokens, LENGTH)
     with watching() as seen:
-        stats = collect_streamed(layout, samples, map(Need, needs), batch_size=batch_size)
+        skeleton = Skeleton(layout, model_dtype(layout.config, layout.checkpoint))
+        stats = collect_streamed(skeleton, samples, map(Need, needs), batch_size=batch_size)
     return {**seen, "statistics MiB": _size(stats)}
 
 
@@ -79,21 +81,21 @@ def main() -> None:
     few = max(LENGTH, a.tokens // 8)
     rows: list[dict[str, object]] = []
 
-    def row(what: str, tokens: int, seen: dict[str, Any], limit: float) -> None:
+    def row(what: str, seen: dict[str, Any], limit: float) -> None:
         cells = {name: seen[name] for name in ("statistics MiB", "max RSS MiB", "peak MiB")}
-        rows.append({"calibration": what, "tokens": tokens, **cells, "limit MiB": limit})
+        rows.append({"calibration": what, **cells, "limit MiB": limit})
 
     with tempfile.TemporaryDirectory(prefix="moe-memory-", dir=a.folder) as folder:
         write_checkpoint(Path(folder), config)
         how = {"folder": folder, "batch_size": a.batch_size}
+        before: dict[str, Any] = {}
         for name, tokens in (("routing", a.tokens), ("routed", a.tokens), ("dense", few), ("dense", a.tokens)):
             seen = in_child(__file__, "in_memory", **how, needs=CLASSES[name], tokens=tokens)
-            row(f"in memory, {name}", tokens, seen, max(seen["model MiB"] / 4, GIB / MIB))
-        fewer, more = rows[-2], rows[-1]
-        growth: dict[str, Any] = {name: more[name] - fewer[name] for name in more if name.endswith("MiB")}  # type: ignore[operator]
-        row("in memory, dense: growth with tokens", a.tokens - few, growth, IN_MEMORY_BYTES / MIB)
+            row(f"in memory, {name}, {tokens:,} tokens", seen, max(seen["model MiB"] / 4, GIB / MIB))
+            growth, before = {key: value - before.get(key, 0) for key, value in seen.items()}, seen
+        row(f"in memory, dense, by {a.tokens - few:,} more tokens", growth, IN_MEMORY_BYTES / MIB)
         seen |= in_child(__file__, "streamed", **how, needs=CLASSES["dense"], tokens=a.tokens)
-        row("one layer at a time, dense", a.tokens, seen, (layer + 2 * a.tokens * a.hidden + GIB) / MIB)
+        row(f"one layer at a time, dense, {a.tokens:,} tokens", seen, (layer + 2 * a.tokens * a.hidden + GIB) / MIB)
     sizes = {"model MiB": seen["model MiB"], "layer MiB": layer / MIB}
     report("memory of a calibration", rows, {**vars(a), **sizes}, "peak MiB", bar="limit MiB")
 
