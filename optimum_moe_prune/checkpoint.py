@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +44,10 @@ logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
 _OWN_FILES = (PLAN_NAME, CONFIG_NAME, "README.md", "config.json", f"{FILE_STEM}.py")
-_BUFFER = 4 * 2**20
-_TOGETHER = 64 * 2**20  # bytes copied at once
+_BUFFER = 4 * 2**20  # bytes looked at, or copied by hand, at once
+_TOGETHER = 32 * 2**20  # bytes of neighbouring ranges that are copied in one piece
+_AT_ONCE = 4
 _SAMPLE = 4096  # bytes compared at each end of a range
-_AHEAD_BYTES = 128 * 2**20  # that are read from the disk before they are copied
-_AHEAD = 64  # ranges the copying may be ahead of the looking, so that what is looked at is still in the cache
 _NOT_HERE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -291,15 +290,24 @@ def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, ba
         reserve(target, size)  # a full disk is met now, and what is reserved at once is written faster
         write_all(target, header)
         position = len(header)
-        with _Checker(target) as checker:  # ends before the files are closed
-            for source, file, ranges in _announced(_ranges(pieces, checkpoint), checkpoint, files):
-                for begin, count in _portions(ranges):
-                    _copy(source, target, begin, count, position + begin - ranges[0].begin, file)
-                    bar.update(count)
-                for found in ranges:
-                    checker.check(source, file, found, position + found.begin - ranges[0].begin)
-                position += ranges[-1].end - ranges[0].begin
-            checker.finish()
+        opened: dict[str, int] = {}
+        waiting: deque[Future[int]] = deque()
+        # Several at once, so that one reads while another writes. The pool ends before the files are closed.
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            try:
+                for file, ranges in _ranges(pieces, checkpoint):
+                    if file not in opened:
+                        opened[file] = checkpoint.opened(file)
+                        files.callback(os.close, opened[file])
+                    waiting.append(pool.submit(_copied, opened[file], target, ranges, position, file))
+                    position += ranges[-1].end - ranges[0].begin
+                    while len(waiting) > 2 * _AT_ONCE or (waiting and waiting[0].done()):
+                        bar.update(waiting.popleft().result())
+                while waiting:
+                    bar.update(waiting.popleft().result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     try:
         with safe_open(path, framework="pt") as written:
             found_shapes = {name: tuple(written.get_slice(name).get_shape()) for name in written.keys()}
@@ -330,7 +338,7 @@ def _ranges(pieces: Mapping[str, Piece], checkpoint: Checkpoint) -> Iterator[tup
         else:
             row = entry.nbytes // entry.shape[0]
             ranges = [_Range(piece, entry.begin + row * r, entry.begin + row * (r + 1)) for r in piece.rows]
-        for found in ranges:
+        for found in (part for whole in ranges for part in _parts(whole)):
             apart = together and (file != source.file or together[-1].end != found.begin)
             if apart or (together and found.end - together[0].begin > _TOGETHER):
                 yield file, together
@@ -341,33 +349,10 @@ def _ranges(pieces: Mapping[str, Piece], checkpoint: Checkpoint) -> Iterator[tup
         yield file, together
 
 
-def _announced(
-    groups: Iterable[tuple[str, list[_Range]]], checkpoint: Checkpoint, files: contextlib.ExitStack
-) -> Iterator[tuple[int, str, list[_Range]]]:
-    """The groups with the descriptor of their file, when the system was told which are wanted next."""
-    opened: dict[str, int] = {}
-    coming: deque[tuple[int, str, list[_Range]]] = deque()
-    announced = 0
-    for file, ranges in groups:
-        if file not in opened:
-            opened[file] = checkpoint.opened(file)
-            files.callback(os.close, opened[file])
-        begin, count = ranges[0].begin, ranges[-1].end - ranges[0].begin
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(opened[file], begin, count, os.POSIX_FADV_WILLNEED)
-        coming.append((opened[file], file, ranges))
-        announced += count
-        while coming and announced > _AHEAD_BYTES:
-            yield coming[0]
-            done = coming.popleft()[2]
-            announced -= done[-1].end - done[0].begin
-    yield from coming
-
-
-def _portions(ranges: list[_Range]) -> Iterator[tuple[int, int]]:
-    """Begin and length of parts of neighbouring ranges, small enough for a progress bar."""
-    for begin in range(ranges[0].begin, ranges[-1].end, _TOGETHER):
-        yield begin, min(_TOGETHER, ranges[-1].end - begin)
+def _parts(whole: _Range) -> Iterator[_Range]:
+    """A range cut into parts that are copied in one piece; a multiple of any element's size."""
+    for begin in range(whole.begin, whole.end, _TOGETHER):
+        yield _Range(whole.piece, begin, min(begin + _TOGETHER, whole.end))
 
 
 def _element_bits(piece: Piece) -> int:
@@ -394,52 +379,40 @@ def _copy(source: int, target: int, begin: int, count: int, position: int, file:
         begin, position, count = begin + done, position + done, count - done
 
 
-class _Checker:
-    """Looks at what was written, in a thread beside the copying.
+def _copied(source: int, target: int, ranges: list[_Range], position: int, file: str) -> int:
+    """Copy neighbouring ranges and look at what was written while it is at hand; how many bytes it was.
 
-    Experts and routers must be finite; of every range the first and last bytes must be those of the source.
+    Experts and routers must be finite, and the first and last bytes of every range those of the source.
     """
+    begin, end = ranges[0].begin, ranges[-1].end
+    _copy(source, target, begin, end - begin, position, file)
+    for found in ranges:
+        _check_ends(source, target, found, position + found.begin - begin)
+        if found.piece.checked:
+            _check_finite(target, found, position + found.begin - begin, file)
+    return end - begin
 
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self._buffer = bytearray(_BUFFER)
-        self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[None]] = deque()
 
-    def __enter__(self) -> _Checker:
-        return self
+def _check_ends(source: int, target: int, found: _Range, position: int) -> None:
+    count = found.end - found.begin
+    for offset in {0, max(0, count - _SAMPLE)}:
+        wanted = min(_SAMPLE, count)
+        if os.pread(source, wanted, found.begin + offset) != os.pread(target, wanted, position + offset):
+            raise RunError(f"{found.piece.source} was not written as it should be: its bytes differ.")
 
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
-    def check(self, source: int, file: str, found: _Range, position: int) -> None:
-        """Look at a range that was written at ``position``, and raise what was found of earlier ones."""
-        self._waiting.append(self._pool.submit(self._look, source, file, found, position))
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) > _AHEAD):
-            self._waiting.popleft().result()
-
-    def finish(self) -> None:
-        """Wait for all, and raise what was found."""
-        for future in self._waiting:
-            future.result()
-
-    def _look(self, source: int, file: str, found: _Range, position: int) -> None:
-        count = found.end - found.begin
-        for offset in {0, max(0, count - _SAMPLE)}:
-            wanted = min(_SAMPLE, count)
-            if os.pread(source, wanted, found.begin + offset) != os.pread(self._target, wanted, position + offset):
-                raise RunError(f"{found.piece.source} was not written as it should be: its bytes differ.")
-        dtype = TORCH_DTYPES.get(found.piece.dtype)
-        if not found.piece.checked or dtype is None or not dtype.is_floating_point:
-            return
-        for offset in range(0, count, len(self._buffer)):
-            data = memoryview(self._buffer)[: min(count - offset, len(self._buffer))]
-            if os.preadv(self._target, [data], position + offset) < len(data):
-                raise RunError(f"{found.piece.source} was not written as it should be: the file is too short.")
-            if not all_finite(torch.frombuffer(data, dtype=dtype)):
-                raise RunError(
-                    f"{file}: {found.piece.source} holds NaN or infinite weights; the checkpoint is damaged."
-                )
+def _check_finite(target: int, found: _Range, position: int, file: str) -> None:
+    dtype = TORCH_DTYPES.get(found.piece.dtype)
+    if dtype is None or not dtype.is_floating_point:
+        return
+    count = found.end - found.begin
+    buffer = bytearray(min(count, _BUFFER))
+    for offset in range(0, count, _BUFFER):
+        data = memoryview(buffer)[: min(count - offset, _BUFFER)]
+        if os.preadv(target, [data], position + offset) < len(data):
+            raise RunError(f"{found.piece.source} was not written as it should be: the file is too short.")
+        if not all_finite(torch.frombuffer(data, dtype=dtype)):
+            raise RunError(f"{file}: {found.piece.source} holds NaN or infinite weights; the checkpoint is damaged.")
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -142,7 +142,7 @@ quickstart.main()
     [
         ("calibration.py", ["--experts", "4", "--repeats", "1"]),
         ("calibration.py", ["--kind", "qwen2_moe", "--experts", "6", "--dtype", "bfloat16", "--repeats", "1"]),
-        ("selection.py", ["--experts", "5", "--retain", "3"]),
+        ("selection.py", ["--experts", "5", "--retain", "3", "--only", "sets"]),
     ],
 )
 def test_the_benchmarks_run(script: str, arguments: list[str]) -> None:
@@ -162,6 +162,24 @@ def test_the_path_benchmark_runs() -> None:
     done = subprocess.run([sys.executable, str(script), *tiny], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout.splitlines()[-1])["rows"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "measured"),
+    [
+        (["--only", "surgery", "startup"], 12),
+        pytest.param([], 30, marks=pytest.mark.slow),
+    ],
+)
+def test_all_benchmarks_end_in_one_table(arguments: list[str], measured: int, tmp_path: Path) -> None:
+    """At sizes where the numbers mean nothing: every bar is compared, met or not."""
+    script = EXAMPLES / "benchmarks" / "all.py"
+    command = [sys.executable, str(script), "--quick", "--folder", str(tmp_path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert len(rows) >= measured, done.stderr
+    assert all(isinstance(row["met"], bool) for row in rows if row["bar"] != "")
+    assert (done.returncode == 0) == all(row["met"] for row in rows)
 
 
 def test_no_template_is_left_unfilled(made: dict[str, list[dict[str, str]]]) -> None:
