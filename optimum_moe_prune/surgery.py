@@ -149,10 +149,10 @@ def pruned_config(values: dict[str, Any], before: Any, after: Any, spec: MoESpec
         spec: The architecture.
     """
     values = dict(values)
+    was, now = before.to_dict(), after.to_dict()
     aliases = [alias for alias, key in type(after).attribute_map.items() if key == spec.count_key]
     for key in [key for key in (spec.count_key, *aliases) if key in values] or [spec.count_key]:
-        values[key] = getattr(after, spec.count_key)
-    was, now = before.to_dict(), after.to_dict()
+        values[key] = now[spec.count_key]  # the attribute may not be read where layers have their own
     own = {spec.count_key, "dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
     for name in now.keys() - own:
         if now[name] != was.get(name):

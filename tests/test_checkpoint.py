@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +128,26 @@ def test_no_model_is_built(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(AutoModelForCausalLM, name, refuse)
     monkeypatch.setattr(torch.nn.Module, "__init__", refuse)
     plan.apply_to_checkpoint(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_in_a_process_that_knows_no_model(allocation: str, folder: Path, kind: str, tmp_path: Path) -> None:
+    """Neither transformers' modelling code nor what this package adds to it is imported there."""
+    plan = random_plan(folder, allocation)
+    plan.apply_to_checkpoint(folder, tmp_path / "here")
+    command = [sys.executable, "-m", "optimum_moe_prune", "apply", "--model", str(folder)]
+    command += ["--plan", str(plan.save(tmp_path / "plan.json")), str(tmp_path / "there")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(tensors_of(tmp_path / "here"), tensors_of(tmp_path / "there"))
+    assert (tmp_path / "here" / "config.json").read_bytes() == (tmp_path / "there" / "config.json").read_bytes()
+    if allocation == "global" and kind == "mixtral":  # and of what it made, again
+        again = random_plan(tmp_path / "there", "global", 0.2)
+        command[5], command[-1] = str(tmp_path / "there"), str(tmp_path / "twice")
+        again.save(tmp_path / "plan.json")
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert_equal_states(load(tmp_path / "twice"), again.apply(load(tmp_path / "there")))
 
 
 def test_pruning_twice_and_a_plan_from_the_first(folder: Path, tmp_path: Path) -> None:
