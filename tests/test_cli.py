@@ -376,7 +376,10 @@ def test_what_only_the_run_finds_ends_with_1(place: Path, tmp_path: Path, capsys
         tmp_path / "out",
     )
     code, out, err = call(capsys, *run)
-    assert (code, out) == (1, "") and "model.layers.1.mlp.experts.down_proj holds NaN or infinite weights" in err
+    assert (code, out) == (
+        1,
+        "",
+    ) and "model.safetensors: model.layers.1.block_sparse_moe.experts.3.w2.weight holds NaN or infinite weights" in err
     assert not (tmp_path / "out").exists()
     code, out, err = call(capsys, *run, "--debug")
     assert (code, out) == (1, "") and "Traceback" in err

@@ -167,7 +167,7 @@ def test_the_path_benchmark_runs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "measured"),
     [
-        (["--only", "surgery", "startup"], 12),
+        (["--only", "surgery", "startup"], 9),
         pytest.param([], 30, marks=pytest.mark.slow),
     ],
 )
