@@ -12,7 +12,6 @@ import contextlib
 import copy
 import errno
 import json
-import logging
 import math
 import os
 import shutil
@@ -39,8 +38,6 @@ from .standalone import standalone_class, write_standalone
 from .surgery import check_plan_for_config, check_routers, pruned_config, write_counts
 from .tensor_files import TORCH_DTYPES, all_finite, header_bytes, reserve, write_all
 from .unequal import FILE_STEM
-
-logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
 _OWN_FILES = (PLAN_NAME, CONFIG_NAME, "README.md", "config.json", f"{FILE_STEM}.py")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import math
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ from .stats import (
     Shapes,
     layer_file,
     layer_shapes,
+    shapes_bytes,
     tensor_names,
 )
 from .tensor_files import all_finite
@@ -169,7 +169,7 @@ def statistics_bytes(num_experts: Mapping[int, int], needs: frozenset[Need], cur
             needs, current.num_samples, len(current.token_sample), count, before,
             config.get_text_config().hidden_size, torch.float32, torch.float32,
         )  # fmt: skip
-        total += sum(dtype.itemsize * math.prod(shape) for shape, dtype in shapes.values())
+        total += shapes_bytes(shapes)
         before = count
     return total
 

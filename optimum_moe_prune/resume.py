@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from .errors import RequestError, RunError
 from .files import check_space, is_integer, partial_folder, read_json, sync, write_text
-from .stats import Shapes
+from .stats import Shapes, shapes_bytes
 from .tensor_files import MappedTensors
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ class Store:
             RequestError: If what is there is damaged.
             RunError: If the disk is full.
         """
-        nbytes = sum(dtype.itemsize * math.prod(shape) for shape, dtype in (shapes or {}).values())
+        nbytes = shapes_bytes(shapes or {})
         if self.folder is None and shapes is not None and self._in_memory + nbytes <= IN_MEMORY_BYTES:
             self._in_memory += nbytes
             return {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in shapes.items()}

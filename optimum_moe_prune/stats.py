@@ -15,6 +15,7 @@ import contextlib
 import enum
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -410,6 +411,11 @@ def tensor_names(needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]) ->
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of tensors by name."""
+
+
+def shapes_bytes(shapes: Shapes) -> int:
+    """Bytes of all tensors of such shapes."""
+    return sum(dtype.itemsize * math.prod(shape) for shape, dtype in shapes.values())
 
 
 def layer_shapes(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +40,7 @@ from .observe import Current, LayerObserver, Routed
 from .progress import progress
 from .resume import Store
 from .shards import Checkpoint
-from .stats import CalibrationStats, LayerStats, Need, Shapes, layer_file
+from .stats import CalibrationStats, LayerStats, Need, Shapes, layer_file, shapes_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +98,7 @@ def collect_streamed(
     blocks = {block.layer: block for block in skeleton.blocks}
     top_k = skeleton.blocks[0].routing.top_k if Need.COACTIVATION in needs else None
     hidden_size = config.get_text_config().hidden_size
-    states = _States(store, batches, _state_shapes(batches, hidden_size, skeleton.dtype, top_k))
+    states = _States(store, _state_shapes(batches, hidden_size, skeleton.dtype, top_k))
     store.check_space(statistics_bytes(layout.num_experts, needs, current, config) + 2 * states.nbytes)
 
     def allocate(layer: int, shapes: Shapes) -> Mapping[str, Tensor]:
@@ -160,17 +159,16 @@ class _States:
     until the layer is finished.
     """
 
-    def __init__(self, store: Store, batches: Sequence[Batch], shapes: Shapes) -> None:
+    def __init__(self, store: Store, shapes: Shapes) -> None:
         self._store = store
         self._shapes = shapes
-        self._num_batches = len(batches)
         self._files: list[Mapping[str, Tensor]] = []
         self._from = self._to = 0
 
     @property
     def nbytes(self) -> int:
         """What one file takes."""
-        return sum(dtype.itemsize * math.prod(shape) for shape, dtype in self._shapes.values())
+        return shapes_bytes(self._shapes)
 
     def begin(self, embedded: Iterable[Tensor]) -> None:
         """Make room, and fill in what goes into the first layer."""
