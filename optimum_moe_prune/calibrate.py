@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .collect import collect, versions
 from .errors import RunError
 from .layout import Layout, model_dtype
 from .resume import Store, unfinished
-from .stats import CalibrationStats, LayerStats, Need
+from .stats import CalibrationStats, Need
 from .stream import Skeleton, collect_streamed
 
 logger = logging.getLogger(__name__)
@@ -117,18 +116,6 @@ def _collected(
         layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
         raise
     return replace(stats, model=layout.facts())  # of the checkpoint's own precision
-
-
-def no_calibration(layout: Layout, *, seed: int = 0) -> CalibrationStats:
-    """Statistics of no calibration at all, for methods that need none."""
-    nothing = torch.zeros(0, dtype=torch.int64)
-    routing = layout.spec.routing(layout.config)
-    layers = {
-        index: LayerStats(count, routing, {}, torch.zeros(0, dtype=torch.float64), nothing)
-        for index, count in layout.num_experts.items()
-    }
-    provenance = {"made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
-    return CalibrationStats(layout.facts(), (), layers, frozenset(), nothing, nothing, 0, seed, provenance)
 
 
 def _identity(layout: Layout) -> dict[str, Any]:

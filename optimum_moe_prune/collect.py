@@ -19,6 +19,7 @@ from .calibration import CalibrationSet
 from .errors import RequestError, RunError
 from .observe import Current, LayerObserver
 from .progress import progress
+from .replay import Routing
 from .resume import Store
 from .stats import (
     PER_SAMPLE,
@@ -174,16 +175,24 @@ def statistics_bytes(num_experts: Mapping[int, int], needs: frozenset[Need], cur
     return total
 
 
-def empty_stats(model: PreTrainedModel, *, seed: int = 0) -> CalibrationStats:
-    """Statistics of no calibration at all, for methods that need none."""
-    check_model(model)
-    blocks = moe_blocks(model)
+def empty_stats(
+    facts: dict[str, Any], num_experts: Mapping[int, int], routing: Routing, *, seed: int = 0
+) -> CalibrationStats:
+    """Statistics of no calibration at all, for methods that need none.
+
+    Args:
+        facts: What is remembered of the model.
+        num_experts: Experts of each MoE layer.
+        routing: The rule of its routers.
+        seed: Carried along.
+    """
     nothing = torch.zeros(0, dtype=torch.int64)
     layers = {
-        b.layer: LayerStats(b.num_experts, b.routing, {}, torch.zeros(0, dtype=torch.float64), nothing) for b in blocks
+        index: LayerStats(count, routing, {}, torch.zeros(0, dtype=torch.float64), nothing)
+        for index, count in num_experts.items()
     }
     provenance = {"made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
-    return CalibrationStats(model_facts(model), (), layers, frozenset(), nothing, nothing, 0, seed, provenance)
+    return CalibrationStats(facts, (), layers, frozenset(), nothing, nothing, 0, seed, provenance)
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:

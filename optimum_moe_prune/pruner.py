@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 from .architectures import architecture_of
 from .architectures.block import moe_blocks
 from .budget import UniformBudget
-from .calibrate import calibrate_checkpoint, no_calibration
+from .calibrate import calibrate_checkpoint
 from .calibration import CalibrationInput, CalibrationSet, sample_length
 from .card import model_card
 from .checkpoint import MAX_SHARD_SIZE, apply_to_checkpoint, carry_files, check_request, shard_bytes
-from .collect import check_model, collect, empty_stats
+from .collect import check_model, collect, empty_stats, model_facts
 from .config import CONFIG_NAME, MoEPrunerConfig
 from .errors import RequestError
 from .files import check_space, check_target, read_json, working_on, written_folder
@@ -276,18 +276,14 @@ class MoEPruner:
             config = self._recipe()
             blocks = moe_blocks(model)
             budget_for(config, {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k)
-            if isinstance(calibration, CalibrationStats):
-                self.stats = calibration
-            elif not plan_needs(config):
-                self.stats = self._with_commit(empty_stats(model, seed=config.seed))
-            elif calibration is not None:
-                samples = self.samples(calibration, model.config)
-                if domain_weights is not None:
-                    check_domain_weights(samples.samples, domain_weights)
-                self.calibrate(model, samples)
-            elif self.stats is None:
-                raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
-            plan = self.plan(domain_weights=domain_weights)
+
+            def nothing() -> CalibrationStats:
+                counts = {block.layer: block.num_experts for block in blocks}
+                return self._with_commit(empty_stats(model_facts(model), counts, blocks[0].routing, seed=config.seed))
+
+            plan = self._plan_from(
+                calibration, domain_weights, model.config, nothing, lambda samples: self.calibrate(model, samples)
+            )
         self.model, self._applied_plan = apply_plan(plan, model), plan
         return self.model
 
@@ -391,16 +387,14 @@ class MoEPruner:
         check_request(layout, uniform, standalone)
         share = budget.total / sum(layout.num_experts.values())
         check_space(output_dir, int(layout.checkpoint.nbytes - (1 - share) * layout.expert_bytes))
-        if isinstance(calibration, CalibrationStats):
-            self.stats = calibration
-        elif not plan_needs(config):
+
+        def nothing() -> CalibrationStats:
             Skeleton(layout, torch.float32)  # looks whether all tensors are there
-            self.stats = no_calibration(layout, seed=config.seed)
-        elif calibration is not None:
-            samples = self.samples(calibration, layout.config)
-            if domain_weights is not None:
-                check_domain_weights(samples.samples, domain_weights)
-            self.stats = calibrate_checkpoint(
+            routing = layout.spec.routing(layout.config)
+            return empty_stats(layout.facts(), layout.num_experts, routing, seed=config.seed)
+
+        def calibrate(samples: CalibrationSet) -> CalibrationStats:
+            return calibrate_checkpoint(
                 layout,
                 samples,
                 plan_needs(config),
@@ -411,6 +405,28 @@ class MoEPruner:
                 hub=self._hub,
                 **how,
             )
+
+        return self._plan_from(calibration, domain_weights, layout.config, nothing, calibrate)
+
+    def _plan_from(
+        self,
+        calibration: CalibrationInput | CalibrationStats | None,
+        domain_weights: Mapping[str, float] | None,
+        model_config: Any,
+        nothing: Callable[[], CalibrationStats],
+        calibrate: Callable[[CalibrationSet], CalibrationStats],
+    ) -> PruningPlan:
+        """A plan from given statistics, from those of no calibration, from a calibration, or from the last one's."""
+        config = self._recipe()
+        if isinstance(calibration, CalibrationStats):
+            self.stats = calibration
+        elif not plan_needs(config):
+            self.stats = nothing()
+        elif calibration is not None:
+            samples = self.samples(calibration, model_config)
+            if domain_weights is not None:
+                check_domain_weights(samples.samples, domain_weights)
+            self.stats = calibrate(samples)
         elif self.stats is None:
             raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
         return self.plan(domain_weights=domain_weights)

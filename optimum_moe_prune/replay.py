@@ -114,13 +114,16 @@ def squared_errors(logits: Tensor, gram: Tensor, routing: Routing, retained: Seq
         ``(T,)`` float64, never negative.
     """
     change = route(logits, routing, sorted(retained)) - route(logits, routing)
-    rows, columns = torch.triu_indices(logits.shape[1], logits.shape[1])
-    twice = torch.where(rows == columns, 1.0, 2.0)  # each pair off the diagonal stands for both of its orders
-    size = max(1, _WORKING_BYTES // (8 * len(rows)))
-    errors = [
-        (c[:, rows] * c[:, columns] * g) @ twice.double()
-        for c, g in zip(change.split(size), gram.split(size), strict=True)
-    ]
+    # A token changes the weights of the experts it had and of those it has now, of no others.
+    experts = (change != 0).to(torch.int8).topk(min(2 * routing.top_k, change.shape[1]), dim=1).indices
+    change = change.gather(1, experts)
+    index = gram_index(logits.shape[1]).to(logits.device)
+    size = max(1, _WORKING_BYTES // (8 * experts.shape[1] ** 2))
+    errors = []
+    for c, e, g in zip(change.split(size), experts.split(size), gram.split(size), strict=True):
+        entries = index[e[:, :, None], e[:, None]]
+        among = g.gather(1, entries.flatten(1)).view(entries.shape).double()
+        errors.append(torch.einsum("ti,tij,tj->t", c, among, c))
     return torch.cat(errors).clamp_(min=0)
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from optimum_moe_prune import MoEPrunerConfig, PruningPlan, RequestError
 from optimum_moe_prune.architectures.block import moe_blocks
-from optimum_moe_prune.collect import empty_stats
+from optimum_moe_prune.collect import empty_stats, model_facts
 from optimum_moe_prune.plan import build_plan
 
 IDS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,9 @@ IDS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
 
 def plan_for(model: PreTrainedModel, num_experts: int = 4, seed: int = 0, allocation: str = "uniform") -> PruningPlan:
     config = MoEPrunerConfig(method="random", num_experts=num_experts, seed=seed, allocation=allocation)
-    return build_plan(empty_stats(model), config)
+    blocks = moe_blocks(model)
+    counts = {block.layer: block.num_experts for block in blocks}
+    return build_plan(empty_stats(model_facts(model), counts, blocks[0].routing), config)
 
 
 @contextlib.contextmanager
