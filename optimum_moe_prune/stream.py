@@ -3,7 +3,6 @@
 
 The model is built on the meta device. Of each decoder layer the tensors are read through transformers' own conversion
 mapping, the hidden states of all calibration samples go through it, its statistics are finished, and it is dropped.
-Masks and positions come from the model's own forward, run for every batch with only that layer real.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -31,10 +30,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .architectures.block import moe_blocks
 from .calibration import Batch, CalibrationSet
 from .collect import assemble, statistics_bytes
 from .errors import MoEPruneError, RequestError
+from .layerwise import LayerByLayer
 from .layout import Layout
 from .observe import Current, LayerObserver, Routed
 from .progress import progress
@@ -114,7 +113,7 @@ def collect_streamed(
             before = Routed(block.num_experts)
 
     skeleton.prepare()
-    with torch.no_grad(), _ReadAhead(layout.checkpoint) as ahead:
+    with skeleton.running(), skeleton.reading_ahead() as ahead:
         if store.finished:
             states.open()
         else:
@@ -123,7 +122,7 @@ def collect_streamed(
         for index in progress(remaining, "calibrating", len(remaining), unit="layer"):
             with skeleton.loaded(index), contextlib.ExitStack() as watching:
                 if read_ahead:
-                    ahead.read(skeleton.sources(index + 1))
+                    ahead(index + 1)
                 observer = None
                 if index in blocks:
                     observer = LayerObserver(blocks[index], needs, current, allocate, before)
@@ -275,7 +274,7 @@ class _Source:
         )
 
 
-class Skeleton:
+class Skeleton(LayerByLayer):
     """A model on the meta device, of which single decoder layers can be loaded and run.
 
     Args:
@@ -294,63 +293,32 @@ class Skeleton:
     def __init__(self, layout: Layout, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
         self.layout = layout
         self.checkpoint = layout.checkpoint
-        self.dtype = dtype
-        self.device = torch.device("cuda" if device == "auto" else device)
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(layout.config), dtype=dtype).eval()
-        self.blocks = moe_blocks(self.model)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(layout.config), dtype=dtype).eval()
+        super().__init__(model, torch.device("cuda" if device == "auto" else device))
+        self.dtype = dtype
         self._layer_path = layout.spec.layers
-        self._layers: Sequence[nn.Module] = attrgetter(layout.spec.layers)(self.model)
-        self.num_layers = len(self._layers)
         self._parameters = self.model.state_dict()
         self._sources = self._find_sources()
         self._check()
-        self._active: int | None = None
-        self._input = self._output = torch.empty(0)
-        for index, layer in enumerate(self._layers):
-            layer.forward = self._standing_in(index, layer.forward)
-
-    # -- running
 
     def embedded(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """What goes into the first layer, of each batch ``(B, L, H)``; the embeddings are dropped afterwards."""
+        """As of any model; the embeddings are dropped afterwards."""
         embeddings = self.model.get_input_embeddings()
-        names = [n for n in self._sources if attrgetter(n.rpartition(".")[0])(self.model) is embeddings]
-        self._load(names, in_place=True)
-        self._active = None
-        for batch in batches:
-            self._decoder(batch, input_ids=batch.input_ids.to(self.device))
-            yield self._output
+        self._load(self._names_in(embeddings), in_place=True)
+        yield from super().embedded(batches)
         embeddings.to("meta")
-
-    def forward(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        """What comes out of a loaded layer ``(B, L, H)``."""
-        self._active, self._input = index, hidden.to(self.device)
-        self._decoder(batch, inputs_embeds=self._input)
-        output, self._input, self._output = self._output, torch.empty(0), torch.empty(0)
-        return output
-
-    def _decoder(self, batch: Batch, **inputs: Tensor) -> None:
-        self.model.base_model(attention_mask=batch.attention_mask.to(self.device), use_cache=False, **inputs)
-
-    def _standing_in(self, index: int, real: Any) -> Any:
-        """A layer's forward that does something for the layer at work only, and hands on what it got."""
-
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self._active == index:
-                output = real(self._input, *args, **kwargs)
-                self._output = output if isinstance(output, Tensor) else output[0]
-            elif self._active is None and index == 0:
-                self._output = hidden_states
-            return hidden_states
-
-        return forward
 
     # -- loading
 
     def sources(self, index: int) -> list[str]:
         """The tensors in the checkpoint that a layer is made of; none beyond the last layer."""
         return [name for parameter in self._names_of(index) for name in self._sources[parameter].names]
+
+    @contextlib.contextmanager
+    def reading_ahead(self) -> Iterator[Callable[[int], None]]:
+        with _ReadAhead(self.checkpoint) as ahead:
+            yield lambda index: ahead.read(self.sources(index))
 
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[None]:
@@ -362,6 +330,25 @@ class Skeleton:
             yield
         finally:
             layer.to("meta")
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[None]:
+        """What comes after the layers, with its parameters, inside a ``with``; tied ones are the embeddings'."""
+        head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        try:
+            if names := self._names_in(head):
+                self._load(names)
+            else:
+                self._load(self._names_in(embeddings))
+                head.weight = embeddings.weight
+            yield
+        finally:
+            head.to("meta")
+            embeddings.to("meta")
+
+    def _names_in(self, module: nn.Module) -> list[str]:
+        """The parameters of a module that the checkpoint has."""
+        return [name for name in self._sources if attrgetter(name.rpartition(".")[0])(self.model) is module]
 
     def _names_of(self, index: int) -> list[str]:
         return [name for name in self._sources if name.startswith(f"{self._layer_path}.{index}.")]
@@ -416,16 +403,10 @@ class Skeleton:
 
     def prepare(self) -> None:
         """Load what stands beside the layers, but the embeddings and the head."""
-        embeddings = self.model.get_input_embeddings()
-        backbone = f"{self.model.base_model_prefix}."
-        names = [
-            name
-            for name in self._sources
-            if name.startswith(backbone)
-            and not name.startswith(f"{self._layer_path}.")
-            and attrgetter(name.rpartition(".")[0])(self.model) is not embeddings
-        ]
-        self._load(names)
+        backbone, layers = f"{self.model.base_model_prefix}.", f"{self._layer_path}."
+        embeddings = self._names_in(self.model.get_input_embeddings())
+        beside = (name for name in self._sources if name.startswith(backbone) and not name.startswith(layers))
+        self._load([name for name in beside if name not in embeddings])
         inside = {module for layer in self._layers for module in layer.modules()}
         for module in self.model.base_model.modules():
             if module not in inside:
