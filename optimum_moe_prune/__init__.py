@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .methods import list_methods, register_method
     from .plan import PruningPlan
     from .pruner import MoEPruner
+    from .sensitivity import Sensitivity
     from .stats import CalibrationStats, Need
 
 try:
@@ -39,6 +40,7 @@ _HOME = {
     "PruningPlan": "plan",
     "RequestError": "errors",
     "RunError": "errors",
+    "Sensitivity": "sensitivity",
     "list_architectures": "architectures",
     "list_methods": "methods",
     "register_architecture": "architectures",
@@ -56,6 +58,7 @@ __all__ = [
     "PruningPlan",
     "RequestError",
     "RunError",
+    "Sensitivity",
     "list_architectures",
     "list_methods",
     "register_architecture",

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from .calibration import CalibrationSet
 from .collect import collect, versions
 from .errors import RunError
+from .layerwise import LayerByLayer
 from .layout import Layout, model_dtype
 from .resume import Store, unfinished
 from .stats import CalibrationStats, Need
@@ -75,7 +76,7 @@ def calibrate_checkpoint(
         stream = not _fits(layout, dtype, device)
     how: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
     of = {
-        "model": _identity(layout),
+        "model": identity(layout),
         "calibration": calibration.fingerprint,
         "needs": sorted(map(str, needs)),
         **how,
@@ -108,8 +109,7 @@ def _collected(
     hub: dict[str, Any],
 ) -> CalibrationStats:
     """Statistics of the whole model in memory."""
-    hub.update(layout.checkpoint.hub)  # of the commit whose files were looked at
-    model = AutoModelForCausalLM.from_pretrained(layout.checkpoint.name_or_path, dtype=dtype, device_map=device, **hub)
+    model = _model(layout, dtype, device, hub)
     try:
         stats = collect(model, calibration, needs, **how, store=store)
     except RunError:
@@ -118,7 +118,37 @@ def _collected(
     return replace(stats, model=layout.facts())  # of the checkpoint's own precision
 
 
-def _identity(layout: Layout) -> dict[str, Any]:
+def open_runner(
+    layout: Layout,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    stream: bool | None = None,
+    hub: Mapping[str, Any] | None = None,
+) -> LayerByLayer:
+    """A checkpoint's model as something that runs layer by layer: in memory, or from its files.
+
+    Args:
+        layout: The checkpoint.
+        dtype: The precision to calculate in; ``"auto"`` is the checkpoint's.
+        device: Where to calculate.
+        stream: Hold one decoder layer in memory at a time; by default where the model does not fit.
+        hub: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
+    """
+    device = _resolved(device)
+    if stream is None:
+        stream = not _fits(layout, dtype, device)
+    if stream:
+        return Skeleton(layout, model_dtype(layout.config, layout.checkpoint, dtype), device)
+    return LayerByLayer(_model(layout, dtype, device, dict(hub or {})))
+
+
+def _model(layout: Layout, dtype: str, device: str, hub: dict[str, Any]) -> Any:
+    hub.update(layout.checkpoint.hub)  # of the commit whose files were looked at
+    return AutoModelForCausalLM.from_pretrained(layout.checkpoint.name_or_path, dtype=dtype, device_map=device, **hub)
+
+
+def identity(layout: Layout) -> dict[str, Any]:
     """What makes a checkpoint the same one: its files and routers, or its commit on the Hub."""
     checkpoint = layout.checkpoint
     if not checkpoint.is_local:

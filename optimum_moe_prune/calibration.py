@@ -13,7 +13,7 @@ import os.path
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -76,12 +76,14 @@ class CalibrationSet:
         token_ids: Token ids of each sample, ``(tokens,)`` int64.
         truncated: How many samples were cut to ``max_length``.
         duplicates: How many samples were left out because the same tokens were there already.
+        sources: Names of the files they were read from, or mixtures on the Hub.
     """
 
     samples: tuple[Sample, ...]
     token_ids: tuple[Tensor, ...]
     truncated: int = 0
     duplicates: int = 0
+    sources: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -137,6 +139,7 @@ class CalibrationSet:
         if num_samples is not None and num_samples < 1:
             raise RequestError(f"num_samples is {num_samples}; at least 1 sample is needed.")
         check_clusters(sample_selection, num_clusters)
+        sources = _sources(source)
         records = list(_records(source))
         if not records:
             raise RequestError(
@@ -153,11 +156,11 @@ class CalibrationSet:
                     f"packing leaves no sample of {max_length} tokens; lower max_length or give more text."
                 )
             tokens = tokens if kmeans else _select(tokens, num_samples, sample_selection, seed)
-        if not kmeans:
-            return cls._of_tokens(tokens, max_length)
-        return cls._of_tokens(
-            tokens, max_length, lambda ids, domains: representatives(ids, domains, num_samples, num_clusters, seed)
-        )
+
+        def choose(ids: list[Tensor], domains: list[str]) -> list[int]:
+            return representatives(ids, domains, num_samples, num_clusters, seed)
+
+        return replace(cls._of_tokens(tokens, max_length, choose if kmeans else None), sources=sources)
 
     @classmethod
     def from_hub(cls, mixture: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> CalibrationSet:
@@ -170,7 +173,7 @@ class CalibrationSet:
             tokenizer: The model's tokenizer.
             options: As for :meth:`build`.
         """
-        return cls.build(hub_records(mixture), tokenizer, **options)
+        return replace(cls.build(hub_records(mixture), tokenizer, **options), sources=(f"hub:{mixture}",))
 
     @classmethod
     def _of_tokens(
@@ -206,6 +209,17 @@ class CalibrationSet:
         if duplicates:
             logger.warning("%d samples have the same tokens as another one and were left out.", duplicates)
         return cls(tuple(s for s, _, _ in ordered), tuple(ids for _, ids, _ in ordered), truncated, duplicates)
+
+    def take(self, num_samples: int) -> CalibrationSet:
+        """At most so many of the samples, in equal shares of the domains; their hashes decide which."""
+        rank: dict[str, int] = {}
+        order = []
+        for number, sample in enumerate(self.samples):  # ordered by hash
+            rank[sample.domain] = rank.get(sample.domain, 0) + 1
+            order.append((rank[sample.domain], sample.domain, number))
+        chosen = sorted(number for *_, number in sorted(order)[:num_samples])
+        samples, token_ids = tuple(self.samples[i] for i in chosen), tuple(self.token_ids[i] for i in chosen)
+        return CalibrationSet(samples, token_ids, sources=self.sources)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise unless every token id is below ``vocab_size``.
@@ -269,6 +283,13 @@ class _Record:
     origin: str
     content: str | list[Any] | Tensor
     domain: str
+
+
+def _sources(source: Any) -> tuple[str, ...]:
+    """Names of the files of a calibration; their folders are nobody else's business."""
+    paths = source if isinstance(source, (list, tuple)) else [source]
+    files = [path for path in paths if isinstance(path, PathLike) or (path is source and isinstance(path, str))]
+    return tuple(Path(path).name for path in files)
 
 
 def _records(source: Any) -> Iterator[_Record]:

@@ -26,7 +26,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from .card import model_card
+from .card import BASE_CARD_NAME, CARD_NAME, REPORT_NAME, REPORT_PICTURES, write_card
+from .comparison import EVALUATION_NAME
 from .config import CONFIG_NAME
 from .errors import RequestError, RunError
 from .files import check_space, check_target, read_json, written_folder
@@ -40,7 +41,7 @@ from .tensor_files import TORCH_DTYPES, all_finite, header_bytes, reserve, write
 from .unequal import FILE_STEM
 
 MAX_SHARD_SIZE = "5GB"
-_OWN_FILES = (PLAN_NAME, CONFIG_NAME, "README.md", "config.json", f"{FILE_STEM}.py")
+_OWN_FILES = (PLAN_NAME, CONFIG_NAME, CARD_NAME, REPORT_NAME, EVALUATION_NAME, "config.json", f"{FILE_STEM}.py")
 _BUFFER = 4 * 2**20  # bytes looked at, or copied by hand, at once
 _TOGETHER = 32 * 2**20  # bytes of neighbouring ranges that are copied in one piece
 _AT_ONCE = 4
@@ -134,7 +135,7 @@ def apply_to_checkpoint(
         standalone = standalone and not uniform  # elsewhere nothing is needed
         if standalone:
             write_standalone(output, layout.config)
-        model_card(plan, Path(target).resolve().name, standalone).save(output / "README.md")
+        write_card(output, Path(target).resolve().name)
     return Path(target)
 
 
@@ -228,10 +229,16 @@ def select(plan: PruningPlan, layout: Layout) -> dict[str, Piece]:
 def carry_files(source: str | os.PathLike, hub: Mapping[str, Any], folder: Path) -> None:
     """Copy what lies beside a model's weights and is not there yet: tokenizer, generation config, code, ...
 
-    The model card is not: the pruned model has its own.
+    The model card is kept under another name, since the pruned model has its own. Of a model that was pruned before
+    it is the card of the model before that which is kept.
     """
-    for name in other_files(source, hub):
-        if name in _OWN_FILES or (folder / name).exists():
+    names = other_files(source, hub)
+    if CARD_NAME in names and BASE_CARD_NAME not in names:
+        card = find_file(source, CARD_NAME, hub)
+        if card is not None:
+            shutil.copyfile(card, folder / BASE_CARD_NAME)
+    for name in names:
+        if name in _OWN_FILES or name.startswith(f"{REPORT_PICTURES}/") or (folder / name).exists():
             continue
         found = find_file(source, name, hub)
         if found is None:

@@ -13,7 +13,6 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -23,14 +22,21 @@ from .arguments import (
     add_common,
     add_device,
     add_dtype,
+    add_evaluation,
+    add_grid,
     add_method,
     add_model,
+    add_publishing,
+    add_report,
     add_seed,
+    add_sensitivity,
     add_streaming,
     add_writing,
     domain_weights,
     recipe,
 )
+from .cli_inputs import calibration_samples, check_device, hub_settings
+from .cli_results import check_finish, evaluate_command, finish, report_command, sensitivity_command
 from .errors import MoEPruneError, RequestError
 
 if TYPE_CHECKING:
@@ -39,67 +45,25 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------------------- the work
 
 
-def _hub(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say about the Hub, for the calls that take it."""
-    given = {"revision": args.revision, "token": args.token, "trust_remote_code": args.trust_remote_code or None}
-    return {key: value for key, value in given.items() if value is not None}
-
-
-def _load_model(args: argparse.Namespace, path: str | None = None) -> Any:
-    """The model at ``path`` (by default ``--model``); its architecture is checked before its weights are read."""
-    from transformers import AutoModelForCausalLM
-
-    from .source import load_model_config
-
-    path = path or args.model
-    hub = _hub(args)
-    if path != args.model:
-        hub.pop("revision", None)  # the revision is one of --model
-    load_model_config(path, **hub)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, device_map=args.device, **hub)
-
-
-def _samples(args: argparse.Namespace, pruner: Any) -> Any:
-    """The calibration samples the arguments name, their tokens checked against the model's vocabulary."""
-    from .calibration import hub_records
-
-    sources = args.calibration or []
-    if not sources:
-        raise RequestError("a calibration is needed; name a file (--calibration FILE).")
-    hub = [source.removeprefix("hub:") for source in sources if source.startswith("hub:")]
-    files = [Path(source) for source in sources if not source.startswith("hub:")]
-    if hub and files:
-        raise RequestError("--calibration takes files or hub: mixtures, not both at once.")
-    source: Any = [record for mixture in hub for record in hub_records(mixture)] if hub else files
-    samples = pruner.samples(source)
-    samples.check_vocabulary(pruner.model_config.vocab_size)
-    return samples
-
-
-def _check_device(device: str) -> None:
-    """Refuse a device that is not there."""
-    import torch
-
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise RequestError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-
-
 def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .files import check_target
+    from .methods import BY_SENSITIVITY
     from .plan import plan_needs
     from .pruner import MoEPruner
+    from .sensitivity import Sensitivity
 
     check_target(args.output, args.overwrite, [args.model])
+    check_finish(args)
     config = recipe(args)
     weights = domain_weights(args)
-    _check_device(args.device)
-    pruner = MoEPruner.from_pretrained(args.model, config, **_hub(args))
+    check_device(args.device)
+    pruner = MoEPruner.from_pretrained(args.model, config, **hub_settings(args))
+    if args.sensitivity is not None:
+        pruner.sensitivity = Sensitivity.load(args.sensitivity)
+    measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
     pruner.prune_checkpoint(
         args.output,
-        calibration=_samples(args, pruner) if plan_needs(config) else None,
+        calibration=calibration_samples(args, pruner) if measures or plan_needs(config) else None,
         domain_weights=weights,
         stream=args.stream,
         dtype=args.dtype,
@@ -127,11 +91,10 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     needs = frozenset(Need) if every else plan_needs(settings)
     if not needs:
         raise RequestError(f"method {settings.method!r} needs no calibration, so there is nothing to score.")
-    _check_device(args.device)
-    pruner = MoEPruner(
-        settings, name_or_path=args.model, model_config=load_model_config(args.model, **_hub(args)), hub=_hub(args)
-    )
-    samples = _samples(args, pruner)
+    check_device(args.device)
+    hub = hub_settings(args)
+    pruner = MoEPruner(settings, name_or_path=args.model, model_config=load_model_config(args.model, **hub), hub=hub)
+    samples = calibration_samples(args, pruner)
     with working_on(args.output):
         stats = calibrate_checkpoint(
             pruner.layout(),
@@ -145,7 +108,7 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             stream=args.stream,
             folder=calibration_folder(args.output),
             restart=args.restart,
-            hub=_hub(args),
+            hub=hub_settings(args),
         )
         stats.save(args.output, args.overwrite)
         shutil.rmtree(calibration_folder(args.output), ignore_errors=True)
@@ -164,19 +127,16 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .files import check_file
     from .plan import PruningPlan, build_plan
+    from .sensitivity import Sensitivity
     from .stats import CalibrationStats
 
-    target = Path(args.output)
-    if target.suffix != ".json":
-        raise RequestError(f"the plan's file must end in .json, and is {args.output}.")
-    if target.exists():
-        if not args.overwrite:
-            raise RequestError(f"{args.output} exists; name another file, or allow replacing it (--overwrite).")
-        PruningPlan.load(target)  # nothing but an earlier plan is replaced
+    target = check_file(args.output, ".json", args.overwrite, PruningPlan.load)
     config = recipe(args)
     weights = domain_weights(args)
-    plan = build_plan(CalibrationStats.load(args.stats), config, weights)
+    sensitivity = None if args.sensitivity is None else Sensitivity.load(args.sensitivity)
+    plan = build_plan(CalibrationStats.load(args.stats), config, weights, sensitivity)
     plan.save(target)
     return _told(plan, args.output)
 
@@ -187,27 +147,10 @@ def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .pruner import MoEPruner
 
     check_target(args.output, args.overwrite, [args.model, args.plan])
-    pruner = MoEPruner.from_plan(PruningPlan.load(args.plan), args.model, **_hub(args))
+    check_finish(args)
+    pruner = MoEPruner.from_plan(PruningPlan.load(args.plan), args.model, **hub_settings(args))
     pruner.prune_checkpoint(args.output, **_writing(args))
     return _written(pruner, args)
-
-
-def _evaluate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from .calibration import CalibrationSet, sample_length
-    from .evaluate import evaluate
-    from .pruner import MoEPruner
-    from .source import load_model_config
-
-    _check_device(args.device)
-    pruner = MoEPruner(
-        name_or_path=args.model, model_config=load_model_config(args.model, **_hub(args)), hub=_hub(args)
-    )
-    max_length = sample_length(args.max_length, pruner.model_config)
-    samples = CalibrationSet.build([Path(file) for file in args.data], pruner.tokenizer, max_length=max_length)
-    samples.check_vocabulary(pruner.model_config.vocab_size)
-    reference = None if args.reference is None else _load_model(args, args.reference)
-    result = evaluate(_load_model(args), samples, reference=reference, batch_size=args.batch_size)
-    return result.summary(), {"model": args.model, "reference": args.reference, "domains": result.to_dict()}
 
 
 def _list(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -228,11 +171,11 @@ def _list(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         told[name] = {
             "summary": method.summary,
             "source": method.source,
-            "allocations": list(method.allocations),
+            "allocations": list(method.takes),
             "options": options,
         }
         lines.append(f"{name:<{width}}  {method.summary} [{method.source}]")
-        lines.append(f"{'':<{width}}    allocation: {', '.join(method.allocations)}")
+        lines.append(f"{'':<{width}}    allocation: {', '.join(method.takes)}")
         if options:
             lines.append(f"{'':<{width}}    options: " + ", ".join(f"{key}={value}" for key, value in options.items()))
     return "\n".join(lines), {"methods": told}
@@ -251,7 +194,8 @@ def _written(pruner: Any, args: argparse.Namespace) -> tuple[str, dict[str, Any]
         text += ", or pass trust_remote_code=True." if args.standalone else "."
     elif args.standalone:
         text += "\nAll layers keep the same number of experts: plain transformers loads it, --standalone adds nothing."
-    return text, told
+    more, results = finish(args, pruner)
+    return text + more, {**told, **results}
 
 
 def _told(plan: PruningPlan | None, output: str) -> tuple[str, dict[str, Any]]:
@@ -305,8 +249,10 @@ class RunCommand(_Command):
         add_streaming(parser)
         add_calibration(parser)
         add_method(parser)
+        add_sensitivity(parser)
         add_seed(parser)
         add_writing(parser)
+        add_publishing(parser)
         add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
 
@@ -334,6 +280,7 @@ class PlanCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--stats", required=True, metavar="STATS_DIR", help="statistics that score saved")
         add_method(parser)
+        add_sensitivity(parser)
         add_seed(parser)
         add_common(parser, "PLAN.json", "file of the plan")
 
@@ -346,32 +293,51 @@ class ApplyCommand(_Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         add_model(parser)
         parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
+        add_device(parser)
+        add_dtype(parser, "the evaluation")
         add_writing(parser)
+        add_publishing(parser)
         add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
 
 class EvaluateCommand(_Command):
-    COMMAND = CommandInfo("evaluate", "perplexity by domain, of a model or against a reference")
-    work = staticmethod(_evaluate)
+    COMMAND = CommandInfo("evaluate", "perplexity by domain, tasks and speed, of models or against a reference")
+    work = staticmethod(evaluate_command)
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        add_model(parser, several=True)
+        add_device(parser)
+        add_dtype(parser, "the models")
+        add_evaluation(parser)
+        add_common(parser)
+
+
+class SensitivityCommand(_Command):
+    COMMAND = CommandInfo("sensitivity", "how far a model can be pruned, and where: measured divergences")
+    work = staticmethod(sensitivity_command)
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         add_model(parser)
         add_device(parser)
-        add_dtype(parser, "the models")
-        parser.add_argument(
-            "--reference", metavar="DIR|ID", help="the model to compare with, usually the unpruned one"
-        )
-        parser.add_argument(
-            "--data", required=True, action="append", metavar="FILE", help=".jsonl or .txt; may be repeated"
-        )
-        parser.add_argument(
-            "--batch-size", type=int, default=8, metavar="B", help="samples in a forward pass (default 8)"
-        )
-        parser.add_argument(
-            "--max-length", type=int, default=2048, metavar="L", help="cut samples to this many tokens (default 2048)"
-        )
-        add_common(parser)
+        add_dtype(parser, "the calculation")
+        add_streaming(parser)
+        add_calibration(parser)
+        add_method(parser, budget=False, several=True)
+        add_grid(parser)
+        add_seed(parser)
+        add_common(parser, "OUTPUT.json", "file of the result")
+
+
+class ReportCommand(_Command):
+    COMMAND = CommandInfo("report", "one HTML page, and pictures, of what was chosen, why, and what it costs")
+    work = staticmethod(report_command)
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        add_report(parser)
+        add_common(parser, "OUTPUT.html", "file of the report")
 
 
 class ListCommand(_Command):
@@ -390,6 +356,8 @@ COMMANDS: tuple[type[_Command], ...] = (
     PlanCommand,
     ApplyCommand,
     EvaluateCommand,
+    SensitivityCommand,
+    ReportCommand,
     ListCommand,
 )
 

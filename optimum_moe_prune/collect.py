@@ -155,6 +155,7 @@ def assemble(
         provenance={
             "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
+            "sources": list(calibration.sources),
             "truncated_samples": calibration.truncated,
             "duplicate_samples": calibration.duplicates,
             **provenance,

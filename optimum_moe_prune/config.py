@@ -18,7 +18,7 @@ from .calibration import SAMPLE_SELECTIONS
 from .errors import RequestError, nearest_first
 from .files import is_integer, read_json, write_text
 from .methods import get_method, make_options
-from .methods.registry import ALLOCATIONS
+from .methods.registry import ALLOCATIONS, BY_SENSITIVITY
 from .representatives import check_clusters
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class MoEPrunerConfig:
         sparsity: the fraction of experts to remove; or
         total_experts: the experts to retain in the whole model, for a global allocation. Exactly one of the three.
         allocation: How the budget is spread over layers: ``"uniform"``, the same in each; ``"global"``, one number for
-            the whole model, so that layers keep different numbers; None for the method's own way.
+            the whole model, so that layers keep different numbers; ``"sensitivity"``, one number for the whole model,
+            spread so that measured divergences of the final output add up to the least; None for the method's own way.
         method_options: Options of the method, by name.
         protect: Experts that are retained in any case, by layer.
         skip_layers: MoE layers that keep all their experts.
@@ -54,6 +55,8 @@ class MoEPrunerConfig:
         num_clusters: For ``"kmeans"``: representatives of each domain, or ``"auto"``; by default ``num_samples`` in
             equal shares of the domains.
         pack: Join the samples of a domain and cut them into samples of ``max_length`` tokens.
+        sensitivity_samples: With ``allocation="sensitivity"``: samples to measure divergences on at most, in equal
+            shares of the domains.
         seed: For whatever is drawn.
     """
 
@@ -73,6 +76,7 @@ class MoEPrunerConfig:
     sample_selection: str = "first"
     num_clusters: int | Literal["auto"] | None = None
     pack: bool = False
+    sensitivity_samples: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,21 +94,22 @@ class MoEPrunerConfig:
                 f"sparsity is {self.sparsity!r}; the fraction of experts to remove lies between 0 and 1."
             )
         method = get_method(self.method)
-        for name, known in (("allocation", (None, *ALLOCATIONS)), ("sample_selection", SAMPLE_SELECTIONS)):
+        allocations = (None, *ALLOCATIONS, BY_SENSITIVITY)
+        for name, known in (("allocation", allocations), ("sample_selection", SAMPLE_SELECTIONS)):
             value = getattr(self, name)
             if value not in known:
                 nearest = nearest_first(str(value), [choice for choice in known if choice is not None])
                 raise RequestError(f"{name} {value!r} is not known. Known: {nearest}.")
-        if self.allocation not in (None, *method.allocations):
+        if self.allocation not in (None, *method.takes):
             raise RequestError(
                 f"allocation {self.allocation!r} is not for method {self.method!r}, which takes "
-                f"{' or '.join(map(repr, method.allocations))}: it chooses a set for a given number of experts in a "
+                f"{' or '.join(map(repr, method.takes))}: it chooses a set for a given number of experts in a "
                 "layer."
             )
         if self.total_experts is not None and self.allocates == "uniform":
             raise RequestError(
-                "total_experts is for allocation 'global', and the allocation is 'uniform'; give num_experts or "
-                "sparsity."
+                "total_experts is for allocations 'global' and 'sensitivity', and the allocation is 'uniform'; give "
+                "num_experts or sparsity."
             )
         least = {
             "num_experts": 1,
@@ -113,6 +118,7 @@ class MoEPrunerConfig:
             "max_length": 2,
             "batch_size": 1,
             "max_tokens": 1,
+            "sensitivity_samples": 1,
             "seed": 0,
         }
         for name, minimum in least.items():

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,31 @@ def _replaced(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
 
+def check_file(path: str | os.PathLike, suffix: str, overwrite: bool, read: Callable[[Path], object]) -> Path:
+    """A file to write as a path, if it may be written.
+
+    Args:
+        path: The file.
+        suffix: How its name must end.
+        overwrite: Whether an earlier output there may be replaced.
+        read: Reads such an output, and raises where it is something else: nothing else is replaced.
+
+    Raises:
+        RequestError: If it is in the way.
+    """
+    path = Path(path)
+    if path.suffix != suffix:
+        raise RequestError(f"the output's file must end in {suffix}, and is {path}.")
+    if path.exists():
+        if not overwrite:
+            raise RequestError(f"{path} exists; name another file, or allow replacing it (--overwrite).")
+        read(path)
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise RequestError(f"{path} cannot be written: {above} is not a folder that may be written to.")
+    return path
+
+
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """Write a file beside its target and rename it into place.
 
@@ -229,7 +254,7 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
         RunError: If it cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.writing")  # not the name of a folder for unfinished work
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")

@@ -16,7 +16,8 @@ import numpy as np
 from .budget import Budget, global_budget, super_experts, uniform_budget
 from .errors import RequestError
 from .files import is_integer, read_json, write_text
-from .methods import get_method
+from .methods import BY_SENSITIVITY, get_method
+from .sensitivity import Sensitivity, allocate
 from .stats import CalibrationStats, Need
 
 if TYPE_CHECKING:
@@ -279,13 +280,29 @@ def budget_for(
         budget: Budget = uniform_budget(original, top_k, **settings)
     else:
         budget = global_budget(original, top_k, total_experts=config.total_experts, **settings)
-    if method.check is not None:
+    if method.check is not None and config.allocates != BY_SENSITIVITY:  # there what is refused was not measured
         method.check(budget, config.options())
     return budget
 
 
+def protected_experts(stats: CalibrationStats, config: MoEPrunerConfig) -> tuple[dict[int, set[int]], str | None]:
+    """The experts that a recipe retains in any case, by layer, and what is to be said of super experts among them."""
+    protect = {layer: set(experts) for layer, experts in config.protect.items()}
+    if not config.protect_super_experts:
+        return protect, None
+    found = super_experts(stats)
+    for layer, experts in found.items():
+        if layer not in config.skip_layers:
+            protect.setdefault(layer, set()).update(experts)
+    named = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in found.items() if experts)
+    return protect, f"super experts protected: {named or 'none found'}"
+
+
 def build_plan(
-    stats: CalibrationStats, config: MoEPrunerConfig, domain_weights: Mapping[str, float] | None = None
+    stats: CalibrationStats,
+    config: MoEPrunerConfig,
+    domain_weights: Mapping[str, float] | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> PruningPlan:
     """Choose the experts to retain.
 
@@ -293,32 +310,46 @@ def build_plan(
         stats: What the calibration gathered.
         config: Method and budget.
         domain_weights: A share for each domain of the calibration; by default every token counts once.
+        sensitivity: What was measured of the model, for ``allocation="sensitivity"``.
 
     Raises:
-        RequestError: If the budget cannot be kept to, or the statistics lack what the method needs.
+        RequestError: If the budget cannot be kept to, or the statistics or the sensitivity lack what is needed.
     """
+    plan = quiet_plan(stats, config, domain_weights, sensitivity)
+    for note in plan.provenance["notes"]:
+        logger.warning("%s: %s", config.method, note)
+    return plan
+
+
+def quiet_plan(
+    stats: CalibrationStats,
+    config: MoEPrunerConfig,
+    domain_weights: Mapping[str, float] | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> PruningPlan:
+    """As :func:`build_plan`, its notes in the plan only: for plans that are one of many."""
     method, options = get_method(config.method), config.options()
     if plan_needs(config) and not stats.samples:
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
     stats.require(plan_needs(config), config.method)
     stats = stats.with_domain_weights(domain_weights)
-    protect = {layer: set(experts) for layer, experts in config.protect.items()}
-    found = super_experts(stats) if config.protect_super_experts else {}
-    for layer, experts in found.items():
-        if layer not in config.skip_layers:
-            protect.setdefault(layer, set()).update(experts)
+    protect, said = protected_experts(stats, config)
     original = stats.num_experts
     budget = budget_for(config, original, stats.model["top_k"], protect)
-    if config.protect_super_experts:
-        named = "; ".join(
-            f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in found.items() if experts
-        )
-        budget.note(f"super experts protected: {named or 'none found'}")
+    if said is not None:
+        budget.note(said)
     if dense := stats.model.get("dense_layers"):
         budget.note(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
-    chosen, scores = method.select(stats, budget, options)
-    for note in budget.notes:
-        logger.warning("%s: %s", config.method, note)
+    if config.allocates == BY_SENSITIVITY:
+        if sensitivity is None:
+            raise RequestError(
+                "allocation 'sensitivity' needs what was measured of the model; measure it first (optimum-cli "
+                "moe-prune sensitivity), and give the result (--sensitivity FILE)."
+            )
+        measured = sensitivity.of(config, stats.model, domain_weights)
+        chosen, scores = allocate(measured, budget, domain_weights), None
+    else:
+        chosen, scores = method.select(stats, budget, options)
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
     provenance: dict[str, Any] = {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),

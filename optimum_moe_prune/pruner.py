@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,26 +13,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
-from .architectures import architecture_of
 from .architectures.block import moe_blocks
 from .budget import UniformBudget
 from .calibrate import calibrate_checkpoint
 from .calibration import CalibrationInput, CalibrationSet, sample_length
-from .card import model_card
-from .checkpoint import MAX_SHARD_SIZE, apply_to_checkpoint, carry_files, check_request, shard_bytes
+from .card import write_card
+from .checkpoint import MAX_SHARD_SIZE, apply_to_checkpoint, check_request, shard_bytes
 from .collect import check_model, collect, empty_stats, model_facts
-from .config import CONFIG_NAME, MoEPrunerConfig
+from .config import MoEPrunerConfig
 from .errors import RequestError
-from .files import check_space, check_target, read_json, working_on, written_folder
+from .files import check_space, check_target, working_on
+from .hub import push_folder
+from .layerwise import LayerByLayer
 from .layout import Layout, find_layout
-from .plan import PLAN_NAME, PruningPlan, budget_for, build_plan, plan_needs, with_parent
-from .resume import calibration_folder
-from .shards import Checkpoint, find_file, without_code
+from .measure import measure_checkpoint, measure_sensitivity
+from .methods import BY_SENSITIVITY
+from .plan import PruningPlan, budget_for, build_plan, plan_needs, with_parent
+from .resume import calibration_folder, sensitivity_folder
+from .saving import save_pruned
+from .sensitivity import Sensitivity
+from .shards import Checkpoint, without_code
 from .source import load_model_config, moe_layers, stored_plan
-from .standalone import standalone_class, write_standalone
 from .stats import CalibrationStats, check_domain_weights
 from .stream import Skeleton
-from .surgery import apply_plan, check_plan_for_config, pruned_config
+from .surgery import apply_plan, check_plan_for_config
 
 if TYPE_CHECKING:
     import os
@@ -59,6 +62,8 @@ class MoEPruner:
         config: The recipe.
         stats: Statistics of the last calibration.
         pruning_plan: The plan made last, or loaded.
+        sensitivity: What was measured for ``allocation="sensitivity"``, or is to be planned with.
+        output_dir: The checkpoint written last.
     """
 
     def __init__(
@@ -76,6 +81,8 @@ class MoEPruner:
         self.pruning_plan = plan
         self.name_or_path = None if name_or_path is None else str(name_or_path)
         self.stats: CalibrationStats | None = None
+        self.sensitivity: Sensitivity | None = None
+        self.output_dir: Path | None = None
         self.model: PreTrainedModel | None = None
         self.model_config = model_config
         self._applied_plan: PruningPlan | None = None
@@ -230,6 +237,52 @@ class MoEPruner:
         self.pruning_plan = None  # one made or loaded before does not rest on these statistics
         return self.stats
 
+    def measure_sensitivity(
+        self,
+        model: PreTrainedModel | None = None,
+        calibration: CalibrationInput | None = None,
+        domain_weights: Mapping[str, float] | None = None,
+        *,
+        stream: bool | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        **settings: Any,
+    ) -> Sensitivity:
+        """Measure how much is lost when the recipe's method prunes each layer alone, and whole models.
+
+        Args:
+            model: The unpruned model; by default the bound checkpoint is measured.
+            calibration: As for :meth:`calibrate`; of it ``sensitivity_samples`` samples are measured on. Where there
+                are no statistics yet, the model is calibrated on it first.
+            domain_weights: A share for each domain in choosing experts.
+            stream: Without a model: hold one decoder layer in memory at a time; by default where it does not fit.
+            dtype: Without a model: the precision to calculate in.
+            device: Without a model: where to calculate.
+            settings: ``counts``, ``sparsities`` and ``batch_size`` (``measure.measure_sensitivity``).
+
+        Returns:
+            The sensitivity, also readable as ``sensitivity``; ``allocation="sensitivity"`` plans with it.
+        """
+        config = self._recipe()
+        if calibration is None:
+            raise RequestError("a calibration is needed; pass calibration=texts.")
+        how: dict[str, Any] = {"stream": stream, "dtype": dtype, "device": device}
+        samples = self.samples(calibration, None if model is None else model.config)
+        if self.stats is None and model is None:
+            self.calibrate(None, samples, **how)
+        elif self.stats is None:
+            self.calibrate(model, samples)
+        assert self.stats is not None
+        settings = {"domain_weights": domain_weights, "batch_size": config.batch_size, **settings}
+        few = samples.take(config.sensitivity_samples)
+        if model is None:
+            how["hub"] = self._hub
+            self.sensitivity = measure_checkpoint(self.layout(), few, self.stats, [config], **how, **settings)
+        else:
+            check_model(model)
+            self.sensitivity = measure_sensitivity(LayerByLayer(model), few, self.stats, [config], **settings)
+        return self.sensitivity
+
     def plan(
         self, stats: CalibrationStats | None = None, domain_weights: Mapping[str, float] | None = None
     ) -> PruningPlan:
@@ -245,7 +298,7 @@ class MoEPruner:
         stats = stats if stats is not None else self.stats
         if stats is None:
             raise RequestError("there are no statistics to plan with; calibrate first, or pass saved ones.")
-        plan = build_plan(stats, self._recipe(), domain_weights)
+        plan = build_plan(stats, self._recipe(), domain_weights, self.sensitivity)
         self.pruning_plan = plan if self._parent is None else with_parent(plan, self._parent)
         return self.pruning_plan
 
@@ -282,7 +335,20 @@ class MoEPruner:
                 return self._with_commit(empty_stats(model_facts(model), counts, blocks[0].routing, seed=config.seed))
 
             plan = self._plan_from(
-                calibration, domain_weights, model.config, nothing, lambda samples: self.calibrate(model, samples)
+                calibration,
+                domain_weights,
+                model.config,
+                nothing,
+                lambda samples: self.calibrate(model, samples),
+                lambda samples, stats: measure_sensitivity(
+                    LayerByLayer(model),
+                    samples,
+                    stats,
+                    [config],
+                    domain_weights=domain_weights,
+                    sparsities=(),
+                    batch_size=config.batch_size,
+                ),
             )
         self.model, self._applied_plan = apply_plan(plan, model), plan
         return self.model
@@ -346,6 +412,7 @@ class MoEPruner:
                 )
             finally:
                 self.stats, self.pruning_plan = other.stats, other.pruning_plan
+                self.sensitivity, self.output_dir = other.sensitivity, other.output_dir
         if self.name_or_path is None:
             raise RequestError("this pruner is not bound to a checkpoint; pass source=.")
         check_target(output_dir, overwrite, [self.name_or_path])
@@ -368,8 +435,10 @@ class MoEPruner:
                 standalone=standalone,
             )
             if calibration is not None:
-                shutil.rmtree(calibration_folder(output_dir), ignore_errors=True)
-        return Path(output_dir)
+                for folder in (calibration_folder(output_dir), sensitivity_folder(output_dir)):
+                    shutil.rmtree(folder, ignore_errors=True)
+        self.output_dir = Path(output_dir)
+        return self.output_dir
 
     def _planned(
         self,
@@ -406,7 +475,21 @@ class MoEPruner:
                 **how,
             )
 
-        return self._plan_from(calibration, domain_weights, layout.config, nothing, calibrate)
+        def measure(samples: CalibrationSet, stats: CalibrationStats) -> Sensitivity:
+            return measure_checkpoint(
+                layout,
+                samples,
+                stats,
+                [config],
+                domain_weights=domain_weights,
+                sparsities=(),
+                batch_size=config.batch_size,
+                folder=sensitivity_folder(output_dir),
+                hub=self._hub,
+                **how,
+            )
+
+        return self._plan_from(calibration, domain_weights, layout.config, nothing, calibrate, measure)
 
     def _plan_from(
         self,
@@ -415,20 +498,30 @@ class MoEPruner:
         model_config: Any,
         nothing: Callable[[], CalibrationStats],
         calibrate: Callable[[CalibrationSet], CalibrationStats],
+        measure: Callable[[CalibrationSet, CalibrationStats], Sensitivity],
     ) -> PruningPlan:
         """A plan from given statistics, from those of no calibration, from a calibration, or from the last one's."""
         config = self._recipe()
+        measures = config.allocates == BY_SENSITIVITY and self.sensitivity is None
+        samples = None
         if isinstance(calibration, CalibrationStats):
             self.stats = calibration
-        elif not plan_needs(config):
-            self.stats = nothing()
-        elif calibration is not None:
+        elif calibration is not None and (measures or plan_needs(config)):
             samples = self.samples(calibration, model_config)
             if domain_weights is not None:
                 check_domain_weights(samples.samples, domain_weights)
-            self.stats = calibrate(samples)
+            self.stats = calibrate(samples) if plan_needs(config) else nothing()
+        elif not plan_needs(config):
+            self.stats = nothing()
         elif self.stats is None:
             raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
+        if measures:
+            if samples is None:
+                raise RequestError(
+                    "allocation 'sensitivity' needs texts to measure on; pass calibration=texts, or set "
+                    "pruner.sensitivity to what was measured before."
+                )
+            self.sensitivity = measure(samples.take(config.sensitivity_samples), self.stats)
         return self.plan(domain_weights=domain_weights)
 
     def _bound_to(self, source: str | os.PathLike) -> MoEPruner:
@@ -442,7 +535,7 @@ class MoEPruner:
             parent=stored_plan(source, self._hub),
             hub=self._hub,
         )
-        other.stats = self.stats
+        other.stats, other.sensitivity = self.stats, self.sensitivity
         return other
 
     def _model_config(self) -> Any:
@@ -490,28 +583,65 @@ class MoEPruner:
         plan = self._applied_plan if model is self.model else self.pruning_plan
         if model is None or plan is None:
             raise RequestError("there is no pruned model to save; call prune first, or pass the model it returned.")
-        counts = {block.layer: block.num_experts for block in moe_blocks(model)}
-        if counts != plan.num_experts:
+        self.output_dir = save_pruned(
+            model,
+            plan,
+            save_directory,
+            recipe=plan.config if self.config is None else self.config.to_dict(),
+            source=self.name_or_path,
+            source_config=None if self.name_or_path is None else self._model_config(),
+            hub=self._hub,
+            tokenizer=self._tokenizer if self._tokenizer_given else None,
+            overwrite=overwrite,
+            standalone=standalone,
+        )
+        return self.output_dir
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        folder: str | os.PathLike | None = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        """Publish a pruned checkpoint in one commit: weights, tokenizer, recipe, plan, card, evaluation and report.
+
+        Args:
+            repo_id: The repository, made if absent.
+            folder: The checkpoint; by default the one this pruner wrote last. Its card is made anew, under the
+                repository's name.
+            private: Whether a new repository is private.
+            token: Access token; by default the pruner's own, or the one of ``hf auth login``.
+            revision: The branch.
+            commit_message: Of the commit.
+            create_pr: Open a pull request instead of committing.
+
+        Returns:
+            The client's ``CommitInfo``.
+
+        Raises:
+            RequestError: If there is no checkpoint, the repository holds something else, or the Hub refuses.
+            RunError: If the Hub cannot be reached or fails; nothing was published then, and the same call continues.
+        """
+        folder = folder if folder is not None else self.output_dir
+        if folder is None:
             raise RequestError(
-                "this model does not have the numbers of experts of the plan; pass the model that was pruned."
+                "there is no checkpoint to publish; write one first (save_pretrained), or pass folder=."
             )
-        standalone = standalone and plan.uniform_num_experts is None  # elsewhere nothing is needed
-        if standalone:
-            standalone_class(model.config)
-        with written_folder(save_directory, overwrite, sources=[self.name_or_path]) as partial:
-            model.save_pretrained(partial)
-            plan.save(partial / PLAN_NAME)
-            recipe = plan.config if self.config is None else self.config.to_dict()
-            (partial / CONFIG_NAME).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-            if self.name_or_path is not None:
-                carry_files(self.name_or_path, self._hub, partial)
-                self._restore_config(partial, model)
-            if self._tokenizer is not None and self._tokenizer_given:
-                self._tokenizer.save_pretrained(partial)
-            if standalone:
-                write_standalone(partial, model.config)
-            model_card(plan, Path(save_directory).resolve().name, standalone).save(partial / "README.md")
-        return Path(save_directory)
+        write_card(folder, repo_id)
+        return push_folder(
+            folder,
+            repo_id,
+            private=private,
+            token=self._hub.get("token") if token is None else token,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
     # -- helpers
 
@@ -526,15 +656,3 @@ class MoEPruner:
         if commit is None or stats.model["name_or_path"] != self.name_or_path:
             return stats
         return replace(stats, model={**stats.model, "revision": commit})
-
-    def _restore_config(self, folder: Path, model: PreTrainedModel) -> None:
-        """Write the source's own ``config.json``, with the pruning keys and what was changed in memory put in."""
-        found = None if self.name_or_path is None else find_file(self.name_or_path, "config.json", self._hub)
-        if found is None:
-            return
-        values = pruned_config(read_json(found), self._model_config(), model.config, architecture_of(model.config))
-        dtype = str(model.dtype).removeprefix("torch.")
-        key = "torch_dtype" if "torch_dtype" in values else "dtype"
-        if values.get(key) != dtype:
-            values[key] = dtype
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -143,6 +143,12 @@ class Store:
         """Forget a file that is finished; its tensors stay usable."""
         self._files.pop(name, None)
 
+    def remove(self, name: str) -> None:
+        """Forget a file and remove it from the folder: what it held is needed no more."""
+        self.release(name)
+        if self.folder is not None:
+            (self.folder / name).unlink(missing_ok=True)
+
     def check_space(self, nbytes: int) -> None:
         """Raise unless the folder's disk has room for so much."""
         if self.folder is not None and not self.finished:
@@ -176,6 +182,11 @@ def unfinished(folder: Path) -> tuple[dict[str, Any], int] | None:
 def calibration_folder(target: str | os.PathLike) -> Path:
     """Where the calibration of an output is kept until the output is there."""
     return partial_folder(target) / "calibration"
+
+
+def sensitivity_folder(target: str | os.PathLike) -> Path:
+    """Where the measurement of a sensitivity is kept until the output is there."""
+    return partial_folder(target) / "sensitivity"
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> Iterator[str]:

@@ -290,6 +290,8 @@ class Skeleton(LayerByLayer):
         RequestError: If a tensor is missing, or has another shape than the config says.
     """
 
+    streams = True
+
     def __init__(self, layout: Layout, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
         self.layout = layout
         self.checkpoint = layout.checkpoint

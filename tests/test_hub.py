@@ -3,117 +3,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlparse
 
 import pytest
 from conftest import make_model, make_texts, make_tokenizer
+from hub_server import Hub, served
 from test_never_lost import assert_same_result
 
 from optimum_moe_prune import CalibrationStats, MoEPruner
 from optimum_moe_prune.cli import main
 
 REPO, COMMIT = "some/model", "a" * 40
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves one repository and remembers what was asked for.
-
-    Attributes:
-        asked: Method, file and range of each request for a file.
-        without_ranges: Whether parts of files are refused.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder = folder
-        self.asked: list[tuple[str, str, str | None]] = []
-        self.without_ranges = False
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def downloads(self) -> dict[str, int]:
-        """How often each safetensors file was fetched whole."""
-        counts: dict[str, int] = {}
-        for method, file, part in self.asked:
-            if method == "GET" and file.endswith(".safetensors") and part is None:
-                counts[file] = counts.get(file, 0) + 1
-        return counts
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        path = urlparse(self.path).path
-        if match := re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path):
-            self._file(match[2])
-        elif re.fullmatch(rf"/api/models/{REPO}/tree/[^/]+", path):
-            files = [p for p in sorted(self.server.folder.rglob("*")) if p.is_file()]
-            self._json(
-                [
-                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40, "lfs": None}
-                    for p in files
-                ]
-            )
-        elif re.fullmatch(rf"/api/models/{REPO}/tree/.+", path):  # of a folder in it
-            self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-        elif re.fullmatch(rf"/api/models/{REPO}(/revision/[^/]+)?", path):
-            self._json({"id": REPO, "sha": COMMIT, "siblings": [], "tags": [], "private": False})
-        else:
-            self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def _file(self, name: str) -> None:
-        part = self.headers.get("Range")
-        self.server.asked.append((self.command, name, part))
-        path = self.server.folder / name
-        if not path.is_file():
-            self._answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-            return
-        data = path.read_bytes()
-        headers = {
-            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-            "X-Repo-Commit": COMMIT,
-            "Accept-Ranges": "bytes",
-        }
-        if part and self.server.without_ranges:
-            self._answer(416, b"", headers)
-        elif part:
-            first, _, last = part.removeprefix("bytes=").partition("-")
-            end = min(int(last) + 1 if last else len(data), len(data))
-            headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(data)}"
-            self._answer(206, data[int(first) : end], headers)
-        else:
-            self._answer(200, data, headers)
-
-    def _json(self, values: object) -> None:
-        self._answer(200, json.dumps(values).encode(), {"Content-Type": "application/json"})
-
-    def _answer(self, code: int, data: bytes, headers: dict[str, str]) -> None:
-        self.send_response(code)
-        for key, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +34,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(place: Path) -> Iterator[Hub]:
-    server = Hub(place / "model")
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with served() as server:
+        server.publish(REPO, place / "model", COMMIT)
+        yield server
 
 
 def command(address: str, cache: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -82,7 +82,7 @@ def assert_same_result(command: str, found: Path, expected: Path) -> None:
 def assert_nothing_looks_finished(folder: Path, allowed: Path | None = None) -> None:
     for marker in MARKERS:
         for path in folder.rglob(marker):
-            hidden = any(part.startswith(".") and part.endswith(".partial") for part in path.parts)
+            hidden = any(part.startswith(".") and part.endswith((".partial", ".writing")) for part in path.parts)
             assert hidden or (allowed is not None and path.is_relative_to(allowed)), path
 
 

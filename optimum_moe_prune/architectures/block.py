@@ -103,6 +103,36 @@ class MoEBlock:
             else:
                 experts.forward = before
 
+    @contextlib.contextmanager
+    def restricted(self, retained: Sequence[int]) -> Iterator[None]:
+        """Calculate as if only these experts were left, inside a ``with``; no expert is copied.
+
+        The router has the rows it would have in the pruned model; the ids it chooses are put back into the numbering
+        of the experts that are there.
+        """
+        of_router = f"{self.spec.router}."
+        before: list[tuple[nn.Module, str, Any]] = []
+        for path, tensor in self.router_tensors.items():
+            owner, name = _owner(self.module, path)
+            before.append((owner, name, getattr(owner, name)))
+            _replace(owner, name, _rows(tensor, retained))
+        for path in self.spec.block_counts:
+            if path.startswith(of_router):
+                owner, name = _owner(self.module, path)
+                before.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, len(retained))
+        ids = torch.tensor(retained, device=next(iter(self.router_tensors.values())).device)
+
+        def forward(experts: ExpertsForward, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            return experts(hidden_states, ids[index], weights)
+
+        try:
+            with self.observed(lambda logits: None, forward):
+                yield
+        finally:
+            for owner, name, value in before:
+                setattr(owner, name, value)
+
 
 def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     """The MoE blocks of a model, in layer order; dense layers are left out.

@@ -15,6 +15,7 @@ from .registry import NoOptions, Scores, register_method
     kind="scores",
     summary="output norm summed over routed tokens",
     source="baseline of REAP, arXiv 2510.13999",
+    formula="An expert's score is the norm of its output summed over the tokens routed to it.",
     needs={Need.ROUTING, Need.ROUTED_NORMS},
 )
 def ean(stats: CalibrationStats, options: NoOptions) -> Scores:

@@ -52,6 +52,11 @@ class SearchOptions:
     kind="set",
     summary="the set with the least reconstruction error, by exhaustive or greedy search",
     source="NAEE, arXiv 2402.14800",
+    formula=(
+        "In each layer the set is kept whose output is nearest to the whole layer's: the norm of the difference, "
+        "summed over calibration samples; exactly over all sets where they are few enough, else by dropping the "
+        "expert that costs least, one at a time."
+    ),
     needs={Need.ROUTING, Need.GRAM},
     options=SearchOptions,
 )

@@ -15,6 +15,7 @@ from .registry import NoOptions, Scores, register_method
     kind="scores",
     summary="tokens routed to the expert",
     source="baseline of Mosaic Pruning and MoE Pathfinder",
+    formula="An expert's score is the number of tokens routed to it.",
     needs={Need.ROUTING},
 )
 def frequency(stats: CalibrationStats, options: NoOptions) -> Scores:

@@ -16,6 +16,10 @@ from .registry import Retained, register_method
     kind="set",
     summary="the experts on the best paths by reconstruction loss",
     source="ablation of MoE Pathfinder, arXiv 2512.18425",
+    formula=(
+        "As MoE Pathfinder, with the importance of the experts alone: a softmax of minus each expert's error when "
+        "it stands in for its layer."
+    ),
     needs={Need.SINGLE_ERROR},
     options=ImportanceOptions,
     allocations=GLOBAL_FIRST,

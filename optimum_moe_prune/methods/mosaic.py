@@ -78,6 +78,13 @@ def needs(options: Options) -> frozenset[Need]:
     kind="set",
     summary="generalists, and the best specialist of each cluster of experts",
     source="Mosaic Pruning, arXiv 2511.19822",
+    formula=(
+        "In each layer a few generalists are kept first: the experts that together come nearest to the whole "
+        "layer's output. The calibration tokens are grouped into domains by K-Means on the layer's inputs; each "
+        "other expert is described by its mean error in each domain when it stands in for the layer alone; "
+        "experts whose errors rank alike are clustered (Ward); and of each cluster the expert is kept whose "
+        "router probability varies most over tokens (its Kullback-Leibler divergence from an even spread)."
+    ),
     needs=needs,
     options=Options,
     check=check,

@@ -15,6 +15,7 @@ from .registry import NoOptions, Scores, per_routed_token, register_method
     kind="scores",
     summary="mean squared output norm over routed tokens",
     source="arXiv 2606.15716",
+    formula="An expert's score is the mean squared norm of its output over the tokens routed to it.",
     needs={Need.ROUTING, Need.ROUTED_NORMS},
 )
 def msan(stats: CalibrationStats, options: NoOptions) -> Scores:

@@ -115,6 +115,13 @@ def needs(options: Options) -> frozenset[Need]:
     kind="set",
     summary="the experts on the best paths through the whole network",
     source="MoE Pathfinder, arXiv 2512.18425",
+    formula=(
+        "Each layer's experts are nodes of a graph. The weight of a path through the network is the product, over "
+        "its layers, of the importance of each expert (a softmax of minus its error when it stands in for the "
+        "layer alone) and of the transitions between neighbouring layers (the mean norm of one expert's output "
+        "times the router's mean probability of the next). For each calibration sample the best paths are found "
+        "exactly; experts on them are kept until the budget is full."
+    ),
     needs=needs,
     options=Options,
     allocations=GLOBAL_FIRST,

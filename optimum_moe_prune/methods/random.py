@@ -16,6 +16,7 @@ from .registry import ALLOCATIONS, NoOptions, Retained, register_method
     kind="set",
     summary="a seeded uniform choice",
     source="baseline of Mosaic Pruning and MoE Pathfinder",
+    formula="Experts were drawn at random, as a baseline.",
     needs=frozenset(),
     allocations=ALLOCATIONS,
 )

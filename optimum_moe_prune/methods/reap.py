@@ -33,6 +33,10 @@ class Options:
     kind="scores",
     summary="mean router-weighted output norm over routed tokens",
     source="REAP, arXiv 2510.13999",
+    formula=(
+        "An expert's score is the mean, over the tokens routed to it, of the norm of its output times the weight "
+        "the router gives it."
+    ),
     needs={Need.ROUTING, Need.ROUTED_NORMS},
     options=Options,
 )

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 ENTRY_POINTS = "optimum_moe_prune.methods"
 
 ALLOCATIONS = ("uniform", "global")
+BY_SENSITIVITY = "sensitivity"
+"""The allocation by measured divergences, for every method that takes a number for each layer."""
 
 Scores = dict[int, np.ndarray]
 Retained = dict[int, tuple[int, ...]]
@@ -50,6 +52,7 @@ class Method:
         options: A frozen dataclass of its options, each with a default.
         allocations: How it can spread a budget over the layers, its own way first: ``"uniform"`` (the same in every
             layer, a ``UniformBudget``) or ``"global"`` (a number for the whole model, a plain ``Budget``).
+        formula: What it calculates, in words, for model cards.
         check: ``(budget, options) -> None``: raises what can be refused before any work.
         scores: ``(stats, options) -> {layer: (E,)}``, higher = keep; or
         retained: ``(stats, budget, options) -> {layer: experts}``.
@@ -61,9 +64,15 @@ class Method:
     needs: Callable[[Any], frozenset[Need]]
     options: type
     allocations: tuple[str, ...]
+    formula: str = ""
     check: Callable[[Any, Any], None] | None = None
     scores: Callable[[CalibrationStats, Any], Scores] | None = None
     retained: Callable[[CalibrationStats, Any, Any], Retained] | None = None
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The allocations that can be asked for."""
+        return (*self.allocations, BY_SENSITIVITY) if "uniform" in self.allocations else self.allocations
 
     def select(self, stats: CalibrationStats, budget: Budget, options: Any) -> tuple[Retained, Scores | None]:
         """The retained experts of each layer of the budget, sorted, and the scores where the method has them."""
@@ -101,6 +110,7 @@ def register_method(
     needs: frozenset[Need] | set[Need] | Callable[[Any], frozenset[Need]],
     options: type = NoOptions,
     allocations: tuple[str, ...] | None = None,
+    formula: str = "",
     check: Callable[[Any, Any], None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the function of a method and make it known.
@@ -114,6 +124,7 @@ def register_method(
         needs: The statistics it reads, or a function of its options.
         options: A frozen dataclass of its options.
         allocations: See ``Method.allocations``; by default both for scores, and uniform for a set.
+        formula: What it calculates, in words, for model cards.
         check: Raises what can be refused before any work.
 
     Raises:
@@ -142,6 +153,7 @@ def register_method(
             needed,
             options,
             allocations,
+            formula,
             check,
             scores=function if kind == "scores" else None,
             retained=function if kind == "set" else None,

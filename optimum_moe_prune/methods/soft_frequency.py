@@ -16,6 +16,7 @@ from .registry import NoOptions, Scores, register_method
     kind="scores",
     summary="router probability summed over routed tokens",
     source="SEER-MoE, arXiv 2404.05089",
+    formula="An expert's score is the router's probability of it, summed over the tokens routed to it.",
     needs={Need.ROUTING},
 )
 def soft_frequency(stats: CalibrationStats, options: NoOptions) -> Scores:

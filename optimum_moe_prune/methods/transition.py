@@ -16,6 +16,10 @@ from .registry import Retained, register_method
     kind="set",
     summary="the experts on the best paths by activation strength and routing probability",
     source="ablation of MoE Pathfinder, arXiv 2512.18425",
+    formula=(
+        "As MoE Pathfinder, with the transitions between layers alone: paths weigh the mean norm of each expert's "
+        "output times the router's mean probability of the next."
+    ),
     needs=transition_needs,
     options=TransitionOptions,
     allocations=GLOBAL_FIRST,

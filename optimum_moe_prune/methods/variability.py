@@ -76,6 +76,11 @@ def generalists(layer: LayerStats, index: int, budget: UniformBudget, options: G
     kind="set",
     summary="generalists, then the highest Activation Variability Scores",
     source="ablation of Mosaic Pruning, arXiv 2511.19822",
+    formula=(
+        "In each layer a few generalists are kept first, the experts that together come nearest to the whole "
+        "layer's output; then those whose router probability varies most over tokens (its Kullback-Leibler "
+        "divergence from an even spread)."
+    ),
     needs=needs,
     options=GeneralistOptions,
     check=check,

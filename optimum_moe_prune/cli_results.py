@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that judge, show and publish: ``evaluate``, ``sensitivity``, ``report``, and what follows ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import domain_weights, numbers, recipe
+from .cli_inputs import calibration_samples, check_device, hub_settings, load_model
+from .errors import RequestError
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
+
+# ------------------------------------------------------------------------------------------- evaluate
+
+
+def evaluate_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .card import write_card
+    from .comparison import EVALUATION_NAME
+    from .files import check_file
+    from .plan import PLAN_NAME
+    from .source import load_model_config
+
+    check_device(args.device)
+    tasks = [name for names in args.tasks or [] for name in names.split(",")]
+    if not args.data and not tasks and not args.speed:
+        raise RequestError("there is nothing to evaluate on; name texts (--data FILE), --tasks or --speed.")
+    if args.revision is not None and len(args.model) > 1:
+        raise RequestError("--revision is for one model, and several are named.")
+    if args.json and args.markdown:
+        raise RequestError("--json and --markdown exclude each other.")
+    if args.update_card:
+        for folder in args.model:
+            if not (Path(folder) / PLAN_NAME).is_file():
+                raise RequestError(f"--update-card: {folder} is no folder of a checkpoint that this package pruned.")
+        if len(args.model) > 1 or args.reference is None:
+            raise RequestError("--update-card takes one pruned model, and --reference, the original.")
+    if tasks:
+        from .tasks import check_tasks
+
+        check_tasks(tasks, args.task_include or (), args.allow_code)
+    if args.output is not None:
+        check_file(args.output, ".json", args.overwrite, _is_evaluation)
+    args.revision_of = args.model[0]
+    for path in [*args.model, *([] if args.reference is None else [args.reference])]:
+        load_model_config(path, **_hub_of(args, path))
+    comparison = compare(args, args.model, args.reference, tasks)
+    if args.output is not None:
+        comparison.save(args.output)
+    if args.update_card:
+        folder = Path(args.model[0])
+        comparison.save(folder / EVALUATION_NAME)
+        write_card(folder, folder.resolve().name)
+    return comparison.markdown() if args.markdown else comparison.summary(), comparison.to_dict()
+
+
+def compare(
+    args: argparse.Namespace, models: Sequence[str], reference: str | None, tasks: Sequence[str] = ()
+) -> Comparison:
+    """Evaluate models, one of them in memory at a time beside the reference.
+
+    Args:
+        args: The settings: data, batch_size, max_length, speed, new_tokens, dtype, device, and those of tasks.
+        models: Their folders or Hub ids.
+        reference: That of the model to compare with.
+        tasks: Tasks to run on each, the reference included.
+    """
+    from .comparison import Comparison, ModelResult, reference_of
+    from .evaluate import evaluate
+
+    labels = _labels([*models, *([] if reference is None else [reference])])
+    texts = _texts(args, models[0])
+    original = None if reference is None else _loaded(args, reference)
+    results: dict[str, ModelResult] = {}
+    last = None
+    for path in models:
+        model = _loaded(args, path)
+        if texts is not None:
+            last = evaluate(model, texts, reference=original, batch_size=args.batch_size)
+        results[labels[path]] = _result(args, path, model, last, tasks)
+        del model
+        gc.collect()
+    if reference is not None:
+        known = None if last is None else reference_of(last)
+        results[labels[reference]] = _result(args, reference, original, known, tasks)
+    del original
+    gc.collect()  # before other processes need the memory
+    if args.speed:
+        from dataclasses import replace
+
+        from .speed import measure_generation
+
+        for path, label in labels.items():
+            generation = measure_generation(
+                path, new_tokens=args.new_tokens, dtype=args.dtype, device=args.device, **_hub_of(args, path)
+            )
+            results[label] = replace(results[label], generation=generation)
+    return Comparison(results, None if reference is None else labels[reference])
+
+
+def _result(args: argparse.Namespace, path: str, model: Any, evaluation: Any, tasks: Sequence[str]) -> Any:
+    from dataclasses import replace
+
+    from .comparison import ModelResult
+
+    result = ModelResult() if model is None else ModelResult.of(model, evaluation)
+    if tasks:
+        from .tasks import run_tasks
+
+        scores = run_tasks(
+            model,
+            _bound(args, path).tokenizer,
+            tasks,
+            include=args.task_include or (),
+            limit=args.task_limit,
+            num_fewshot=args.num_fewshot,
+            batch_size=args.batch_size,
+            allow_code=args.allow_code,
+        )
+        result = replace(result, tasks=scores)
+    return result
+
+
+def _loaded(args: argparse.Namespace, path: str) -> Any:
+    """A model, where anything is to be done with it in this process."""
+    return load_model(args, path, _hub_of(args, path)) if args.data or args.tasks else None
+
+
+def _texts(args: argparse.Namespace, path: str) -> Any:
+    """The held-out samples, by the tokenizer of a model."""
+    from .calibration import CalibrationSet, sample_length
+
+    if not args.data:
+        return None
+    pruner = _bound(args, path)
+    max_length = sample_length(args.max_length, pruner.model_config)
+    samples = CalibrationSet.build([Path(file) for file in args.data], pruner.tokenizer, max_length=max_length)
+    samples.check_vocabulary(pruner.model_config.vocab_size)
+    return samples
+
+
+def _bound(args: argparse.Namespace, path: str) -> Any:
+    from .pruner import MoEPruner
+    from .source import load_model_config
+
+    hub = _hub_of(args, path)
+    return MoEPruner(name_or_path=path, model_config=load_model_config(path, **hub), hub=hub)
+
+
+def _hub_of(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """How a model is reached; ``--revision`` is that of the one model it is for."""
+    hub = hub_settings(args)
+    if path != args.revision_of:
+        hub.pop("revision", None)
+    return hub
+
+
+def _labels(paths: Sequence[str]) -> dict[str, str]:
+    """A short name for each model: its last part, or all of it where that is not enough."""
+    short = {path: Path(path).name or path for path in dict.fromkeys(paths)}
+    return {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
+
+
+def _is_evaluation(path: Path) -> None:
+    from .comparison import Comparison
+
+    Comparison.load(path)
+
+
+# ------------------------------------------------------------------------------------------- sensitivity
+
+
+def sensitivity_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .calibrate import calibrate_checkpoint
+    from .collect import empty_stats
+    from .files import check_file, working_on
+    from .measure import SPARSITIES, measure_checkpoint
+    from .methods import list_methods
+    from .plan import plan_needs
+    from .pruner import MoEPruner
+    from .resume import calibration_folder, sensitivity_folder
+    from .sensitivity import Sensitivity
+    from .source import load_model_config
+    from .stats import CalibrationStats
+
+    check_file(args.output, ".json", args.overwrite, Sensitivity.load)
+    names = list(dict.fromkeys(args.method or [None if args.config else "mosaic"]))
+    if "all" in names:
+        names = list(list_methods())
+    if len(names) > 1 and args.option:
+        raise RequestError("--option is for one method, and several are named; give a recipe for each run instead.")
+    configs = []
+    for name in names:
+        args.method, args.sparsity = name, None if args.config else 0.5  # a recipe has a budget; it is not used
+        configs.append(recipe(args))
+    weights = domain_weights(args)
+    counts = numbers(args.counts, "--counts", int)
+    sparsities = numbers(args.sparsities, "--sparsities", float)
+    if sparsities is not None and not all(0 < s < 1 for s in sparsities):
+        raise RequestError(f"--sparsities is {args.sparsities}; fractions of experts to remove lie between 0 and 1.")
+    check_device(args.device)
+    hub = hub_settings(args)
+    pruner = MoEPruner(configs[0], name_or_path=args.model, model_config=load_model_config(args.model, **hub), hub=hub)
+    layout = pruner.layout()
+    samples = calibration_samples(args, pruner)
+    needs = frozenset().union(*(plan_needs(config) for config in configs))
+    how: dict[str, Any] = {"dtype": args.dtype, "device": args.device, "stream": args.stream, "restart": args.restart}
+    with working_on(args.output):
+        if args.stats is not None:
+            stats = CalibrationStats.load(args.stats)
+        elif needs:
+            stats = calibrate_checkpoint(
+                layout,
+                samples,
+                needs,
+                batch_size=configs[0].batch_size,
+                max_tokens=configs[0].max_tokens,
+                seed=configs[0].seed,
+                folder=calibration_folder(args.output),
+                hub=hub,
+                **how,
+            )
+        else:
+            stats = empty_stats(layout.facts(), layout.num_experts, layout.spec.routing(layout.config))
+        measured = measure_checkpoint(
+            layout,
+            samples.take(configs[0].sensitivity_samples),
+            stats,
+            configs,
+            domain_weights=weights,
+            counts=counts,
+            sparsities=SPARSITIES if sparsities is None else sparsities,
+            batch_size=configs[0].batch_size,
+            folder=sensitivity_folder(args.output),
+            hub=hub,
+            **how,
+        )
+        measured.save(args.output)
+        for folder in (calibration_folder(args.output), sensitivity_folder(args.output)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return f"{measured.summary()}\n{args.output}", {"output": args.output, **measured.to_dict()}
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+def report_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .comparison import Comparison
+    from .plan import PruningPlan
+    from .report import write_report
+    from .sensitivity import Sensitivity
+    from .stats import CalibrationStats
+
+    target = Path(args.output)
+    if target.suffix != ".html":
+        raise RequestError(f"the report's file must end in .html, and is {args.output}.")
+    plans = {}
+    for path in args.plan or []:
+        name = Path(path).stem if Path(path).suffix == ".json" else Path(path).name
+        plans[name if name not in plans else path] = PruningPlan.load(path)
+    pictures = args.pictures or target.with_name(f"{target.stem}_pictures")
+    write_report(
+        target,
+        stats=None if args.stats is None else CalibrationStats.load(args.stats),
+        plans=plans,
+        sensitivity=None if args.sensitivity is None else Sensitivity.load(args.sensitivity),
+        evaluation=None if args.evaluation is None else Comparison.load(args.evaluation),
+        title=args.title,
+        overwrite=args.overwrite,
+        pictures=pictures,
+    )
+    told = {"output": str(target), "pictures": str(pictures), "plans": list(plans)}
+    return f"{target}\npictures: {pictures}", told
+
+
+# ------------------------------------------------------------------------------------------- after run and apply
+
+
+def check_finish(args: argparse.Namespace) -> None:
+    """Refuse what cannot be added to a pruned checkpoint, before any work.
+
+    Raises:
+        RequestError: If a file is missing, or a package.
+    """
+    for file in args.evaluate or []:
+        if not Path(file).is_file():
+            raise RequestError(f"--evaluate: {file} does not exist.")
+    if args.report:
+        from .report.canvas import require_matplotlib
+
+        require_matplotlib()
+    if args.push_to_hub is not None:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(args.push_to_hub)
+        except HFValidationError as error:
+            raise RequestError(f"--push-to-hub: {str(error).splitlines()[0]}") from error
+    elif args.private:
+        raise RequestError("--private is for --push-to-hub REPO.")
+
+
+def finish(args: argparse.Namespace, pruner: Any) -> tuple[str, Mapping[str, Any]]:
+    """Add results and report to the checkpoint a pruner wrote, and publish it; what is to be said of that."""
+    from .card import REPORT_NAME, REPORT_PICTURES, write_card
+    from .comparison import EVALUATION_NAME
+
+    folder = Path(args.output)
+    text, comparison = "", None
+    told: dict[str, Any] = {}
+    if args.evaluate:
+        asked = argparse.Namespace(**vars(args))
+        asked.data, asked.tasks = args.evaluate, None
+        asked.speed, asked.new_tokens, asked.revision_of = True, 64, args.model
+        asked.max_length, asked.batch_size = 2048, 8
+        comparison = compare(asked, [str(folder)], args.model)
+        comparison.save(folder / EVALUATION_NAME)
+        text += f"\n\n{comparison.summary()}"
+        told["evaluation"] = comparison.to_dict()
+    if args.report:
+        from .report import write_report
+
+        write_report(
+            folder / REPORT_NAME,
+            stats=pruner.stats if pruner.stats is not None and pruner.stats.samples else None,
+            plans={folder.name: pruner.pruning_plan},
+            sensitivity=pruner.sensitivity,
+            evaluation=comparison,
+            pictures=folder / REPORT_PICTURES,
+        )
+        text += f"\n{folder / REPORT_NAME}"
+        told["report"] = str(folder / REPORT_NAME)
+    if args.evaluate or args.report:
+        write_card(folder, folder.resolve().name)
+    if args.push_to_hub is not None:
+        commit = pruner.push_to_hub(args.push_to_hub, private=args.private)
+        text += f"\npublished: {commit.commit_url}"
+        told["commit"] = commit.commit_url
+    return text, told
