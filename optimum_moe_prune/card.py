@@ -164,7 +164,8 @@ def _eval_results(comparison: Comparison | None) -> list[EvalResult]:
         return results
     result = next(iter(comparison.compared.values()))
     for domain, figures in result.evaluation.domains.items():
-        of: dict[str, Any] = {"task_type": "text-generation", "dataset_type": "text"}
+        # The Hub tells datasets apart by everything but their name.
+        of: dict[str, Any] = {"task_type": "text-generation", "dataset_type": "text", "dataset_config": domain}
         of["dataset_name"] = f"held-out text: {domain}"
         results.append(EvalResult(**of, metric_type="perplexity", metric_value=round(figures.perplexity, 4)))
         if figures.kl_divergence is not None:

@@ -36,7 +36,7 @@ from .arguments import (
     recipe,
 )
 from .cli_inputs import calibration_samples, check_device, hub_settings
-from .cli_results import check_finish, evaluate_command, finish, report_command, sensitivity_command
+from .cli_results import check_finish, evaluate_command, export_command, finish, report_command, sensitivity_command
 from .errors import MoEPruneError, RequestError
 
 if TYPE_CHECKING:
@@ -340,6 +340,21 @@ class ReportCommand(_Command):
         add_common(parser, "OUTPUT.html", "file of the report")
 
 
+class ExportCommand(_Command):
+    COMMAND = CommandInfo("export", "a plan for programs that leave experts out when they load the original")
+    work = staticmethod(export_command)
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--plan", required=True, metavar="PLAN.json", help="the plan's file, or a pruned checkpoint's folder"
+        )
+        parser.add_argument(
+            "--format", default="json", metavar="F", help="json, which says everything, or riy (see export.py)"
+        )
+        add_common(parser, "OUTPUT.json", "the file to write")
+
+
 class ListCommand(_Command):
     COMMAND = CommandInfo("list", "the known methods or models")
     work = staticmethod(_list)
@@ -358,6 +373,7 @@ COMMANDS: tuple[type[_Command], ...] = (
     EvaluateCommand,
     SensitivityCommand,
     ReportCommand,
+    ExportCommand,
     ListCommand,
 )
 

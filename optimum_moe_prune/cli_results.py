@@ -279,6 +279,20 @@ def report_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return f"{target}\npictures: {pictures}", told
 
 
+# ------------------------------------------------------------------------------------------- export
+
+
+def export_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from .export import import_plan
+    from .files import check_file, write_text
+    from .plan import PruningPlan
+
+    text = PruningPlan.load(args.plan).export(args.format)
+    target = check_file(args.output, ".json", args.overwrite, lambda path: import_plan(path.read_text()))
+    write_text(target, text)
+    return str(target), {"output": str(target), "format": args.format}
+
+
 # ------------------------------------------------------------------------------------------- after run and apply
 
 

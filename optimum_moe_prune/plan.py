@@ -21,6 +21,8 @@ from .sensitivity import Sensitivity, allocate
 from .stats import CalibrationStats, Need
 
 if TYPE_CHECKING:
+    import os
+
     from transformers import PreTrainedModel
 
     from .config import MoEPrunerConfig
@@ -161,6 +163,16 @@ class PruningPlan:
         }
         return MoEPruner.from_plan(self, source, **hub).prune_checkpoint(target, **options)
 
+    def export(self, format: str = "json") -> str:
+        """The plan as other tools read it (``export``): ``"json"`` says everything, others are a server's own.
+
+        Raises:
+            RequestError: If the format is not known, or cannot say what the plan says.
+        """
+        from .export import export_plan
+
+        return export_plan(self, format)
+
     # -- files
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,6 +250,24 @@ class PruningPlan:
         if path.is_dir():
             path = path / PLAN_NAME
         return cls.from_dict(read_json(path))
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **hub: Any) -> PruningPlan:
+        """The plan of a checkpoint this package made, from its folder or from the Hub.
+
+        Args:
+            name_or_path: The folder or Hub id.
+            hub: ``revision``, ``token``, ``cache_dir``.
+
+        Raises:
+            RequestError: If there is none, or it is damaged or of a newer format.
+        """
+        from .source import stored_plan
+
+        plan = stored_plan(name_or_path, hub)
+        if plan is None:
+            raise RequestError(f"{name_or_path} has no {PLAN_NAME}: it was not pruned by this package.")
+        return plan
 
 
 def _shown(value: Any) -> str:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models threads only wait for each other; children inherit it
 
 import pytest
 import torch

@@ -116,6 +116,8 @@ def test_only_the_pruning_keys_of_the_config_change(folder: Path, kind: str, tmp
     assert not any((tmp_path / "out" / name).exists() for name in (".git", "pytorch_model.bin"))
     assert "Experts of" in (tmp_path / "out" / "README.md").read_text()
     assert (folder / "README.md").read_text() == "the base model's own"
+    assert (tmp_path / "out" / "README.base.md").read_text() == "the base model's own"
+    assert "[README.base.md](README.base.md)" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_no_model_is_built(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

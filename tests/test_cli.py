@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from optimum_moe_prune import CalibrationStats, MoEPruner, MoEPrunerConfig, PruningPlan, list_methods
 from optimum_moe_prune.cli import main
+from optimum_moe_prune.comparison import Comparison
 from optimum_moe_prune.methods import get_method
 
 
@@ -149,7 +150,7 @@ def test_unequal_layers_from_run_to_evaluate(place: Path, tmp_path: Path, capsys
     assert code == 0 and "17 of 24" in out and "before loading it." in out
     data = ("--reference", place / "model", "--data", place / "texts.jsonl", "--json")
     code, out, _ = call(capsys, "evaluate", "--model", tmp_path / "applied", *data)
-    assert code == 0 and json.loads(out)["domains"]["all"]["kl_divergence"] > 0
+    assert code == 0 and json.loads(out)["models"]["applied"]["domains"]["all"]["kl_divergence"] > 0
     # A checkpoint whose config was edited too.
     values = json.loads((tmp_path / "applied" / "config.json").read_text())
     layer, entry = next(iter(values["per_layer_config"].items()))
@@ -197,9 +198,86 @@ def test_evaluate_prints_domains(place: Path, tmp_path: Path, capsys: pytest.Cap
     call(capsys, "run", "--model", place / "model", "--method", "random", "--num-experts", 4, tmp_path / "out")
     code, out, _ = call(capsys, "evaluate", "--model", tmp_path / "out", "--reference", place / "model", *data)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["domain", "high", "low", "all"]
+    first, second = out.split("\n\n")
+    assert [line.split()[0] for line in first.splitlines()] == ["domain", "high", "low", "all"]
+    assert [line.split()[0] for line in second.splitlines()] == ["model", "out", "model"]
     code, out, _ = call(capsys, "evaluate", "--model", place / "model", *data, "--json")
-    assert code == 0 and json.loads(out)["domains"]["all"]["perplexity"] > 1
+    assert code == 0 and json.loads(out)["models"]["model"]["domains"]["all"]["perplexity"] > 1
+
+
+def test_several_models_their_card_and_their_files(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data", place / "texts.jsonl")
+    for name, seed in (("a", 0), ("b", 1)):
+        random = ("--method", "random", "--num-experts", 4, "--seed", seed)
+        call(capsys, "run", "--model", place / "model", *random, tmp_path / name)
+    both = ("evaluate", "--model", tmp_path / "a", "--model", tmp_path / "b", "--reference", place / "model", *data)
+    code, out, err = call(capsys, *both, "--markdown", "--output", tmp_path / "results.json")
+    assert code == 0, err
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.split("\n\n")[0].splitlines()]
+    assert rows[0][:3] == ["model", "domain", "samples"] and {row[0] for row in rows[2:]} == {"a", "b"}
+    found = Comparison.load(tmp_path / "results.json")
+    assert list(found.models) == ["a", "b", "model"] and found.reference == "model"
+    alone = json.loads(call(capsys, *both[:3], *both[5:], "--json")[1])
+    assert alone["models"]["a"] == json.loads((tmp_path / "results.json").read_text())["models"]["a"]
+    code, out, err = call(capsys, *both[:3], *both[5:], "--speed", "--new-tokens", 4, "--update-card", "--json")
+    assert code == 0, err
+    speed = json.loads(out)["models"]["a"]["generation"]
+    assert speed["new_tokens"] == 4 and speed["tokens_per_second"] > 0 and speed["peak_memory_bytes"] > 10**7
+    assert (tmp_path / "a" / "moe_evaluation.json").is_file()
+    assert "## Results against the original" in (tmp_path / "a" / "README.md").read_text()
+    for arguments, message in (
+        (both[:3], "there is nothing to evaluate on"),
+        ((*both, "--update-card"), "--update-card takes one pruned model"),
+        ((*both, "--json", "--markdown"), "exclude each other"),
+        ((*both, "--output", tmp_path / "results.json"), "results.json exists"),
+        ((*both, "--output", tmp_path / "a"), "must end in .json"),
+        ((*both, "--revision", "main"), "--revision is for one model"),
+        (("evaluate", "--model", place / "model", *data, "--update-card"), "is no folder of a checkpoint"),
+    ):
+        code, out, err = call(capsys, *arguments)
+        assert code == 2 and message in err, (arguments, err)
+
+
+def test_one_command_with_results_and_report(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    texts = place / "texts.jsonl"
+    run = ("run", "--model", place / "model", "--calibration", texts, "--method", "mosaic", "--num-experts", 5)
+    code, out, err = call(capsys, *run, "--evaluate", texts, "--report", "--json", tmp_path / "out")
+    assert code == 0, err
+    told = json.loads(out)
+    assert set(told["evaluation"]["models"]) == {"out", "model"} and told["report"].endswith("report.html")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "[report.html](report.html)" in card and "| peak memory when generating |" in card
+    assert any((tmp_path / "out" / "report_pictures").glob("*.png"))
+    # A second pruning carries none of that along.
+    again = ("run", "--model", tmp_path / "out", "--method", "random", "--num-experts", 3, tmp_path / "again")
+    assert call(capsys, *again)[0] == 0
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert not names & {"report.html", "report_pictures", "moe_evaluation.json"}
+    code, _, err = call(capsys, *run, "--evaluate", tmp_path / "none.jsonl", tmp_path / "c")
+    assert code == 2 and "none.jsonl does not exist" in err and not (tmp_path / "c").exists()
+    code, _, err = call(capsys, *run, "--private", tmp_path / "c")
+    assert code == 2 and "--private is for --push-to-hub" in err
+    code, _, err = call(capsys, *run, "--push-to-hub", "a/b/c", tmp_path / "c")
+    assert code == 2 and "--push-to-hub" in err and not (tmp_path / "c").exists()
+    page = tmp_path / "page.html"
+    code, out, err = call(capsys, "report", "--plan", tmp_path / "out", "--plan", tmp_path / "again", page)
+    assert code == 0 and page.is_file() and any((tmp_path / "page_pictures").iterdir()), err
+    assert call(capsys, "report", tmp_path / "nothing.html")[0] == 2
+
+
+def test_a_plan_for_other_programs(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = ("--method", "random", "--num-experts", 4)
+    call(capsys, "run", "--model", place / "model", *random, tmp_path / "out")
+    code, _, err = call(capsys, "export", "--plan", tmp_path / "out", "--format", "json", tmp_path / "experts.json")
+    assert code == 0, err
+    plan = PruningPlan.load(tmp_path / "out")
+    assert (tmp_path / "experts.json").read_text() == plan.export("json")
+    assert json.loads(plan.export())["layers"]["0"]["retained"] == list(plan.retained[0])
+    code, _, err = call(capsys, "export", "--plan", tmp_path / "out", tmp_path / "experts.json")
+    assert code == 2 and "exists" in err
 
 
 def test_list_names_methods_and_models(capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,7 +380,7 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
         ),
         (("score", "--model", "{model}", "--calibration", "{texts}", "{full}"), "exists and is not empty"),
         (("plan", "--stats", "{place}", "--num-experts", "4", "{out}.json"), "holds no calibration statistics"),
-        (("plan", "--stats", "{place}", "--num-experts", "4", "{out}"), "the plan's file must end in .json"),
+        (("plan", "--stats", "{place}", "--num-experts", "4", "{out}"), "must end in .json"),
         (("apply", "--model", "{model}", "--plan", "{place}/none.json", "{out}"), "none.json does not exist"),
         (
             ("apply", "--model", "{model}", "--plan", "{place}/other.json", "{out}"),

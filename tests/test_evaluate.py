@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_texts
@@ -12,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optimum_moe_prune import CalibrationSet, RequestError, RunError
 from optimum_moe_prune.evaluate import evaluate
+from optimum_moe_prune.speed import measure_generation
 
 
 @torch.no_grad()
@@ -74,3 +77,43 @@ def test_modes_are_restored_and_mistakes_refused(samples: CalibrationSet) -> Non
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(RunError, match="the loss on domain 'high' is nan"):
         evaluate(model, samples)
+
+
+def test_intervals_are_those_of_a_paired_bootstrap(samples: CalibrationSet) -> None:
+    from scipy.stats import bootstrap
+
+    model, reference = make_model(seed=1), make_model()
+    found = evaluate(model, samples, reference=reference).domains["all"]
+    rows = []
+    for ids in samples.token_ids:
+        alone = [evaluate(m, ids).domains["default"].loss * (len(ids) - 1) for m in (model, reference)]
+        rows.append((*alone, len(ids) - 1))
+    mine, theirs, tokens = np.array(rows).T
+
+    def lost(a: np.ndarray, b: np.ndarray, n: np.ndarray, axis: int = -1) -> np.ndarray:
+        return (a.sum(axis) - b.sum(axis)) / n.sum(axis)
+
+    expected = bootstrap((mine, theirs, tokens), lost, paired=True, n_resamples=20_000, method="percentile", rng=0)
+    low, high = found.lost_interval
+    width = high - low
+    assert low < found.lost < high
+    assert low == pytest.approx(expected.confidence_interval.low, abs=0.08 * width)
+    assert high == pytest.approx(expected.confidence_interval.high, abs=0.08 * width)
+    least, most = found.perplexity_difference_interval
+    assert least < found.perplexity - found.reference_perplexity < most
+    assert found.lost_interval == evaluate(model, samples, reference=reference).domains["all"].lost_interval
+    assert evaluate(model, samples, reference=reference, seed=1).domains["all"].lost_interval != found.lost_interval
+    single = evaluate(model, samples.token_ids[0], reference=reference).domains["default"]
+    assert single.lost_interval is None and single.lost is not None
+
+
+def test_generation_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    found = measure_generation(str(tmp_path / "model"), prompt_tokens=100, new_tokens=6, repeats=1)
+    assert found.prompt_tokens == 58 and found.new_tokens == 6  # the model was made for 64
+    assert found.tokens_per_second > 0 and found.prompt_seconds > 0
+    assert sum(p.numel() * 4 for p in model.parameters()) < found.peak_memory_bytes < 8 * 2**30
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(RunError, match=r"the speed of .*model cannot be measured: "):
+        measure_generation(str(tmp_path / "model"))

@@ -127,6 +127,30 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
         assert (tmp_path / "out" / method / "moe_pruning_plan.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("prune_mixtral.py", ["--output", "out"], "4,955,776 -> 3,922,048 parameters"),
+        ("compare_methods.py", ["--methods", "reap", "random"], "95% interval"),
+        ("larger_than_memory.py", ["--method", "reap", "--output", "out"], "reap: 40 of 80 experts retained"),
+        ("edit_plan.py", ["--output", "out"], "{0: 8, 1: 4, 2: 4, 3: 4, 4: 4, 5: 4}"),
+        ("prune_then_quantise.py", ["--output", "out"], "linear layers in int8"),
+        ("own_method.py", [], "loyal: 36 of 48 experts retained"),
+        ("add_architecture.py", [], "OlmoeForCausalLM with 8 experts in each layer"),
+        ("how_far.py", ["--samples", "2", "--output", "page.html"], "page.html"),
+    ],
+)
+def test_the_examples_run(script: str, arguments: list[str], said: str, tmp_path: Path) -> None:
+    for name, package in (("how_far.py", "matplotlib"), ("prune_then_quantise.py", "torchao")):
+        if script == name:
+            pytest.importorskip(package)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+
+
 QUICK = """
 import sys
 sys.path.insert(0, sys.argv[1])

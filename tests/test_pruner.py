@@ -341,7 +341,7 @@ def test_keys_of_newer_versions_are_ignored_with_a_warning(caplog: pytest.LogCap
         ({}, "exactly one of num_experts .* sparsity .* and total_experts .* given: none"),
         ({"num_experts": 4, "sparsity": 0.5}, "given: num_experts and sparsity"),
         ({"num_experts": 4, "total_experts": 9, "method": "reap"}, "given: num_experts and total_experts"),
-        ({"total_experts": 12}, "total_experts is for allocations 'global' and 'sensitivity', and the allocation is 'uniform'"),
+        ({"total_experts": 12}, "total_experts is for allocations 'global' and 'sensitivity'"),
         ({"total_experts": 12, "method": "pathfinder", "allocation": "uniform"}, "total_experts is for allocation"),
         ({"total_experts": 0, "method": "pathfinder"}, "total_experts is 0; it must be an integer of at least 1"),
         ({"sparsity": 0}, "sparsity is 0; .* between 0 and 1"),

@@ -535,3 +535,32 @@ def test_no_hub_at_all(hub: Hub, outputs: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RunError, match=f"publishing {REPO} failed: .*refused.* Nothing was published") as error:
         push_folder(outputs / "unequal", REPO, token="hf_writer")
     one_line(error)
+
+
+def test_through_the_pruner_and_the_command_line(
+    hub: Hub, outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from optimum_moe_prune.cli import main
+
+    shutil.copytree(outputs / "equal", tmp_path / "out")
+    pruner = MoEPruner.from_pretrained(tmp_path / "out")
+    with pytest.raises(RequestError, match="there is no checkpoint to publish"):
+        pruner.push_to_hub(REPO, token="hf_writer")
+    commit = pruner.push_to_hub(REPO, tmp_path / "out", private=True, token="hf_writer")
+    assert hub.repositories[REPO].private
+    card = published(hub)["README.md"].decode()
+    assert f"from_pretrained('{REPO}'" in card and published(hub) == files(tmp_path / "out")
+    cache = {"cache_dir": tmp_path / "cache", "token": "hf_writer"}
+    plan = PruningPlan.from_pretrained(REPO, revision=commit.oid, **cache)
+    assert plan == PruningPlan.load(outputs / "equal")
+    assert MoEPruner.from_pretrained(REPO, revision=commit.oid, **cache).pruning_plan == plan
+    with pytest.raises(RequestError, match=r"has no moe_pruning_plan\.json"):
+        PruningPlan.from_pretrained(outputs / "base")
+
+    run = ["run", "--model", str(outputs / "base"), "--method", "random", "--num-experts", "4", "--token", "hf_writer"]
+    with pytest.raises(SystemExit) as done:
+        main([*run, "--push-to-hub", "me/from-the-command-line", str(tmp_path / "run")])
+    out, err = capsys.readouterr()
+    assert not done.value.code, err
+    assert "published: " in out and published(hub, repo_id="me/from-the-command-line") == files(tmp_path / "run")
+    assert "hf_writer" not in "".join(data.decode(errors="ignore") for data in files(tmp_path / "run").values())

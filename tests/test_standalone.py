@@ -6,16 +6,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, aligned, load, make_model, make_texts, make_tokenizer, save_checkpoint
-from huggingface_hub import ModelCard
+from conftest import KINDS, aligned, load, make_texts, make_tokenizer, save_checkpoint
 
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig
-from optimum_moe_prune.card import model_card
 
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -120,46 +117,3 @@ def test_equal_layers_need_no_code(tmp_path: Path) -> None:
     pruner.save_pretrained(tmp_path / "out", standalone=True)
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert not list((tmp_path / "out").glob("*.py"))
-
-
-def test_the_card_says_first_how_to_load(tmp_path: Path) -> None:
-    pruner = prune("mixtral", tmp_path)
-    pruner.save_pretrained(tmp_path / "plain")
-    pruner.save_pretrained(tmp_path / "standalone", standalone=True)
-    for name in ("plain", "standalone"):
-        card = ModelCard.load(tmp_path / name / "README.md")
-        first = card.text.strip().split("\n# ")[0]
-        assert "pip install optimum-moe-prune" in first and "import optimum_moe_prune" in first
-        assert f"from_pretrained('{name}')" in first
-        assert ("trust_remote_code=True" in first) == (name == "standalone")
-        assert "pathfinder" in card.text and "| 0 | " in card.text and "low" in card.text
-        assert card.data.library_name == "transformers" and card.data.base_model is None
-    kept = sum(pruner.pruning_plan.num_experts.values())
-    assert f"{kept} of 24 routed experts are retained" in card.text
-
-
-def test_the_card_survives_what_people_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model()
-    pruner = MoEPruner(MoEPrunerConfig(method="frequency", num_experts=4), tokenizer=make_tokenizer())
-    pruner.prune(model, calibration=[{"text": "w1 w2 w3", "domain": "two\n# lines"}])
-    card = str(model_card(pruner.pruning_plan, "x"))
-    assert "two # lines 4" in card and "\n# lines" not in card
-    for calibration in ("my text", {"samples": 3}, {"tokens_by_domain": 5}, None):
-        plan = replace(pruner.pruning_plan, provenance={"calibration": calibration}, method="of another package")
-        assert "`of another package`." in str(model_card(plan, "x"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    pruner.save_pretrained(".")
-    assert "\n# here\n" in (tmp_path / "here" / "README.md").read_text()
-
-
-def test_the_card_of_equal_layers_promises_plain_transformers(tmp_path: Path) -> None:
-    model = make_model()
-    model.config._name_or_path, model.config._commit_hash = "someone/some-model", "0" * 40
-    pruner = MoEPruner(MoEPrunerConfig(method="random", num_experts=4))
-    pruner.prune(model)
-    pruner.save_pretrained(tmp_path / "out")
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.text.strip().startswith("# out") and "plain transformers loads it" in card.text
-    assert card.data.base_model == "someone/some-model" and "Experts of `someone/some-model`" in card.text
-    assert "import optimum_moe_prune" not in card.text

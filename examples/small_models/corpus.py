@@ -405,16 +405,16 @@ def generated_samples(domain: str, split: str, count: int) -> list[str]:
 
 
 def make_corpus(counts: dict[str, int]) -> dict[str, list[dict[str, str]]]:
-    """Samples per split, ``counts[split]`` of each domain (fewer where the library holds no more)."""
+    """Samples per split, ``counts[split]`` of each domain, by default none; fewer where the library holds no more."""
     library = library_samples()
     corpus: dict[str, list[dict[str, str]]] = {}
     for split in SPLITS:
         corpus[split] = []
         for domain in DOMAINS:
             texts = (
-                generated_samples(domain, split, counts[split])
+                generated_samples(domain, split, counts.get(split, 0))
                 if domain in GENERATORS
-                else library[split, domain][: counts[split]]
+                else library[split, domain][: counts.get(split, 0)]
             )
             corpus[split] += [{"text": text, "domain": domain} for text in texts]
     return corpus
