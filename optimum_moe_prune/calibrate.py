@@ -166,8 +166,7 @@ def _resolved(device: str) -> str:
 
 def _fits(layout: Layout, dtype: str, device: str) -> bool:
     """Whether a whole model fits in the memory that is free; says so where it does not."""
-    size = model_dtype(layout.config, layout.checkpoint, dtype).itemsize
-    needed = sum(math.prod(t.shape) for t in layout.checkpoint.tensors.values()) * size
+    needed = model_bytes(layout, dtype)
     free = available_memory(device)
     if needed + _HEADROOM_BYTES <= free:
         return True
@@ -177,6 +176,12 @@ def _fits(layout: Layout, dtype: str, device: str) -> bool:
         free / 1e9,
     )
     return False
+
+
+def model_bytes(layout: Layout, dtype: str) -> int:
+    """Bytes of a whole model in memory, in a precision or (``"auto"``) the checkpoint's."""
+    size = model_dtype(layout.config, layout.checkpoint, dtype).itemsize
+    return sum(math.prod(t.shape) for t in layout.checkpoint.tensors.values()) * size
 
 
 def available_memory(device: str) -> int:

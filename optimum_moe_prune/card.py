@@ -196,7 +196,7 @@ def _opening(plan: PruningPlan, base_model: str | None) -> str:
     kept, total = sum(plan.num_experts.values()), sum(plan.original_num_experts.values())
     return (
         f"Experts of {link} were removed: {kept:,} of {total:,} routed experts are retained ({plan.sparsity:.0%} "
-        "removed). All other weights are those of the original, byte for byte, and nothing was trained afterwards. "
+        "removed). All other weights are those of the original; nothing was trained afterwards. "
         f"Every token still uses {plan.top_k} of a layer's experts."
     )
 
@@ -209,12 +209,12 @@ def _sizes(plan: PruningPlan, folder: Path, comparison: Comparison | None) -> st
     if found := _parameters(plan, folder):
         (count_before, bytes_before), (count_after, bytes_after) = found
         rows.append(["parameters", _billions(count_before), _billions(count_after)])
-        rows.append(["weights on disk", f"{bytes_before / 1e9:.3g} GB", f"{bytes_after / 1e9:.3g} GB"])
+        rows.append(["weights on disk", _bytes(bytes_before), _bytes(bytes_after)])
     if comparison is not None and comparison.reference is not None and comparison.compared:
         old, new = comparison.models[comparison.reference], next(iter(comparison.compared.values()))
         if old.generation is not None and new.generation is not None:
-            pairs = [(g.peak_memory_bytes / 1e9, g.tokens_per_second) for g in (old.generation, new.generation)]
-            rows.append(["peak memory when generating", *(f"{memory:.3g} GB" for memory, _ in pairs)])
+            pairs = [(g.peak_memory_bytes, g.tokens_per_second) for g in (old.generation, new.generation)]
+            rows.append(["peak memory when generating, with all libraries", *(_bytes(memory) for memory, _ in pairs)])
             rows.append(["tokens per second", *(f"{speed:.3g}" for _, speed in pairs)])
     return markdown_table(rows)
 
@@ -226,6 +226,10 @@ def _counts(num_experts: Mapping[int, int]) -> str:
 
 def _billions(count: int) -> str:
     return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _parameters(plan: PruningPlan, folder: Path) -> tuple[tuple[int, int], tuple[int, int]] | None:

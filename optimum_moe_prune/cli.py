@@ -36,7 +36,15 @@ from .arguments import (
     recipe,
 )
 from .cli_inputs import calibration_samples, check_device, hub_settings
-from .cli_results import check_finish, evaluate_command, export_command, finish, report_command, sensitivity_command
+from .cli_results import (
+    check_finish,
+    check_memory,
+    evaluate_command,
+    export_command,
+    finish,
+    report_command,
+    sensitivity_command,
+)
 from .errors import MoEPruneError, RequestError
 
 if TYPE_CHECKING:
@@ -58,6 +66,7 @@ def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     weights = domain_weights(args)
     check_device(args.device)
     pruner = MoEPruner.from_pretrained(args.model, config, **hub_settings(args))
+    check_memory(args, pruner)
     if args.sensitivity is not None:
         pruner.sensitivity = Sensitivity.load(args.sensitivity)
     measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
@@ -148,7 +157,9 @@ def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     check_target(args.output, args.overwrite, [args.model, args.plan])
     check_finish(args)
+    check_device(args.device)
     pruner = MoEPruner.from_plan(PruningPlan.load(args.plan), args.model, **hub_settings(args))
+    check_memory(args, pruner)
     pruner.prune_checkpoint(args.output, **_writing(args))
     return _written(pruner, args)
 

@@ -321,6 +321,25 @@ def check_finish(args: argparse.Namespace) -> None:
         raise RequestError("--private is for --push-to-hub REPO.")
 
 
+def check_memory(args: argparse.Namespace, pruner: Any) -> None:
+    """Refuse ``--evaluate`` where original and pruned model will not fit beside each other, before any work.
+
+    Raises:
+        RequestError: With what is needed and what is free.
+    """
+    from .calibrate import available_memory, model_bytes
+
+    if not args.evaluate:
+        return
+    device = "cpu" if args.device == "auto" else args.device
+    needed, free = 2 * model_bytes(pruner.layout(), args.dtype), available_memory(device)
+    if needed > free:
+        raise RequestError(
+            f"--evaluate holds the original and the pruned model in memory, up to {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free. Leave it out, and evaluate on a larger machine (evaluate --update-card)."
+        )
+
+
 def finish(args: argparse.Namespace, pruner: Any) -> tuple[str, Mapping[str, Any]]:
     """Add results and report to the checkpoint a pruner wrote, and publish it; what is to be said of that."""
     from .card import REPORT_NAME, REPORT_PICTURES, write_card

@@ -79,7 +79,7 @@ def test_numbers_are_those_of_the_models(kind: str, folder: Path, tmp_path: Path
     before = model.num_parameters()
     after = pruner.prune(model).num_parameters()
     assert f"| parameters | {before / 1e6:.3g} M | {after / 1e6:.3g} M |" in text
-    assert f"| weights on disk | {2 * before / 1e9:.3g} GB | {2 * after / 1e9:.3g} GB |" in text
+    assert f"| weights on disk | {2 * before / 1e6:.3g} MB | {2 * after / 1e6:.3g} MB |" in text
     experts = pruner.pruning_plan.original_num_experts[0]
     assert f"| routed experts in a layer | {experts} | 5 |" in text
 

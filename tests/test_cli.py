@@ -240,7 +240,9 @@ def test_several_models_their_card_and_their_files(
         assert code == 2 and message in err, (arguments, err)
 
 
-def test_one_command_with_results_and_report(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_command_with_results_and_report(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
     texts = place / "texts.jsonl"
     run = ("run", "--model", place / "model", "--calibration", texts, "--method", "mosaic", "--num-experts", 5)
@@ -249,7 +251,7 @@ def test_one_command_with_results_and_report(place: Path, tmp_path: Path, capsys
     told = json.loads(out)
     assert set(told["evaluation"]["models"]) == {"out", "model"} and told["report"].endswith("report.html")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "[report.html](report.html)" in card and "| peak memory when generating |" in card
+    assert "[report.html](report.html)" in card and "| peak memory when generating, with all libraries |" in card
     assert any((tmp_path / "out" / "report_pictures").glob("*.png"))
     # A second pruning carries none of that along.
     again = ("run", "--model", tmp_path / "out", "--method", "random", "--num-experts", 3, tmp_path / "again")
@@ -262,6 +264,9 @@ def test_one_command_with_results_and_report(place: Path, tmp_path: Path, capsys
     assert code == 2 and "--private is for --push-to-hub" in err
     code, _, err = call(capsys, *run, "--push-to-hub", "a/b/c", tmp_path / "c")
     assert code == 2 and "--push-to-hub" in err and not (tmp_path / "c").exists()
+    monkeypatch.setattr("optimum_moe_prune.calibrate.available_memory", lambda device: 10**4)
+    code, _, err = call(capsys, *run, "--evaluate", texts, tmp_path / "c")
+    assert code == 2 and "--evaluate holds the original and the pruned model in memory, up to" in err
     page = tmp_path / "page.html"
     code, out, err = call(capsys, "report", "--plan", tmp_path / "out", "--plan", tmp_path / "again", page)
     assert code == 0 and page.is_file() and any((tmp_path / "page_pictures").iterdir()), err
