@@ -30,7 +30,7 @@ from optimum_moe_prune.budget import uniform_budget
 from optimum_moe_prune.collect import collect
 from optimum_moe_prune.methods import get_method, make_options, registry
 from optimum_moe_prune.methods.enumeration import SearchOptions, best_set
-from optimum_moe_prune.methods.mosaic import _standardised, cluster_experts, performance_vectors, token_domains
+from optimum_moe_prune.methods.mosaic import _standardised, cut, performance_vectors, token_domains, ward_tree
 from optimum_moe_prune.methods.variability import variability_scores
 from optimum_moe_prune.plan import build_plan
 from optimum_moe_prune.replay import reconstruction_loss, squared_errors
@@ -193,7 +193,7 @@ def test_performance_vectors_are_means_by_domain(stats: CalibrationStats) -> Non
 )
 def test_clusters_are_always_as_many_as_asked(vectors: np.ndarray, ward: str) -> None:
     for count in range(1, 7):
-        label = cluster_experts(vectors, count, ward)
+        label = cut(ward_tree(vectors, ward), count)
         assert sorted(set(label)) == list(range(count))
 
 

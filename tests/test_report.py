@@ -23,7 +23,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from scipy.cluster.hierarchy import cut_tree
 
 from optimum_moe_prune import (
     CalibrationSet,
@@ -39,7 +38,7 @@ from optimum_moe_prune.budget import UniformBudget
 from optimum_moe_prune.collect import collect
 from optimum_moe_prune.kept import keep_tokens
 from optimum_moe_prune.methods import pathfinder
-from optimum_moe_prune.methods.mosaic import cluster_experts
+from optimum_moe_prune.methods.mosaic import cut, ward_tree
 from optimum_moe_prune.plan import build_plan
 from optimum_moe_prune.replay import Routing
 from optimum_moe_prune.report import curves, explain, graphs, grids, maps, write_report
@@ -616,23 +615,13 @@ def test_mosaic_is_explained_as_it_chose(stats: CalibrationStats, settings: dict
         joined = {n: {n} for n in range(len(layer.experts))}
         for n, (a, b, *_) in enumerate(below, len(layer.experts)):
             joined[n] = joined.pop(int(a)) | joined.pop(int(b))
-        label = cluster_experts(layer.vectors, clusters, ward)
+        label = cut(ward_tree(layer.vectors, ward), clusters)
         assert {frozenset(group) for group in joined.values()} == {
             frozenset(np.flatnonzero(label == c).tolist()) for c in range(clusters)
         }
         for representative, members in layer.clusters:
             scores = {e: layer.scores[layer.experts.index(e)] for e in members}
             assert scores[representative] == max(scores.values())
-
-
-@pytest.mark.parametrize("ward", ["ranks", "distances"])
-@pytest.mark.parametrize("domains", [2, 8])
-def test_the_tree_is_the_one_that_is_cut(ward: str, domains: int) -> None:
-    vectors = np.random.default_rng(0).random((24, domains))
-    tree = explain.ward_tree(vectors, ward)
-    for clusters in range(1, 25):
-        assert (cut_tree(tree, clusters)[:, 0] == cluster_experts(vectors, clusters, ward)).all()
-    assert explain.ward_tree(vectors[:1], ward).shape == (0, 4)
 
 
 def test_the_tree_shows_representatives_and_ranks(stats: CalibrationStats, plans: dict[str, PruningPlan]) -> None:

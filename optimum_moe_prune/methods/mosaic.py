@@ -93,31 +93,65 @@ def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> 
     """Retained experts ``{layer: experts}``."""
     retained = {}
     few = []
-    for index, count in progress(budget.num_experts.items(), "mosaic", unit="layer"):
-        layer = stats.layers[index]
-        first = generalists(layer, index, budget, options)
-        others = [expert for expert in range(layer.num_experts) if expert not in first]
-        clusters = count - len(first)
-        if clusters == 0:
-            retained[index] = first
-            continue
-        domain = token_domains(layer, clusters if options.num_domains is None else options.num_domains, budget.seed)
-        vectors = performance_vectors(layer, domain)[others]
-        if vectors.shape[1] < 3:
+    for index in progress(budget.num_experts, "mosaic", unit="layer"):
+        first = generalists(stats.layers[index], index, budget, options)
+        clusters = budget.num_experts[index] - len(first)
+        found = cluster_layer(stats.layers[index], first, clusters, budget.seed, options) if clusters else None
+        retained[index] = tuple(sorted([*first, *(found.representatives if found else ())]))
+        if found is not None and found.vectors.shape[1] < 3:
             few.append(index)
-        label = cluster_experts(vectors, clusters, options.ward)
-        score = variability_scores(layer)[others]
-        representatives = [
-            others[max(np.flatnonzero(label == cluster), key=lambda row: (score[row], -row))]
-            for cluster in range(clusters)
-        ]
-        retained[index] = tuple(sorted([*first, *representatives]))
     if few:
         budget.note(
             "mosaic: with fewer than 3 domains ranks say almost nothing, so experts are compared by log errors in "
             f"{len(few)} of {len(retained)} layers; num_domains sets the number of domains"
         )
     return retained
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Steps 2 to 6 in one layer.
+
+    Attributes:
+        experts: Those that are no generalists, C of them.
+        domain: Domain of each kept token ``(N,)``.
+        vectors: Performance vectors of the experts ``(C, D)``.
+        tree: Ward's merges ``(C - 1, 4)``, as scipy writes them.
+        label: Cluster of each expert ``(C,)``.
+        scores: Activation Variability Score of each expert ``(C,)``, in bits.
+        representatives: The expert that stands for each cluster.
+    """
+
+    experts: tuple[int, ...]
+    domain: np.ndarray
+    vectors: np.ndarray
+    tree: np.ndarray
+    label: np.ndarray
+    scores: np.ndarray
+    representatives: tuple[int, ...]
+
+
+def cluster_layer(layer: LayerStats, first: tuple[int, ...], clusters: int, seed: int, options: Options) -> Clusters:
+    """Cluster a layer's experts and find the best specialist of each cluster.
+
+    Args:
+        layer: The layer.
+        first: Its generalists, which are left out.
+        clusters: How many, at least 1.
+        seed: For K-Means.
+        options: Of the method.
+    """
+    others = [expert for expert in range(layer.num_experts) if expert not in first]
+    domain = token_domains(layer, clusters if options.num_domains is None else options.num_domains, seed)
+    vectors = performance_vectors(layer, domain)[others]
+    tree = ward_tree(vectors, options.ward)
+    label = cut(tree, clusters)
+    scores = variability_scores(layer)[others]
+    representatives = tuple(
+        others[max(np.flatnonzero(label == cluster), key=lambda row: (scores[row], -row))]
+        for cluster in range(clusters)
+    )
+    return Clusters(tuple(others), domain, vectors, tree, label, scores, representatives)
 
 
 def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: int) -> np.ndarray:
@@ -155,29 +189,30 @@ def performance_vectors(layer: LayerStats, domain: np.ndarray) -> np.ndarray:
     return (error.T @ member) / member.sum(0)
 
 
-def cluster_experts(vectors: np.ndarray, num_clusters: int, ward: str = "ranks") -> np.ndarray:
-    """Cluster of each expert ``(E,)``, exactly ``num_clusters`` of them, by Ward on performance vectors.
+def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
+    """Ward's merges of experts by their performance vectors, as scipy's ``linkage`` ``(C - 1, 4)``.
 
     Args:
-        vectors: ``(E, D)``, at least as many experts as clusters.
-        num_clusters: How many.
+        vectors: ``(C, D)``.
         ward: ``"ranks"`` or ``"distances"``.
     """
     if len(vectors) == 1:
-        return np.zeros(1, dtype=np.int64)
+        return np.zeros((0, 4))
     if vectors.shape[1] < 3:
         logs = np.log(np.maximum(vectors, np.finfo(np.float64).tiny))
-        tree = linkage(_standardised(logs, axis=0), method="ward")
-    else:
-        standard = _standardised(rankdata(vectors, axis=1), axis=1)
-        if ward == "ranks":
-            tree = linkage(standard, method="ward")
-        else:
-            similarity = (1 + standard @ standard.T / vectors.shape[1]) / 2
-            distance = np.clip(1 - similarity, 0, None)
-            np.fill_diagonal(distance, 0)
-            tree = linkage(squareform(distance, checks=False), method="ward")
-    return cut_tree(tree, n_clusters=num_clusters)[:, 0]
+        return linkage(_standardised(logs, axis=0), method="ward")
+    standard = _standardised(rankdata(vectors, axis=1), axis=1)
+    if ward == "ranks":
+        return linkage(standard, method="ward")
+    similarity = (1 + standard @ standard.T / vectors.shape[1]) / 2
+    distance = np.clip(1 - similarity, 0, None)
+    np.fill_diagonal(distance, 0)
+    return linkage(squareform(distance, checks=False), method="ward")
+
+
+def cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Cluster of each expert ``(C,)``, exactly ``num_clusters`` of them, by the order of merges."""
+    return cut_tree(tree, n_clusters=num_clusters)[:, 0] if len(tree) else np.zeros(1, dtype=np.int64)
 
 
 def _standardised(values: np.ndarray, axis: int) -> np.ndarray:

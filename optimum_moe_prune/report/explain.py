@@ -14,15 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import squareform
-from scipy.stats import rankdata
 
 from ..budget import Budget, UniformBudget
 from ..clustering import silhouette
 from ..errors import RequestError
 from ..methods import BY_SENSITIVITY, mosaic, pathfinder
-from ..methods.variability import generalists, variability_scores
+from ..methods.variability import generalists
 from ..paths import k_best_paths
 from ..plan import PruningPlan, budget_for, plan_needs, protected_experts
 from ..progress import progress
@@ -162,53 +159,29 @@ def mosaic_layers(plan: PruningPlan, recipe: Recipe) -> Iterator[MosaicLayer]:
         if count == layer.num_experts:
             continue
         first = generalists(layer, index, budget, options)
-        others = tuple(expert for expert in range(layer.num_experts) if expert not in first)
         clusters = count - len(first)
         if clusters <= 0:
+            others = tuple(expert for expert in range(layer.num_experts) if expert not in first)
             none, agrees = np.zeros(0), first == plan.retained[index]
             yield MosaicLayer(index, first, others, none, None, none, none, none, none, (), agrees)
             continue
-        num_domains = clusters if options.num_domains is None else options.num_domains
-        domain = mosaic.token_domains(layer, num_domains, budget.seed)
-        vectors = mosaic.performance_vectors(layer, domain)[list(others)]
-        label = mosaic.cluster_experts(vectors, clusters, options.ward)
-        scores = variability_scores(layer)[list(others)]
-        representatives = tuple(
-            others[max(np.flatnonzero(label == cluster), key=lambda row: (scores[row], -row))]
-            for cluster in range(clusters)
-        )
-        quality = silhouette(layer.tensors["inputs"].float().numpy(), domain, budget.seed)
-        share = np.bincount(domain, weights=layer.token_weights.numpy())
+        found = mosaic.cluster_layer(layer, first, clusters, budget.seed, options)
+        quality = silhouette(layer.tensors["inputs"].float().numpy(), found.domain, budget.seed)
+        share = np.bincount(found.domain, weights=layer.token_weights.numpy())
         order = np.argsort(-share, kind="stable")
         yield MosaicLayer(
             layer=index,
             generalists=first,
-            experts=others,
+            experts=found.experts,
             domain_share=share[order] / share.sum(),
             silhouette=quality if np.isfinite(quality) else None,
-            vectors=vectors[:, order],
-            tree=ward_tree(vectors, options.ward),
-            label=label,
-            scores=scores,
-            representatives=representatives,
-            agrees={*first, *representatives} == set(plan.retained[index]),
+            vectors=found.vectors[:, order],
+            tree=found.tree,
+            label=found.label,
+            scores=found.scores,
+            representatives=found.representatives,
+            agrees={*first, *found.representatives} == set(plan.retained[index]),
         )
-
-
-def ward_tree(vectors: np.ndarray, ward: str) -> np.ndarray:
-    """The tree that ``mosaic.cluster_experts`` cuts, as scipy's linkage ``(C - 1, 4)``."""
-    if len(vectors) == 1:
-        return np.zeros((0, 4))
-    if vectors.shape[1] < 3:
-        logs = np.log(np.maximum(vectors, np.finfo(np.float64).tiny))
-        return linkage(mosaic._standardised(logs, axis=0), method="ward")
-    standard = mosaic._standardised(rankdata(vectors, axis=1), axis=1)
-    if ward == "ranks":
-        return linkage(standard, method="ward")
-    similarity = (1 + standard @ standard.T / vectors.shape[1]) / 2
-    distance = np.clip(1 - similarity, 0, None)
-    np.fill_diagonal(distance, 0)
-    return linkage(squareform(distance, checks=False), method="ward")
 
 
 def path_graph(plan: PruningPlan, recipe: Recipe) -> PathGraph:
