@@ -196,6 +196,17 @@ def _layers(
         )
     if sparsity is not None and not 0 < sparsity < 1:
         raise RequestError(f"sparsity is {sparsity}; the fraction of experts to remove lies between 0 and 1.")
+    return checked_layers(original, protect, skip_layers)
+
+
+def checked_layers(
+    original: Mapping[int, int], protect: Mapping[int, Sequence[int]] | None, skip_layers: Sequence[int]
+) -> tuple[dict[int, int], dict[int, tuple[int, ...]]]:
+    """The layers that are pruned with their experts, and the protected experts of each.
+
+    Raises:
+        RequestError: If a layer or an expert is named that is not there, or no layer is left.
+    """
     protect = protect or {}
     moe_layers = _spans(original)
     for what, named in (("skip_layers", skip_layers), ("protect", protect)):

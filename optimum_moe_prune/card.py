@@ -6,6 +6,7 @@ So it can be made anew at any time: when results are added, or under another nam
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -15,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from transformers import AutoConfig
 
 from .comparison import EVALUATION_NAME, Comparison, markdown_table
@@ -24,7 +25,7 @@ from .errors import MoEPruneError
 from .files import write_text
 from .layout import find_layout
 from .methods import get_method, list_methods
-from .plan import PLAN_NAME, PruningPlan
+from .plan import PLAN_NAME, PruningPlan, plan_needs
 from .shards import Checkpoint
 from .unequal import FILE_STEM
 
@@ -33,9 +34,11 @@ logger = logging.getLogger(__name__)
 CARD_NAME = "README.md"
 BASE_CARD_NAME = "README.base.md"
 """Where the card of the model before pruning is kept."""
+NEW_CARD_NAME = "README.new.md"
 REPORT_NAME = "report.html"
 REPORT_PICTURES = "report_pictures"
 
+_SEAL = "\n<!-- written by optimum-moe-prune "
 _CARRIED = ("license", "license_name", "license_link", "language")
 _TAGS = ["mixture-of-experts", "moe", "expert-pruning", "pruned", "optimum-moe-prune"]
 
@@ -74,6 +77,8 @@ tokenizer = AutoTokenizer.from_pretrained({name!r})
 def write_card(folder: str | os.PathLike, name: str) -> Path:
     """Write the model card of a pruned checkpoint into its folder.
 
+    A card that was edited by hand since it was written is kept; the new one is then written beside it.
+
     Args:
         folder: The checkpoint, with its plan and recipe.
         name: What it is called: its folder or its repository.
@@ -82,7 +87,18 @@ def write_card(folder: str | os.PathLike, name: str) -> Path:
         RequestError: If there is no plan in the folder.
         RunError: If the card cannot be written.
     """
-    return write_text(Path(folder) / CARD_NAME, str(model_card(folder, name)))
+    path, text = Path(folder) / CARD_NAME, str(model_card(folder, name))
+    if path.is_file():
+        there = path.read_text(encoding="utf-8", errors="replace")
+        if not there.endswith(_seal(there.rpartition(_SEAL)[0])):
+            path = path.with_name(NEW_CARD_NAME)
+            logger.warning("%s in %s was edited and is kept; the new card is %s.", CARD_NAME, folder, NEW_CARD_NAME)
+    return write_text(path, text + _seal(text))
+
+
+def _seal(text: str) -> str:
+    """The last line of a card, by which it is known whether it was edited since."""
+    return f"{_SEAL}{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
 def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
@@ -105,7 +121,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
     parts = []
     if plan.uniform_num_experts is None:
         parts.append(_IMPORT.format(name=name) + ("\n" + _STANDALONE.format(name=name) if standalone else ""))
-    parts.append(f"# {name.rpartition('/')[2]}")
+    parts.append(f"# {_plain(name.rpartition('/')[2])}")
     parts.append(_opening(plan, base_model))
     if table := _sizes(plan, folder, comparison):
         parts.append(table)
@@ -123,7 +139,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
     parts.append(f"## Make it again\n\n{_reproduce(plan, folder, base_model)}")
     parts.append(f"## Limits\n\n{_limits(plan, comparison, folder, base_model)}")
     parts.append(f"## Versions\n\n{_versions(plan)}")
-    data = _front_matter(folder, name, base_model, comparison)
+    data = _front_matter(folder, name, _first_model(plan), comparison)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
@@ -131,7 +147,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
 
 
 def _front_matter(folder: Path, name: str, base_model: str | None, comparison: Comparison | None) -> ModelCardData:
-    carried = {key: value for key, value in _base_metadata(folder).items() if key in _CARRIED}
+    carried = {key: value for key, value in _base_metadata(folder).items() if key in _CARRIED and _is_text(value)}
     results = _eval_results(comparison)
     return ModelCardData(
         **carried,
@@ -150,11 +166,16 @@ def _base_metadata(folder: Path) -> dict[str, Any]:
     """The front matter of the original's card; nothing where there is none, or one that cannot be read."""
     path = folder / BASE_CARD_NAME
     try:
-        values = ModelCard.load(path).data.to_dict() if path.is_file() else {}
+        values = metadata_load(path) if path.is_file() else None
     except Exception as error:  # somebody else's file: whatever its parser raises
         logger.warning("the original model's card has no sound front matter: %s", str(error).split("\n")[0])
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text, or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
 
 
 def _eval_results(comparison: Comparison | None) -> list[EvalResult]:
@@ -191,8 +212,26 @@ def _base_model(plan: PruningPlan) -> str | None:
     return plan.made_for.get("name_or_path") if plan.made_for.get("revision") else None
 
 
+def _first_model(plan: PruningPlan) -> str | None:
+    """The model on the Hub that this one, or the nearest of those it was pruned from, was made of."""
+    found, at = _base_model(plan), plan.provenance.get("parent")
+    while found is None and isinstance(at, dict):
+        provenance = at.get("provenance")
+        provenance = provenance if isinstance(provenance, dict) else {}
+        model = provenance.get("model")
+        if isinstance(model, dict) and model.get("revision"):
+            found = str(model.get("name_or_path"))
+        at = provenance.get("parent")
+    return found
+
+
 def _opening(plan: PruningPlan, base_model: str | None) -> str:
     link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a `{plan.model_type}` model"
+    if "parent" in plan.provenance:
+        first = _first_model(plan)
+        link += " that had been pruned before" + (
+            f" (from [{first}](https://huggingface.co/{first}))" if first and first != base_model else ""
+        )
     kept, total = sum(plan.num_experts.values()), sum(plan.original_num_experts.values())
     return (
         f"Experts of {link} were removed: {kept:,} of {total:,} routed experts are retained ({plan.sparsity:.0%} "
@@ -269,6 +308,8 @@ def _results(comparison: Comparison | None) -> list[str]:
                 "95% interval from a bootstrap paired by sample; KL is the divergence of this model's next-token "
                 "distributions from the original's, per token."
             )
+    if told := _plain(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in comparison.settings.items())):
+        parts.append(f"Measured with: {told}.")
     if len(tables["tasks"]) > 1:
         parts.append(markdown_table(tables["tasks"]))
         parts.append("Tasks as the lm-evaluation-harness defines them, with its standard errors.")
@@ -328,7 +369,7 @@ def _reproduce(plan: PruningPlan, folder: Path, base_model: str | None) -> str:
     revision = ["--revision", str(plan.made_for["revision"])] if base_model else []
     again = ["optimum-cli", "moe-prune", "apply", "--model", base, *revision, "--plan", PLAN_NAME, "OUTPUT"]
     text = (
-        "The same cut of the original, to the same bytes and without calibration:\n\n"
+        "The same cut of the original, to the same tensors and without calibration:\n\n"
         f"```\n{shlex.join(again)}\n```\n\n"
         f"`{PLAN_NAME}` says everything about the choice. With the calibration text, from the beginning:\n\n"
         f"```\n{shlex.join(run_command(plan, base, revision))}\n```"
@@ -351,8 +392,16 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
     calibration = plan.provenance.get("calibration")
     sources = calibration.get("sources") if isinstance(calibration, dict) else None
     command = ["optimum-cli", "moe-prune", "run", "--model", model, *extra]
-    for source in sources if isinstance(sources, list) and sources else ["CALIBRATION.jsonl"]:
-        command += ["--calibration", str(source)]
+    by_sensitivity = plan.config.get("allocation") == "sensitivity"
+    measured = plan.provenance.get("sensitivity")
+    if not sources and by_sensitivity and isinstance(measured, dict):
+        sources = measured.get("sources")
+    if _needs_text(plan) or by_sensitivity:
+        for source in sources if isinstance(sources, list) and sources else ["CALIBRATION.jsonl"]:
+            command += ["--calibration", str(source)]
+        dtype = calibration.get("dtype") if isinstance(calibration, dict) else None
+        if isinstance(dtype, str) and dtype:
+            command += ["--dtype", dtype]
     defaults = {f.name: f.default for f in fields(MoEPrunerConfig)}
     for name, value in plan.config.items():
         flag = f"--{name.replace('_', '-')}"
@@ -375,6 +424,14 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
     return [*command, "OUTPUT"]
 
 
+def _needs_text(plan: PruningPlan) -> bool:
+    """Whether a plan's method reads a calibration; one that is not known here is taken to."""
+    try:
+        return plan.method not in list_methods() or bool(plan_needs(MoEPrunerConfig.from_dict(plan.config)))
+    except (TypeError, ValueError):
+        return True
+
+
 def _limits(plan: PruningPlan, comparison: Comparison | None, folder: Path, base_model: str | None) -> str:
     lines = [
         "What no calibration text needed may be lost: judge this model on text of your own before you rely on it "
@@ -389,7 +446,10 @@ def _limits(plan: PruningPlan, comparison: Comparison | None, folder: Path, base
     elif base_model:
         lines.append(f"The original's own card: https://huggingface.co/{base_model}.")
     if "parent" in plan.provenance:
-        lines.append("The original was a pruned model itself; the plan holds the earlier plan as well.")
+        lines.append(
+            "The original meant here is a pruned model itself, and numbers compare with that one; the plan holds the "
+            "earlier plan as well."
+        )
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -403,4 +463,4 @@ def _versions(plan: PruningPlan) -> str:
 
 def _plain(value: Any) -> str:
     """A value from a file as text in one line that is no markup."""
-    return " ".join(str(value).split()).replace("`", "'").replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(str(value).split()).replace("`", "'").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")

@@ -69,6 +69,8 @@ def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     check_memory(args, pruner)
     if args.sensitivity is not None:
         pruner.sensitivity = Sensitivity.load(args.sensitivity)
+        if config.allocates == BY_SENSITIVITY:
+            pruner.sensitivity.of(config, pruner.layout().facts(), weights)
     measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
     pruner.prune_checkpoint(
         args.output,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import domain_weights, numbers, recipe
 from .cli_inputs import calibration_samples, check_device, hub_settings, load_model
-from .errors import RequestError
+from .errors import MoEPruneError, RequestError, RunError
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -22,12 +22,18 @@ if TYPE_CHECKING:
 
 def evaluate_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .card import write_card
-    from .comparison import EVALUATION_NAME
+    from .comparison import EVALUATION_NAME, Comparison
     from .files import check_file
     from .plan import PLAN_NAME
     from .source import load_model_config
 
     check_device(args.device)
+    paths = [*args.model, *([] if args.reference is None else [args.reference])]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise RequestError(f"{twice[0]} is named twice.")
+    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--new-tokens", args.new_tokens, 2)):
+        if value < least:
+            raise RequestError(f"{flag} is {value}; it must be at least {least}.")
     tasks = [name for names in args.tasks or [] for name in names.split(",")]
     if not args.data and not tasks and not args.speed:
         raise RequestError("there is nothing to evaluate on; name texts (--data FILE), --tasks or --speed.")
@@ -48,14 +54,18 @@ def evaluate_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if args.output is not None:
         check_file(args.output, ".json", args.overwrite, _is_evaluation)
     args.revision_of = args.model[0]
-    for path in [*args.model, *([] if args.reference is None else [args.reference])]:
-        load_model_config(path, **_hub_of(args, path))
+    sizes = {path: load_model_config(path, **_hub_of(args, path)).get_text_config().vocab_size for path in paths}
+    if args.data and len(set(sizes.values())) > 1:
+        told = ", ".join(f"{path} {size}" for path, size in sizes.items())
+        raise RequestError(f"models of different vocabularies cannot be compared on the same tokens: {told}.")
     comparison = compare(args, args.model, args.reference, tasks)
     if args.output is not None:
         comparison.save(args.output)
     if args.update_card:
         folder = Path(args.model[0])
-        comparison.save(folder / EVALUATION_NAME)
+        earlier = folder / EVALUATION_NAME
+        whole = Comparison.load(earlier).updated(comparison) if earlier.is_file() else comparison
+        whole.save(earlier)
         write_card(folder, folder.resolve().name)
     return comparison.markdown() if args.markdown else comparison.summary(), comparison.to_dict()
 
@@ -101,7 +111,21 @@ def compare(
                 path, new_tokens=args.new_tokens, dtype=args.dtype, device=args.device, **_hub_of(args, path)
             )
             results[label] = replace(results[label], generation=generation)
-    return Comparison(results, None if reference is None else labels[reference])
+    return Comparison(results, None if reference is None else labels[reference], _settings(args, texts))
+
+
+def _settings(args: argparse.Namespace, texts: Any) -> dict[str, Any]:
+    """How it was measured, for who reads the results later."""
+    from .collect import versions
+
+    found: dict[str, Any] = {}
+    if texts is not None:
+        found["text"] = ", ".join(texts.sources)
+        found["samples_fingerprint"] = texts.fingerprint[:12]
+        found["max_length"] = args.max_length
+    found |= {"dtype": args.dtype, "device": args.device}
+    known = versions()
+    return found | {name: known[name] for name in ("transformers", "torch") if name in known}
 
 
 def _result(args: argparse.Namespace, path: str, model: Any, evaluation: Any, tasks: Sequence[str]) -> Any:
@@ -162,9 +186,15 @@ def _hub_of(args: argparse.Namespace, path: str) -> dict[str, Any]:
 
 
 def _labels(paths: Sequence[str]) -> dict[str, str]:
-    """A short name for each model: its last part, or all of it where that is not enough."""
-    short = {path: Path(path).name or path for path in dict.fromkeys(paths)}
-    return {path: name if list(short.values()).count(name) == 1 else path for path, name in short.items()}
+    """A short name for each model, as results are published by: its last part, with a number where that is taken."""
+    labels: dict[str, str] = {}
+    for path in paths:
+        name = label = Path(path).resolve().name if Path(path).exists() else path.rpartition("/")[2]
+        number = 2
+        while label in labels.values():
+            label, number = f"{name} ({number})", number + 1
+        labels[path] = label
+    return labels
 
 
 def _is_evaluation(path: Path) -> None:
@@ -180,14 +210,14 @@ def sensitivity_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from .calibrate import calibrate_checkpoint
     from .collect import empty_stats
     from .files import check_file, working_on
-    from .measure import SPARSITIES, measure_checkpoint
+    from .measure import SPARSITIES, check_grid, measure_checkpoint
     from .methods import list_methods
     from .plan import plan_needs
     from .pruner import MoEPruner
     from .resume import calibration_folder, sensitivity_folder
     from .sensitivity import Sensitivity
     from .source import load_model_config
-    from .stats import CalibrationStats
+    from .stats import CalibrationStats, check_domain_weights
 
     check_file(args.output, ".json", args.overwrite, Sensitivity.load)
     names = list(dict.fromkeys(args.method or [None if args.config else "mosaic"]))
@@ -209,6 +239,10 @@ def sensitivity_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     pruner = MoEPruner(configs[0], name_or_path=args.model, model_config=load_model_config(args.model, **hub), hub=hub)
     layout = pruner.layout()
     samples = calibration_samples(args, pruner)
+    if weights is not None:
+        check_domain_weights(samples.samples, weights)
+    for config in configs:
+        check_grid(config, layout.num_experts, layout.spec.routing(layout.config).top_k, counts)
     needs = frozenset().union(*(plan_needs(config) for config in configs))
     how: dict[str, Any] = {"dtype": args.dtype, "device": args.device, "stream": args.stream, "restart": args.restart}
     with working_on(args.output):
@@ -302,9 +336,14 @@ def check_finish(args: argparse.Namespace) -> None:
     Raises:
         RequestError: If a file is missing, or a package.
     """
-    for file in args.evaluate or []:
-        if not Path(file).is_file():
-            raise RequestError(f"--evaluate: {file} does not exist.")
+    if args.evaluate:
+        from .calibration import CalibrationSet
+        from .source import load_model_config
+
+        asked = _as_evaluation(args)
+        tokenizer = _bound(asked, args.model).tokenizer
+        CalibrationSet.build([Path(file) for file in args.evaluate], tokenizer)  # whatever is wrong with them
+        load_model_config(args.model, **hub_settings(args))
     if args.report:
         from .report.canvas import require_matplotlib
 
@@ -341,19 +380,38 @@ def check_memory(args: argparse.Namespace, pruner: Any) -> None:
 
 
 def finish(args: argparse.Namespace, pruner: Any) -> tuple[str, Mapping[str, Any]]:
-    """Add results and report to the checkpoint a pruner wrote, and publish it; what is to be said of that."""
+    """Add results and report to the checkpoint a pruner wrote, and publish it; what is to be said of that.
+
+    Raises:
+        RunError: If that fails. The checkpoint is whole.
+    """
+    folder = Path(args.output)
+    try:
+        return _finished(args, pruner, folder)
+    except MoEPruneError as error:
+        raise RunError(
+            f"the pruned checkpoint is written in {folder}, and what should follow failed: {error} Add results with "
+            "evaluate --update-card, pictures with report; MoEPruner.push_to_hub(repository, folder) publishes it."
+        ) from error
+
+
+def _as_evaluation(args: argparse.Namespace) -> argparse.Namespace:
+    """What ``evaluate`` would be asked for."""
+    asked = argparse.Namespace(**vars(args))
+    asked.data, asked.tasks = args.evaluate, None
+    asked.speed, asked.new_tokens, asked.revision_of = True, 64, args.model
+    asked.max_length, asked.batch_size = 2048, 8
+    return asked
+
+
+def _finished(args: argparse.Namespace, pruner: Any, folder: Path) -> tuple[str, Mapping[str, Any]]:
     from .card import REPORT_NAME, REPORT_PICTURES, write_card
     from .comparison import EVALUATION_NAME
 
-    folder = Path(args.output)
     text, comparison = "", None
     told: dict[str, Any] = {}
     if args.evaluate:
-        asked = argparse.Namespace(**vars(args))
-        asked.data, asked.tasks = args.evaluate, None
-        asked.speed, asked.new_tokens, asked.revision_of = True, 64, args.model
-        asked.max_length, asked.batch_size = 2048, 8
-        comparison = compare(asked, [str(folder)], args.model)
+        comparison = compare(_as_evaluation(args), [str(folder)], args.model)
         comparison.save(folder / EVALUATION_NAME)
         text += f"\n\n{comparison.summary()}"
         told["evaluation"] = comparison.to_dict()

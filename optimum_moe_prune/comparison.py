@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,12 @@ class Comparison:
     Attributes:
         models: Their results, the reference's among them.
         reference: Which one the others are compared with, if any.
+        settings: How it was measured: data, cut, precision, device, versions.
     """
 
     models: dict[str, ModelResult]
     reference: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def compared(self) -> dict[str, ModelResult]:
@@ -134,6 +136,23 @@ class Comparison:
             rows.append(row)
         return rows
 
+    def updated(self, later: Comparison) -> Comparison:
+        """With later results of the same models in place of these; what was not measured again stays."""
+        if set(self.models) != set(later.models) or self.reference != later.reference:
+            return later
+        models = {}
+        for name, new in later.models.items():
+            old = self.models[name]
+            models[name] = replace(
+                new,
+                evaluation=new.evaluation if new.evaluation.domains else old.evaluation,
+                parameters=new.parameters or old.parameters,
+                nbytes=new.nbytes or old.nbytes,
+                generation=new.generation or old.generation,
+                tasks={**old.tasks, **new.tasks},
+            )
+        return Comparison(models, later.reference, {**self.settings, **later.settings})
+
     # -- files
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,6 +160,7 @@ class Comparison:
         return {
             "format_version": FORMAT_VERSION,
             "reference": self.reference,
+            "settings": self.settings,
             "models": {name: result.to_dict() for name, result in self.models.items()},
         }
 
@@ -161,7 +181,7 @@ class Comparison:
             reference = values.get("reference")
             if reference is not None and reference not in models:
                 raise ValueError(f"the reference {reference!r} is not among the models")
-            return cls(models, reference)
+            return cls(models, reference, dict(values.get("settings") or {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(f"the evaluation is damaged: {error!r}.") from error
 
@@ -198,7 +218,8 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    plain = " ".join(str(text).split()).replace("\\", "\\\\").replace("<", "&lt;")
+    return plain.replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")
 
 
 def _result(values: Mapping[str, Any]) -> ModelResult:

@@ -9,8 +9,12 @@ above it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +23,22 @@ from .calibration import Batch, CalibrationSet
 from .layerwise import LayerByLayer
 from .progress import progress_bar
 from .resume import Store
+from .stats import Shapes
 
 Retained = Mapping[int, tuple[int, ...]]
 
 LOGIT_BYTES = 256 * 2**20  # logits of a batch, in float32; a batch is made smaller to keep to it
+_SLICE_BYTES = 16 * 2**20  # of a batch's log-probabilities, of which the divergence is calculated at once
 _STATE_BYTES = 512 * 2**20  # hidden states of all branches of a batch; more plans are measured in several passes
+_DISK_BYTES = 32 * 10**9  # hidden states of all branches of all batches, for a checkpoint that is read from disk
 _RESULT = "divergence.safetensors"
 
 
 def kl_per_token(reference: Tensor, mine: Tensor) -> Tensor:
     """``KL(reference || mine)`` in nats of log-probabilities ``(T, V)``: ``(T,)`` float64."""
-    return (reference.exp() * (reference - mine)).sum(1).double()
+    rows = max(1, _SLICE_BYTES // (4 * reference.shape[1]))
+    pairs = zip(reference.split(rows), mine.split(rows), strict=True)
+    return torch.cat([(r.exp() * (r - m)).sum(1).double() for r, m in pairs])
 
 
 def batch_size_for(logits_of: int, calibration: CalibrationSet, batch_size: int) -> int:
@@ -44,19 +53,23 @@ def divergences(
     plans: Sequence[Retained],
     *,
     batch_size: int = 8,
-    store: Store | None = None,
+    folder: Path | None = None,
+    of: Mapping[str, Any] | None = None,
+    restart: bool = False,
 ) -> Tensor:
     """``KL(original || pruned)`` of the next-token distributions, summed over the predicted tokens of each sample.
 
-    A model in memory is measured batch by batch. One on disk is read once, layer by layer, with the hidden states of
-    all batches and branches in files.
+    A model in memory is measured batch by batch. One on disk is read layer by layer, with the hidden states of all
+    batches and branches in files; once, unless these would take more than 32 GB.
 
     Args:
         runner: The unpruned model.
         calibration: The samples to measure on.
         plans: For each plan the retained experts by layer; a layer that is not named keeps all.
         batch_size: Samples in a forward pass, at most; fewer where the vocabulary is large.
-        store: With a folder, finished batches (on disk: layers) are kept there, and a later call continues.
+        folder: Where finished batches (on disk: layers) are kept; a later call for the same continues.
+        of: What else decides about the numbers, as nested plain values: a later call for something else is refused.
+        restart: Begin anew, whatever the folder holds.
 
     Returns:
         ``(P, S)`` float64, in nats.
@@ -64,18 +77,29 @@ def divergences(
     Raises:
         RunError: If a weight is NaN or infinite, or the disk is full.
     """
-    store = Store() if store is None else store
-    calibration.check_vocabulary(runner.model.config.get_text_config().vocab_size)
-    size = batch_size_for(runner.model.config.get_text_config().vocab_size, calibration, batch_size)
-    batches = list(calibration.batches(size))
-    sums = store.tensors(_RESULT, {"kl": ((len(plans), len(calibration)), torch.float64)}, keep=store.finished > 0)[
-        "kl"
-    ]
-    if runner.streams:
-        _measure_on_disk(runner, batches, plans, store, sums)
-    else:
-        _measure_in_memory(runner, batches, plans, store, sums)
-    return sums.clone()
+    vocab_size = runner.model.config.get_text_config().vocab_size
+    calibration.check_vocabulary(vocab_size)
+    batches = list(calibration.batches(batch_size_for(vocab_size, calibration, batch_size)))
+    passes = _passes(runner, batches, plans) if runner.streams else [list(range(len(plans)))]
+    written = [[[layer, list(experts)] for layer, experts in sorted(plan.items())] for plan in plans]
+    identity = {
+        **(of or {}),
+        "samples": calibration.fingerprint,
+        "batches": [list(batch.input_ids.shape) for batch in batches],
+        "passes": len(passes),
+        "plans": f"{len(plans)} with hash {hashlib.sha256(json.dumps(written).encode()).hexdigest()[:12]}",
+    }
+    store = Store(folder, identity, restart, what="measurement")
+    try:
+        shapes: Shapes = {"kl": ((len(plans), len(calibration)), torch.float64)}
+        sums = store.tensors(_RESULT, shapes, keep=store.finished > 0)["kl"]
+        if runner.streams:
+            _measure_on_disk(runner, batches, plans, passes, store, sums)
+        else:
+            _measure_in_memory(runner, batches, plans, store, sums)
+        return sums.clone().clamp_(min=0)  # rounding can leave less than nothing
+    finally:
+        store.close()
 
 
 # ------------------------------------------------------------------------------------------- the tree
@@ -176,11 +200,49 @@ def _measure_in_memory(
 # ------------------------------------------------------------------------------------------- on disk
 
 
+def _passes(runner: LayerByLayer, batches: Sequence[Batch], plans: Sequence[Retained]) -> list[list[int]]:
+    """Plans by the pass through the files they are measured in, so that hidden states stay within bounds on disk.
+
+    Those that part late are together; a pass reads the whole checkpoint.
+    """
+    hidden_size = runner.model.config.get_text_config().hidden_size
+    state = sum(batch.input_ids.numel() for batch in batches) * hidden_size * runner.dtype.itemsize
+    at_once = max(1, _DISK_BYTES // (2 * state) - 1)
+    order = sorted(range(len(plans)), key=lambda p: sorted(plans[p].items()), reverse=True)
+    count = -(-len(order) // at_once)
+    size = max(1, -(-len(order) // max(1, count)))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
 def _measure_on_disk(
-    runner: LayerByLayer, batches: Sequence[Batch], plans: Sequence[Retained], store: Store, sums: Tensor
+    runner: LayerByLayer,
+    batches: Sequence[Batch],
+    plans: Sequence[Retained],
+    passes: Sequence[Sequence[int]],
+    store: Store,
+    sums: Tensor,
 ) -> None:
-    layers, at = _tree(plans, runner)
-    store.check_steps(runner.num_layers + 1)
+    steps = runner.num_layers + 1
+    store.check_steps(len(passes) * steps)
+    runner.prepare()
+    with runner.running(), runner.reading_ahead() as ahead:
+        for number, chosen in enumerate(passes):
+            if store.finished < (number + 1) * steps:
+                _pass(runner, batches, plans, chosen, number * steps, store, sums, ahead)
+
+
+def _pass(
+    runner: LayerByLayer,
+    batches: Sequence[Batch],
+    plans: Sequence[Retained],
+    chosen: Sequence[int],
+    before: int,
+    store: Store,
+    sums: Tensor,
+    ahead: Callable[[int], None],
+) -> None:
+    """Measure some of the plans in one pass through the files; ``before`` steps belong to earlier passes."""
+    layers, at = _tree([plans[p] for p in chosen], runner)
     hidden_size = runner.model.config.get_text_config().hidden_size
     shape_of = [(*batch.input_ids.shape, hidden_size) for batch in batches]
 
@@ -193,35 +255,34 @@ def _measure_on_disk(
     tokens = sum(batch.input_ids.numel() for batch in batches)
     most = max(len(a) + len(b) for a, b in zip(layers, [*layers[1:], []], strict=True))
     store.check_space(most * tokens * hidden_size * runner.dtype.itemsize)
-    runner.prepare()
-    with runner.running(), runner.reading_ahead() as ahead:
-        if 0 < store.finished <= runner.num_layers:
-            states = states_of(store.finished, there=True)
-        elif store.finished == 0:
-            states = states_of(0)
-            for number, embedded in enumerate(runner.embedded(batches)):
-                states[f"{number}"][0].copy_(embedded)
-        work = sum(len(branches) for branches in layers[store.finished :])
-        with progress_bar(work, "measuring", "layer") as bar:
-            for layer in range(store.finished, runner.num_layers):
-                after = states_of(layer + 1)
-                with runner.loaded(layer):
-                    ahead(layer + 1)
-                    for number, batch in enumerate(batches):
-                        grown = _grown(runner, layer, batch, states[f"{number}"], layers[layer])
-                        for branch, hidden in enumerate(grown):
-                            after[f"{number}"][branch].copy_(hidden)
-                store.commit(layer + 1)
-                store.remove(_states_file(layer))
-                states = after
-                bar.update(len(layers[layer]))
-        if store.finished == runner.num_layers:
-            sums.zero_()
-            with runner.head():
+    finished = store.finished - before  # of this pass
+    if finished:
+        states = states_of(finished, there=True)
+    else:
+        states = states_of(0)
+        for number, embedded in enumerate(runner.embedded(batches)):
+            states[f"{number}"][0].copy_(embedded)
+    work = sum(len(branches) for branches in layers[finished:])
+    with progress_bar(work, "measuring", "layer") as bar:
+        for layer in range(finished, runner.num_layers):
+            after = states_of(layer + 1)
+            with runner.loaded(layer):
+                ahead(layer + 1)
                 for number, batch in enumerate(batches):
-                    _add(runner, batch, states[f"{number}"], at, sums)
-            store.commit(runner.num_layers + 1)
-            store.remove(_states_file(runner.num_layers))
+                    grown = _grown(runner, layer, batch, states[f"{number}"], layers[layer])
+                    for branch, hidden in enumerate(grown):
+                        after[f"{number}"][branch].copy_(hidden)
+            store.commit(before + layer + 1)
+            store.remove(_states_file(layer))
+            states = after
+            bar.update(len(layers[layer]))
+    part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
+    with runner.head():
+        for number, batch in enumerate(batches):
+            _add(runner, batch, states[f"{number}"], at, part)
+    sums[list(chosen)] = part
+    store.commit(before + runner.num_layers + 1)
+    store.remove(_states_file(runner.num_layers))
 
 
 def _states_file(layer: int) -> str:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ALL = "all"
 RESAMPLES = 2000
 """Of the samples of a domain, for an interval."""
+FEWEST = 8
+"""Samples of a domain for which there are intervals: of fewer, resamples say little about other texts."""
 
 Interval = tuple[float, float]
 
@@ -41,7 +43,7 @@ class DomainResult:
         kl_divergence: Mean ``KL(reference || model)`` in nats.
         top1_agreement: Share of tokens for which both models find the same next token most likely.
         lost_interval: Of ``lost``, 95%: percentiles over resamples of the samples, the same for both models
-            (a paired bootstrap); None where there are fewer than two samples.
+            (a paired bootstrap); None where there are fewer than eight samples. It is about the choice of texts alone.
         perplexity_difference_interval: Of ``perplexity - reference_perplexity``, from the same resamples.
     """
 
@@ -189,7 +191,7 @@ def _intervals(losses: np.ndarray, tokens: np.ndarray, seed: int) -> tuple[Inter
         tokens: Predicted tokens of each sample ``(S,)``.
         seed: Of the resamples.
     """
-    if len(tokens) < 2:
+    if len(tokens) < FEWEST:
         return None, None
     rng = np.random.default_rng(seed)
     sums = []

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import UniformBudget
+from .architectures.block import fingerprint
+from .budget import UniformBudget, checked_layers
 from .calibrate import identity, open_runner
 from .calibration import CalibrationSet
 from .collect import versions
@@ -24,7 +26,7 @@ from .layerwise import LayerByLayer
 from .layout import Layout
 from .methods import BY_SENSITIVITY, get_method
 from .plan import plan_needs, protected_experts, quiet_plan
-from .resume import Store
+from .resume import unfinished
 from .sensitivity import (
     ALL,
     LayerSensitivity,
@@ -83,9 +85,8 @@ def measure_sensitivity(
         RequestError: If the statistics are of another model, lack what a method needs, or no number can be measured.
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
-    found = stats.num_experts
-    if found != (there := {block.layer: block.num_experts for block in runner.blocks}):
-        raise RequestError(f"the statistics are of another model: they know {found} experts, the model has {there}.")
+    if not runner.streams:  # of files it was compared before they were read
+        check_model_of(stats, fingerprint(runner.blocks))
     by_tokens = stats.with_domain_weights(domain_weights)
     layers = {c.method: _layer_sets(by_tokens, c, counts) for c in configs}
     whole = {c.method: list(_whole_plans(stats, c, domain_weights, sparsities)) for c in configs}
@@ -116,6 +117,7 @@ def measure_sensitivity(
         "versions": versions(),
         "calibration": stats.fingerprint,
         "samples": calibration.fingerprint,
+        "sources": list(calibration.sources),
         "dtype": str(runner.dtype).removeprefix("torch."),
         "streamed": runner.streams,
     }
@@ -155,11 +157,12 @@ def measure_checkpoint(
         hub: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
         settings: The others of :func:`measure_sensitivity`.
     """
-    if (there := stats.model["fingerprint"]) != (found := layout.fingerprint()):
-        raise RequestError(
-            f"the statistics are of another model: its routers have the fingerprint {there[:12]}, and those of "
-            f"{layout.checkpoint.name_or_path} {found[:12]}."
-        )
+    check_model_of(stats, layout.fingerprint())
+    folder = settings.get("folder")
+    if stream is None and folder is not None and not settings.get("restart"):
+        begun = [there for what in ("layers", "models") if (there := unfinished(folder / what)) is not None]
+        if begun:  # memory may be free now that was not when it began
+            stream = bool(begun[0][0].get("stream"))
     runner = open_runner(layout, dtype=dtype, device=device, stream=stream, hub=hub)
     of = {
         "model": identity(layout),
@@ -170,6 +173,19 @@ def measure_checkpoint(
         "versions": versions(),
     }
     return measure_sensitivity(runner, calibration, stats, configs, of=of, **settings)
+
+
+def check_model_of(stats: CalibrationStats, found: str) -> None:
+    """Raise unless statistics are of the model with a fingerprint.
+
+    Raises:
+        RequestError: If they are of another one.
+    """
+    if (there := stats.model["fingerprint"]) != found:
+        raise RequestError(
+            f"the statistics are of another model: its routers have the fingerprint {there[:12]}, and those of this "
+            f"model {found[:12]}."
+        )
 
 
 class _Measured:
@@ -203,15 +219,15 @@ class _Measured:
         new = {self._key(plan): plan for plan in plans if self._key(plan) not in self._kl}
         if not new:
             return
-        folder = None if self._folder is None else self._folder / what
-        of = {**self._of, "plans": [{str(layer): list(e) for layer, e in key} for key in new]}
-        store = Store(folder, of, self._restart)
-        try:
-            sums = divergences(
-                self._runner, self._calibration, list(new.values()), batch_size=self._batch_size, store=store
-            )
-        finally:
-            store.close()
+        sums = divergences(
+            self._runner,
+            self._calibration,
+            list(new.values()),
+            batch_size=self._batch_size,
+            folder=None if self._folder is None else self._folder / what,
+            of=self._of,
+            restart=self._restart,
+        )
         for key, of_samples in zip(new, sums, strict=True):
             self._kl[key] = self._by_domain(of_samples)
 
@@ -228,8 +244,11 @@ class _Measured:
         tokens = torch.tensor([sample.num_tokens - 1 for sample in self._calibration.samples], dtype=torch.float64)
         groups = {**self._members(), ALL: list(range(len(tokens)))}
         kl = {name: float(sums[rows].sum() / tokens[rows].sum()) for name, rows in groups.items()}
-        if any(value != value for value in kl.values()):
-            raise RunError("the divergence of a pruned model is NaN: the model holds NaN or infinite values.")
+        if not all(map(math.isfinite, kl.values())):
+            raise RunError(
+                "the divergence of a pruned model is not finite: the model holds NaN or infinite values, or its "
+                "precision is too small for its logits."
+            )
         return kl
 
 
@@ -241,16 +260,14 @@ def _layer_sets(
 ) -> dict[int, list[tuple[int, ...]]]:
     """The sets of experts to measure in each layer, fewest first."""
     method, options = get_method(config.method), config.options()
-    if BY_SENSITIVITY not in method.takes:
-        raise RequestError(f"method {method.name!r} takes no number of experts for each layer; it cannot be measured.")
     if plan_needs(config) and not stats.samples:
         raise RequestError(f"method {method.name!r} needs a calibration; give calibration texts.")
     stats.require(plan_needs(config), method.name)
     protect, _ = protected_experts(stats, config)
     top_k = stats.model["top_k"]
-    layers = {layer: count for layer, count in stats.num_experts.items() if layer not in config.skip_layers}
+    grid = check_grid(config, stats.num_experts, top_k, counts, protect)
+    layers = {layer: stats.num_experts[layer] for layer in grid}
     protected = {layer: tuple(sorted(protect.get(layer, ()))) for layer in layers}
-    grid = {layer: _grid(max(top_k, len(protected[layer])), count, counts) for layer, count in layers.items()}
     sets: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in layers}
     for count in sorted({count for values in grid.values() for count in values}):
         num_experts = {layer: count if count in grid[layer] else layers[layer] for layer in layers}
@@ -267,13 +284,48 @@ def _layer_sets(
         for layer in layers:
             if count in grid[layer]:
                 sets[layer].append(retained[layer])
-    if not any(sets.values()):
-        raise RequestError(
-            f"method {method.name!r}: no number of experts can be measured"
-            + (f" of {', '.join(map(str, counts))}" if counts else "")
-            + f"; each layer keeps at least the {top_k} that every token uses."
-        )
     return sets
+
+
+def check_grid(
+    config: MoEPrunerConfig,
+    num_experts: Mapping[int, int],
+    top_k: int,
+    counts: Sequence[int] | None = None,
+    protect: Mapping[int, Iterable[int]] | None = None,
+) -> dict[int, list[int]]:
+    """Numbers of experts to measure, by layer.
+
+    Args:
+        config: The recipe.
+        num_experts: Experts in each MoE layer.
+        top_k: Experts used per token.
+        counts: Those asked for; by default all, or twelve of them.
+        protect: In place of the recipe's own.
+
+    Raises:
+        RequestError: If the method takes no number for each layer, the recipe names a layer or expert that is not
+            there, or none can be measured.
+    """
+    if BY_SENSITIVITY not in get_method(config.method).takes:
+        raise RequestError(f"method {config.method!r} takes no number of experts for each layer; it is not measured.")
+    protect = config.protect if protect is None else protect
+    layers, protected = checked_layers(
+        num_experts, {layer: tuple(experts) for layer, experts in protect.items()}, config.skip_layers
+    )
+    fewest = {layer: max(top_k, len(protected[layer])) for layer in layers}
+    grid = {layer: _grid(fewest[layer], count, counts) for layer, count in layers.items()}
+    measurable = {count for values in grid.values() for count in values}
+    if not measurable:
+        raise RequestError(
+            "no number of experts can be measured"
+            + (f" of {', '.join(map(str, counts))}" if counts else "")
+            + f"; each layer keeps at least the {top_k} that every token uses and those protected, and at most one "
+            "less than it has."
+        )
+    if left_out := sorted(set(counts or ()) - measurable):
+        logger.warning("%s experts in a layer cannot be measured and are left out.", ", ".join(map(str, left_out)))
+    return grid
 
 
 def _grid(fewest: int, num_experts: int, counts: Sequence[int] | None) -> list[int]:
@@ -295,12 +347,15 @@ def _whole_plans(
 ) -> list[tuple[str, float, Retained]]:
     """Allocation, sparsity and experts of the plans that a method makes of its own."""
     plans = []
+    level = logging.INFO if tuple(sparsities) == SPARSITIES else logging.WARNING  # whoever asked for it is told
     for allocation in sorted(get_method(config.method).allocations, reverse=True):
         for sparsity in sparsities:
             try:
                 plan = quiet_plan(stats, _at(config, allocation, sparsity), domain_weights)
             except RequestError as error:
-                logger.info("%s, %s: sparsity %g is not measured: %s", config.method, allocation, sparsity, error)
+                logger.log(
+                    level, "%s, %s: sparsity %g is not measured: %s", config.method, allocation, sparsity, error
+                )
                 continue
             plans.append((allocation, sparsity, plan.retained))
     return plans

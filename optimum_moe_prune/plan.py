@@ -377,6 +377,11 @@ def quiet_plan(
                 "moe-prune sensitivity), and give the result (--sensitivity FILE)."
             )
         measured = sensitivity.of(config, stats.model, domain_weights)
+        if sensitivity.provenance.get("calibration") != stats.fingerprint and plan_needs(config):
+            raise RequestError(
+                "the sensitivity was measured with experts chosen by another calibration than these statistics are "
+                "of; measure it with the same (sensitivity --stats), or plan with those it was measured with."
+            )
         chosen, scores = allocate(measured, budget, domain_weights), None
     else:
         chosen, scores = method.select(stats, budget, options)
@@ -395,6 +400,8 @@ def quiet_plan(
         "notes": budget.notes,
         "findings": budget.findings,
     }
+    if sensitivity is not None and config.allocates == BY_SENSITIVITY:
+        provenance["sensitivity"] = {"tokens_by_domain": sensitivity.tokens_by_domain, **sensitivity.provenance}
     return PruningPlan(
         model_type=stats.model["model_type"],
         top_k=stats.model["top_k"],

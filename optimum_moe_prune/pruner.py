@@ -62,7 +62,8 @@ class MoEPruner:
         config: The recipe.
         stats: Statistics of the last calibration.
         pruning_plan: The plan made last, or loaded.
-        sensitivity: What was measured for ``allocation="sensitivity"``, or is to be planned with.
+        sensitivity: What was measured last, or is to be planned with where ``allocation="sensitivity"``. Pruning by
+            new texts measures anew, unless it was set from outside.
         output_dir: The checkpoint written last.
     """
 
@@ -82,6 +83,7 @@ class MoEPruner:
         self.name_or_path = None if name_or_path is None else str(name_or_path)
         self.stats: CalibrationStats | None = None
         self.sensitivity: Sensitivity | None = None
+        self._measured: Sensitivity | None = None  # by a pruning, for its texts
         self.output_dir: Path | None = None
         self.model: PreTrainedModel | None = None
         self.model_config = model_config
@@ -502,7 +504,9 @@ class MoEPruner:
     ) -> PruningPlan:
         """A plan from given statistics, from those of no calibration, from a calibration, or from the last one's."""
         config = self._recipe()
-        measures = config.allocates == BY_SENSITIVITY and self.sensitivity is None
+        given = self.sensitivity is not None and self.sensitivity is not self._measured
+        texts = calibration is not None and not isinstance(calibration, CalibrationStats)
+        measures = config.allocates == BY_SENSITIVITY and not given and (texts or self.sensitivity is None)
         samples = None
         if isinstance(calibration, CalibrationStats):
             self.stats = calibration
@@ -521,7 +525,7 @@ class MoEPruner:
                     "allocation 'sensitivity' needs texts to measure on; pass calibration=texts, or set "
                     "pruner.sensitivity to what was measured before."
                 )
-            self.sensitivity = measure(samples.take(config.sensitivity_samples), self.stats)
+            self.sensitivity = self._measured = measure(samples.take(config.sensitivity_samples), self.stats)
         return self.plan(domain_weights=domain_weights)
 
     def _bound_to(self, source: str | os.PathLike) -> MoEPruner:

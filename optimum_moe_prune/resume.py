@@ -39,6 +39,7 @@ class Store:
         folder: Where to keep them so that an interrupted calibration can be continued.
         of: What the calibration is of, as nested plain values: a later run with something else is refused.
         restart: Begin anew, whatever the folder holds.
+        what: What it is called in messages.
 
     Attributes:
         finished: How many steps an earlier run had finished, and this one since.
@@ -49,11 +50,19 @@ class Store:
         RunError: If the folder cannot be made.
     """
 
-    def __init__(self, folder: Path | None = None, of: Mapping[str, Any] | None = None, restart: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        of: Mapping[str, Any] | None = None,
+        restart: bool = False,
+        what: str = "calibration",
+    ) -> None:
         self.folder = folder
+        self._what = what
         self.finished = 0
         self.spilled = folder is not None
         self._in_memory = 0
+        self._sizes: dict[str, int] = {}
         self._files: dict[str, MappedTensors] = {}
         self._of = json.loads(json.dumps(of or {}))
         if folder is None:
@@ -65,11 +74,11 @@ class Store:
         there, self.finished = progress
         if differences := list(_differences(there, self._of)):
             raise RequestError(
-                f"{folder} holds an unfinished calibration of something else: {'; '.join(differences)}. Run the "
+                f"{folder} holds an unfinished {what} of something else: {'; '.join(differences)}. Run the "
                 "command that began it to continue, or begin anew (--restart)."
             )
         if self.finished:
-            logger.warning("continuing the unfinished calibration in %s.", folder)
+            logger.warning("continuing the unfinished %s in %s.", what, folder)
 
     def _begin(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +96,7 @@ class Store:
         """
         if self.finished > steps:
             raise RequestError(
-                f"the unfinished calibration in {self.folder} is damaged: it says that {self.finished} steps of "
+                f"the unfinished {self._what} in {self.folder} is damaged: it says that {self.finished} steps of "
                 f"{steps} are finished. Begin anew (--restart)."
             )
 
@@ -106,6 +115,7 @@ class Store:
         nbytes = shapes_bytes(shapes or {})
         if self.folder is None and shapes is not None and self._in_memory + nbytes <= IN_MEMORY_BYTES:
             self._in_memory += nbytes
+            self._sizes[name] = nbytes
             return {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in shapes.items()}
         try:
             if self.folder is not None:
@@ -146,6 +156,7 @@ class Store:
     def remove(self, name: str) -> None:
         """Forget a file and remove it from the folder: what it held is needed no more."""
         self.release(name)
+        self._in_memory -= self._sizes.pop(name, 0)
         if self.folder is not None:
             (self.folder / name).unlink(missing_ok=True)
 

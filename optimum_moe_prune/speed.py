@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from .errors import RunError
+from .errors import RequestError, RunError
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def measure_generation(
         hub: ``revision``, ``token``, ``trust_remote_code``.
 
     Raises:
+        RequestError: If there are too few tokens to generate.
         RunError: If the model cannot be loaded or run there.
     """
     asked = {
@@ -78,6 +80,8 @@ def measure_generation(
         "seed": seed,
         "hub": hub,
     }
+    if new_tokens < 2:
+        raise RequestError(f"new_tokens is {new_tokens}; at least 2 tell how long one takes.")
     command = [sys.executable, "-m", "optimum_moe_prune.speed"]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)  # a token is not shown
     lines = done.stdout.splitlines()
@@ -127,6 +131,11 @@ def _measure(
 
 def _peak_memory() -> int:
     """The most resident memory of this process, in bytes."""
+    try:  # on Linux ru_maxrss starts with what the parent process had
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

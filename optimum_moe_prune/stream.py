@@ -338,10 +338,14 @@ class Skeleton(LayerByLayer):
         """What comes after the layers, with its parameters, inside a ``with``; tied ones are the embeddings'."""
         head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         try:
-            if names := self._names_in(head):
-                self._load(names)
-            else:
-                self._load(self._names_in(embeddings))
+            names = self._names_in(head)
+            if not names and not self.model.config.get_text_config().tie_word_embeddings:
+                raise RequestError(
+                    f"{self.checkpoint.name_or_path} lacks the weights of the model's head, and its config does not "
+                    "say that they are the embeddings' (tie_word_embeddings); the checkpoint is damaged."
+                )
+            self._load(names or self._names_in(embeddings))
+            if not names:
                 head.weight = embeddings.weight
             yield
         finally:

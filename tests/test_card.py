@@ -103,7 +103,12 @@ def test_a_model_of_the_hub_and_its_licence(tmp_path: Path) -> None:
     # Pruned again, the original's card is still the one that is kept.
     prune(tmp_path / "out", tmp_path / "again", num_experts=3)
     assert (tmp_path / "again" / "README.base.md").read_text() == BASE_CARD
-    assert "a pruned model itself" in (tmp_path / "again" / "README.md").read_text()
+    again = ModelCard.load(tmp_path / "again" / "README.md")
+    assert "is a pruned model itself" in again.text and "had been pruned before" in again.text
+    assert again.data.base_model == "someone/some-model"
+    (tmp_path / "out" / "README.base.md").write_text("---\nlicense: mit\nlanguage: no\nmodel-index: 5\n---\n")
+    data = model_card(tmp_path / "out", "out").data
+    assert data.license == "mit" and data.language is None
     for damaged in ("---\nlicense: [\n---\n", "---\n- 1\n---\n", "\x00", "no front matter"):
         (tmp_path / "out" / "README.base.md").write_text(damaged)
         assert model_card(tmp_path / "out", "out").data.license is None
@@ -168,6 +173,19 @@ def test_the_commands_make_the_same_cut_again(tmp_path: Path, capsys: pytest.Cap
         assert MoEPrunerConfig.from_dict(again.config) == config
 
 
+def test_a_card_that_was_edited_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prune(tmp_path / "model", tmp_path / "out")
+    card = tmp_path / "out" / "README.md"
+    before = card.read_text()
+    write_card(tmp_path / "out", "another-name")
+    assert "# another-name" in card.read_text() and before != card.read_text()
+    edited = card.read_text().replace("# another-name", "# My model")
+    card.write_text(edited)
+    write_card(tmp_path / "out", "a-third-name")
+    assert card.read_text() == edited and "was edited and is kept" in caplog.text
+    assert "# a-third-name" in (tmp_path / "out" / "README.new.md").read_text()
+
+
 def test_every_method_is_explained() -> None:
     for name in list_methods():
         assert len(get_method(name).formula.split()) >= 6 and get_method(name).formula.endswith(".")
@@ -177,7 +195,7 @@ def test_the_card_survives_what_people_write(tmp_path: Path, monkeypatch: pytest
     texts = [{"text": "w1 w2 w3", "domain": "two\n# lines | `a` <b>"}, {"text": "w4 w5"}]
     pruner = prune(tmp_path / "model", tmp_path / "out", texts)
     card = str(model_card(tmp_path / "out", "x"))
-    assert "two # lines \\| `a` &lt;b>" in card and "\n# lines" not in card and DEFAULT_DOMAIN in card
+    assert "two # lines \\| \\`a\\` &lt;b>" in card and "\n# lines" not in card and DEFAULT_DOMAIN in card
     plan = pruner.pruning_plan
     for calibration in (
         "my text", {"samples": 3}, {"tokens_by_domain": 5}, None,

@@ -226,9 +226,18 @@ def test_several_models_their_card_and_their_files(
     speed = json.loads(out)["models"]["a"]["generation"]
     assert speed["new_tokens"] == 4 and speed["tokens_per_second"] > 0 and speed["peak_memory_bytes"] > 10**7
     assert (tmp_path / "a" / "moe_evaluation.json").is_file()
-    assert "## Results against the original" in (tmp_path / "a" / "README.md").read_text()
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "## Results against the original" in card and "Measured with: text texts.jsonl" in card
+    tokens = ("--model", tmp_path / "a", "--reference", place / "model", "--speed", "--new-tokens", 2, "--update-card")
+    assert call(capsys, "evaluate", *tokens)[0] == 0
+    assert "| low |" in (tmp_path / "a" / "README.md").read_text(), "earlier results stay"
+    shutil.copytree(tmp_path / "b", tmp_path / "other" / "a")
+    named = call(capsys, "evaluate", *tokens[:2], "--model", tmp_path / "other" / "a", *data, "--json")[1]
+    assert list(json.loads(named)["models"]) == ["a", "a (2)"]
     for arguments, message in (
         (both[:3], "there is nothing to evaluate on"),
+        ((*both[:3], "--reference", tmp_path / "a", *data), "is named twice"),
+        ((*both, "--batch-size", "0"), "--batch-size is 0"),
         ((*both, "--update-card"), "--update-card takes one pruned model"),
         ((*both, "--json", "--markdown"), "exclude each other"),
         ((*both, "--output", tmp_path / "results.json"), "results.json exists"),
@@ -259,7 +268,7 @@ def test_one_command_with_results_and_report(
     names = {path.name for path in (tmp_path / "again").iterdir()}
     assert not names & {"report.html", "report_pictures", "moe_evaluation.json"}
     code, _, err = call(capsys, *run, "--evaluate", tmp_path / "none.jsonl", tmp_path / "c")
-    assert code == 2 and "none.jsonl does not exist" in err and not (tmp_path / "c").exists()
+    assert code == 2 and "none.jsonl" in err and not (tmp_path / "c").exists()
     code, _, err = call(capsys, *run, "--private", tmp_path / "c")
     assert code == 2 and "--private is for --push-to-hub" in err
     code, _, err = call(capsys, *run, "--push-to-hub", "a/b/c", tmp_path / "c")
@@ -396,7 +405,7 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
             "this plan is for a 'mixtral' model, and the model is 'qwen2_moe'",
         ),
         (("evaluate", "--model", "{model}", "--data", "{place}/bad.jsonl"), "bad.jsonl, line 2 is not JSON"),
-        (("evaluate", "--model", "{model}", "--data", "{texts}", "--batch-size", "-1"), "batch_size is -1"),
+        (("evaluate", "--model", "{model}", "--data", "{texts}", "--batch-size", "-1"), "--batch-size is -1"),
         (
             (*RUN, "--num-experts", "4", "--skip-layers", "9", "{out}"),
             "skip_layers names layer 9, which has no experts",

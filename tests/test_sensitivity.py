@@ -37,7 +37,6 @@ from optimum_moe_prune.evaluate import evaluate
 from optimum_moe_prune.layerwise import LayerByLayer
 from optimum_moe_prune.measure import measure_sensitivity
 from optimum_moe_prune.plan import build_plan
-from optimum_moe_prune.resume import Store
 from optimum_moe_prune.sensitivity import LayerSensitivity, MethodSensitivity, allocate
 
 MOSAIC = MoEPrunerConfig(method="mosaic", sparsity=0.5)
@@ -123,7 +122,14 @@ def test_a_layer_is_run_once_for_what_plans_share(samples: CalibrationSet, monke
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_from_disk_the_same(kind: str, folder: Path, samples: CalibrationSet, stream: bool, tmp_path: Path) -> None:
+def test_from_disk_the_same(
+    kind: str,
+    folder: Path,
+    samples: CalibrationSet,
+    stream: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from optimum_moe_prune.calibrate import open_runner
 
     plans = random_plans(make_model(kind), 6)
@@ -132,12 +138,15 @@ def test_from_disk_the_same(kind: str, folder: Path, samples: CalibrationSet, st
     runner = open_runner(pruner.layout(), stream=stream)
     assert runner.streams is stream
     torch.testing.assert_close(divergences(runner, samples, plans, batch_size=5), expected, rtol=1e-5, atol=1e-8)
-    store = Store(tmp_path / "store", {})
-    assert torch.equal(
-        divergences(open_runner(pruner.layout(), stream=stream), samples, plans, batch_size=5, store=store),
-        divergences(open_runner(pruner.layout(), stream=stream), samples, plans, batch_size=5),
-    )
+    whole = divergences(open_runner(pruner.layout(), stream=stream), samples, plans, batch_size=5)
+    kept = open_runner(pruner.layout(), stream=stream)
+    assert torch.equal(divergences(kept, samples, plans, batch_size=5, folder=tmp_path / "store"), whole)
     assert not list((tmp_path / "store").glob("states_*"))
+    monkeypatch.setattr(divergence_module, "_DISK_BYTES", 1)  # each plan in a pass of its own
+    passes = divergences(
+        open_runner(pruner.layout(), stream=stream), samples, plans, batch_size=5, folder=tmp_path / "passes"
+    )
+    torch.testing.assert_close(passes, whole, rtol=1e-6, atol=1e-9)
 
 
 def test_tied_embeddings_from_disk(samples: CalibrationSet, tmp_path: Path) -> None:
@@ -148,6 +157,18 @@ def test_tied_embeddings_from_disk(samples: CalibrationSet, tmp_path: Path) -> N
     plans = random_plans(model, 3)
     found = divergences(open_runner(MoEPruner(name_or_path=tmp_path / "model").layout(), stream=True), samples, plans)
     torch.testing.assert_close(found, divergences(LayerByLayer(aligned(model)), samples, plans), rtol=1e-5, atol=1e-8)
+
+
+def test_a_head_that_is_missing(samples: CalibrationSet, tmp_path: Path) -> None:
+    from optimum_moe_prune.calibrate import open_runner
+
+    model = make_model("mixtral")
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path / "model", state_dict=state)
+    with pytest.raises(RequestError, match="lacks the weights of the model's head"):
+        divergences(
+            open_runner(MoEPruner(name_or_path=tmp_path / "model").layout(), stream=True), samples, [{0: (0, 1)}]
+        )
 
 
 def test_a_restricted_block_is_the_pruned_block(kind: str) -> None:
@@ -339,11 +360,9 @@ def test_interrupted_work_continues(
     samples = pruner.samples(make_texts(8))
     stats = pruner.calibrate(None, samples)
 
-    def measure(seed: int = 0, **settings: Any) -> Sensitivity:
-        config = dataclasses.replace(MOSAIC, seed=seed)
-        return measure_checkpoint(
-            pruner.layout(), samples, stats, [config], stream=stream, batch_size=2, sparsities=(0.4,), **settings
-        )
+    def measure(**settings: Any) -> Sensitivity:
+        settings = {"stream": stream, "batch_size": 2, "sparsities": (0.4,), **settings}
+        return measure_checkpoint(pruner.layout(), samples, stats, [MOSAIC], **settings)
 
     expected = measure()
     calls = 0
@@ -368,7 +387,9 @@ def test_interrupted_work_continues(
     assert found.methods == expected.methods
     assert interrupted[-1] < total * 0.7  # a good part of it was there
     limit = total  # never reached by what is left
-    with pytest.raises(RequestError, match=r"holds an unfinished .* of something else: plans"):
+    with pytest.raises(RequestError, match=r"holds an unfinished measurement of something else: batches"):
+        measure(folder=tmp_path / "work", batch_size=3)
+    with pytest.raises(RequestError, match=r"holds an unfinished measurement of something else: .*plans"):
         measure(folder=tmp_path / "work", counts=[4])
     calls, limit = 0, 0
     assert measure(folder=tmp_path / "work", restart=True).methods == expected.methods and calls == total
@@ -382,7 +403,20 @@ def test_broken_models_are_found(samples: CalibrationSet) -> None:
     with pytest.raises(RunError, match="NaN"):
         measure_sensitivity(LayerByLayer(model), samples, stats, [MOSAIC])
     with pytest.raises(RequestError, match="statistics are of another model"):
-        measure_sensitivity(LayerByLayer(make_model("qwen2_moe")), samples, stats, [MOSAIC])
+        measure_sensitivity(LayerByLayer(make_model(seed=1)), samples, stats, [MOSAIC])
+
+
+def test_names_that_are_not_there(samples: CalibrationSet) -> None:
+    model = make_model("mixtral")
+    stats = collect(model, samples, set(Need))
+    for change, message in (
+        ({"skip_layers": (99,)}, "skip_layers names layer 99"),
+        ({"protect": {0: (99,)}}, "protect names expert 99 of layer 0"),
+        ({"skip_layers": (0, 1, 2)}, "skip_layers names every MoE layer"),
+    ):
+        config = dataclasses.replace(MOSAIC, **change)
+        with pytest.raises(RequestError, match=message):
+            measure_sensitivity(LayerByLayer(model), samples, stats, [config])
 
 
 # ------------------------------------------------------------------------------------------- the doors
@@ -409,6 +443,16 @@ def test_pruning_by_sensitivity_in_memory_and_from_files(kind: str, folder: Path
     with pytest.raises(RequestError, match="needs texts to measure on"):
         MoEPruner.from_pretrained(folder, config=drawn).prune(make_model(kind))
     MoEPruner.from_pretrained(folder, config=drawn).prune(make_model(kind), texts)
+    # Other texts are measured anew, unless the sensitivity was set from outside.
+    fresh, others = MoEPruner.from_pretrained(folder, config=config), make_texts(12, seed=9)
+    fresh.prune(aligned(make_model(kind)), others)
+    first = pruner.sensitivity
+    pruner.prune(aligned(make_model(kind)), others)
+    assert pruner.sensitivity != first and pruner.sensitivity.methods == fresh.sensitivity.methods
+    fresh.sensitivity = first
+    with pytest.raises(RequestError, match="chosen by another calibration"):
+        fresh.prune(make_model(kind), others)
+    pruner.prune(aligned(make_model(kind)), texts)
     # What was measured once serves every budget.
     planner = MoEPruner.from_pretrained(folder, config=dataclasses.replace(config, sparsity=0.2))
     planner.sensitivity = pruner.sensitivity
@@ -421,7 +465,9 @@ def test_a_model_in_memory_can_be_measured_through_the_pruner(folder: Path, kind
     found = pruner.measure_sensitivity(make_model(kind), make_texts(6), sparsities=(0.4,))
     assert found is pruner.sensitivity and set(found.methods) == {"mosaic"}
     again = MoEPruner.from_pretrained(folder, config=MOSAIC)
-    assert again.measure_sensitivity(None, make_texts(6), sparsities=(0.4,)).methods.keys() == found.methods.keys()
+    kl = again.measure_sensitivity(None, make_texts(6), sparsities=(0.4,)).methods["mosaic"].layers[0].kl
+    for count, values in found.methods["mosaic"].layers[0].kl.items():
+        assert kl[count] == pytest.approx(values, rel=1e-4, abs=1e-7)
     with pytest.raises(RequestError, match="a calibration is needed"):
         pruner.measure_sensitivity()
 
