@@ -16,7 +16,7 @@ from accelerate.utils import get_max_memory
 from transformers import AutoModelForCausalLM
 
 from .calibration import CalibrationSet
-from .collect import collect, versions
+from .collect import check_model, collect, versions
 from .errors import RunError
 from .layerwise import LayerByLayer
 from .layout import Layout, model_dtype
@@ -140,7 +140,9 @@ def open_runner(
         stream = not _fits(layout, dtype, device)
     if stream:
         return Skeleton(layout, model_dtype(layout.config, layout.checkpoint, dtype), device)
-    return LayerByLayer(_model(layout, dtype, device, dict(hub or {})))
+    model = _model(layout, dtype, device, dict(hub or {}))
+    check_model(model)  # nothing may be offloaded
+    return LayerByLayer(model)
 
 
 def _model(layout: Layout, dtype: str, device: str, hub: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from .errors import MoEPruneError, RequestError, RunError
 
 if TYPE_CHECKING:
     from .comparison import Comparison
+
+logger = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------- evaluate
 
@@ -107,9 +110,13 @@ def compare(
         from .speed import measure_generation
 
         for path, label in labels.items():
-            generation = measure_generation(
-                path, new_tokens=args.new_tokens, dtype=args.dtype, device=args.device, **_hub_of(args, path)
-            )
+            try:
+                generation = measure_generation(
+                    path, new_tokens=args.new_tokens, dtype=args.dtype, device=args.device, **_hub_of(args, path)
+                )
+            except RunError as error:  # what was evaluated before is not lost for it
+                logger.warning("%s", error)
+                continue
             results[label] = replace(results[label], generation=generation)
     return Comparison(results, None if reference is None else labels[reference], _settings(args, texts))
 
