@@ -13,8 +13,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from optimum_moe_prune import MoEPruner, MoEPrunerConfig
-from optimum_moe_prune.report import write_report
+from optimum_moe_prune import MoEPruner, MoEPrunerConfig, write_report
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "small_models"))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .methods import list_methods, register_method
     from .plan import PruningPlan
     from .pruner import MoEPruner
+    from .report import write_report
     from .sensitivity import Sensitivity
     from .stats import CalibrationStats, Need
 
@@ -45,6 +46,7 @@ _HOME = {
     "list_methods": "methods",
     "register_architecture": "architectures",
     "register_method": "methods",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "list_methods",
     "register_architecture",
     "register_method",
+    "write_report",
 ]
 
 
