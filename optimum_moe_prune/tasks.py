@@ -272,7 +272,7 @@ def _check_known(unknown: list[str], index: dict[str, Any]) -> None:
 def _refused(names: list[str]) -> RequestError:
     return RequestError(
         f"{', '.join(names)}: these tasks run programs that the model writes, on this machine and with your rights. "
-        "Leave them out, or allow it where nothing can be lost (allow_code)."
+        "Leave them out, or allow it where nothing can be lost (allow_code, --allow-code)."
     )
 
 
