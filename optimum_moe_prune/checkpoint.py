@@ -389,6 +389,9 @@ def _copied(source: int, target: int, ranges: list[_Range], position: int, file:
     Experts and routers must be finite, and the first and last bytes of every range those of the source.
     """
     begin, end = ranges[0].begin, ranges[-1].end
+    if hasattr(os, "posix_fadvise"):  # else the system reads ahead into experts that are not retained
+        os.posix_fadvise(source, 0, 0, os.POSIX_FADV_RANDOM)
+        os.posix_fadvise(source, begin, end - begin, os.POSIX_FADV_WILLNEED)
     _copy(source, target, begin, end - begin, position, file)
     for found in ranges:
         _check_ends(source, target, found, position + found.begin - begin)
