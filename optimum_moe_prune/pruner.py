@@ -414,7 +414,8 @@ class MoEPruner:
                 )
             finally:
                 self.stats, self.pruning_plan = other.stats, other.pruning_plan
-                self.sensitivity, self.output_dir = other.sensitivity, other.output_dir
+                self.sensitivity, self._measured = other.sensitivity, other._measured
+                self.output_dir = other.output_dir
         if self.name_or_path is None:
             raise RequestError("this pruner is not bound to a checkpoint; pass source=.")
         check_target(output_dir, overwrite, [self.name_or_path])
@@ -539,7 +540,7 @@ class MoEPruner:
             parent=stored_plan(source, self._hub),
             hub=self._hub,
         )
-        other.stats, other.sensitivity = self.stats, self.sensitivity
+        other.stats, other.sensitivity, other._measured = self.stats, self.sensitivity, self._measured
         return other
 
     def _model_config(self) -> Any:

@@ -449,6 +449,11 @@ def test_pruning_by_sensitivity_in_memory_and_from_files(kind: str, folder: Path
     first = pruner.sensitivity
     pruner.prune(aligned(make_model(kind)), others)
     assert pruner.sensitivity != first and pruner.sensitivity.methods == fresh.sensitivity.methods
+    # The same through a pruner that is bound to no checkpoint.
+    unbound = MoEPruner(config, tokenizer=make_tokenizer())
+    for text, expected in ((texts, first), (others, fresh.sensitivity)):
+        unbound.prune_checkpoint(tmp_path / "unbound", source=folder, calibration=text, overwrite=True)
+        assert unbound.sensitivity.methods == expected.methods
     fresh.sensitivity = first
     with pytest.raises(RequestError, match="chosen by another calibration"):
         fresh.prune(make_model(kind), others)
