@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import RequestError
 from .evaluate import DomainResult, Evaluation, aligned
-from .files import read_json, write_text
+from .files import check_version, read_json, write_text
 from .speed import Generation
 
 FORMAT_VERSION = 1
@@ -171,11 +171,7 @@ class Comparison:
         Raises:
             RequestError: If they are of a newer format, or damaged.
         """
-        version = values.get("format_version")
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise RequestError(
-                f"the evaluation has format version {version!r}; this package reads up to {FORMAT_VERSION}."
-            )
+        check_version(values, FORMAT_VERSION, "the evaluation")
         try:
             models = {str(name): _result(entry) for name, entry in values["models"].items()}
             reference = values.get("reference")

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +284,17 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"{path} must hold a JSON object, and holds a {type(value).__name__}.")
     return value
+
+
+def check_version(values: Mapping[str, Any], newest: int, what: str) -> None:
+    """Raise unless values read from a file are of a format this package reads.
+
+    Raises:
+        RequestError: If their ``format_version`` is newer, or none.
+    """
+    version = values.get("format_version")
+    if type(version) is not int or not 1 <= version <= newest:
+        raise RequestError(f"{what} has format version {version!r}; this package reads up to {newest}.")
 
 
 def is_integer(value: Any) -> bool:

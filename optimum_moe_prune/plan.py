@@ -15,7 +15,7 @@ import numpy as np
 
 from .budget import Budget, global_budget, super_experts, uniform_budget
 from .errors import RequestError
-from .files import is_integer, read_json, write_text
+from .files import check_version, is_integer, read_json, write_text
 from .methods import BY_SENSITIVITY, get_method
 from .sensitivity import Sensitivity, allocate
 from .stats import CalibrationStats, Need
@@ -203,9 +203,7 @@ class PruningPlan:
         Raises:
             RequestError: If they are of a newer format, or no sound plan.
         """
-        version = values.get("format_version")
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise RequestError(f"the plan has format version {version!r}; this package reads up to {FORMAT_VERSION}.")
+        check_version(values, FORMAT_VERSION, "the plan")
         try:
             layers = {int(layer): entry for layer, entry in values["layers"].items()}
             for layer, entry in layers.items():

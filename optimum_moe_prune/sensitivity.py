@@ -22,7 +22,7 @@ import numpy as np
 
 from .budget import Budget
 from .errors import RequestError
-from .files import is_integer, read_json, write_text
+from .files import check_version, is_integer, read_json, write_text
 
 if TYPE_CHECKING:
     from .config import MoEPrunerConfig
@@ -197,11 +197,7 @@ class Sensitivity:
         Raises:
             RequestError: If they are of a newer format, or damaged.
         """
-        version = values.get("format_version")
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise RequestError(
-                f"the sensitivity has format version {version!r}; this package reads up to {FORMAT_VERSION}."
-            )
+        check_version(values, FORMAT_VERSION, "the sensitivity")
         try:
             methods = {}
             for name, method in values["methods"].items():
