@@ -17,16 +17,6 @@ def hub_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def load_model(args: argparse.Namespace, path: str, hub: dict[str, Any]) -> Any:
-    """A model; its architecture is checked before its weights are read."""
-    from transformers import AutoModelForCausalLM
-
-    from .source import load_model_config
-
-    load_model_config(path, **hub)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, device_map=args.device, **hub)
-
-
 def calibration_samples(args: argparse.Namespace, pruner: Any) -> Any:
     """The calibration samples the arguments name, their tokens checked against the model's vocabulary."""
     from .calibration import hub_records

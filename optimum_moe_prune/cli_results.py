@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import domain_weights, numbers, recipe
-from .cli_inputs import calibration_samples, check_device, hub_settings, load_model
+from .cli_inputs import calibration_samples, check_device, hub_settings
 from .errors import MoEPruneError, RequestError, RunError
 
 if TYPE_CHECKING:
@@ -160,7 +160,12 @@ def _result(args: argparse.Namespace, path: str, model: Any, evaluation: Any, ta
 
 def _loaded(args: argparse.Namespace, path: str) -> Any:
     """A model, where anything is to be done with it in this process."""
-    return load_model(args, path, _hub_of(args, path)) if args.data or args.tasks else None
+    from transformers import AutoModelForCausalLM
+
+    if not args.data and not args.tasks:
+        return None
+    hub = _hub_of(args, path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype, device_map=args.device, **hub)
 
 
 def _texts(args: argparse.Namespace, path: str) -> Any:
@@ -344,13 +349,7 @@ def check_finish(args: argparse.Namespace) -> None:
         RequestError: If a file is missing, or a package.
     """
     if args.evaluate:
-        from .calibration import CalibrationSet
-        from .source import load_model_config
-
-        asked = _as_evaluation(args)
-        tokenizer = _bound(asked, args.model).tokenizer
-        CalibrationSet.build([Path(file) for file in args.evaluate], tokenizer)  # whatever is wrong with them
-        load_model_config(args.model, **hub_settings(args))
+        _texts(_as_evaluation(args), args.model)  # whatever is wrong with them, or with the model
     if args.report:
         from .report.canvas import require_matplotlib
 

@@ -18,11 +18,11 @@ from .calibration import Batch, CalibrationInput, CalibrationSet, sample_length
 from .divergence import batch_size_for, kl_per_token
 from .errors import RequestError, RunError
 from .progress import progress
+from .sensitivity import ALL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ALL = "all"
 RESAMPLES = 2000
 """Of the samples of a domain, for an interval."""
 FEWEST = 8

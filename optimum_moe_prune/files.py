@@ -248,6 +248,11 @@ def check_file(path: str | os.PathLike, suffix: str, overwrite: bool, read: Call
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
+    """As :func:`write_bytes`, of text in UTF-8."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
     """Write a file beside its target and rename it into place.
 
     Raises:
@@ -257,7 +262,7 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
     partial = path.with_name(f".{path.name}.writing")  # not the name of a folder for unfinished work
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         sync(partial)
         os.replace(partial, path)
     except OSError as error:

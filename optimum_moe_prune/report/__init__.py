@@ -8,14 +8,12 @@ paths again, ``maps``, ``grids``, ``graphs`` and ``curves`` make figures of them
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RequestError, RunError
-from ..files import sync, write_text
+from ..errors import RequestError
+from ..files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from ..plan import PruningPlan
@@ -134,17 +132,7 @@ def _write_pictures(folder: Path, files: Mapping[str, bytes], overwrite: bool) -
     if there and not overwrite:
         raise RequestError(f"{folder / there[0]} exists; name another folder, or allow replacing it (--overwrite).")
     for name, content in files.items():
-        partial = folder / f".{name}.partial"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            sync(partial)
-            os.replace(partial, folder / name)
-        except OSError as error:
-            raise RunError(f"{folder / name} cannot be written: {error}.") from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+        write_bytes(folder / name, content)
 
 
 __all__ = ["write_report"]
