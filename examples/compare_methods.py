@@ -15,8 +15,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig, Need
-from optimum_moe_prune.collect import collect
-from optimum_moe_prune.evaluate import evaluate
+from optimum_moe_prune.calibration.in_memory import collect
+from optimum_moe_prune.evaluation.losses import evaluate
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "small_models"))

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_moe_prune import CalibrationSet, MoEPrunerConfig, Need
-from optimum_moe_prune.plan import build_plan
+from optimum_moe_prune.planning.build import build_plan
 
 DRAWS = 3
 TUNE_SAMPLES = 12  # of each domain

@@ -38,12 +38,12 @@ from optimum_moe_prune import (
     Sensitivity,
     list_methods,
 )
-from optimum_moe_prune.collect import collect
-from optimum_moe_prune.evaluate import evaluate
-from optimum_moe_prune.layerwise import LayerByLayer
-from optimum_moe_prune.measure import measure_sensitivity
+from optimum_moe_prune.calibration.in_memory import collect
+from optimum_moe_prune.evaluation.losses import evaluate
+from optimum_moe_prune.evaluation.measure_sensitivity import measure_sensitivity
 from optimum_moe_prune.methods import get_method
-from optimum_moe_prune.plan import build_plan
+from optimum_moe_prune.models.layerwise import LayerByLayer
+from optimum_moe_prune.planning.build import build_plan
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "small_models"))

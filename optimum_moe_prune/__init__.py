@@ -2,7 +2,7 @@
 """Remove whole experts from Mixture-of-Experts models and get back a checkpoint that plain ``from_pretrained`` opens.
 
 Importing this package is light: torch and transformers are imported when a name that needs them is first used. It lets
-transformers load checkpoints whose layers have different numbers of experts (``optimum_moe_prune.reload``).
+transformers load checkpoints whose layers have different numbers of experts (``optimum_moe_prune.models.reload``).
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from .reload import enable as _enable_reload
+from .models.reload import enable as _enable_reload
 
 if TYPE_CHECKING:
     from .architectures import MoESpec, list_architectures, register_architecture
-    from .calibration import CalibrationSet
+    from .calibration.samples import CalibrationSet
     from .config import MoEPrunerConfig
     from .errors import MoEPruneError, RequestError, RunError
     from .methods import list_methods, register_method
     from .plan import PruningPlan
+    from .planning.sensitivity import Sensitivity
     from .pruner import MoEPruner
-    from .report import write_report
-    from .sensitivity import Sensitivity
-    from .stats import CalibrationStats, Need
+    from .publishing.report import write_report
+    from .statistics.stats import CalibrationStats, Need
 
 try:
     __version__ = version("optimum-moe-prune")
@@ -31,22 +31,22 @@ except PackageNotFoundError:  # run from a source tree
     __version__ = "0+unknown"
 
 _HOME = {
-    "CalibrationSet": "calibration",
-    "CalibrationStats": "stats",
+    "CalibrationSet": "calibration.samples",
+    "CalibrationStats": "statistics.stats",
     "MoEPruneError": "errors",
     "MoEPruner": "pruner",
     "MoEPrunerConfig": "config",
     "MoESpec": "architectures",
-    "Need": "stats",
+    "Need": "statistics.stats",
     "PruningPlan": "plan",
     "RequestError": "errors",
     "RunError": "errors",
-    "Sensitivity": "sensitivity",
+    "Sensitivity": "planning.sensitivity",
     "list_architectures": "architectures",
     "list_methods": "methods",
     "register_architecture": "architectures",
     "register_method": "methods",
-    "write_report": "report",
+    "write_report": "publishing.report",
 }
 
 __all__ = [

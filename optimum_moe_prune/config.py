@@ -14,20 +14,38 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub import HfApi
 from transformers.utils import cached_file
 
-from .calibration import SAMPLE_SELECTIONS
 from .errors import RequestError, nearest_first
-from .files import is_integer, read_json, write_text
 from .methods import get_method, make_options
 from .methods.registry import ALLOCATIONS, BY_SENSITIVITY
-from .representatives import check_clusters
+from .names import CONFIG_NAME
+from .storage.files import write_text
+from .storage.values import is_integer, read_json
 
 if TYPE_CHECKING:
     import os
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "moe_pruner_config.json"
 SIZES = ("num_experts", "sparsity", "total_experts")
+
+
+SAMPLE_SELECTIONS = ("first", "random", "kmeans")
+
+
+def check_clusters(sample_selection: str, num_clusters: Any) -> None:
+    """Refuse a number of clusters that cannot be meant.
+
+    Raises:
+        RequestError: If it is below 1, or samples are not selected by clusters.
+    """
+    if num_clusters is None:
+        return
+    if num_clusters != "auto" and not (is_integer(num_clusters) and num_clusters >= 1):
+        raise RequestError(f'num_clusters is {num_clusters!r}; it must be an integer of at least 1, or "auto".')
+    if sample_selection != "kmeans":
+        raise RequestError(
+            f"num_clusters is for sample_selection 'kmeans', and sample_selection is {sample_selection!r}."
+        )
 
 
 @dataclass

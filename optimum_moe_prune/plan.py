@@ -4,33 +4,26 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .budget import Budget, global_budget, super_experts, uniform_budget
 from .errors import RequestError
-from .files import check_version, is_integer, read_json, write_text
-from .methods import BY_SENSITIVITY, get_method
-from .sensitivity import Sensitivity, allocate
-from .stats import CalibrationStats, Need
+from .names import PLAN_NAME
+from .storage.files import write_text
+from .storage.values import check_version, is_integer, read_json
 
 if TYPE_CHECKING:
     import os
 
     from transformers import PreTrainedModel
 
-    from .config import MoEPrunerConfig
-
-logger = logging.getLogger(__name__)
-
 FORMAT_VERSION = 1
-PLAN_NAME = "moe_pruning_plan.json"
+
+
 _MOST_EXPERTS = 100_000  # beyond any model; keeps a damaged file from asking for all memory
 
 
@@ -143,7 +136,7 @@ class PruningPlan:
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
         """Prune a model in memory: the same model, now smaller (``surgery.apply_plan``)."""
-        from .surgery import apply_plan
+        from .surgery.in_memory import apply_plan
 
         return apply_plan(self, model)
 
@@ -156,12 +149,17 @@ class PruningPlan:
             options: ``max_shard_size``, ``overwrite``, ``standalone``; and for the Hub ``revision``, ``token``,
                 ``cache_dir``, ``trust_remote_code``.
         """
-        from .pruner import MoEPruner
+        from .checkpoints.checkpoint import Checkpoint
+        from .checkpoints.layout import find_layout
+        from .checkpoints.source import load_model_config, stored_plan
+        from .publishing.outputs import apply_to_checkpoint
 
-        hub = {
-            key: options.pop(key) for key in ("revision", "token", "cache_dir", "trust_remote_code") & options.keys()
-        }
-        return MoEPruner.from_plan(self, source, **hub).prune_checkpoint(target, **options)
+        names = ("revision", "token", "cache_dir", "trust_remote_code")
+        hub = {key: options.pop(key) for key in names if options.get(key) is not None}
+        config = load_model_config(source, **hub)
+        parent = stored_plan(source, hub)
+        plan = self if parent is None or "parent" in self.provenance else with_parent(self, parent)
+        return apply_to_checkpoint(plan, find_layout(Checkpoint.open(source, hub), config), target, **options)
 
     def export(self, format: str = "json") -> str:
         """The plan as other tools read it (``export``): ``"json"`` says everything, others are a server's own.
@@ -169,7 +167,7 @@ class PruningPlan:
         Raises:
             RequestError: If the format is not known, or cannot say what the plan says.
         """
-        from .export import export_plan
+        from .publishing.export import export_plan
 
         return export_plan(self, format)
 
@@ -260,7 +258,7 @@ class PruningPlan:
         Raises:
             RequestError: If there is none, or it is damaged or of a newer format.
         """
-        from .source import stored_plan
+        from .checkpoints.source import stored_plan
 
         plan = stored_plan(name_or_path, hub)
         if plan is None:
@@ -271,145 +269,6 @@ class PruningPlan:
 def _shown(value: Any) -> str:
     """A finding as text; of one by layer its values."""
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
-
-
-def plan_needs(config: MoEPrunerConfig) -> frozenset[Need]:
-    """The statistics that planning with a recipe reads."""
-    needs = get_method(config.method).needs(config.options())
-    return needs | {Need.ROUTING, Need.ROUTED_NORMS} if config.protect_super_experts else needs
-
-
-def budget_for(
-    config: MoEPrunerConfig,
-    original: Mapping[int, int],
-    top_k: int,
-    protect: Mapping[int, Iterable[int]] | None = None,
-) -> Budget:
-    """The budget that a recipe sets for a model.
-
-    Args:
-        config: The recipe.
-        original: Experts in each MoE layer.
-        top_k: Experts used per token.
-        protect: In place of the recipe's own.
-
-    Raises:
-        RequestError: If the budget cannot be kept to, or the method refuses it.
-    """
-    method = get_method(config.method)
-    settings: dict[str, Any] = {
-        "num_experts": config.num_experts,
-        "sparsity": config.sparsity,
-        "protect": {layer: tuple(e) for layer, e in (config.protect if protect is None else protect).items()},
-        "skip_layers": config.skip_layers,
-        "seed": config.seed,
-    }
-    if config.allocates == "uniform":
-        budget: Budget = uniform_budget(original, top_k, **settings)
-    else:
-        budget = global_budget(original, top_k, total_experts=config.total_experts, **settings)
-    if method.check is not None and config.allocates != BY_SENSITIVITY:  # there what is refused was not measured
-        method.check(budget, config.options())
-    return budget
-
-
-def protected_experts(stats: CalibrationStats, config: MoEPrunerConfig) -> tuple[dict[int, set[int]], str | None]:
-    """The experts that a recipe retains in any case, by layer, and what is to be said of super experts among them."""
-    protect = {layer: set(experts) for layer, experts in config.protect.items()}
-    if not config.protect_super_experts:
-        return protect, None
-    found = super_experts(stats)
-    for layer, experts in found.items():
-        if layer not in config.skip_layers:
-            protect.setdefault(layer, set()).update(experts)
-    named = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in found.items() if experts)
-    return protect, f"super experts protected: {named or 'none found'}"
-
-
-def build_plan(
-    stats: CalibrationStats,
-    config: MoEPrunerConfig,
-    domain_weights: Mapping[str, float] | None = None,
-    sensitivity: Sensitivity | None = None,
-) -> PruningPlan:
-    """Choose the experts to retain.
-
-    Args:
-        stats: What the calibration gathered.
-        config: Method and budget.
-        domain_weights: A share for each domain of the calibration; by default every token counts once.
-        sensitivity: What was measured of the model, for ``allocation="sensitivity"``.
-
-    Raises:
-        RequestError: If the budget cannot be kept to, or the statistics or the sensitivity lack what is needed.
-    """
-    plan = quiet_plan(stats, config, domain_weights, sensitivity)
-    for note in plan.provenance["notes"]:
-        logger.warning("%s: %s", config.method, note)
-    return plan
-
-
-def quiet_plan(
-    stats: CalibrationStats,
-    config: MoEPrunerConfig,
-    domain_weights: Mapping[str, float] | None = None,
-    sensitivity: Sensitivity | None = None,
-) -> PruningPlan:
-    """As :func:`build_plan`, its notes in the plan only: for plans that are one of many."""
-    method, options = get_method(config.method), config.options()
-    if plan_needs(config) and not stats.samples:
-        raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
-    stats.require(plan_needs(config), config.method)
-    stats = stats.with_domain_weights(domain_weights)
-    protect, said = protected_experts(stats, config)
-    original = stats.num_experts
-    budget = budget_for(config, original, stats.model["top_k"], protect)
-    if said is not None:
-        budget.note(said)
-    if dense := stats.model.get("dense_layers"):
-        budget.note(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
-    if config.allocates == BY_SENSITIVITY:
-        if sensitivity is None:
-            raise RequestError(
-                "allocation 'sensitivity' needs what was measured of the model; measure it first (optimum-cli "
-                "moe-prune sensitivity), and give the result (--sensitivity FILE)."
-            )
-        measured = sensitivity.of(config, stats.model, domain_weights)
-        if sensitivity.provenance.get("calibration") != stats.fingerprint and plan_needs(config):
-            raise RequestError(
-                "the sensitivity was measured with experts chosen by another calibration than these statistics are "
-                "of; measure it with the same (sensitivity --stats), or plan with those it was measured with."
-            )
-        chosen, scores = allocate(measured, budget, domain_weights), None
-    else:
-        chosen, scores = method.select(stats, budget, options)
-    retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
-    provenance: dict[str, Any] = {
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": stats.model,
-        "calibration": {
-            "fingerprint": stats.fingerprint,
-            "samples": len(stats.samples),
-            "tokens_by_domain": stats.domains,
-            "domain_weights": stats.domain_weights,
-            "kept_tokens": len(stats.token_sample),
-            **stats.provenance,
-        },
-        "notes": budget.notes,
-        "findings": budget.findings,
-    }
-    if sensitivity is not None and config.allocates == BY_SENSITIVITY:
-        provenance["sensitivity"] = {"tokens_by_domain": sensitivity.tokens_by_domain, **sensitivity.provenance}
-    return PruningPlan(
-        model_type=stats.model["model_type"],
-        top_k=stats.model["top_k"],
-        method=config.method,
-        retained=retained,
-        original_num_experts=original,
-        scores=None if scores is None else {layer: tuple(map(float, s)) for layer, s in sorted(scores.items())},
-        config=config.to_dict(),
-        provenance=provenance,
-    )
 
 
 def with_parent(plan: PruningPlan, parent: PruningPlan) -> PruningPlan:

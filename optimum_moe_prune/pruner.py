@@ -13,30 +13,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
-from .architectures.block import moe_blocks
-from .budget import UniformBudget
-from .calibrate import calibrate_checkpoint
-from .calibration import CalibrationInput, CalibrationSet, sample_length
-from .card import write_card
-from .checkpoint import MAX_SHARD_SIZE, apply_to_checkpoint, check_request, shard_bytes
-from .collect import check_model, collect, empty_stats, model_facts
+from .calibration.calibrate import calibrate_checkpoint
+from .calibration.in_memory import collect, empty_stats
+from .calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.layout import Layout, find_layout
+from .checkpoints.source import load_model_config, stored_plan, without_code
 from .config import MoEPrunerConfig
 from .errors import RequestError
-from .files import check_space, check_target, working_on
-from .hub import push_folder
-from .layerwise import LayerByLayer
-from .layout import Layout, find_layout
-from .measure import measure_checkpoint, measure_sensitivity
+from .evaluation.measure_sensitivity import measure_checkpoint, measure_sensitivity
 from .methods import BY_SENSITIVITY
-from .plan import PruningPlan, budget_for, build_plan, plan_needs, with_parent
-from .resume import calibration_folder, sensitivity_folder
-from .saving import save_pruned
-from .sensitivity import Sensitivity
-from .shards import Checkpoint, without_code
-from .source import load_model_config, moe_layers, stored_plan
-from .stats import CalibrationStats, check_domain_weights
-from .stream import Skeleton
-from .surgery import apply_plan, check_plan_for_config
+from .methods.budget import UniformBudget
+from .models.blocks import model_facts, moe_blocks, moe_layers
+from .models.checks import check_model
+from .models.layerwise import LayerByLayer
+from .models.skeleton import Skeleton
+from .plan import PruningPlan, with_parent
+from .planning.build import budget_for, build_plan, plan_needs
+from .planning.sensitivity import Sensitivity
+from .publishing.card import write_card
+from .publishing.hub import push_folder
+from .publishing.outputs import apply_to_checkpoint, save_pruned
+from .statistics.samples import check_domain_weights
+from .statistics.stats import CalibrationStats
+from .storage.folders import check_space, check_target, working_on
+from .storage.growing import calibration_folder, sensitivity_folder
+from .surgery.checks import check_plan_for_config, check_request
+from .surgery.files import MAX_SHARD_SIZE, shard_bytes
+from .surgery.in_memory import apply_plan
 
 if TYPE_CHECKING:
     import os

@@ -91,9 +91,9 @@ def test_the_trained_models_have_specialists(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from optimum_moe_prune import CalibrationSet, MoEPrunerConfig, Need
-    from optimum_moe_prune.collect import collect
-    from optimum_moe_prune.evaluate import evaluate
-    from optimum_moe_prune.plan import build_plan
+    from optimum_moe_prune.calibration.in_memory import collect
+    from optimum_moe_prune.evaluation.losses import evaluate
+    from optimum_moe_prune.planning.build import build_plan
 
     text = corpus.make_corpus({"train": 40, "tune": 0, "heldout": 5})
     tokenizer = AutoTokenizer.from_pretrained(SMALL / name)

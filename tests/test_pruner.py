@@ -15,10 +15,10 @@ from huggingface_hub import HfApi
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OlmoeConfig, PreTrainedTokenizerBase
 
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, RunError
-from optimum_moe_prune.architectures.block import moe_blocks
-from optimum_moe_prune.calibration import CalibrationSet
-from optimum_moe_prune.collect import collect
-from optimum_moe_prune.stats import Need
+from optimum_moe_prune.calibration.in_memory import collect
+from optimum_moe_prune.calibration.samples import CalibrationSet
+from optimum_moe_prune.models.blocks import moe_blocks
+from optimum_moe_prune.statistics.stats import Need
 
 TEXTS = make_texts()
 COUNT_KEY = {kind: "num_local_experts" if kind == "mixtral" else "num_experts" for kind in KINDS}

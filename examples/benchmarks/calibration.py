@@ -18,8 +18,8 @@ from common import make_model, make_samples, ratio_in_pairs, report
 from transformers import PreTrainedModel
 
 from optimum_moe_prune import CalibrationSet, Need
-from optimum_moe_prune.architectures.block import moe_blocks
-from optimum_moe_prune.collect import collect
+from optimum_moe_prune.calibration.in_memory import collect
+from optimum_moe_prune.models.blocks import moe_blocks
 
 ROWS = {
     "routing": ({Need.ROUTING}, False, 1.10),

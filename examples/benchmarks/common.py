@@ -23,7 +23,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from optimum_moe_prune import CalibrationSet
-from optimum_moe_prune.files import sync
+from optimum_moe_prune.storage.files import sync
 
 MIB = 2**20
 GIB = 2**30

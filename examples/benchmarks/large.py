@@ -46,11 +46,12 @@ from synthetic import checkpoint_shards, moe_config, shards_bytes, write_checkpo
 from transformers import Qwen2MoeConfig
 
 from optimum_moe_prune import CalibrationStats, MoEPruner, MoEPrunerConfig, PruningPlan
-from optimum_moe_prune.files import working_on
-from optimum_moe_prune.layout import model_dtype
-from optimum_moe_prune.plan import build_plan, plan_needs
-from optimum_moe_prune.resume import Store, calibration_folder
-from optimum_moe_prune.stream import Skeleton, collect_streamed
+from optimum_moe_prune.calibration.streamed import collect_streamed
+from optimum_moe_prune.checkpoints.layout import model_dtype
+from optimum_moe_prune.models.skeleton import Skeleton
+from optimum_moe_prune.planning.build import build_plan, plan_needs
+from optimum_moe_prune.storage.folders import working_on
+from optimum_moe_prune.storage.growing import Store, calibration_folder
 
 _LAYERS = 24
 _MULTIPLIED = (torch.bfloat16, torch.float32)

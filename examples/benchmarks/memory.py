@@ -21,10 +21,11 @@ from synthetic import checkpoint_shards, moe_config, shards_bytes, write_checkpo
 from transformers import AutoModelForCausalLM
 
 from optimum_moe_prune import CalibrationStats, MoEPruner, Need
-from optimum_moe_prune.collect import collect
-from optimum_moe_prune.layout import model_dtype
-from optimum_moe_prune.resume import IN_MEMORY_BYTES
-from optimum_moe_prune.stream import Skeleton, collect_streamed
+from optimum_moe_prune.calibration.in_memory import collect
+from optimum_moe_prune.calibration.streamed import collect_streamed
+from optimum_moe_prune.checkpoints.layout import model_dtype
+from optimum_moe_prune.models.skeleton import Skeleton
+from optimum_moe_prune.storage.growing import IN_MEMORY_BYTES
 
 CLASSES = {
     "routing": [Need.ROUTING],

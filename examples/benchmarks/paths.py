@@ -17,8 +17,8 @@ from common import report, seconds
 from synthetic import random_stats
 
 from optimum_moe_prune import MoEPrunerConfig, Need
-from optimum_moe_prune.paths import k_best_paths
-from optimum_moe_prune.plan import build_plan
+from optimum_moe_prune.methods.paths import k_best_paths
+from optimum_moe_prune.planning.build import build_plan
 
 
 def main() -> None:

@@ -26,12 +26,12 @@ from synthetic import random_stats
 from torch.nn import functional
 
 from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig, Need
-from optimum_moe_prune.architectures.block import MoEBlock, moe_blocks
-from optimum_moe_prune.collect import collect
+from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.methods import get_method, list_methods
-from optimum_moe_prune.plan import build_plan
+from optimum_moe_prune.methods.replay import first_minimum, reconstruction_loss
+from optimum_moe_prune.models.blocks import MoEBlock, moe_blocks
+from optimum_moe_prune.planning.build import build_plan
 from optimum_moe_prune.progress import progress
-from optimum_moe_prune.replay import first_minimum, reconstruction_loss
 
 
 @torch.no_grad()

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from optimum_moe_prune import CalibrationStats
-from optimum_moe_prune.files import sync
-from optimum_moe_prune.replay import Routing
-from optimum_moe_prune.stats import PER_SAMPLE, PER_TOKEN, LayerStats, Need, Sample, keep_tokens
-from optimum_moe_prune.tensor_files import header_bytes
+from optimum_moe_prune.architectures.routers import SoftmaxTopK
+from optimum_moe_prune.statistics.samples import Sample, keep_tokens
+from optimum_moe_prune.statistics.stats import PER_SAMPLE, PER_TOKEN, LayerStats, Need
+from optimum_moe_prune.storage.files import sync
+from optimum_moe_prune.storage.tensor_files import header_bytes
 
 _BLOCK = 2**24 + 43  # random numbers that are drawn once; no multiple of a row, so that no two tensors repeat
 
@@ -151,7 +152,7 @@ def random_stats(
             tensors["coactivation"] = torch.rand(samples, experts if layer else 0, experts, generator=random)
         for name in per_token:
             tensors[name] = _per_token(name, kept, experts, hidden, random)
-        made[layer] = LayerStats(experts, Routing(top_k, True, False), tensors, weights, token_sample)
+        made[layer] = LayerStats(experts, SoftmaxTopK(top_k, True, False), tensors, weights, token_sample)
     model = {"model_type": "mixtral", "top_k": top_k, "fingerprint": "random"}
     return CalibrationStats(model, entries, made, frozenset(needs), token_sample, token_position, kept, 0)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..replay import Routing
-from ..unequal import count_of_layer, is_unequal
+from .routers import RoutingRule, SoftmaxTopK
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,19 @@ class MoESpec:
 
     def is_unequal(self, config: Any) -> bool:
         """Whether a model's layers have different numbers of experts (``per_layer_config``)."""
+        from .unequal import is_unequal  # it needs torch
+
         return is_unequal(config, self.count_key)
 
     def num_experts(self, config: Any, layer: int) -> int:
         """Routed experts of a decoder layer, should it be sparse."""
+        from .unequal import count_of_layer
+
         return count_of_layer(config, self.count_key, layer)
 
-    def routing(self, config: Any) -> Routing:
+    def routing(self, config: Any) -> RoutingRule:
         """The rule of this architecture's router, with the settings of one model."""
         renormalise = self.renormalise
         if isinstance(renormalise, str):
             renormalise = bool(getattr(config, renormalise))
-        return Routing(int(getattr(config, self.top_k_key)), renormalise, self.cast_weights)
+        return SoftmaxTopK(int(getattr(config, self.top_k_key)), renormalise, self.cast_weights)

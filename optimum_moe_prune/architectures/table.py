@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import RequestError, nearest_first
-from ..reload import extend_registered
 from .mixtral import MIXTRAL
 from .qwen2_moe import QWEN2_MOE
 from .spec import MoESpec
 
 _ROWS: dict[str, MoESpec] = {}
+
+on_register: list[Callable[[MoESpec], None]] = []
+"""Called with each row that is registered from now on."""
 
 
 def register_architecture(spec: MoESpec) -> MoESpec:
@@ -23,7 +26,8 @@ def register_architecture(spec: MoESpec) -> MoESpec:
     if spec.model_type in _ROWS:
         raise RequestError(f"architecture {spec.model_type!r} is registered already.")
     _ROWS[spec.model_type] = spec
-    extend_registered(spec)
+    for listener in on_register:
+        listener(spec)
     return spec
 
 

@@ -6,7 +6,7 @@ r"""EAN, expert activation norm: the norm of the expert's output, summed over th
 A baseline of REAP, arXiv 2510.13999.
 """
 
-from ..stats import CalibrationStats, Need
+from ..statistics.stats import CalibrationStats, Need
 from .registry import NoOptions, Scores, register_method
 
 

@@ -17,12 +17,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..budget import UniformBudget
 from ..errors import RequestError
 from ..progress import progress
-from ..replay import Replay
-from ..stats import CalibrationStats, LayerStats, Need
+from ..statistics.stats import CalibrationStats, LayerStats, Need
+from .budget import UniformBudget
 from .registry import Retained, register_method
+from .replay_search import Replay
 
 Search = Literal["auto", "exhaustive", "greedy"]
 

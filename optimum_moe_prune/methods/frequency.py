@@ -6,7 +6,7 @@ r"""Frequency: how many tokens chose the expert.
 with :math:`X_e` the tokens that have :math:`e` among their top K. A baseline of both papers.
 """
 
-from ..stats import CalibrationStats, Need
+from ..statistics.stats import CalibrationStats, Need
 from .registry import NoOptions, Scores, register_method
 
 

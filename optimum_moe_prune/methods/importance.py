@@ -5,8 +5,8 @@ An ablation of MoE Pathfinder, arXiv 2512.18425 ("IS"): the weight of a path is 
 :math:`e_i = \mathrm{softmax}_i(-L_i / (\tau \|F_{all}\|_F))` along it. Everything else is as in ``pathfinder``.
 """
 
-from ..budget import Budget
-from ..stats import CalibrationStats, Need
+from ..statistics.stats import CalibrationStats, Need
+from .budget import Budget
 from .pathfinder import GLOBAL_FIRST, ImportanceOptions, log_importance, on_best_paths
 from .registry import Retained, register_method
 

@@ -6,7 +6,7 @@ r"""MAN, mean activation norm: the mean norm of the expert's output over the tok
 An expert without routed tokens scores 0. arXiv 2606.15716.
 """
 
-from ..stats import CalibrationStats, Need
+from ..statistics.stats import CalibrationStats, Need
 from .registry import NoOptions, Scores, per_routed_token, register_method
 
 

@@ -36,10 +36,10 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
-from ..budget import UniformBudget
-from ..clustering import kmeans, silhouette
 from ..progress import progress
-from ..stats import CalibrationStats, LayerStats, Need
+from ..statistics.stats import CalibrationStats, LayerStats, Need
+from .budget import UniformBudget
+from .clustering import kmeans, silhouette
 from .registry import Retained, register_method
 from .variability import GeneralistOptions, check, generalists, variability_scores
 

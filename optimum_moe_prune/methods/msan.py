@@ -6,7 +6,7 @@ r"""MSAN, mean squared activation norm: the mean squared norm of the expert's ou
 An expert without routed tokens scores 0. arXiv 2606.15716.
 """
 
-from ..stats import CalibrationStats, Need
+from ..statistics.stats import CalibrationStats, Need
 from .registry import NoOptions, Scores, per_routed_token, register_method
 
 

@@ -40,10 +40,10 @@ from typing import Any, Literal
 import numpy as np
 from scipy.special import log_softmax
 
-from ..budget import Budget, choose_ranked
-from ..paths import k_best_paths, max_marginals
 from ..progress import progress
-from ..stats import CalibrationStats, Need
+from ..statistics.stats import CalibrationStats, Need
+from .budget import Budget, choose_ranked
+from .paths import k_best_paths, max_marginals
 from .registry import Retained, register_method
 
 Transitions = Literal["mean", "conditional"]

@@ -6,8 +6,8 @@ A layer's draw depends on the seed and the layer alone, and a smaller budget kee
 
 import numpy as np
 
-from ..budget import Budget, choose
-from ..stats import CalibrationStats
+from ..statistics.stats import CalibrationStats
+from .budget import Budget, choose
 from .registry import ALLOCATIONS, NoOptions, Retained, register_method
 
 

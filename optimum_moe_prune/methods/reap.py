@@ -13,7 +13,7 @@ over all experts; ``renormalised``, divided by the sum over the chosen ones what
 from dataclasses import dataclass
 from typing import Literal
 
-from ..stats import CalibrationStats, Need
+from ..statistics.stats import CalibrationStats, Need
 from .registry import Scores, per_routed_token, register_method
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ..budget import Budget, UniformBudget, choose
 from ..errors import RequestError, RunError, nearest_first
-from ..stats import CalibrationStats, LayerStats, Need
+from ..statistics.stats import CalibrationStats, LayerStats, Need
+from .budget import Budget, UniformBudget, choose
 
 logger = logging.getLogger(__name__)
 

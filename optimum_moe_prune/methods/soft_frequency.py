@@ -7,7 +7,7 @@ with :math:`p` the router's probabilities over all experts and :math:`X_e` the t
 top K. SEER-MoE, arXiv 2404.05089.
 """
 
-from ..stats import CalibrationStats, Need
+from ..statistics.stats import CalibrationStats, Need
 from .registry import NoOptions, Scores, register_method
 
 

@@ -5,8 +5,8 @@ An ablation of MoE Pathfinder, arXiv 2512.18425 ("TI"): the weight of a path is 
 :math:`t_{ij} = a_i^{(l)} p_j^{(l+1)}` along it. Everything else is as in ``pathfinder``.
 """
 
-from ..budget import Budget
-from ..stats import CalibrationStats
+from ..statistics.stats import CalibrationStats
+from .budget import Budget
 from .pathfinder import GLOBAL_FIRST, TransitionOptions, log_transitions, on_best_paths, transition_needs
 from .registry import Retained, register_method
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..budget import UniformBudget
 from ..errors import RequestError
 from ..progress import progress
-from ..stats import CalibrationStats, LayerStats, Need
+from ..statistics.stats import CalibrationStats, LayerStats, Need
+from .budget import UniformBudget
 from .enumeration import SearchOptions, best_set
 from .registry import Retained, register_method
 

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over a model in memory -> :class:`CalibrationStats`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..architectures.routers import RoutingRule
+from ..models.blocks import model_facts, moe_blocks
+from ..models.checks import check_finite, check_model, evaluating, input_device, vocabulary
+from ..progress import progress
+from ..provenance import versions
+from ..statistics.stats import PER_SAMPLE, CalibrationStats, LayerStats, Need, layer_file, layer_shapes, tensor_names
+from ..storage.growing import Store
+from ..storage.tensor_files import Shapes, shapes_bytes
+from .observer import Current, LayerObserver
+from .samples import CalibrationSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GROUP_SECONDS = 10.0
+"""Batches are finished in groups that take so long: then what they gave is put on disk."""
+
+
+def collect(
+    model: PreTrainedModel,
+    calibration: CalibrationSet,
+    needs: Iterable[Need],
+    *,
+    batch_size: int = 8,
+    max_tokens: int = 8192,
+    seed: int = 0,
+    provenance: dict[str, Any] | None = None,
+    store: Store | None = None,
+) -> CalibrationStats:
+    """Run a model over the calibration samples once and gather statistics of its MoE layers.
+
+    Args:
+        model: A causal language model with real parameters, on any device or ``device_map``. Its training mode is
+            restored.
+        calibration: The samples.
+        needs: What to gather.
+        batch_size: Samples in a forward pass.
+        max_tokens: The most tokens for which statistics per token are kept.
+        seed: Decides which tokens are kept when there are more.
+        provenance: Added to the provenance of the result.
+        store: Where the statistics grow. With a folder, each finished group of batches is kept there, and a later
+            call continues after the last one. By default they are in memory, or in temporary files where they are
+            large.
+
+    Raises:
+        RequestError: If the model cannot be observed, or a token id is outside its vocabulary.
+        RunError: If a router gives NaN or infinite logits, or an expert such outputs.
+    """
+    needs = frozenset(needs)
+    store = Store() if store is None else store
+    check_model(model)
+    check_finite(model)
+    blocks = moe_blocks(model)
+    calibration.check_vocabulary(vocabulary(model))
+    current = Current(calibration, max_tokens, seed)
+    batches = list(calibration.batches(batch_size))
+    resumed = store.finished
+    store.check_steps(len(batches))
+    unfinished = torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.samples for batch in batches[resumed:])])
+
+    def allocate(layer: int, shapes: Shapes) -> Mapping[str, Tensor]:
+        tensors = store.tensors(layer_file(layer), shapes, keep=resumed > 0)
+        for name in tensor_names(needs, PER_SAMPLE) if resumed else ():
+            tensors[name][unfinished] = 0  # an interrupted group may have added to them
+        return tensors
+
+    observers: list[LayerObserver] = []
+    for block in blocks:
+        before = observers[-1].routed if observers else None
+        observers.append(LayerObserver(block, needs, current, allocate, before))
+    store.check_space(statistics_bytes({b.layer: b.num_experts for b in blocks}, needs, current, model.config))
+    if resumed == len(batches):  # it was interrupted after the last one: nothing will run
+        for observer in observers:
+            observer.tensors = store.tensors(layer_file(observer.block.layer), None)
+
+    decoder = model.base_model
+    device = input_device(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model))
+        for observer in observers:
+            stack.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
+        since = time.monotonic()
+        for number, batch in enumerate(progress(batches, "calibrating", len(batches), unit="batch")):
+            if number < resumed:
+                continue
+            current.set(batch)
+            decoder(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                use_cache=False,
+            )
+            if time.monotonic() - since >= GROUP_SECONDS or number + 1 == len(batches):
+                store.commit(number + 1)
+                since = time.monotonic()
+
+    weights = torch.ones(len(calibration), dtype=torch.float64)
+    return assemble(
+        model_facts(model),
+        calibration,
+        current,
+        {observer.block.layer: observer.statistics(weights) for observer in observers},
+        needs,
+        max_tokens,
+        seed,
+        {"dtype": str(model.dtype).removeprefix("torch."), **(provenance or {})},
+    )
+
+
+def assemble(
+    facts: dict[str, Any],
+    calibration: CalibrationSet,
+    current: Current,
+    layers: dict[int, LayerStats],
+    needs: frozenset[Need],
+    max_tokens: int,
+    seed: int,
+    provenance: dict[str, Any],
+) -> CalibrationStats:
+    """The statistics of a calibration that went through all layers."""
+    return CalibrationStats(
+        model=facts,
+        samples=calibration.samples,
+        layers=layers,
+        needs=needs,
+        token_sample=current.token_sample,
+        token_position=current.token_position,
+        max_tokens=max_tokens,
+        seed=seed,
+        provenance={
+            "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "sources": list(calibration.sources),
+            "truncated_samples": calibration.truncated,
+            "duplicate_samples": calibration.duplicates,
+            **provenance,
+        },
+    )
+
+
+def statistics_bytes(num_experts: Mapping[int, int], needs: frozenset[Need], current: Current, config: Any) -> int:
+    """Bytes of the statistics of all layers, with float32 where the model's own dtype is kept."""
+    total, before = 0, 0
+    for count in num_experts.values():
+        shapes = layer_shapes(
+            needs, current.num_samples, len(current.token_sample), count, before,
+            config.get_text_config().hidden_size, torch.float32, torch.float32,
+        )  # fmt: skip
+        total += shapes_bytes(shapes)
+        before = count
+    return total
+
+
+def empty_stats(
+    facts: dict[str, Any], num_experts: Mapping[int, int], routing: RoutingRule, *, seed: int = 0
+) -> CalibrationStats:
+    """Statistics of no calibration at all, for methods that need none.
+
+    Args:
+        facts: What is remembered of the model.
+        num_experts: Experts of each MoE layer.
+        routing: The rule of its routers.
+        seed: Carried along.
+    """
+    nothing = torch.zeros(0, dtype=torch.int64)
+    layers = {
+        index: LayerStats(count, routing, {}, torch.zeros(0, dtype=torch.float64), nothing)
+        for index, count in num_experts.items()
+    }
+    provenance = {"made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
+    return CalibrationStats(facts, (), layers, frozenset(), nothing, nothing, 0, seed, provenance)

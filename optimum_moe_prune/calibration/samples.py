@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts, files, datasets or token tensors -> the token samples a model is calibrated or evaluated on.
+
+Each text is one sample, tokenised with the tokenizer's own special tokens and cut to ``max_length``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Union
+
+import torch
+from torch import Tensor
+
+from ..config import SAMPLE_SELECTIONS, check_clusters
+from ..errors import RequestError
+from ..models.batches import Batch
+from ..statistics.samples import Sample, samples_fingerprint
+from .representatives import NumClusters, representatives
+from .texts import _check_unicode, _Record, _records, _sources, hub_records
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+CalibrationInput = Union[
+    str,
+    PathLike,
+    Sequence[str],
+    Sequence[PathLike],
+    Sequence[Mapping[str, Any]],
+    Tensor,
+    Sequence[Tensor],
+    "Dataset",
+    "CalibrationSet",
+]
+"""``list[str]`` is texts; ``str``, ``Path`` and ``list[Path]`` are files.
+
+Records have ``text`` or ``messages``, and may have ``domain``; tensors are token ids ``(tokens,)`` or
+``(samples, tokens)``, used as they are.
+"""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token samples with their domains, ordered by hash.
+
+    Attributes:
+        samples: Hash, domain and length of each sample.
+        token_ids: Token ids of each sample, ``(tokens,)`` int64.
+        truncated: How many samples were cut to ``max_length``.
+        duplicates: How many samples were left out because the same tokens were there already.
+        sources: Names of the files they were read from, or mixtures on the Hub.
+    """
+
+    samples: tuple[Sample, ...]
+    token_ids: tuple[Tensor, ...]
+    truncated: int = 0
+    duplicates: int = 0
+    sources: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(sample.num_tokens for sample in self.samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the samples and their domains."""
+        return samples_fingerprint(self.samples)
+
+    @classmethod
+    def build(
+        cls,
+        source: CalibrationInput,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        num_samples: int | None = None,
+        max_length: int = 2048,
+        sample_selection: str = "first",
+        num_clusters: NumClusters = None,
+        pack: bool = False,
+        seed: int = 0,
+    ) -> CalibrationSet:
+        """Read, select, tokenise and cut.
+
+        Args:
+            source: See ``CalibrationInput``. A ``CalibrationSet`` is returned as it is.
+            tokenizer: Needed for anything but tensors.
+            num_samples: The most samples to use, in equal shares of the domains; None uses all.
+            max_length: Longer samples are cut to this many tokens.
+            sample_selection: ``"first"`` takes the first samples of each domain, ``"random"`` a seeded choice,
+                ``"kmeans"`` the representatives of clusters.
+            num_clusters: For ``"kmeans"``: representatives of each domain; ``"auto"`` finds for each domain the
+                number, of 2 to 20, whose clusters are most distinct (silhouette). With either ``num_samples`` is not
+                looked at; by default it sets the number, in equal shares of the domains.
+            pack: Join the samples of a domain and cut them into samples of exactly ``max_length`` tokens.
+            seed: For ``"random"`` and ``"kmeans"``.
+
+        Raises:
+            RequestError: If there is nothing to read, a file or record is broken, or a sample has less than two
+                tokens.
+        """
+        if isinstance(source, CalibrationSet):
+            return source
+        if sample_selection not in SAMPLE_SELECTIONS:
+            raise RequestError(f"sample_selection is {sample_selection!r}; known: {', '.join(SAMPLE_SELECTIONS)}.")
+        if max_length < 2:
+            raise RequestError(f"max_length is {max_length}; a sample needs at least 2 tokens.")
+        if num_samples is not None and num_samples < 1:
+            raise RequestError(f"num_samples is {num_samples}; at least 1 sample is needed.")
+        check_clusters(sample_selection, num_clusters)
+        sources = _sources(source)
+        records = list(_records(source))
+        if not records:
+            raise RequestError(
+                "the calibration holds no samples; give texts, a .jsonl or .txt file, or token tensors."
+            )
+        kmeans = sample_selection == "kmeans"
+        if not pack and not kmeans:
+            records = _select(records, num_samples, sample_selection, seed)
+        tokens = [(r.origin, _tokens(r, tokenizer), r.domain) for r in records]
+        if pack:
+            tokens = _packed(tokens, max_length)
+            if not tokens:
+                raise RequestError(
+                    f"packing leaves no sample of {max_length} tokens; lower max_length or give more text."
+                )
+            tokens = tokens if kmeans else _select(tokens, num_samples, sample_selection, seed)
+
+        def choose(ids: list[Tensor], domains: list[str]) -> list[int]:
+            return representatives(ids, domains, num_samples, num_clusters, seed)
+
+        return replace(cls._of_tokens(tokens, max_length, choose if kmeans else None), sources=sources)
+
+    @classmethod
+    def from_hub(cls, mixture: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> CalibrationSet:
+        """Samples of datasets on the Hub (needs the ``[datasets]`` extra).
+
+        Args:
+            mixture: Comma-separated ``name[config](split):samples``; ``[config]`` and ``:samples`` may be left out,
+                the split is ``train`` by default. Each dataset is a domain of its name, unless it has a ``domain``
+                column.
+            tokenizer: The model's tokenizer.
+            options: As for :meth:`build`.
+        """
+        return replace(cls.build(hub_records(mixture), tokenizer, **options), sources=(f"hub:{mixture}",))
+
+    @classmethod
+    def _of_tokens(
+        cls,
+        tokens: Iterable[tuple[str, Tensor, str]],
+        max_length: int,
+        choose: Callable[[list[Tensor], list[str]], list[int]] | None = None,
+    ) -> CalibrationSet:
+        """Cut samples, leave out what is there already and, with ``choose``, all but the chosen ones."""
+        entries: dict[str, tuple[Sample, Tensor, bool]] = {}
+        duplicates = 0
+        for origin, ids, domain in tokens:
+            if len(ids) < 2:
+                raise RequestError(
+                    f"{origin} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a sample needs at least 2. Remove "
+                    "it or give a longer one."
+                )
+            was_cut = len(ids) > max_length
+            ids = ids[:max_length].to(torch.int64)
+            digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+            if digest in entries:
+                duplicates += 1
+                continue
+            entries[digest] = (Sample(digest, domain, len(ids)), ids, was_cut)
+        ordered = [entries[digest] for digest in sorted(entries)]
+        if choose is not None:
+            ordered = [ordered[i] for i in choose([ids for _, ids, _ in ordered], [s.domain for s, _, _ in ordered])]
+        truncated = sum(was_cut for _, _, was_cut in ordered)
+        if truncated:
+            logger.warning(
+                "%d of %d samples are longer than %d tokens and were cut.", truncated, len(ordered), max_length
+            )
+        if duplicates:
+            logger.warning("%d samples have the same tokens as another one and were left out.", duplicates)
+        return cls(tuple(s for s, _, _ in ordered), tuple(ids for _, ids, _ in ordered), truncated, duplicates)
+
+    def take(self, num_samples: int) -> CalibrationSet:
+        """At most so many of the samples, in equal shares of the domains; their hashes decide which."""
+        rank: dict[str, int] = {}
+        order = []
+        for number, sample in enumerate(self.samples):  # ordered by hash
+            rank[sample.domain] = rank.get(sample.domain, 0) + 1
+            order.append((rank[sample.domain], sample.domain, number))
+        chosen = sorted(number for *_, number in sorted(order)[:num_samples])
+        samples, token_ids = tuple(self.samples[i] for i in chosen), tuple(self.token_ids[i] for i in chosen)
+        return CalibrationSet(samples, token_ids, sources=self.sources)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise unless every token id is below ``vocab_size``.
+
+        Raises:
+            RequestError: Naming the id, with the most likely cause.
+        """
+        for ids in self.token_ids:
+            if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
+                wrong = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
+                raise RequestError(
+                    f"token id {wrong} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to "
+                    "another model."
+                )
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Batches of samples of similar length, longest first, padded on the right.
+
+        Longest first, so that a batch that does not fit in memory fails at once and not in the end.
+
+        Args:
+            batch_size: The most samples in a batch.
+        """
+        self.num_batches(batch_size)
+        order = sorted(range(len(self)), key=lambda i: (-self.samples[i].num_tokens, i))
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            length = self.samples[chosen[0]].num_tokens
+            input_ids = torch.zeros(len(chosen), length, dtype=torch.int64)
+            mask = torch.zeros_like(input_ids)
+            for row, index in enumerate(chosen):
+                ids = self.token_ids[index]
+                input_ids[row, : len(ids)] = ids
+                mask[row, : len(ids)] = 1
+            yield Batch(input_ids, mask, torch.tensor(chosen))
+
+    def num_batches(self, batch_size: int) -> int:
+        """How many batches :meth:`batches` gives.
+
+        Raises:
+            RequestError: If ``batch_size`` is not at least 1.
+        """
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; it must be at least 1.")
+        return -(-len(self) // batch_size)
+
+
+def sample_length(max_length: int, config: Any) -> int:
+    """``max_length``, or what the model was made for (``max_position_embeddings``) where that is shorter."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, longest) if isinstance(longest, int) and longest > 1 else max_length
+
+
+def _domain_of(entry: Any) -> str:
+    return entry.domain if isinstance(entry, _Record) else entry[2]
+
+
+def _select(entries: list[Any], count: int | None, how: str, seed: int) -> list[Any]:
+    """At most ``count`` entries, in equal shares of the domains (what a small domain lacks, the others give)."""
+    if count is None or len(entries) <= count:
+        return entries
+    queues: dict[str, list[Any]] = {}
+    for entry in entries:
+        queues.setdefault(_domain_of(entry), []).append(entry)
+    if how == "random":
+        generator = random.Random(seed)
+        for domain in sorted(queues):
+            generator.shuffle(queues[domain])
+    rounds: list[Any] = []
+    for depth in range(max(map(len, queues.values()))):
+        rounds += [queue[depth] for queue in queues.values() if depth < len(queue)]
+    return rounds[:count]
+
+
+def _tokens(record: _Record, tokenizer: Any) -> Tensor:
+    if isinstance(record.content, Tensor):
+        return record.content
+    if tokenizer is None:
+        raise RequestError(
+            "a tokenizer is needed for texts, and this model's folder has none; pass token tensors instead."
+        )
+    if isinstance(record.content, str):
+        _check_unicode(record.content, record.origin)
+        ids = tokenizer(record.content, verbose=False)["input_ids"]
+    else:
+        if not getattr(tokenizer, "chat_template", None):
+            raise RequestError(
+                f"{record.origin} holds chat messages, and the tokenizer has no chat template; give 'text'."
+            )
+        ids = tokenizer.apply_chat_template(record.content, tokenize=True, return_dict=True)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _packed(tokens: list[tuple[str, Tensor, str]], length: int) -> list[tuple[str, Tensor, str]]:
+    """Samples of exactly ``length`` tokens, each from one domain; the rest of a domain that fills none is left out."""
+    streams: dict[str, list[Tensor]] = {}
+    for _, ids, domain in tokens:
+        streams.setdefault(domain, []).append(ids)
+    return [
+        (f"packed sample {number} of {domain!r}", row, domain)
+        for domain, parts in streams.items()
+        for number, row in enumerate(torch.cat(parts).split(length))
+        if len(row) == length
+    ]

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same answer as ``collect`` with one decoder layer in memory at a time, straight from the checkpoint's files.
+
+The model is built on the meta device. Of each decoder layer the tensors are read through transformers' own conversion
+mapping, the hidden states of all calibration samples go through it, its statistics are finished, and it is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+from ..models.batches import Batch
+from ..models.skeleton import Skeleton
+from ..progress import progress
+from ..statistics.stats import CalibrationStats, LayerStats, Need, layer_file
+from ..storage.growing import Store
+from ..storage.tensor_files import Shapes, shapes_bytes
+from .in_memory import assemble, statistics_bytes
+from .observer import Current, LayerObserver, Routed
+from .samples import CalibrationSet
+
+
+def collect_streamed(
+    skeleton: Skeleton,
+    calibration: CalibrationSet,
+    needs: Iterable[Need],
+    *,
+    batch_size: int = 8,
+    max_tokens: int = 8192,
+    seed: int = 0,
+    provenance: dict[str, Any] | None = None,
+    store: Store | None = None,
+    read_ahead: bool = True,
+) -> CalibrationStats:
+    """Gather statistics of a checkpoint's MoE layers with one decoder layer in memory.
+
+    Args:
+        skeleton: The model, its precision, and where to calculate. Only the layer at work is there.
+        calibration: The samples.
+        needs: What to gather.
+        batch_size: Samples in a forward pass.
+        max_tokens: The most tokens for which statistics per token are kept.
+        seed: Decides which tokens are kept when there are more.
+        provenance: Added to the provenance of the result.
+        store: Where statistics and hidden states grow. With a folder, each finished layer is kept there, and a later
+            call continues after the last one. By default they are in memory, or in temporary files where they are
+            large.
+        read_ahead: Read the next layer's bytes into the system's cache while a layer calculates.
+
+    Returns:
+        The same statistics as :func:`collect.collect` of the same batches in the same precision, to the bit where
+        parameters are aligned alike.
+
+    Raises:
+        RequestError: If the checkpoint does not fit its config, or a token id is outside its vocabulary.
+        RunError: If a weight, a router's logits or an expert's output is NaN or infinite.
+    """
+    needs = frozenset(needs)
+    store = Store() if store is None else store
+    layout = skeleton.layout
+    config = layout.config
+    if getattr(config, "quantization_config", None):
+        raise RequestError(
+            "this checkpoint is quantised; calibrate with the unquantised one. A plan can be applied to both (apply)."
+        )
+    calibration.check_vocabulary(config.get_text_config().vocab_size)
+    store.check_steps(skeleton.num_layers)
+    facts = layout.facts() if layout.checkpoint.is_local else None  # on the Hub it would fetch all files first
+    current = Current(calibration, max_tokens, seed)
+    batches = list(calibration.batches(batch_size))
+    blocks = {block.layer: block for block in skeleton.blocks}
+    top_k = skeleton.blocks[0].routing.top_k if Need.COACTIVATION in needs else None
+    hidden_size = config.get_text_config().hidden_size
+    states = _States(store, _state_shapes(batches, hidden_size, skeleton.dtype, top_k))
+    store.check_space(statistics_bytes(layout.num_experts, needs, current, config) + 2 * states.nbytes)
+
+    def allocate(layer: int, shapes: Shapes) -> Mapping[str, Tensor]:
+        return store.tensors(layer_file(layer), shapes)
+
+    weights = torch.ones(len(calibration), dtype=torch.float64)
+    layers: dict[int, LayerStats] = {}
+    before: Routed | None = None
+    for index, block in blocks.items():
+        if index < store.finished:
+            tensors = store.tensors(layer_file(index), None)
+            layers[index] = LayerStats(block.num_experts, block.routing, tensors, weights, current.token_sample)
+            before = Routed(block.num_experts)
+
+    skeleton.prepare()
+    with skeleton.running(), skeleton.reading_ahead() as ahead:
+        if store.finished:
+            states.open()
+        else:
+            states.begin(skeleton.embedded(batches))
+        remaining = range(store.finished, skeleton.num_layers)
+        for index in progress(remaining, "calibrating", len(remaining), unit="layer"):
+            with skeleton.loaded(index), contextlib.ExitStack() as watching:
+                if read_ahead:
+                    ahead(index + 1)
+                observer = None
+                if index in blocks:
+                    observer = LayerObserver(blocks[index], needs, current, allocate, before)
+                    watching.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
+                states.turn(index)
+                for number, batch in enumerate(batches):
+                    current.set(batch)
+                    if before is not None:
+                        before.chosen = states.chosen(number)
+                    output = skeleton.forward(index, batch, states.hidden(number))
+                    states.put(number, output, None if observer is None else observer.routed.chosen)
+            if observer is not None:
+                layers[index] = observer.statistics(weights)
+                before = Routed(observer.num_experts)
+            store.commit(index + 1)
+            store.release(layer_file(index))
+    return assemble(
+        facts or layout.facts(),
+        calibration,
+        current,
+        layers,
+        needs,
+        max_tokens,
+        seed,
+        {"dtype": str(skeleton.dtype).removeprefix("torch."), **(provenance or {})},
+    )
+
+
+class _States:
+    """The hidden states between two layers, of every batch, and what was chosen in the last MoE layer.
+
+    With a folder there are two files: a layer reads one and writes the other, so that the one it began with is whole
+    until the layer is finished.
+    """
+
+    def __init__(self, store: Store, shapes: Shapes) -> None:
+        self._store = store
+        self._shapes = shapes
+        self._files: list[Mapping[str, Tensor]] = []
+        self._from = self._to = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What one file takes."""
+        return shapes_bytes(self._shapes)
+
+    def begin(self, embedded: Iterable[Tensor]) -> None:
+        """Make room, and fill in what goes into the first layer."""
+        copies = 1 if self._store.folder is None else 2
+        self._files = [self._store.tensors(f"states_{copy}.safetensors", self._shapes) for copy in range(copies)]
+        for number, hidden in enumerate(embedded):
+            self._files[0][f"hidden_{number}"].copy_(hidden)
+
+    def open(self) -> None:
+        """Take up what an interrupted run left."""
+        self._files = [self._store.tensors(f"states_{copy}.safetensors", None) for copy in range(2)]
+
+    def turn(self, index: int) -> None:
+        """Go on to a layer."""
+        self._from, self._to = index % len(self._files), (index + 1) % len(self._files)
+
+    def hidden(self, number: int) -> Tensor:
+        """What goes into the layer ``(B, L, H)``; a copy, so that it is aligned as any tensor."""
+        return self._files[self._from][f"hidden_{number}"].clone()
+
+    def chosen(self, number: int) -> Tensor:
+        """The experts chosen in the MoE layer before ``(T, K)``."""
+        return self._files[self._from].get(f"chosen_{number}", torch.zeros(0))
+
+    def put(self, number: int, hidden: Tensor, chosen: Tensor | None) -> None:
+        """Store what came out of the layer."""
+        self._files[self._to][f"hidden_{number}"].copy_(hidden)
+        if f"chosen_{number}" in self._shapes:
+            self._files[self._to][f"chosen_{number}"].copy_(self.chosen(number) if chosen is None else chosen)
+
+
+def _state_shapes(batches: Sequence[Batch], hidden_size: int, dtype: torch.dtype, top_k: int | None) -> Shapes:
+    shapes: Shapes = {}
+    for number, batch in enumerate(batches):
+        shapes[f"hidden_{number}"] = ((*batch.input_ids.shape, hidden_size), dtype)
+        if top_k is not None:
+            shapes[f"chosen_{number}"] = ((int(batch.attention_mask.sum()), top_k), torch.int64)
+    return shapes

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far pruned models are from the original in their final output, measured for many plans in one pass.
+
+Two plans that prune the lower layers alike have the same hidden states there. The plans form a tree with a branch
+where they part, and a layer is run once for each branch: a plan that changes one layer costs that layer and those
+above it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.samples import CalibrationSet
+from ..models.batches import Batch
+from ..models.layerwise import LayerByLayer
+from ..progress import progress_bar
+from ..storage.growing import Store
+from ..storage.tensor_files import Shapes
+
+Retained = Mapping[int, tuple[int, ...]]
+
+LOGIT_BYTES = 256 * 2**20  # logits of a batch, in float32; a batch is made smaller to keep to it
+_SLICE_BYTES = 16 * 2**20  # of a batch's log-probabilities, of which the divergence is calculated at once
+_STATE_BYTES = 512 * 2**20  # hidden states of all branches of a batch; more plans are measured in several passes
+_DISK_BYTES = 32 * 10**9  # hidden states of all branches of all batches, for a checkpoint that is read from disk
+_RESULT = "divergence.safetensors"
+
+
+def kl_per_token(reference: Tensor, mine: Tensor) -> Tensor:
+    """``KL(reference || mine)`` in nats of log-probabilities ``(T, V)``: ``(T,)`` float64."""
+    rows = max(1, _SLICE_BYTES // (4 * reference.shape[1]))
+    pairs = zip(reference.split(rows), mine.split(rows), strict=True)
+    return torch.cat([(r.exp() * (r - m)).sum(1).double() for r, m in pairs])
+
+
+def batch_size_for(logits_of: int, calibration: CalibrationSet, batch_size: int) -> int:
+    """Samples in a forward pass, so that logits over a vocabulary of ``logits_of`` stay within bounds."""
+    longest = max(sample.num_tokens for sample in calibration.samples)
+    return min(batch_size, max(1, LOGIT_BYTES // (4 * longest * logits_of)))
+
+
+def divergences(
+    runner: LayerByLayer,
+    calibration: CalibrationSet,
+    plans: Sequence[Retained],
+    *,
+    batch_size: int = 8,
+    folder: Path | None = None,
+    of: Mapping[str, Any] | None = None,
+    restart: bool = False,
+) -> Tensor:
+    """``KL(original || pruned)`` of the next-token distributions, summed over the predicted tokens of each sample.
+
+    A model in memory is measured batch by batch. One on disk is read layer by layer, with the hidden states of all
+    batches and branches in files; once, unless these would take more than 32 GB.
+
+    Args:
+        runner: The unpruned model.
+        calibration: The samples to measure on.
+        plans: For each plan the retained experts by layer; a layer that is not named keeps all.
+        batch_size: Samples in a forward pass, at most; fewer where the vocabulary is large.
+        folder: Where finished batches (on disk: layers) are kept; a later call for the same continues.
+        of: What else decides about the numbers, as nested plain values: a later call for something else is refused.
+        restart: Begin anew, whatever the folder holds.
+
+    Returns:
+        ``(P, S)`` float64, in nats.
+
+    Raises:
+        RunError: If a weight is NaN or infinite, or the disk is full.
+    """
+    vocab_size = runner.model.config.get_text_config().vocab_size
+    calibration.check_vocabulary(vocab_size)
+    batches = list(calibration.batches(batch_size_for(vocab_size, calibration, batch_size)))
+    passes = _passes(runner, batches, plans) if runner.streams else [list(range(len(plans)))]
+    written = [[[layer, list(experts)] for layer, experts in sorted(plan.items())] for plan in plans]
+    identity = {
+        **(of or {}),
+        "samples": calibration.fingerprint,
+        "batches": [list(batch.input_ids.shape) for batch in batches],
+        "passes": len(passes),
+        "plans": f"{len(plans)} with hash {hashlib.sha256(json.dumps(written).encode()).hexdigest()[:12]}",
+    }
+    store = Store(folder, identity, restart, what="measurement")
+    try:
+        shapes: Shapes = {"kl": ((len(plans), len(calibration)), torch.float64)}
+        sums = store.tensors(_RESULT, shapes, keep=store.finished > 0)["kl"]
+        if runner.streams:
+            _measure_on_disk(runner, batches, plans, passes, store, sums)
+        else:
+            _measure_in_memory(runner, batches, plans, store, sums)
+        return sums.clone().clamp_(min=0)  # rounding can leave less than nothing
+    finally:
+        store.close()
+
+
+# ------------------------------------------------------------------------------------------- the tree
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One calculation of one layer.
+
+    Attributes:
+        parent: Which branch of the layer below it goes on from.
+        retained: The experts of the layer, or None for all.
+    """
+
+    parent: int
+    retained: tuple[int, ...] | None
+
+
+def _tree(plans: Sequence[Retained], runner: LayerByLayer) -> tuple[list[list[_Branch]], list[int]]:
+    """The branches of each layer, the original model's first, and the last branch of each plan."""
+    num_experts = {block.layer: block.num_experts for block in runner.blocks}
+    layers, at = [], [0] * len(plans)
+    for layer in range(runner.num_layers):
+        found = {_Branch(0, None): 0}
+        for number, plan in enumerate(plans):
+            retained = plan.get(layer)
+            if retained is not None and len(retained) == num_experts[layer]:
+                retained = None
+            at[number] = found.setdefault(_Branch(at[number], retained), len(found))
+        layers.append(list(found))
+    return layers, at
+
+
+def _grown(
+    runner: LayerByLayer, layer: int, batch: Batch, states: Sequence[Tensor] | Tensor, branches: Sequence[_Branch]
+) -> Iterator[Tensor]:
+    """The hidden states of a batch after a loaded layer, of one branch after another."""
+    block = next((block for block in runner.blocks if block.layer == layer), None)
+    for branch in branches:
+        with contextlib.ExitStack() as pruned:
+            if branch.retained is not None:
+                assert block is not None
+                pruned.enter_context(block.restricted(branch.retained))
+            # A copy: tensors in mapped files are aligned differently, and kernels round so.
+            grown = runner.forward(layer, batch, states[branch.parent].clone())
+        yield grown
+
+
+def _add(
+    runner: LayerByLayer, batch: Batch, states: Sequence[Tensor] | Tensor, at: Sequence[int], sums: Tensor
+) -> None:
+    """Add the divergences of a batch, whose hidden states after the last layer are given, to ``(P, S)``."""
+    mask = batch.attention_mask[:, 1:].bool()
+    sample = batch.samples[:, None].expand(mask.shape)[mask]
+
+    def log_p(hidden: Tensor) -> Tensor:
+        logits = runner.logits(batch, hidden.clone())
+        return torch.log_softmax(logits[:, :-1][mask.to(logits.device)].float(), dim=-1)
+
+    original = log_p(states[0])
+    of_branch = {0: torch.zeros(sums.shape[1], dtype=torch.float64)}
+    for branch in sorted(set(at) - {0}):
+        figures = kl_per_token(original, log_p(states[branch])).cpu()
+        of_branch[branch] = torch.zeros_like(of_branch[0]).index_add_(0, sample, figures)
+    for number, branch in enumerate(at):
+        sums[number] += of_branch[branch]
+
+
+# ------------------------------------------------------------------------------------------- in memory
+
+
+def _measure_in_memory(
+    runner: LayerByLayer, batches: Sequence[Batch], plans: Sequence[Retained], store: Store, sums: Tensor
+) -> None:
+    store.check_steps(len(batches))
+    # Plans that part late share most: keep them together.
+    order = sorted(range(len(plans)), key=lambda p: sorted(plans[p].items()))
+    with runner.running(), progress_bar(len(batches), "measuring", "batch") as bar:
+        bar.update(store.finished)
+        for number in range(store.finished, len(batches)):
+            batch = batches[number]
+            sums[:, batch.samples] = 0  # an interrupted run may have added to them
+            (embedded,) = runner.embedded([batch])
+            at_once = max(1, _STATE_BYTES // (2 * embedded.nbytes) - 1)
+            for first in range(0, len(order), at_once):
+                chosen = order[first : first + at_once]
+                layers, at = _tree([plans[p] for p in chosen], runner)
+                states = [embedded]
+                for layer, branches in enumerate(layers):
+                    states = list(_grown(runner, layer, batch, states, branches))
+                part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
+                _add(runner, batch, states, at, part)
+                sums[chosen] += part
+            store.commit(number + 1)
+            bar.update()
+
+
+# ------------------------------------------------------------------------------------------- on disk
+
+
+def _passes(runner: LayerByLayer, batches: Sequence[Batch], plans: Sequence[Retained]) -> list[list[int]]:
+    """Plans by the pass through the files they are measured in, so that hidden states stay within bounds on disk.
+
+    Those that part late are together; a pass reads the whole checkpoint.
+    """
+    hidden_size = runner.model.config.get_text_config().hidden_size
+    state = sum(batch.input_ids.numel() for batch in batches) * hidden_size * runner.dtype.itemsize
+    at_once = max(1, _DISK_BYTES // (2 * state) - 1)
+    order = sorted(range(len(plans)), key=lambda p: sorted(plans[p].items()), reverse=True)
+    count = -(-len(order) // at_once)
+    size = max(1, -(-len(order) // max(1, count)))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def _measure_on_disk(
+    runner: LayerByLayer,
+    batches: Sequence[Batch],
+    plans: Sequence[Retained],
+    passes: Sequence[Sequence[int]],
+    store: Store,
+    sums: Tensor,
+) -> None:
+    steps = runner.num_layers + 1
+    store.check_steps(len(passes) * steps)
+    runner.prepare()
+    with runner.running(), runner.reading_ahead() as ahead:
+        for number, chosen in enumerate(passes):
+            if store.finished < (number + 1) * steps:
+                _pass(runner, batches, plans, chosen, number * steps, store, sums, ahead)
+
+
+def _pass(
+    runner: LayerByLayer,
+    batches: Sequence[Batch],
+    plans: Sequence[Retained],
+    chosen: Sequence[int],
+    before: int,
+    store: Store,
+    sums: Tensor,
+    ahead: Callable[[int], None],
+) -> None:
+    """Measure some of the plans in one pass through the files; ``before`` steps belong to earlier passes."""
+    layers, at = _tree([plans[p] for p in chosen], runner)
+    hidden_size = runner.model.config.get_text_config().hidden_size
+    shape_of = [(*batch.input_ids.shape, hidden_size) for batch in batches]
+
+    def states_of(layer: int, there: bool = False) -> Mapping[str, Tensor]:
+        """The hidden states that go into a layer, of every batch and branch."""
+        count = 1 if layer == 0 else len(layers[layer - 1])
+        shapes = {f"{number}": ((count, *shape), runner.dtype) for number, shape in enumerate(shape_of)}
+        return store.tensors(_states_file(layer), None if there else shapes)
+
+    tokens = sum(batch.input_ids.numel() for batch in batches)
+    most = max(len(a) + len(b) for a, b in zip(layers, [*layers[1:], []], strict=True))
+    store.check_space(most * tokens * hidden_size * runner.dtype.itemsize)
+    finished = store.finished - before  # of this pass
+    if finished:
+        states = states_of(finished, there=True)
+    else:
+        states = states_of(0)
+        for number, embedded in enumerate(runner.embedded(batches)):
+            states[f"{number}"][0].copy_(embedded)
+    work = sum(len(branches) for branches in layers[finished:])
+    with progress_bar(work, "measuring", "layer") as bar:
+        for layer in range(finished, runner.num_layers):
+            after = states_of(layer + 1)
+            with runner.loaded(layer):
+                ahead(layer + 1)
+                for number, batch in enumerate(batches):
+                    grown = _grown(runner, layer, batch, states[f"{number}"], layers[layer])
+                    for branch, hidden in enumerate(grown):
+                        after[f"{number}"][branch].copy_(hidden)
+            store.commit(before + layer + 1)
+            store.remove(_states_file(layer))
+            states = after
+            bar.update(len(layers[layer]))
+    part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
+    with runner.head():
+        for number, batch in enumerate(batches):
+            _add(runner, batch, states[f"{number}"], at, part)
+    sums[list(chosen)] = part
+    store.commit(before + runner.num_layers + 1)
+    store.remove(_states_file(runner.num_layers))
+
+
+def _states_file(layer: int) -> str:
+    return f"states_{layer:05d}.safetensors"

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model on the meta device, of which one decoder layer at a time is read from the checkpoint's files and run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.layout import Layout
+from ..errors import MoEPruneError, RequestError
+from .batches import Batch
+from .layerwise import LayerByLayer
+
+logger = logging.getLogger(__name__)
+
+
+_READ_AHEAD_BYTES = 8 * 2**20
+
+
+class _ReadAhead:
+    """Reads bytes of files into the system's cache, in a thread; a file on the Hub is downloaded."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._pool = ThreadPoolExecutor(1)
+        self._stop = False
+
+    def __enter__(self) -> _ReadAhead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def read(self, names: Sequence[str]) -> None:
+        """Begin to read tensors."""
+        self._pool.submit(self._read, names)
+
+    def _read(self, names: Sequence[str]) -> None:
+        buffer = memoryview(bytearray(_READ_AHEAD_BYTES))
+        for name in names:
+            try:
+                entry = self._checkpoint.entry(name)
+                file = os.open(self._checkpoint.path(self._checkpoint.tensors[name].file), os.O_RDONLY)
+            except (OSError, MoEPruneError) as error:  # whoever needs the tensor meets it again
+                logger.debug("reading ahead: %s", error)
+                return
+            try:
+                for begin in range(entry.begin, entry.end, len(buffer)):
+                    if self._stop:
+                        return
+                    os.preadv(file, [buffer[: entry.end - begin]], begin)
+            finally:
+                os.close(file)
+
+
+@dataclass
+class _Source:
+    """Where a parameter comes from.
+
+    Attributes:
+        converter: What makes it of its tensors, or None where it is one tensor under another name.
+        tensors: Names in the checkpoint, by the converter's pattern.
+    """
+
+    converter: WeightConverter | None
+    tensors: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for names in self.tensors.values() for name in names]
+
+    @property
+    def by_expert(self) -> bool:
+        """Whether each expert's part can be made of that expert's tensors alone, without a second copy of all."""
+        if self.converter is None:
+            return False
+        first, *others = self.converter.operations
+        return (
+            isinstance(first, MergeModulelist)
+            and first.dim == 0
+            and all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
+        )
+
+
+class Skeleton(LayerByLayer):
+    """A model on the meta device, of which single decoder layers can be loaded and run.
+
+    Args:
+        layout: The checkpoint.
+        dtype: The precision of its parameters.
+        device: Where layers are loaded.
+
+    Attributes:
+        num_layers: Decoder layers.
+        blocks: The MoE blocks.
+
+    Raises:
+        RequestError: If a tensor is missing, or has another shape than the config says.
+    """
+
+    streams = True
+
+    def __init__(self, layout: Layout, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+        self.layout = layout
+        self.checkpoint = layout.checkpoint
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(layout.config), dtype=dtype).eval()
+        super().__init__(model, torch.device("cuda" if device == "auto" else device))
+        self.dtype = dtype
+        self._layer_path = layout.spec.layers
+        self._parameters = self.model.state_dict()
+        self._sources = self._find_sources()
+        self._check()
+
+    def embedded(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """As of any model; the embeddings are dropped afterwards."""
+        embeddings = self.model.get_input_embeddings()
+        self._load(self._names_in(embeddings), in_place=True)
+        yield from super().embedded(batches)
+        embeddings.to("meta")
+
+    # -- loading
+
+    def sources(self, index: int) -> list[str]:
+        """The tensors in the checkpoint that a layer is made of; none beyond the last layer."""
+        return [name for parameter in self._names_of(index) for name in self._sources[parameter].names]
+
+    @contextlib.contextmanager
+    def reading_ahead(self) -> Iterator[Callable[[int], None]]:
+        with _ReadAhead(self.checkpoint) as ahead:
+            yield lambda index: ahead.read(self.sources(index))
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        """A decoder layer with its parameters, inside a ``with``."""
+        layer = self._layers[index]
+        try:
+            self._load(self._names_of(index))
+            self._init_buffers(layer)
+            yield
+        finally:
+            layer.to("meta")
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[None]:
+        """What comes after the layers, with its parameters, inside a ``with``; tied ones are the embeddings'."""
+        head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        try:
+            names = self._names_in(head)
+            if not names and not self.model.config.get_text_config().tie_word_embeddings:
+                raise RequestError(
+                    f"{self.checkpoint.name_or_path} lacks the weights of the model's head, and its config does not "
+                    "say that they are the embeddings' (tie_word_embeddings); the checkpoint is damaged."
+                )
+            self._load(names or self._names_in(embeddings))
+            if not names:
+                head.weight = embeddings.weight
+            yield
+        finally:
+            head.to("meta")
+            embeddings.to("meta")
+
+    def _names_in(self, module: nn.Module) -> list[str]:
+        """The parameters of a module that the checkpoint has."""
+        return [name for name in self._sources if attrgetter(name.rpartition(".")[0])(self.model) is module]
+
+    def _names_of(self, index: int) -> list[str]:
+        return [name for name in self._sources if name.startswith(f"{self._layer_path}.{index}.")]
+
+    def _find_sources(self) -> dict[str, _Source]:
+        """For each parameter the tensors it is made of, by transformers' own mapping of names."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        prefix = self.model.base_model_prefix
+        sources: dict[str, _Source] = {}
+        for name in sorted(self.checkpoint.tensors, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self._parameters)
+            if target not in self._parameters and name in self._parameters:
+                target, pattern = name, None
+            if target not in self._parameters:
+                continue  # of no use to the model; transformers passes over it as well
+            source = sources.setdefault(target, _Source(None if pattern is None else of_pattern[pattern]))
+            source.tensors.setdefault(pattern or name, []).append(name)
+        return sources
+
+    def _check(self) -> None:
+        for index in sorted({block.layer for block in self.blocks} ^ set(self.layout.layers)):
+            raise RequestError(
+                f"config.json says that layer {index} of {self.checkpoint.name_or_path} "
+                + ("has no experts, and the files hold some." if index in self.layout.layers else "has experts, and")
+                + ("" if index in self.layout.layers else " the files hold none; the checkpoint is damaged.")
+            )
+        backbone = f"{self.model.base_model_prefix}."
+        made = set(self._sources)
+        for name, source in self._sources.items():
+            targets = [] if source.converter is None else source.converter.target_patterns
+            made.update(name.replace(targets[0], target) for target in targets)
+        missing = sorted(n for n in self._parameters if n.startswith(backbone) and n not in made)
+        if missing:
+            raise RequestError(
+                f"{self.checkpoint.name_or_path} lacks {missing[0]}"
+                + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+                + "; the checkpoint is damaged, or its config is of another model."
+            )
+        for name, source in self._sources.items():
+            expected = tuple(self._parameters[name].shape)
+            if source.converter is None:
+                tensor = self.checkpoint.tensors[source.names[0]]
+                if len(source.names) > 1:
+                    raise RequestError(f"{name} is in the checkpoint twice: {' and '.join(source.names)}.")
+                if tensor.shape != expected:
+                    raise RequestError(
+                        f"{tensor.file}: {source.names[0]} has shape {tensor.shape}, and config.json says {expected}."
+                    )
+
+    def prepare(self) -> None:
+        """Load what stands beside the layers, but the embeddings and the head."""
+        backbone, layers = f"{self.model.base_model_prefix}.", f"{self._layer_path}."
+        embeddings = self._names_in(self.model.get_input_embeddings())
+        beside = (name for name in self._sources if name.startswith(backbone) and not name.startswith(layers))
+        self._load([name for name in beside if name not in embeddings])
+        inside = {module for layer in self._layers for module in layer.modules()}
+        for module in self.model.base_model.modules():
+            if module not in inside:
+                self._init_buffers(module, deep=False)
+
+    def _init_buffers(self, root: nn.Module, deep: bool = True) -> None:
+        """Make the buffers that no checkpoint holds, as transformers makes them."""
+        for module in root.modules() if deep else [root]:
+            names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+            for name in names:
+                setattr(module, name, torch.empty_like(getattr(module, name), device=self.device))
+            if names:
+                self.model._init_weights(module)
+
+    def _load(self, parameters: Iterable[str], in_place: bool = False) -> None:
+        """Read parameters into the model.
+
+        Args:
+            parameters: Their names in the model.
+            in_place: Use the file's own pages where nothing has to be converted; not for computing with.
+        """
+        with self.checkpoint.reader() as read:
+            for name in parameters:
+                value = self._made(name, self._sources[name], read, in_place)
+                expected = self._parameters[name]
+                if value.shape != expected.shape:
+                    raise RequestError(
+                        f"{self._sources[name].names[0]} gives {name} the shape {tuple(value.shape)}, and config.json "
+                        f"says {tuple(expected.shape)}."
+                    )
+                path, _, last = name.rpartition(".")
+                module = attrgetter(path)(self.model)
+                value = value.to(self.device)
+                if last in module._parameters:
+                    value = nn.Parameter(value, requires_grad=False)
+                value._is_hf_initialized = True  # type: ignore[attr-defined]  # what transformers looks for in _init_weights
+                setattr(module, last, value)
+
+    def _made(self, name: str, source: _Source, read: Any, in_place: bool) -> Tensor:
+        dtype = self._parameters[name].dtype
+
+        def finite(tensor_name: str) -> Tensor:
+            return self.checkpoint.finite(tensor_name, read(tensor_name)).to(dtype)
+
+        if source.converter is None:
+            value = finite(source.names[0])
+            return value if in_place else value.clone()
+        if not source.by_expert:
+            return self._converted(name, source.converter, {p: [*map(finite, n)] for p, n in source.tensors.items()})
+        whole = torch.empty(self._parameters[name].shape, dtype=dtype)
+        for expert in range(len(whole)):
+            tensors = {pattern: [finite(names[expert])] for pattern, names in source.tensors.items()}
+            whole[expert : expert + 1] = self._converted(name, source.converter, tensors)
+        return whole
+
+    def _converted(self, name: str, converter: WeightConverter, tensors: Mapping[str, list[Tensor]]) -> Tensor:
+        """A parameter by transformers' own operations."""
+        converter = copy.deepcopy(converter)  # it collects what it is given
+        for pattern, values in tensors.items():
+            for value in values:
+                converter.add_tensor(name, name, pattern, value)  # type: ignore[arg-type]
+        made = converter.convert(name, model=self.model, config=self.model.config)[name]
+        return made[0] if isinstance(made, list) else made

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the files of an output are called."""
+
+PLAN_NAME = "moe_pruning_plan.json"
+CONFIG_NAME = "moe_pruner_config.json"
+"""The recipe."""
+STATS_NAME = "stats.json"
+EVALUATION_NAME = "moe_evaluation.json"
+CARD_NAME = "README.md"
+BASE_CARD_NAME = "README.base.md"
+"""Where the card of the model before pruning is kept."""
+NEW_CARD_NAME = "README.new.md"
+"""A new card, beside one that was edited by hand."""
+REPORT_NAME = "report.html"
+REPORT_PICTURES = "report_pictures"

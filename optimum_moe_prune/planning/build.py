@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe and statistics -> a plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RequestError
+from ..methods import BY_SENSITIVITY, get_method
+from ..methods.budget import Budget, global_budget, uniform_budget
+from ..methods.super_experts import super_experts
+from ..plan import PruningPlan
+from ..statistics.stats import CalibrationStats, Need
+from .allocation import allocate
+from .sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from ..config import MoEPrunerConfig
+
+logger = logging.getLogger(__name__)
+
+
+def plan_needs(config: MoEPrunerConfig) -> frozenset[Need]:
+    """The statistics that planning with a recipe reads."""
+    needs = get_method(config.method).needs(config.options())
+    return needs | {Need.ROUTING, Need.ROUTED_NORMS} if config.protect_super_experts else needs
+
+
+def budget_for(
+    config: MoEPrunerConfig,
+    original: Mapping[int, int],
+    top_k: int,
+    protect: Mapping[int, Iterable[int]] | None = None,
+) -> Budget:
+    """The budget that a recipe sets for a model.
+
+    Args:
+        config: The recipe.
+        original: Experts in each MoE layer.
+        top_k: Experts used per token.
+        protect: In place of the recipe's own.
+
+    Raises:
+        RequestError: If the budget cannot be kept to, or the method refuses it.
+    """
+    method = get_method(config.method)
+    settings: dict[str, Any] = {
+        "num_experts": config.num_experts,
+        "sparsity": config.sparsity,
+        "protect": {layer: tuple(e) for layer, e in (config.protect if protect is None else protect).items()},
+        "skip_layers": config.skip_layers,
+        "seed": config.seed,
+    }
+    if config.allocates == "uniform":
+        budget: Budget = uniform_budget(original, top_k, **settings)
+    else:
+        budget = global_budget(original, top_k, total_experts=config.total_experts, **settings)
+    if method.check is not None and config.allocates != BY_SENSITIVITY:  # there what is refused was not measured
+        method.check(budget, config.options())
+    return budget
+
+
+def protected_experts(stats: CalibrationStats, config: MoEPrunerConfig) -> tuple[dict[int, set[int]], str | None]:
+    """The experts that a recipe retains in any case, by layer, and what is to be said of super experts among them."""
+    protect = {layer: set(experts) for layer, experts in config.protect.items()}
+    if not config.protect_super_experts:
+        return protect, None
+    found = super_experts(stats)
+    for layer, experts in found.items():
+        if layer not in config.skip_layers:
+            protect.setdefault(layer, set()).update(experts)
+    named = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in found.items() if experts)
+    return protect, f"super experts protected: {named or 'none found'}"
+
+
+def build_plan(
+    stats: CalibrationStats,
+    config: MoEPrunerConfig,
+    domain_weights: Mapping[str, float] | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> PruningPlan:
+    """Choose the experts to retain.
+
+    Args:
+        stats: What the calibration gathered.
+        config: Method and budget.
+        domain_weights: A share for each domain of the calibration; by default every token counts once.
+        sensitivity: What was measured of the model, for ``allocation="sensitivity"``.
+
+    Raises:
+        RequestError: If the budget cannot be kept to, or the statistics or the sensitivity lack what is needed.
+    """
+    plan = quiet_plan(stats, config, domain_weights, sensitivity)
+    for note in plan.provenance["notes"]:
+        logger.warning("%s: %s", config.method, note)
+    return plan
+
+
+def quiet_plan(
+    stats: CalibrationStats,
+    config: MoEPrunerConfig,
+    domain_weights: Mapping[str, float] | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> PruningPlan:
+    """As :func:`build_plan`, its notes in the plan only: for plans that are one of many."""
+    method, options = get_method(config.method), config.options()
+    if plan_needs(config) and not stats.samples:
+        raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
+    stats.require(plan_needs(config), config.method)
+    stats = stats.with_domain_weights(domain_weights)
+    protect, said = protected_experts(stats, config)
+    original = stats.num_experts
+    budget = budget_for(config, original, stats.model["top_k"], protect)
+    if said is not None:
+        budget.note(said)
+    if dense := stats.model.get("dense_layers"):
+        budget.note(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
+    if config.allocates == BY_SENSITIVITY:
+        if sensitivity is None:
+            raise RequestError(
+                "allocation 'sensitivity' needs what was measured of the model; measure it first (optimum-cli "
+                "moe-prune sensitivity), and give the result (--sensitivity FILE)."
+            )
+        measured = sensitivity.of(config, stats.model, domain_weights)
+        if sensitivity.provenance.get("calibration") != stats.fingerprint and plan_needs(config):
+            raise RequestError(
+                "the sensitivity was measured with experts chosen by another calibration than these statistics are "
+                "of; measure it with the same (sensitivity --stats), or plan with those it was measured with."
+            )
+        chosen, scores = allocate(measured, budget, domain_weights), None
+    else:
+        chosen, scores = method.select(stats, budget, options)
+    retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
+    provenance: dict[str, Any] = {
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": stats.model,
+        "calibration": {
+            "fingerprint": stats.fingerprint,
+            "samples": len(stats.samples),
+            "tokens_by_domain": stats.domains,
+            "domain_weights": stats.domain_weights,
+            "kept_tokens": len(stats.token_sample),
+            **stats.provenance,
+        },
+        "notes": budget.notes,
+        "findings": budget.findings,
+    }
+    if sensitivity is not None and config.allocates == BY_SENSITIVITY:
+        provenance["sensitivity"] = {"tokens_by_domain": sensitivity.tokens_by_domain, **sensitivity.provenance}
+    return PruningPlan(
+        model_type=stats.model["model_type"],
+        top_k=stats.model["top_k"],
+        method=config.method,
+        retained=retained,
+        original_num_experts=original,
+        scores=None if scores is None else {layer: tuple(map(float, s)) for layer, s in sorted(scores.items())},
+        config=config.to_dict(),
+        provenance=provenance,
+    )

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruned checkpoints with their model cards, whole or absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.layout import Layout
+from ..plan import PruningPlan
+from ..surgery.files import pruned_checkpoint
+from ..surgery.saving import saved_model
+from .card import write_card
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def apply_to_checkpoint(plan: PruningPlan, layout: Layout, target: str | os.PathLike, **options: Any) -> Path:
+    """Write a pruned copy of a checkpoint, with its card (``surgery.files.pruned_checkpoint``)."""
+    with pruned_checkpoint(plan, layout, target, **options) as folder:
+        write_card(folder, Path(target).resolve().name)
+    return Path(target)
+
+
+def save_pruned(model: PreTrainedModel, plan: PruningPlan, target: str | os.PathLike, **options: Any) -> Path:
+    """Write a pruned model as a checkpoint, with its card (``surgery.saving.saved_model``)."""
+    with saved_model(model, plan, target, **options) as folder:
+        write_card(folder, Path(target).resolve().name)
+    return Path(target)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON values and the versions of file formats."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        RequestError: If the file is missing, is not JSON, or holds something else than an object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except FileNotFoundError as error:
+        raise RequestError(f"{path} does not exist.") from error
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{path} must hold a JSON object, and holds a {type(value).__name__}.")
+    return value
+
+
+def check_version(values: Mapping[str, Any], newest: int, what: str) -> None:
+    """Raise unless values read from a file are of a format this package reads.
+
+    Raises:
+        RequestError: If their ``format_version`` is newer, or none.
+    """
+    version = values.get("format_version")
+    if type(version) is not int or not 1 <= version <= newest:
+        raise RequestError(f"{what} has format version {version!r}; this package reads up to {newest}.")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value read from JSON is an integer; Python counts truth values among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

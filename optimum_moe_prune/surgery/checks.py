@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a plan and a model belong together, before anything is changed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..architectures.table import architecture_of
+from ..checkpoints.layout import Layout
+from ..errors import RequestError
+from ..models.blocks import fingerprint, moe_blocks
+from ..plan import PruningPlan
+from .config_json import _source_config
+from .standalone import standalone_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WHEN = "A plan is applied to the model it was made for, before pruning."
+
+
+def check_plan_for_config(plan: PruningPlan, config: Any) -> None:
+    """Raise unless a plan fits a model as far as its config tells, before weights are read.
+
+    Raises:
+        RequestError: If it was made for another model.
+    """
+    spec = architecture_of(config)
+    if plan.model_type != spec.model_type:
+        raise RequestError(f"this plan is for a {plan.model_type!r} model, and the model is {spec.model_type!r}.")
+    if (found := spec.routing(config).top_k) != plan.top_k:
+        raise RequestError(f"this plan is for another model, with top_k {plan.top_k}; this model has {found}. {_WHEN}")
+    for layer, expected in sorted(plan.original_num_experts.items()):
+        if layer >= config.num_hidden_layers:
+            raise RequestError(
+                f"this plan is for another model: it names layer {layer}, and the model has layers 0 to "
+                f"{config.num_hidden_layers - 1}. {_WHEN}"
+            )
+        if (found := spec.num_experts(config, layer)) != expected:
+            raise RequestError(
+                f"this plan is for another model, with {expected} experts in layer {layer}; this model has {found}. "
+                f"{_WHEN}"
+            )
+
+
+def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
+    """Raise unless a plan fits a model, its layers and router weights included.
+
+    Raises:
+        RequestError: As :func:`check_plan_for_config`, or if the router weights are others.
+    """
+    check_plan_for_config(plan, model.config)
+    blocks = moe_blocks(model)
+    counts = {block.layer: block.num_experts for block in blocks}
+    for layer in sorted(set(counts) | set(plan.original_num_experts)):
+        expected, found = plan.original_num_experts.get(layer, 0), counts.get(layer, 0)
+        if expected != found:
+            raise RequestError(
+                f"this plan is for another model: layer {layer} has {expected} experts in the plan and {found} in the "
+                f"model. {_WHEN}"
+            )
+    check_routers(plan, fingerprint(blocks))
+
+
+def check_routers(plan: PruningPlan, found: str) -> None:
+    """Raise unless a plan was made for a model with these router weights.
+
+    Args:
+        plan: The plan.
+        found: The model's fingerprint.
+
+    Raises:
+        RequestError: If it was made for others.
+    """
+    if plan.made_for.get("fingerprint", found) != found:
+        raise RequestError(
+            "this plan was made for a model with other router weights "
+            f"({plan.made_for.get('name_or_path') or 'unnamed'}, fingerprint {plan.made_for['fingerprint'][:12]}; "
+            f"this model: {found[:12]})."
+        )
+
+
+def check_request(layout: Layout, uniform: bool, standalone: bool) -> None:
+    """Raise unless a checkpoint can be pruned, as far as can be told before it is known which experts go.
+
+    Args:
+        layout: The checkpoint.
+        uniform: Whether every layer will keep the same number of experts.
+        standalone: Whether a modelling file is asked for.
+
+    Raises:
+        RequestError: If it cannot.
+    """
+    if standalone and not uniform:
+        standalone_class(layout.config)
+    if layout.outside and uniform:
+        more = f" and {len(layout.outside) - 1} more tensors" if len(layout.outside) > 1 else ""
+        raise RequestError(
+            f"{layout.outside[0]}{more} of {layout.checkpoint.name_or_path} are experts outside the model's layers, "
+            "which no plan names and config.json would number wrongly. Remove them from the checkpoint, or prune with "
+            "a global allocation, which leaves the model-wide number as it is."
+        )
+    _source_config(layout)
+    _check_quantization(layout)
+
+
+def _check_quantization(layout: Layout) -> None:
+    """Refuse a quantised checkpoint whose settings name single experts: their numbers change."""
+    settings = getattr(layout.config, "quantization_config", None)
+    text = json.dumps(settings if isinstance(settings, dict) else getattr(settings, "__dict__", {}), default=str)
+    for index, layer in layout.layers.items():
+        for number in layer.experts:
+            if f".{index}." in text and f"{layout.spec.experts}.{number}." in text:
+                raise RequestError(
+                    "the quantization_config of this checkpoint names single experts "
+                    f"({layout.spec.experts}.{number}), which pruning numbers anew; that is not supported."
+                )

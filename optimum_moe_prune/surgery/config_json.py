@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``config.json`` says after pruning: the source's own, with the pruning keys changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..architectures.spec import MoESpec
+from ..architectures.table import architecture_of
+from ..architectures.unequal import without_standalone
+from ..checkpoints.layout import Layout
+from ..checkpoints.source import find_file
+from ..errors import RequestError
+from ..plan import PruningPlan
+from ..storage.values import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def write_counts(spec: MoESpec, config: Any, counts: Mapping[int, int]) -> None:
+    """Write the numbers of experts of the MoE layers into a config.
+
+    The same in every layer: under the architecture's key, as in any model. Else as ``per_layer_config``, transformers'
+    own schema; the number for the whole model stays what it was, so that whoever does not look at the layers meets
+    tensors of other shapes and stops. transformers' permission to read it stays unwritten (``unequal``).
+    Code that came with the checkpoint (``standalone``) is for the numbers it had, and is no longer named.
+    """
+    layers = config.to_dict().get("per_layer_config") or {}
+    own = {int(layer): dict(values) for layer, values in layers.items()}
+    aliases = type(config).attribute_map
+    for layer, values in own.items():
+        own[layer] = {key: value for key, value in values.items() if aliases.get(key, key) != spec.count_key}
+    config.per_layer_config = None
+    if len(set(counts.values())) == 1:
+        setattr(config, spec.count_key, next(iter(counts.values())))
+    else:
+        for layer, count in counts.items():
+            own.setdefault(layer, {})[spec.count_key] = count
+    if any(own.values()):
+        config.per_layer_config = own
+    if hasattr(config, "auto_map"):
+        config.auto_map = without_standalone(config.auto_map)
+        if not config.auto_map:
+            del config.auto_map
+
+
+def pruned_config(values: dict[str, Any], before: Any, after: Any, spec: MoESpec) -> dict[str, Any]:
+    """A source's own ``config.json`` with what pruning, or a change in memory, made different; all else as it was.
+
+    Args:
+        values: The source's, as read.
+        before: The config that was made of it.
+        after: The pruned model's.
+        spec: The architecture.
+    """
+    values = dict(values)
+    was, now = before.to_dict(), after.to_dict()
+    aliases = [alias for alias, key in type(after).attribute_map.items() if key == spec.count_key]
+    for key in [key for key in (spec.count_key, *aliases) if key in values] or [spec.count_key]:
+        values[key] = now[spec.count_key]  # the attribute may not be read where layers have their own
+    own = {spec.count_key, "dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
+    for name in now.keys() - own:
+        if now[name] != was.get(name):
+            values[name] = now[name]
+    if "per_layer_config" not in now:
+        values.pop("per_layer_config", None)
+    if auto_map := without_standalone(values.pop("auto_map", {})):
+        values["auto_map"] = auto_map
+    return values
+
+
+def _source_config(layout: Layout) -> dict[str, Any]:
+    """The source's ``config.json``."""
+    found = find_file(layout.checkpoint.name_or_path, "config.json", layout.checkpoint.hub)
+    if found is None:
+        raise RequestError(f"{layout.checkpoint.name_or_path} has no config.json.")
+    return read_json(found)
+
+
+def _config_of(plan: PruningPlan, layout: Layout) -> dict[str, Any]:
+    """The source's ``config.json`` with the pruning keys changed."""
+    pruned = copy.deepcopy(layout.config)
+    write_counts(layout.spec, pruned, plan.num_experts)
+    return pruned_config(_source_config(layout), layout.config, pruned, layout.spec)
+
+
+def _restore_config(
+    folder: Path, model: PreTrainedModel, source: str, source_config: Any, hub: Mapping[str, Any]
+) -> None:
+    """Write the source's own ``config.json``, with the pruning keys and what was changed in memory put in."""
+    found = find_file(source, "config.json", hub)
+    if found is None:
+        return
+    values = pruned_config(read_json(found), source_config, model.config, architecture_of(model.config))
+    dtype = str(model.dtype).removeprefix("torch.")
+    key = "torch_dtype" if "torch_dtype" in values else "dtype"
+    if values.get(key) != dtype:
+        values[key] = dtype
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges of bytes copied from file to file, and looked at while they are at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.cutting import Piece
+from ..errors import RunError
+from ..storage.tensor_files import TORCH_DTYPES, all_finite, header_bytes, reserve, write_all
+
+_BUFFER = 4 * 2**20  # bytes looked at, or copied by hand, at once
+
+
+_TOGETHER = 32 * 2**20  # bytes of neighbouring ranges that are copied in one piece
+
+
+_AT_ONCE = 4
+
+
+_SAMPLE = 4096  # bytes compared at each end of a range
+
+
+_NOT_HERE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+
+
+def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, bar: Any) -> None:
+    """Write one file, and have the library check it."""
+    # Wide dtypes first: then every tensor lies at a multiple of the size of its elements, as the library writes them.
+    width = {name: _element_bits(piece) for name, piece in pieces.items()}
+    pieces = {name: pieces[name] for name in sorted(pieces, key=lambda name: -width[name])}
+    header = header_bytes(
+        {name: (piece.dtype, piece.shape, piece.nbytes) for name, piece in pieces.items()},
+        {**checkpoint.metadata, "format": "pt"},
+    )
+    with contextlib.ExitStack() as files:
+        target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        files.callback(os.close, target)
+        size = len(header) + sum(piece.nbytes for piece in pieces.values())
+        reserve(target, size)  # a full disk is met now, and what is reserved at once is written faster
+        write_all(target, header)
+        position = len(header)
+        opened: dict[str, int] = {}
+        waiting: deque[Future[int]] = deque()
+        # Several at once, so that one reads while another writes. The pool ends before the files are closed.
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            try:
+                for file, ranges in _ranges(pieces, checkpoint):
+                    if file not in opened:
+                        opened[file] = checkpoint.opened(file)
+                        files.callback(os.close, opened[file])
+                    waiting.append(pool.submit(_copied, opened[file], target, ranges, position, file))
+                    position += ranges[-1].end - ranges[0].begin
+                    while len(waiting) > 2 * _AT_ONCE or (waiting and waiting[0].done()):
+                        bar.update(waiting.popleft().result())
+                while waiting:
+                    bar.update(waiting.popleft().result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    try:
+        with safe_open(path, framework="pt") as written:
+            found_shapes = {name: tuple(written.get_slice(name).get_shape()) for name in written.keys()}
+    except SafetensorError as error:
+        raise RunError(f"{path.name} was not written as it should be: {error}") from error
+    if found_shapes != {name: piece.shape for name, piece in pieces.items()}:
+        raise RunError(f"{path.name} was not written as it should be: it holds other tensors.")
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Neighbouring bytes of a source file, of one tensor."""
+
+    piece: Piece
+    begin: int
+    end: int
+
+
+def _ranges(pieces: Mapping[str, Piece], checkpoint: Checkpoint) -> Iterator[tuple[str, list[_Range]]]:
+    """The ranges of source files that the pieces are, in their order; neighbours stand together, up to a bound."""
+    file = ""
+    together: list[_Range] = []
+    for piece in pieces.values():
+        entry = checkpoint.entry(piece.source)
+        source = checkpoint.tensors[piece.source]
+        if piece.rows is None:
+            ranges = [_Range(piece, entry.begin, entry.end)]
+        else:
+            row = entry.nbytes // entry.shape[0]
+            ranges = [_Range(piece, entry.begin + row * r, entry.begin + row * (r + 1)) for r in piece.rows]
+        for found in (part for whole in ranges for part in _parts(whole)):
+            apart = together and (file != source.file or together[-1].end != found.begin)
+            if apart or (together and found.end - together[0].begin > _TOGETHER):
+                yield file, together
+                together = []
+            file = source.file
+            together.append(found)
+    if together:
+        yield file, together
+
+
+def _parts(whole: _Range) -> Iterator[_Range]:
+    """A range cut into parts that are copied in one piece; a multiple of any element's size."""
+    for begin in range(whole.begin, whole.end, _TOGETHER):
+        yield _Range(whole.piece, begin, min(begin + _TOGETHER, whole.end))
+
+
+def _element_bits(piece: Piece) -> int:
+    return 8 * piece.nbytes // max(1, math.prod(piece.shape))
+
+
+def _copy(source: int, target: int, begin: int, count: int, position: int, file: str) -> None:
+    """Copy bytes from file to file at given places, by the system where it can, without passing through memory."""
+    by_system = hasattr(os, "copy_file_range")
+    while count:
+        done = 0
+        if by_system:
+            try:
+                done = os.copy_file_range(source, target, count, begin, position)
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+            by_system = done > 0  # some file systems say 0 for cannot
+        if not by_system:
+            data = os.pread(source, min(count, _BUFFER), begin)
+            if not data:
+                raise RunError(f"{file} became shorter while it was read.")
+            done = os.pwrite(target, data, position)
+        begin, position, count = begin + done, position + done, count - done
+
+
+def _copied(source: int, target: int, ranges: list[_Range], position: int, file: str) -> int:
+    """Copy neighbouring ranges and look at what was written while it is at hand; how many bytes it was.
+
+    Experts and routers must be finite, and the first and last bytes of every range those of the source.
+    """
+    begin, end = ranges[0].begin, ranges[-1].end
+    if hasattr(os, "posix_fadvise"):  # else the system reads ahead into experts that are not retained
+        os.posix_fadvise(source, 0, 0, os.POSIX_FADV_RANDOM)
+        os.posix_fadvise(source, begin, end - begin, os.POSIX_FADV_WILLNEED)
+    _copy(source, target, begin, end - begin, position, file)
+    for found in ranges:
+        _check_ends(source, target, found, position + found.begin - begin)
+        if found.piece.checked:
+            _check_finite(target, found, position + found.begin - begin, file)
+    return end - begin
+
+
+def _check_ends(source: int, target: int, found: _Range, position: int) -> None:
+    count = found.end - found.begin
+    for offset in {0, max(0, count - _SAMPLE)}:
+        wanted = min(_SAMPLE, count)
+        if os.pread(source, wanted, found.begin + offset) != os.pread(target, wanted, position + offset):
+            raise RunError(f"{found.piece.source} was not written as it should be: its bytes differ.")
+
+
+def _check_finite(target: int, found: _Range, position: int, file: str) -> None:
+    dtype = TORCH_DTYPES.get(found.piece.dtype)
+    if dtype is None or not dtype.is_floating_point:
+        return
+    count = found.end - found.begin
+    buffer = bytearray(min(count, _BUFFER))
+    for offset in range(0, count, _BUFFER):
+        data = memoryview(buffer)[: min(count - offset, _BUFFER)]
+        if os.preadv(target, [data], position + offset) < len(data):
+            raise RunError(f"{found.piece.source} was not written as it should be: the file is too short.")
+        if not all_finite(torch.frombuffer(data, dtype=dtype)):
+            raise RunError(f"{file}: {found.piece.source} holds NaN or infinite weights; the checkpoint is damaged.")

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Apply a plan to a checkpoint's files: tensor by tensor, as bytes, without a model.
+
+What is retained of a tensor is one or more ranges of bytes: all of it, or rows of its first dimension. They are copied
+by the system from file to file, whatever the dtype means; no tensor is held in memory. Retained experts are looked at
+for NaN and infinity beside the copying; what is pruned is not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from ..architectures.unequal import FILE_STEM
+from ..checkpoints.checkpoint import INDEX_FILE
+from ..checkpoints.cutting import select
+from ..checkpoints.layout import Layout
+from ..checkpoints.source import find_file, other_files
+from ..errors import RequestError, RunError
+from ..names import BASE_CARD_NAME, CARD_NAME, CONFIG_NAME, EVALUATION_NAME, PLAN_NAME, REPORT_NAME, REPORT_PICTURES
+from ..plan import PruningPlan
+from ..progress import progress_bar
+from ..storage.folders import check_space, check_target, written_folder
+from .checks import check_plan_for_config, check_request, check_routers
+from .config_json import _config_of
+from .copying import _write_file
+from .standalone import write_standalone
+
+MAX_SHARD_SIZE = "5GB"
+
+
+_OWN_FILES = (PLAN_NAME, CONFIG_NAME, CARD_NAME, REPORT_NAME, EVALUATION_NAME, "config.json", f"{FILE_STEM}.py")
+
+
+@contextlib.contextmanager
+def pruned_checkpoint(
+    plan: PruningPlan,
+    layout: Layout,
+    target: str | os.PathLike,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    standalone: bool = False,
+) -> Iterator[Path]:
+    """Write a pruned copy of a checkpoint. Memory does not grow with the size of its tensors.
+
+    Tensors keep the names, dtypes and layout (one per expert, or fused) of the source. All is written beside the
+    target and renamed. Weights that no layer of the model holds are copied as they are.
+
+    Args:
+        plan: The plan.
+        layout: The checkpoint of the model it was made for.
+        target: The folder to write, absent or empty.
+        recipe: To store beside the plan; by default the plan's own.
+        max_shard_size: The most bytes in a file, as a number or ``"5GB"``.
+        overwrite: Replace an earlier output of this package.
+        standalone: Where layers keep different numbers of experts, add a modelling file, with which
+            ``trust_remote_code=True`` loads the checkpoint without this package.
+
+    Yields:
+        The folder with everything in it, beside the target: what is to be added is added inside the ``with``, and then
+        it is renamed.
+
+    Raises:
+        RequestError: If the plan is for another model, the source is damaged, or the target is in the way.
+        RunError: If a retained weight is NaN or infinite, or something cannot be written.
+    """
+    checkpoint = layout.checkpoint
+    source = checkpoint.name_or_path
+    check_target(target, overwrite, [source])
+    check_plan_for_config(plan, layout.config)
+    uniform = plan.uniform_num_experts is not None
+    check_request(layout, uniform, standalone)
+    check_routers(plan, layout.fingerprint())
+    pieces = select(plan, layout)
+    files = split_state_dict_into_shards_factory(
+        pieces,
+        get_storage_size=lambda piece: piece.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes(max_shard_size),
+    )
+    total = sum(piece.nbytes for piece in pieces.values())
+    check_space(target, total)
+    config = _config_of(plan, layout)
+    with written_folder(target, overwrite, [source]) as output:
+        with progress_bar(total, "writing the checkpoint", "B") as bar:
+            for file, names in files.filename_to_tensors.items():
+                _write_file(output / file, {name: pieces[name] for name in names}, checkpoint, bar)
+        checkpoint.check_unchanged()
+        if len(files.filename_to_tensors) > 1:
+            metadata: dict[str, Any] = {**checkpoint.index_metadata, **files.metadata}
+            if "total_parameters" in metadata:
+                metadata["total_parameters"] = sum(math.prod(piece.shape) for piece in pieces.values())
+            _write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename})
+        carry_files(source, checkpoint.hub, output)
+        _write_json(output / "config.json", config)
+        plan.save(output / PLAN_NAME)
+        _write_json(output / CONFIG_NAME, plan.config if recipe is None else recipe)
+        standalone = standalone and not uniform  # elsewhere nothing is needed
+        if standalone:
+            write_standalone(output, layout.config)
+        yield output
+
+
+def shard_bytes(size: str | int) -> int:
+    """The most bytes in a file, of a number or ``"500MB"``, ``"5GB"``.
+
+    Raises:
+        RequestError: If it is neither.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    text = str(size).strip().upper()
+    number, factor = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
+    if not number.strip().isdigit() or int(number) == 0:
+        raise RequestError(f"max_shard_size is {size!r}; it must be a number of bytes, or one with KB, MB, GB or TB.")
+    return int(number) * factor
+
+
+def carry_files(source: str | os.PathLike, hub: Mapping[str, Any], folder: Path) -> None:
+    """Copy what lies beside a model's weights and is not there yet: tokenizer, generation config, code, ...
+
+    The model card is kept under another name, since the pruned model has its own. Of a model that was pruned before
+    it is the card of the model before that which is kept.
+    """
+    names = other_files(source, hub)
+    if CARD_NAME in names and BASE_CARD_NAME not in names:
+        card = find_file(source, CARD_NAME, hub)
+        if card is not None:
+            shutil.copyfile(card, folder / BASE_CARD_NAME)
+    for name in names:
+        if name in _OWN_FILES or name.startswith(f"{REPORT_PICTURES}/") or (folder / name).exists():
+            continue
+        found = find_file(source, name, hub)
+        if found is None:
+            raise RunError(f"{name} of {source} is listed there and cannot be fetched.")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(found, folder / name)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

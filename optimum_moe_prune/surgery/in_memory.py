@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Apply a plan to a model in memory: check every layer, then change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..models.blocks import moe_blocks
+from ..models.checks import check_finite, check_model
+from ..plan import PruningPlan
+from .checks import check_plan
+from .config_json import write_counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
+    """Remove the experts that a plan does not retain.
+
+    Nothing is changed unless every layer can be. Experts keep their order and are numbered anew; the router's rows,
+    the counts that modules remember and the config follow.
+
+    Args:
+        plan: The plan.
+        model: A causal language model with real parameters, the one the plan was made for.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RequestError: If the plan does not fit the model, or the model cannot be changed.
+        RunError: If a parameter holds NaN or infinity.
+    """
+    check_model(model)
+    check_plan(plan, model)
+    check_finite(model)
+    blocks = moe_blocks(model)
+    spec = blocks[0].spec
+    for block in blocks:
+        block.retain(plan.retained[block.layer])
+    write_counts(spec, model.config, plan.num_experts)
+    if plan.uniform_num_experts is not None:
+        for name in spec.model_counts:
+            setattr(model, name, plan.uniform_num_experts)
+    return model

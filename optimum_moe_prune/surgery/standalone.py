@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A modelling file that travels with an unequal checkpoint, so that ``trust_remote_code=True`` loads it without us.
+
+It holds ``unequal.py`` as it is and, below, a causal language model that is transformers' own with MoE blocks of the
+right size put in place of those of other sizes. Plain loading does not look at it. ``AutoModel`` is not offered:
+transformers translates the names of experts' tensors for its own backbone classes only, and would leave those of a
+class of ours random.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..architectures.table import architecture_of
+from ..architectures.unequal import FILE_STEM
+from ..errors import RequestError
+
+_CLASSES = Template(
+    '''
+
+# ---------------------------------------------------------------------------- this architecture
+
+import $module as modelling
+
+# transformers looks for this in the file of a model's class, to know that an experts implementation (grouped_mm,
+# eager, ...) can be chosen for it; here it is the experts' own class that has it:
+# @use_experts_implementation
+
+modelling.load_balancing_loss_func = balanced_by_layer(modelling.load_balancing_loss_func)
+setattr(modelling.$causal.config_class, PERMISSION, GLOBAL_COUNT_ALLOWED)
+
+
+class Unequal$causal(modelling.$causal):
+    """transformers' own model, with MoE blocks of the number of experts that each layer has."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for index, layer in enumerate(self.$layers):
+            block = layer.$block
+            count = count_of_layer(config, "$count_key", index)
+            if type(block).__name__ == "$block_class" and len(block.$experts.$tensor) != count:
+                own = config.per_layer_config[index]
+                layer.$block = type(block)(own)
+                share_config(layer.$block, own, config)
+        self.post_init()
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        if found := damage(model.config, loading_info, "$layer_list", "$block", $counted):
+            raise RuntimeError(found)
+        return modelling.$causal._finalize_model_loading(model, load_config, loading_info)
+'''
+)
+
+
+def standalone_class(config: Any) -> str:
+    """The class of transformers that the file's own derives from.
+
+    Raises:
+        RequestError: If transformers has no causal language model of this type.
+    """
+    model_type = architecture_of(config).model_type
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise RequestError(f"standalone: transformers has no causal language model of type {model_type!r} of its own.")
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+
+
+def write_standalone(folder: str | Path, config: Any) -> Path:
+    """Add the modelling file to a checkpoint and name it in ``config.json`` (``auto_map``).
+
+    Args:
+        folder: The checkpoint.
+        config: Its config, of a known architecture.
+
+    Returns:
+        The file.
+    """
+    spec = architecture_of(config)
+    causal = standalone_class(config)
+    classes = _CLASSES.substitute(
+        module=spec.modelling_module,
+        causal=causal,
+        block=spec.block,
+        block_class=spec.block_class,
+        count_key=spec.count_key,
+        experts=spec.experts,
+        tensor=spec.expert_tensors[0],
+        layers=spec.layers,
+        layer_list=spec.layers.rpartition(".")[2],
+        counted=repr((*(f"{spec.experts}.{name}" for name in spec.expert_tensors), *spec.router_tensors)),
+    )
+    path = Path(folder) / f"{FILE_STEM}.py"
+    path.write_text((files(__package__) / "unequal.py").read_text(encoding="utf-8") + classes, encoding="utf-8")
+    config_file = Path(folder) / "config.json"
+    values = json.loads(config_file.read_text(encoding="utf-8"))
+    values.setdefault("auto_map", {})["AutoModelForCausalLM"] = f"{FILE_STEM}.Unequal{causal}"
+    config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics on disk, merged, and re-weighted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, make_texts
+from oracles import assert_same
+from transformers import PreTrainedTokenizerBase
+
+from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig, Need, RequestError
+from optimum_moe_prune.calibration.in_memory import collect
+from optimum_moe_prune.planning.build import build_plan
+
+
+@pytest.fixture
+def stats(kind: str, samples: CalibrationSet) -> CalibrationStats:
+    return collect(make_model(kind), samples, set(Need))
+
+
+def test_saved_statistics_come_back_to_the_bit(stats: CalibrationStats, tmp_path: Path) -> None:
+    stats.save(tmp_path / "stats")
+    loaded = CalibrationStats.load(tmp_path / "stats")
+    assert_same(stats, loaded, rtol=0)
+    for name in ("model", "samples", "needs", "max_tokens", "seed", "provenance"):
+        assert getattr(loaded, name) == getattr(stats, name)
+    assert {i: layer.routing for i, layer in loaded.layers.items()} == {
+        i: layer.routing for i, layer in stats.layers.items()
+    }
+    assert sorted(p.name for p in (tmp_path / "stats").iterdir()) == sorted(
+        ["stats.json", "tokens.safetensors", *(f"layer_{i:05d}.safetensors" for i in stats.layers)]
+    )
+    for method in ("mosaic", "enumeration", "reap"):
+        config = MoEPrunerConfig(method=method, num_experts=4)
+        assert build_plan(loaded, config).retained == build_plan(stats, config).retained
+
+
+@pytest.mark.parametrize("max_tokens", [60, 8192])
+def test_merged_parts_equal_the_whole(kind: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    texts = make_texts(14)
+    parts = [
+        collect(make_model(kind), CalibrationSet.build(part, tokenizer), set(Need), max_tokens=max_tokens)
+        for part in (texts[:5], texts[5:], texts)
+    ]
+    merged = parts[1].merge(parts[0])
+    assert_same(merged, parts[2], rtol=1e-5)
+    config = MoEPrunerConfig(method="mosaic", num_experts=4)
+    assert build_plan(merged, config).retained == build_plan(parts[2], config).retained
+
+
+def test_what_does_not_belong_together_is_not_merged(
+    samples: CalibrationSet, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    others = CalibrationSet.build(make_texts(4, seed=9), tokenizer)
+    stats = collect(make_model(), samples, {Need.ROUTING})
+    with pytest.raises(RequestError, match="12 samples are in both"):
+        stats.merge(stats)
+    with pytest.raises(RequestError, match=r"model is .* in one and .* in the other"):
+        stats.merge(collect(make_model(seed=1), others, {Need.ROUTING}))
+    with pytest.raises(RequestError, match=r"needs is .*'routing'"):
+        stats.merge(collect(make_model(), others, {Need.ROUTING, Need.GRAM}))
+    with pytest.raises(RequestError, match=r"logits is torch.float32 in one and torch.bfloat16 in the other"):
+        coarse = collect(make_model().to(torch.bfloat16), others, {Need.ROUTING})
+        stats.merge(replace(coarse, model=stats.model))
+    with pytest.raises(RequestError, match="seed is 0 in one and 3 in the other"):
+        stats.merge(collect(make_model(), others, {Need.ROUTING}, seed=3))
+
+
+def test_domain_weights_set_the_share_of_tokens(samples: CalibrationSet) -> None:
+    stats = collect(make_model(), samples, {Need.ROUTING})
+    weighted = stats.with_domain_weights({"low": 3, "high": 1})
+    layer = weighted.layers[0]
+    table = layer.tensors["routed_tokens"]
+    low = torch.tensor([s.domain == "low" for s in stats.samples])
+    tokens = stats.domains
+    total = sum(tokens.values())
+    expected = table[low].sum(0) * (0.75 * total / tokens["low"]) + table[~low].sum(0) * (
+        0.25 * total / tokens["high"]
+    )
+    torch.testing.assert_close(layer.total("routed_tokens"), expected)
+    assert layer.total("routed_tokens").sum() == pytest.approx(total * layer.routing.top_k)
+    assert torch.equal(stats.layers[0].total("routed_tokens"), table.sum(0)), "the original is as it was"
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"low": 1},
+        {"low": 1, "high": 0},
+        {"low": 1, "high": 1, "mid": 1},
+        {"low": 1, "high": float("inf")},
+        {"low": 1, "high": "2"},
+    ],
+)
+def test_wrong_domain_weights_are_refused(samples: CalibrationSet, weights: dict[str, float]) -> None:
+    stats = collect(make_model(), samples, {Need.ROUTING})
+    with pytest.raises(RequestError, match=r"a positive number for each domain of the calibration \(high, low\)"):
+        stats.with_domain_weights(weights)
+
+
+def test_what_a_method_lacks_is_named(samples: CalibrationSet) -> None:
+    stats = collect(make_model(), samples, {Need.ROUTING})
+    with pytest.raises(RequestError, match="'reap' needs the statistics routed_norms, and these hold routing"):
+        build_plan(stats, MoEPrunerConfig(method="reap", num_experts=4))
+
+
+@pytest.fixture
+def saved(samples: CalibrationSet, tmp_path: Path) -> Path:
+    return collect(make_model(), samples, {Need.ROUTING}).save(tmp_path / "stats")
+
+
+def edit(folder: Path, **changes: object) -> None:
+    header = json.loads((folder / "stats.json").read_text())
+    (folder / "stats.json").write_text(json.dumps(header | changes))
+
+
+def test_a_newer_format_is_refused(saved: Path) -> None:
+    edit(saved, format_version=99)
+    with pytest.raises(RequestError, match="format version 99; this package reads up to 1"):
+        CalibrationStats.load(saved)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"samples": [{"hash": 1}]},
+        {"needs": ["routing", "gram"]},
+        {"needs": ["telepathy"]},
+        {
+            "layers": {
+                "0": {"num_experts": 10**12, "routing": {"top_k": 2, "renormalise": True, "cast_weights": False}}
+            }
+        },
+        {"layers": {"../../x": {"num_experts": 8, "routing": {}}}},
+        {"layers": []},
+        {"samples": []},
+        {"model": 3},
+        {"model": {"model_type": "mixtral", "top_k": "2", "fingerprint": ""}},
+        {"model": {"model_type": "mixtral", "top_k": 3, "fingerprint": ""}},
+        {"provenance": [1]},
+        {"seed": "0"},
+        {"model": None, "provenance": None, "max_tokens": None, "samples": None},
+    ],
+)
+def test_damaged_headers_are_refused(saved: Path, changes: dict[str, object]) -> None:
+    edit(saved, **changes)
+    with pytest.raises(RequestError, match="are damaged"):
+        CalibrationStats.load(saved)
+
+
+def test_damaged_files_are_refused(saved: Path) -> None:
+    layer = saved / "layer_00001.safetensors"
+    content = layer.read_bytes()
+    layer.write_bytes(content[: len(content) // 2])
+    with pytest.raises(RequestError, match="are damaged"):
+        CalibrationStats.load(saved)
+    layer.unlink()
+    with pytest.raises(RequestError, match="are damaged"):
+        CalibrationStats.load(saved)
+    (saved / "stats.json").write_text("{" * 100_000)
+    with pytest.raises(RequestError, match="cannot be read as JSON"):
+        CalibrationStats.load(saved)
+    (saved / "stats.json").unlink()
+    with pytest.raises(RequestError, match=r"holds no calibration statistics \(stats.json is missing\)"):
+        CalibrationStats.load(saved)
+
+
+def test_an_output_in_the_way_stays_as_it_is(samples: CalibrationSet, tmp_path: Path) -> None:
+    stats = collect(make_model(), samples, {Need.ROUTING})
+    target = tmp_path / "stats"
+    target.mkdir()
+    (target / "mine.txt").write_text("keep")
+    with pytest.raises(RequestError, match="exists and is not empty"):
+        stats.save(target)
+    assert [p.name for p in tmp_path.rglob("*")] == ["stats", "mine.txt"]
+    with pytest.raises(RequestError, match="holds something else than an output of this package"):
+        stats.save(target, overwrite=True)
+    (target / "stats.json").write_text("{}")  # an earlier output
+    stats.save(target, overwrite=True)
+    assert not (target / "mine.txt").exists() and (target / "stats.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["stats"]
