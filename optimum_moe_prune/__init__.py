@@ -14,16 +14,29 @@ from typing import TYPE_CHECKING, Any
 from .models.reload import enable as _enable_reload
 
 if TYPE_CHECKING:
-    from .architectures import MoESpec, list_architectures, register_architecture
-    from .calibration.samples import CalibrationSet
-    from .config import MoEPrunerConfig
-    from .errors import MoEPruneError, RequestError, RunError
-    from .methods import list_methods, register_method
-    from .plan import PruningPlan
-    from .planning.sensitivity import Sensitivity
-    from .pruner import MoEPruner
-    from .publishing.report import write_report
-    from .statistics.stats import CalibrationStats, Need
+    from .architectures import MoESpec as MoESpec
+    from .architectures import list_architectures as list_architectures
+    from .architectures import register_architecture as register_architecture
+    from .calibration.calibrate import calibrate as calibrate
+    from .calibration.samples import CalibrationSet as CalibrationSet
+    from .checkpoints.source import Source as Source
+    from .config import MoEPrunerConfig as MoEPrunerConfig
+    from .errors import MoEPruneError as MoEPruneError
+    from .errors import RequestError as RequestError
+    from .errors import RunError as RunError
+    from .evaluation.compare import compare as compare
+    from .evaluation.losses import evaluate as evaluate
+    from .evaluation.measure_sensitivity import measure_sensitivity as measure_sensitivity
+    from .methods import list_methods as list_methods
+    from .methods import register_method as register_method
+    from .models.memory import Compute as Compute
+    from .plan import PruningPlan as PruningPlan
+    from .planning.sensitivity import Sensitivity as Sensitivity
+    from .pruner import MoEPruner as MoEPruner
+    from .publishing.report import write_report as write_report
+    from .statistics.stats import CalibrationStats as CalibrationStats
+    from .statistics.stats import Need as Need
+    from .storage.workspace import Workspace as Workspace
 
 try:
     __version__ = version("optimum-moe-prune")
@@ -33,6 +46,7 @@ except PackageNotFoundError:  # run from a source tree
 _HOME = {
     "CalibrationSet": "calibration.samples",
     "CalibrationStats": "statistics.stats",
+    "Compute": "models.memory",
     "MoEPruneError": "errors",
     "MoEPruner": "pruner",
     "MoEPrunerConfig": "config",
@@ -42,31 +56,21 @@ _HOME = {
     "RequestError": "errors",
     "RunError": "errors",
     "Sensitivity": "planning.sensitivity",
+    "Source": "checkpoints.source",
+    "Workspace": "storage.workspace",
+    "calibrate": "calibration.calibrate",
+    "compare": "evaluation.compare",
+    "evaluate": "evaluation.losses",
     "list_architectures": "architectures",
     "list_methods": "methods",
+    "measure_sensitivity": "evaluation.measure_sensitivity",
     "register_architecture": "architectures",
     "register_method": "methods",
     "write_report": "publishing.report",
 }
+"""Public names and the modules they live in."""
 
-__all__ = [
-    "CalibrationSet",
-    "CalibrationStats",
-    "MoEPruneError",
-    "MoEPruner",
-    "MoEPrunerConfig",
-    "MoESpec",
-    "Need",
-    "PruningPlan",
-    "RequestError",
-    "RunError",
-    "Sensitivity",
-    "list_architectures",
-    "list_methods",
-    "register_architecture",
-    "register_method",
-    "write_report",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Private and moving names of transformers and huggingface_hub that this package needs, each in one function.
+
+``architectures/unequal.py`` alone names some itself: it travels inside checkpoints and can import nothing from here.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LOADING_HOOK = "_finalize_model_loading"
+"""The last step of ``from_pretrained``, a static method of ``PreTrainedModel``, before gaps are filled with random
+weights (transformers 5.14 to 5.24)."""
+
+PER_LAYER_WARNER = "transformers.integrations.heterogeneity.configuration_utils"
+"""The logger that warns when the model-wide value of a key is read that layers have their own of."""
+
+
+# ------------------------------------------------------------------------------------------- configs
+
+
+def text_config(config: Any) -> Any:
+    """The config of a model's text part: its own, or the one inside the config of a model that sees or hears as well.
+
+    Args:
+        config: A transformers config.
+    """
+    return config.get_text_config()
+
+
+def name_of_config(config: Any) -> str | None:
+    """The folder or Hub id a config was read from, or None (``PreTrainedConfig._name_or_path`` is private)."""
+    return config._name_or_path or None
+
+
+def commit_of_config(config: Any) -> str | None:
+    """The commit on the Hub of the model a config is of, or None.
+
+    Why: ``PreTrainedConfig._commit_hash`` is private. transformers fills it in up to 5.22 and not since 5.23; all of
+    5.14 to 5.24 leave it out of ``config.json``.
+    """
+    return getattr(config, "_commit_hash", None)
+
+
+def set_commit_of_config(config: Any, commit: str | None) -> None:
+    """Remember the commit that a config is of, as transformers does up to 5.22; see :func:`commit_of_config`."""
+    config._commit_hash = commit
+
+
+def causal_lm_class(model_type: str) -> str | None:
+    """Name of transformers' own causal language model of a type; the table of them is not exported."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a model in memory has quantised weights (``hf_quantizer`` is set by ``from_pretrained`` alone)."""
+    return bool(getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None))
+
+
+# ------------------------------------------------------------------------------------------- the Hub
+
+
+def cached_file(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str, Any]) -> Path | None:
+    """A file of a model's folder, or of the Hub, which is downloaded where the cache lacks it; None if it is absent.
+
+    Why: ``transformers.utils.cached_file`` raises for a file that is absent, unless a private keyword says otherwise
+    (``_raise_exceptions_for_missing_entries``; in transformers 5.14 to 5.24).
+
+    Args:
+        name_or_path: The folder or Hub id.
+        file_name: The file.
+        hub: ``revision``, ``token``, ``cache_dir``.
+
+    Raises:
+        OSError: If the repository cannot be read.
+    """
+    from transformers import utils
+
+    found = utils.cached_file(str(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+def cached_commit(repo_id: str, file: Path) -> str | None:
+    """The commit of a file in the Hub's cache, ``models--org--name/snapshots/<commit>/...``; None if it is elsewhere.
+
+    Why: what the client downloads comes back as a path alone; its functions for the names in that path
+    (``huggingface_hub.file_download``: ``repo_folder_name``, ``REGEX_COMMIT_HASH``; in 1.0 to 2.4) are not exported.
+
+    Args:
+        repo_id: The repository the file is from.
+        file: The file, links not followed.
+    """
+    from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
+
+    repository = repo_folder_name(repo_id=repo_id, repo_type="model")
+    for snapshot, snapshots in zip(file.parents, file.parents[1:], strict=False):
+        if snapshots.name == "snapshots" and snapshots.parent.name == repository:
+            return snapshot.name if REGEX_COMMIT_HASH.fullmatch(snapshot.name) else None
+    return None
+
+
+def http_error() -> type[Exception]:
+    """What the Hub's client raises where a connection fails.
+
+    Why: it is that of the HTTP library below the client (``httpx`` in huggingface_hub 1.0, ``httpx2`` in 2.4), which
+    ``huggingface_hub.errors`` imports and does not name among its own.
+    """
+    from huggingface_hub import errors
+
+    return errors.HTTPError
+
+
+# ------------------------------------------------------------------------------------------- loading
+
+
+class WeightNames:
+    """transformers' own mapping from tensors in files to parameters of a model, and what makes the ones of the others.
+
+    Why: ``transformers.conversion_mapping`` and ``transformers.core_model_loading`` (5.14 to 5.24) are not exported;
+    ``from_pretrained`` alone uses them, for a whole model.
+
+    Args:
+        model: The model, on any device.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = get_model_conversion_mapping(model)
+        self._model = model
+        self._parameters = model.state_dict()
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._of_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+
+    def sorted(self, names: Iterable[str]) -> list[str]:
+        """Names in the order in which ``from_pretrained`` reads them."""
+        from transformers.core_model_loading import dot_natural_key
+
+        return sorted(names, key=dot_natural_key)
+
+    def parameter_of(self, name: str) -> tuple[str, str | None, Any]:
+        """The parameter that a tensor in a file is for, the pattern that matched it, and its converter.
+
+        The parameter may be one that the model has not; pattern and converter are None where it is only renamed.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self._model.base_model_prefix
+        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._parameters)
+        if target not in self._parameters and name in self._parameters:
+            target, pattern = name, None
+        return target, pattern, None if pattern is None else self._of_pattern[pattern]
+
+    @staticmethod
+    def stacks_experts(converter: Any) -> bool:
+        """Whether a converter makes each expert's part of that expert's tensors alone."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        first, *others = converter.operations
+        return (
+            isinstance(first, MergeModulelist)
+            and first.dim == 0
+            and all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
+        )
+
+    def converted(self, parameter: str, converter: Any, tensors: Mapping[str, list[Tensor]]) -> Tensor:
+        """A parameter made by a converter of tensors, by pattern."""
+        converter = copy.deepcopy(converter)  # it collects what it is given
+        for pattern, values in tensors.items():
+            for value in values:
+                converter.add_tensor(parameter, parameter, pattern, value)
+        made = converter.convert(parameter, model=self._model, config=self._model.config)[parameter]
+        return made[0] if isinstance(made, list) else made
+
+
+def initialise(model: Any, module: nn.Module) -> None:
+    """Fill in what no checkpoint holds in a module, as transformers does (``PreTrainedModel._init_weights``)."""
+    model._init_weights(module)
+
+
+def keep_from_initialising(value: Tensor) -> None:
+    """Mark a tensor as loaded: :func:`initialise` leaves it as it is (it looks for ``_is_hf_initialized``)."""
+    value._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe of a pruning run: :class:`MoEPrunerConfig`."""
+"""The recipe of a pruning run: :class:`MoEPrunerConfig`.
+
+Each setting says in its metadata what it is for, in which bounds it lies and how the command line writes it: checks,
+flags, help and defaults come from here. Importing this module is light.
+"""
 
 from __future__ import annotations
 
@@ -11,41 +15,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub import HfApi
-from transformers.utils import cached_file
-
 from .errors import RequestError, nearest_first
-from .methods import get_method, make_options
-from .methods.registry import ALLOCATIONS, BY_SENSITIVITY
-from .names import CONFIG_NAME
+from .names import BY_SENSITIVITY, CONFIG_NAME, GLOBAL, UNIFORM
 from .storage.files import write_text
 from .storage.values import is_integer, read_json
 
 if TYPE_CHECKING:
     import os
 
+    from .statistics.stats import Need
+
 logger = logging.getLogger(__name__)
 
-SIZES = ("num_experts", "sparsity", "total_experts")
-
-
+BUDGETS = ("num_experts", "sparsity", "total_experts")
 SAMPLE_SELECTIONS = ("first", "random", "kmeans")
+ALLOCATIONS = (UNIFORM, GLOBAL, BY_SENSITIVITY)
 
 
-def check_clusters(sample_selection: str, num_clusters: Any) -> None:
-    """Refuse a number of clusters that cannot be meant.
-
-    Raises:
-        RequestError: If it is below 1, or samples are not selected by clusters.
-    """
-    if num_clusters is None:
-        return
-    if num_clusters != "auto" and not (is_integer(num_clusters) and num_clusters >= 1):
-        raise RequestError(f'num_clusters is {num_clusters!r}; it must be an integer of at least 1, or "auto".')
-    if sample_selection != "kmeans":
-        raise RequestError(
-            f"num_clusters is for sample_selection 'kmeans', and sample_selection is {sample_selection!r}."
-        )
+def _setting(default: Any, help: str, metavar: str = "", least: int | None = None, most: int = 2**63 - 1) -> Any:
+    """A setting: default, help and placeholder on the command line; the bounds of a whole number."""
+    metadata = {"help": help, "metavar": metavar, "least": least, "most": most}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=type(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -56,7 +48,8 @@ class MoEPrunerConfig:
         method: Name of a method (``list_methods()``).
         num_experts: Experts to retain in each layer (on average, where layers keep different numbers); or
         sparsity: the fraction of experts to remove; or
-        total_experts: the experts to retain in the whole model, for a global allocation. Exactly one of the three.
+        total_experts: the experts to retain in the whole model, for a global allocation. At most one of the three; a
+            plan needs one.
         allocation: How the budget is spread over layers: ``"uniform"``, the same in each; ``"global"``, one number for
             the whole model, so that layers keep different numbers; ``"sensitivity"``, one number for the whole model,
             spread so that measured divergences of the final output add up to the least; None for the method's own way.
@@ -69,7 +62,7 @@ class MoEPrunerConfig:
         batch_size: Samples in a forward pass.
         max_tokens: Tokens for which statistics per token are kept, at most.
         sample_selection: ``"first"``, ``"random"``, or ``"kmeans"``, representatives of clusters (see
-            ``representatives``).
+            ``calibration.representatives``).
         num_clusters: For ``"kmeans"``: representatives of each domain, or ``"auto"``; by default ``num_samples`` in
             equal shares of the domains.
         pack: Join the samples of a domain and cut them into samples of ``max_length`` tokens.
@@ -78,78 +71,58 @@ class MoEPrunerConfig:
         seed: For whatever is drawn.
     """
 
-    method: str = "mosaic"
-    num_experts: int | None = None
-    sparsity: float | None = None
-    total_experts: int | None = None
-    allocation: str | None = None
-    method_options: dict[str, Any] = field(default_factory=dict)
-    protect: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    skip_layers: tuple[int, ...] = ()
-    protect_super_experts: bool = False
-    num_samples: int = 128
-    max_length: int = 2048
-    batch_size: int = 8
-    max_tokens: int = 8192
-    sample_selection: str = "first"
-    num_clusters: int | Literal["auto"] | None = None
-    pack: bool = False
-    sensitivity_samples: int = 32
-    seed: int = 0
+    method: str = _setting("mosaic", "see: list methods", "NAME")
+    num_experts: int | None = _setting(None, "experts to retain in each layer (global: on average)", "N", least=1)
+    sparsity: float | None = _setting(None, "or the fraction of experts to remove", "F")
+    total_experts: int | None = _setting(
+        None, "or, global: the experts to retain in all layers together", "N", least=1
+    )
+    allocation: str | None = _setting(
+        None,
+        "uniform: the same count in each layer; global: one for the whole model; sensitivity: one for the whole "
+        "model, spread by measured divergences (default: the method's own way)",
+        "A",
+    )
+    method_options: dict[str, Any] = _setting({}, "an option of the method; may be repeated", "K=V")
+    protect: dict[int, tuple[int, ...]] = _setting({}, "experts to retain in any case; may be repeated", "LAYER:E,E")
+    skip_layers: tuple[int, ...] = _setting((), "layers that keep all their experts", "L,L")
+    protect_super_experts: bool = _setting(False, "retain experts with extreme outputs")
+    num_samples: int = _setting(128, "samples to use, in equal shares of the domains", "N", least=1)
+    max_length: int = _setting(2048, "cut samples to this many tokens", "L", least=2)
+    batch_size: int = _setting(8, "samples in a forward pass", "B", least=1)
+    max_tokens: int = _setting(8192, "tokens to keep statistics per token for", "N", least=1)
+    sample_selection: str = _setting("first", "first, random or kmeans", "S")
+    num_clusters: int | Literal["auto"] | None = _setting(
+        None, "with kmeans: representatives of each domain, or auto (default: --num-samples)", "K"
+    )
+    pack: bool = _setting(False, "join samples and cut them into full lengths")
+    sensitivity_samples: int = _setting(32, "samples to measure divergences on", "N", least=1)
+    seed: int = _setting(0, "for whatever is drawn", "S", least=0, most=2**32 - 1)
 
     def __post_init__(self) -> None:
-        options = make_options(get_method(self.method), self.method_options)
+        from .methods import get_method, make_options
+
+        method = get_method(self.method)
+        options = make_options(method, self.method_options)
         # Plain values, so that they compare and travel as JSON.
         self.method_options = {name: getattr(options, name) for name in self.method_options}
-        given = [name for name in SIZES if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise RequestError(
-                "exactly one of num_experts (to retain in each layer), sparsity (fraction to remove) and "
-                f"total_experts (to retain in the whole model) is needed; given: {' and '.join(given) or 'none'}."
-            )
-        if self.sparsity is not None and (not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1):
-            raise RequestError(
-                f"sparsity is {self.sparsity!r}; the fraction of experts to remove lies between 0 and 1."
-            )
-        method = get_method(self.method)
-        allocations = (None, *ALLOCATIONS, BY_SENSITIVITY)
-        for name, known in (("allocation", allocations), ("sample_selection", SAMPLE_SELECTIONS)):
+        self._check_numbers()
+        for name, known in (("allocation", ALLOCATIONS), ("sample_selection", SAMPLE_SELECTIONS)):
             value = getattr(self, name)
-            if value not in known:
-                nearest = nearest_first(str(value), [choice for choice in known if choice is not None])
-                raise RequestError(f"{name} {value!r} is not known. Known: {nearest}.")
+            if value not in known and not (name == "allocation" and value is None):
+                raise RequestError(f"{name} {value!r} is not known. Known: {nearest_first(str(value), [*known])}.")
         if self.allocation not in (None, *method.takes):
             raise RequestError(
                 f"allocation {self.allocation!r} is not for method {self.method!r}, which takes "
                 f"{' or '.join(map(repr, method.takes))}: it chooses a set for a given number of experts in a "
                 "layer."
             )
-        if self.total_experts is not None and self.allocates == "uniform":
+        if self.total_experts is not None and self.allocates == UNIFORM:
             raise RequestError(
                 "total_experts is for allocations 'global' and 'sensitivity', and the allocation is 'uniform'; give "
                 "num_experts or sparsity."
             )
-        least = {
-            "num_experts": 1,
-            "total_experts": 1,
-            "num_samples": 1,
-            "max_length": 2,
-            "batch_size": 1,
-            "max_tokens": 1,
-            "sensitivity_samples": 1,
-            "seed": 0,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            most = 2**32 - 1 if name == "seed" else 2**63 - 1
-            if not (name in SIZES and value is None) and not (is_integer(value) and minimum <= value <= most):
-                raise RequestError(
-                    f"{name} is {value!r}; it must be an integer of at least {minimum} and at most {most}."
-                )
         check_clusters(self.sample_selection, self.num_clusters)
-        for name in ("protect_super_experts", "pack"):
-            if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be true or false.")
         try:  # JSON has no integer keys
             self.protect = {int(layer): tuple(experts) for layer, experts in self.protect.items()}
             self.skip_layers = tuple(self.skip_layers)
@@ -162,14 +135,62 @@ class MoEPrunerConfig:
                 f"and {self.skip_layers!r}."
             ) from error
 
+    def _check_numbers(self) -> None:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise _one_budget(given)
+        if self.sparsity is not None and (not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1):
+            raise RequestError(
+                f"sparsity is {self.sparsity!r}; the fraction of experts to remove lies between 0 and 1."
+            )
+        for setting in dataclasses.fields(self):
+            value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
+            if isinstance(setting.default, bool) and not isinstance(value, bool):
+                raise RequestError(f"{setting.name} is {value!r}; it must be true or false.")
+            if least is None or (value is None and setting.default is None):
+                continue
+            if not is_integer(value) or not least <= value <= most:
+                raise RequestError(
+                    f"{setting.name} is {value!r}; it must be an integer of at least {least} and at most {most}."
+                )
+
     @property
     def allocates(self) -> str:
         """``allocation``, or the method's own way."""
+        from .methods import get_method
+
         return self.allocation or get_method(self.method).allocations[0]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics that planning with this recipe reads."""
+        from .methods import get_method
+        from .statistics.stats import Need
+
+        needs = get_method(self.method).needs(self.options())
+        return needs | {Need.ROUTING, Need.ROUTED_NORMS} if self.protect_super_experts else needs
 
     def options(self) -> Any:
         """The options of the method, with its defaults filled in."""
+        from .methods import get_method, make_options
+
         return make_options(get_method(self.method), self.method_options)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether it says how much is to be pruned."""
+        return any(getattr(self, name) is not None for name in BUDGETS)
+
+    def require_budget(self) -> None:
+        """Raise unless a plan can be asked for.
+
+        Raises:
+            RequestError: If none of ``num_experts``, ``sparsity`` and ``total_experts`` is given.
+        """
+        if not self.has_budget:
+            raise _one_budget([])
+
+    # -- plain values and files
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -187,28 +208,28 @@ class MoEPrunerConfig:
             overrides: Take precedence. Giving one of ``num_experts``, ``sparsity`` and ``total_experts`` replaces the
                 others.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        known = {setting.name for setting in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
             logger.warning(
                 "These keys of the configuration are not known to this version and are ignored: %s.",
                 ", ".join(unknown),
             )
-        wrong = sorted(set(overrides) - known)
-        if wrong:
+        if wrong := sorted(set(overrides) - known):
             raise RequestError(
                 f"{wrong[0]!r} is no setting of MoEPrunerConfig. Settings: {nearest_first(wrong[0], sorted(known))}."
             )
         merged = {key: value for key, value in values.items() if key in known}
-        if any(overrides.get(name) is not None for name in SIZES):
-            merged = {key: value for key, value in merged.items() if key not in SIZES}
+        if any(overrides.get(name) is not None for name in BUDGETS):
+            merged = {key: value for key, value in merged.items() if key not in BUDGETS}
         if "method" in merged and overrides.get("method", merged["method"]) != merged["method"]:
             for name in ("method_options", "allocation"):  # those of another method
                 merged.pop(name, None)
         if overrides.get("sample_selection", "kmeans") != "kmeans":
             merged.pop("num_clusters", None)
-        merged |= overrides
-        return cls(**merged)
+        return cls(**{**merged, **overrides})
+
+    def _json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Path:
         """Write ``moe_pruner_config.json`` into a folder.
@@ -246,6 +267,8 @@ class MoEPrunerConfig:
         Returns:
             The address of the commit.
         """
+        from huggingface_hub import HfApi
+
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return api.upload_file(
@@ -257,9 +280,6 @@ class MoEPrunerConfig:
             create_pr=create_pr,
         ).commit_url
 
-    def _json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> MoEPrunerConfig:
         """Read the recipe from a folder, a ``.json`` file or a repository on the Hub.
@@ -269,14 +289,40 @@ class MoEPrunerConfig:
             kwargs: ``revision``, ``token``, ``cache_dir``, ``subfolder`` for the Hub; anything else overrides a
                 setting.
         """
-        hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
         path = Path(name_or_path)
+        hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
+        file_name = "/".join(filter(None, (kwargs.pop("subfolder", None), CONFIG_NAME)))
         if not path.is_file():
+            from .checkpoints.source import Source
+
             try:
-                found = cached_file(str(name_or_path), CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+                found = Source(str(name_or_path), **hub).find(file_name)
             except (OSError, ValueError) as error:
                 raise RequestError(f"no recipe can be read from {str(name_or_path)!r}: {error}") from error
             if found is None:
                 raise RequestError(f"{name_or_path} has no {CONFIG_NAME}.")
-            path = Path(found)
+            path = found
         return cls.from_dict(read_json(path), **kwargs)
+
+
+def check_clusters(sample_selection: str, num_clusters: Any) -> None:
+    """Refuse a number of clusters that cannot be meant.
+
+    Raises:
+        RequestError: If it is below 1, or samples are not selected by clusters.
+    """
+    if num_clusters is None:
+        return
+    if num_clusters != "auto" and not (is_integer(num_clusters) and num_clusters >= 1):
+        raise RequestError(f'num_clusters is {num_clusters!r}; it must be an integer of at least 1, or "auto".')
+    if sample_selection != "kmeans":
+        raise RequestError(
+            f"num_clusters is for sample_selection 'kmeans', and sample_selection is {sample_selection!r}."
+        )
+
+
+def _one_budget(given: list[str]) -> RequestError:
+    return RequestError(
+        "exactly one of num_experts (to retain in each layer), sparsity (fraction to remove) and "
+        f"total_experts (to retain in the whole model) is needed; given: {' and '.join(given) or 'none'}."
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the files of an output are called."""
+"""Names that users and files know: of files in an output, and of allocations."""
+
+# Files in an output.
 
 PLAN_NAME = "moe_pruning_plan.json"
 CONFIG_NAME = "moe_pruner_config.json"
@@ -13,3 +15,8 @@ NEW_CARD_NAME = "README.new.md"
 """A new card, beside one that was edited by hand."""
 REPORT_NAME = "report.html"
 REPORT_PICTURES = "report_pictures"
+
+# How a budget is spread over the layers.
+UNIFORM = "uniform"
+GLOBAL = "global"
+BY_SENSITIVITY = "sensitivity"

@@ -149,17 +149,13 @@ class PruningPlan:
             options: ``max_shard_size``, ``overwrite``, ``standalone``; and for the Hub ``revision``, ``token``,
                 ``cache_dir``, ``trust_remote_code``.
         """
-        from .checkpoints.checkpoint import Checkpoint
-        from .checkpoints.layout import find_layout
-        from .checkpoints.source import load_model_config, stored_plan
+        from .checkpoints.layout import open_layout
+        from .checkpoints.source import Source
         from .publishing.outputs import apply_to_checkpoint
 
         names = ("revision", "token", "cache_dir", "trust_remote_code")
-        hub = {key: options.pop(key) for key in names if options.get(key) is not None}
-        config = load_model_config(source, **hub)
-        parent = stored_plan(source, hub)
-        plan = self if parent is None or "parent" in self.provenance else with_parent(self, parent)
-        return apply_to_checkpoint(plan, find_layout(Checkpoint.open(source, hub), config), target, **options)
+        layout = open_layout(Source.of(source, **{name: options.pop(name) for name in names if name in options}))
+        return apply_to_checkpoint(self, layout, target, **options)
 
     def export(self, format: str = "json") -> str:
         """The plan as other tools read it (``export``): ``"json"`` says everything, others are a server's own.
@@ -258,9 +254,9 @@ class PruningPlan:
         Raises:
             RequestError: If there is none, or it is damaged or of a newer format.
         """
-        from .checkpoints.source import stored_plan
+        from .checkpoints.source import Source
 
-        plan = stored_plan(name_or_path, hub)
+        plan = Source.of(name_or_path, **hub).stored_plan()
         if plan is None:
             raise RequestError(f"{name_or_path} has no {PLAN_NAME}: it was not pruned by this package.")
         return plan
@@ -271,6 +267,8 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
-def with_parent(plan: PruningPlan, parent: PruningPlan) -> PruningPlan:
-    """The plan, remembering the plan that made the model it was made for."""
+def with_parent(plan: PruningPlan, parent: PruningPlan | None) -> PruningPlan:
+    """The plan, remembering the plan that made the model it was made for, if there is one."""
+    if parent is None or "parent" in plan.provenance:
+        return plan
     return replace(plan, provenance={**plan.provenance, "parent": parent.to_dict()})

@@ -1,51 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front door: :class:`MoEPruner`. Thin; each verb calls a public function."""
+"""The front door: :class:`MoEPruner`. Each verb calls one function of one room."""
 
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoTokenizer
-
-from .calibration.calibrate import calibrate_checkpoint
-from .calibration.in_memory import collect, empty_stats
+from .calibration.calibrate import calibrate, no_calibration
 from .calibration.samples import CalibrationInput, CalibrationSet, sample_length
-from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.layout import Layout, find_layout
-from .checkpoints.source import load_model_config, stored_plan, without_code
+from .checkpoints.layout import Layout, open_layout
+from .checkpoints.source import Source
+from .compat import commit_of_config
 from .config import MoEPrunerConfig
 from .errors import RequestError
-from .evaluation.measure_sensitivity import measure_checkpoint, measure_sensitivity
-from .methods import BY_SENSITIVITY
-from .methods.budget import UniformBudget
-from .models.blocks import model_facts, moe_blocks, moe_layers
+from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
+from .models.blocks import moe_blocks, moe_layers
 from .models.checks import check_model
-from .models.layerwise import LayerByLayer
-from .models.skeleton import Skeleton
+from .models.memory import Compute
+from .names import BY_SENSITIVITY
 from .plan import PruningPlan, with_parent
-from .planning.build import budget_for, build_plan, plan_needs
+from .planning.build import budget_for, build_plan
 from .planning.sensitivity import Sensitivity
 from .publishing.card import write_card
 from .publishing.hub import push_folder
 from .publishing.outputs import apply_to_checkpoint, save_pruned
 from .statistics.samples import check_domain_weights
 from .statistics.stats import CalibrationStats
-from .storage.folders import check_space, check_target, working_on
-from .storage.growing import calibration_folder, sensitivity_folder
-from .surgery.checks import check_plan_for_config, check_request
+from .storage.folders import check_target, working_on
+from .storage.workspace import Workspace
+from .surgery.checks import check_output, check_plan_for_config
 from .surgery.files import MAX_SHARD_SIZE, shard_bytes
 from .surgery.in_memory import apply_plan
 
 if TYPE_CHECKING:
-    import os
-
+    from huggingface_hub import CommitInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Calibration = CalibrationInput | CalibrationStats
+    Model = PreTrainedModel | Layout
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +52,12 @@ class MoEPruner:
     Args:
         config: The recipe; not needed to apply a plan.
         plan: A plan to apply.
-        name_or_path: The model's folder or Hub id, for its tokenizer and the files a checkpoint carries along.
+        source: The model's folder or Hub id, for its tokenizer and the files a checkpoint carries along.
         tokenizer: In place of the one found there.
-        model_config: The config of the model.
-        parent: The plan that made the model at ``name_or_path``, if this package pruned it.
-        hub: ``revision``, ``token``, ``cache_dir`` and ``trust_remote_code``, as transformers takes them.
 
     Attributes:
         config: The recipe.
+        source: The model this pruner is bound to.
         stats: Statistics of the last calibration.
         pruning_plan: The plan made last, or loaded.
         sensitivity: What was measured last, or is to be planned with where ``allocation="sensitivity"``. Pruning by
@@ -76,26 +70,22 @@ class MoEPruner:
         config: MoEPrunerConfig | None = None,
         *,
         plan: PruningPlan | None = None,
-        name_or_path: str | os.PathLike | None = None,
+        source: Source | str | os.PathLike | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        model_config: Any = None,
-        parent: PruningPlan | None = None,
-        hub: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
+        self.source = None if source is None else Source.of(source)
         self.pruning_plan = plan
-        self.name_or_path = None if name_or_path is None else str(name_or_path)
         self.stats: CalibrationStats | None = None
-        self.sensitivity: Sensitivity | None = None
-        self._measured: Sensitivity | None = None  # by a pruning, for its texts
         self.output_dir: Path | None = None
         self.model: PreTrainedModel | None = None
-        self.model_config = model_config
+        self._sensitivity: Sensitivity | None = None
+        self._sensitivity_is_given = False
         self._applied_plan: PruningPlan | None = None
+        self._parent: PruningPlan | None = None  # the plan that made the bound model, if it is the one to prune
+        self._given_tokenizer = tokenizer
         self._tokenizer = tokenizer
-        self._tokenizer_given = tokenizer is not None
-        self._parent = parent
-        self._hub = dict(hub or {})
+        self._model_config: Any = None
 
     @classmethod
     def from_pretrained(
@@ -105,7 +95,7 @@ class MoEPruner:
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        cache_dir: str | Path | None = None,
         trust_remote_code: bool = False,
         **overrides: Any,
     ) -> MoEPruner:
@@ -125,62 +115,88 @@ class MoEPruner:
         Raises:
             RequestError: If there is no model, its architecture is not known, or the recipe is wrong.
         """
-        given = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "trust_remote_code": trust_remote_code or None,
-        }
-        hub = {key: value for key, value in given.items() if value is not None}
-        model_config = load_model_config(name_or_path, **hub)
-        stored = stored_plan(name_or_path, hub)
-        if config is not None or stored is None:
-            if overrides:
-                config = MoEPrunerConfig.from_dict({} if config is None else config.to_dict(), **overrides)
-            if stored is not None:
-                logger.warning(
-                    "%s was pruned before; with a new recipe it is taken as the model to prune.", name_or_path
-                )
-            if config is not None:
-                budget_for(config, *moe_layers(model_config))  # refuses what can be refused before any work
-            return cls(config, name_or_path=name_or_path, model_config=model_config, parent=stored, hub=hub)
-        try:
-            recipe = MoEPrunerConfig.from_pretrained(name_or_path, **without_code(hub), **overrides)
-        except RequestError as error:
-            if overrides:
-                raise
-            # The plan is enough to apply it; a method that is not installed here is no obstacle.
-            logger.warning("the recipe in %s cannot be used, only its plan: %s", name_or_path, error)
-            recipe = None
-        return cls(recipe, plan=stored, name_or_path=name_or_path, model_config=model_config, hub=hub)
+        source = Source(os.fspath(name_or_path), revision, token, cache_dir, trust_remote_code)
+        pruner = cls(source=source)
+        model_config = pruner.model_config
+        stored = source.stored_plan()
+        if config is None and stored is not None:
+            pruner.pruning_plan = stored
+            try:
+                pruner.config = MoEPrunerConfig.from_pretrained(source.name_or_path, **source.for_files, **overrides)
+            except RequestError as error:
+                if overrides:
+                    raise
+                # The plan is enough to apply it; a method that is not installed here is no obstacle.
+                logger.warning("the recipe in %s cannot be used, only its plan: %s", name_or_path, error)
+            return pruner
+        if stored is not None:
+            logger.warning("%s was pruned before; with a new recipe it is taken as the model to prune.", name_or_path)
+            pruner._parent = stored
+        if overrides:
+            config = MoEPrunerConfig.from_dict({} if config is None else config.to_dict(), **overrides)
+        if config is not None and config.has_budget:
+            budget_for(config, *moe_layers(model_config))  # refuses what can be refused before any work
+        pruner.config = config
+        return pruner
 
     @classmethod
-    def from_plan(cls, plan: PruningPlan, name_or_path: str | os.PathLike, **hub: Any) -> MoEPruner:
+    def from_plan(cls, plan: PruningPlan, name_or_path: str | os.PathLike, **settings: Any) -> MoEPruner:
         """A pruner that applies a plan to the model it was made for.
 
         Args:
             plan: The plan.
             name_or_path: That model's folder or Hub id.
-            hub: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
+            settings: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
 
         Raises:
             RequestError: If there is no model, or its architecture is not known.
         """
-        model_config = load_model_config(name_or_path, **hub)
-        parent = stored_plan(name_or_path, hub)
-        if parent is not None and "parent" not in plan.provenance:
-            plan = with_parent(plan, parent)
-        return cls(plan=plan, name_or_path=name_or_path, model_config=model_config, hub=hub)
+        source = Source.of(name_or_path, **settings)
+        pruner = cls(plan=with_parent(plan, source.stored_plan()), source=source)
+        pruner.model_config  # noqa: B018  # refuses what is no model
+        return pruner
+
+    # -- what it is bound to
+
+    @property
+    def name_or_path(self) -> str | None:
+        """The folder or Hub id of the bound model."""
+        return None if self.source is None else self.source.name_or_path
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The model's tokenizer, loaded when first asked for; None where there is none."""
-        if self._tokenizer is None and self.name_or_path is not None:
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **self._hub)
-            except (OSError, ValueError) as error:
-                logger.warning("no tokenizer can be loaded from %s: %s", self.name_or_path, str(error).split("\n")[0])
+        if self._tokenizer is None and self.source is not None:
+            self._tokenizer = self.source.load_tokenizer()
         return self._tokenizer
+
+    @property
+    def model_config(self) -> Any:
+        """The config of the bound model, read when first asked for; None where there is none."""
+        if self._model_config is None and self.source is not None:
+            self._model_config = self.source.load_config()
+        return self._model_config
+
+    @property
+    def sensitivity(self) -> Sensitivity | None:
+        """See the class."""
+        return self._sensitivity
+
+    @sensitivity.setter
+    def sensitivity(self, value: Sensitivity | None) -> None:
+        self._sensitivity, self._sensitivity_is_given = value, value is not None
+
+    def layout(self, source: Source | str | os.PathLike | None = None) -> Layout:
+        """Where the files of a checkpoint, by default the bound one, hold experts and routers; checked.
+
+        Raises:
+            RequestError: If there is none, or its files are damaged.
+        """
+        if source is not None and str(source) != self.name_or_path:
+            return open_layout(source if self.source is None else replace(self.source, name_or_path=str(source)))
+        if self.source is None:
+            raise RequestError("this pruner is not bound to a checkpoint; pass source=, or the model itself.")
+        return open_layout(self.source, self.model_config)
 
     # -- the verbs
 
@@ -192,11 +208,9 @@ class MoEPruner:
             model_config: Of the model they are for; by default of the bound one.
         """
         config = self._recipe()
-        if isinstance(calibration, CalibrationSet):
-            return calibration
         return CalibrationSet.build(
             calibration,
-            self.tokenizer,
+            None if isinstance(calibration, CalibrationSet) else self.tokenizer,
             num_samples=config.num_samples,
             max_length=sample_length(config.max_length, self.model_config if model_config is None else model_config),
             sample_selection=config.sample_selection,
@@ -207,52 +221,47 @@ class MoEPruner:
 
     def calibrate(
         self,
-        model: PreTrainedModel | None = None,
+        model: Model | None = None,
         calibration: CalibrationInput | None = None,
         *,
-        stream: bool | None = None,
-        dtype: str = "auto",
-        device: str = "cpu",
+        workspace: Workspace = Workspace(),
+        **compute: Any,
     ) -> CalibrationStats:
         """Run the model over calibration samples and gather what the recipe's method needs.
 
         Args:
             model: A causal language model with real parameters; by default the bound checkpoint is calibrated.
             calibration: Texts, files, records, a dataset or token tensors.
-            stream: Without a model: hold one decoder layer in memory at a time; by default where it does not fit.
-            dtype: Without a model: the precision to calculate in.
-            device: Without a model: where to calculate.
+            workspace: Where unfinished work on a checkpoint is kept.
+            compute: ``dtype``, ``device``, ``stream``: how a checkpoint is run (``models.memory.Compute``).
 
         Returns:
             The statistics, also readable as ``stats``.
         """
-        config = self._recipe()
-        if calibration is None:
-            raise RequestError("a calibration is needed; pass calibration=texts.")
-        samples = self.samples(calibration, None if model is None else model.config)
-        how: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "max_tokens": config.max_tokens,
-            "seed": config.seed,
-        }
-        if model is not None:
-            self.stats = self._with_commit(collect(model, samples, plan_needs(config), **how))
-        else:
-            how.update(stream=stream, dtype=dtype, device=device, hub=self._hub)
-            self.stats = calibrate_checkpoint(self.layout(), samples, plan_needs(config), **how)
-        self.pruning_plan = None  # one made or loaded before does not rest on these statistics
+        config, model = self._recipe(), self.layout() if model is None else model
+        stats = calibrate(
+            model,
+            self.samples(_needed(calibration), model.config),
+            config,
+            batch_size=config.batch_size,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+            compute=Compute(**compute),
+            workspace=workspace,
+        )
+        self.stats, self.pruning_plan = self._with_commit(stats), None  # an earlier plan does not rest on these
         return self.stats
 
     def measure_sensitivity(
         self,
-        model: PreTrainedModel | None = None,
+        model: Model | None = None,
         calibration: CalibrationInput | None = None,
         domain_weights: Mapping[str, float] | None = None,
         *,
-        stream: bool | None = None,
-        dtype: str = "auto",
-        device: str = "cpu",
-        **settings: Any,
+        counts: Sequence[int] | None = None,
+        sparsities: Sequence[float] = SPARSITIES,
+        workspace: Workspace = Workspace(),
+        **compute: Any,
     ) -> Sensitivity:
         """Measure how much is lost when the recipe's method prunes each layer alone, and whole models.
 
@@ -261,32 +270,30 @@ class MoEPruner:
             calibration: As for :meth:`calibrate`; of it ``sensitivity_samples`` samples are measured on. Where there
                 are no statistics yet, the model is calibrated on it first.
             domain_weights: A share for each domain in choosing experts.
-            stream: Without a model: hold one decoder layer in memory at a time; by default where it does not fit.
-            dtype: Without a model: the precision to calculate in.
-            device: Without a model: where to calculate.
-            settings: ``counts``, ``sparsities`` and ``batch_size`` (``measure.measure_sensitivity``).
+            counts: Numbers of experts to measure in each layer; by default all, or twelve of them.
+            sparsities: Of whole models; none for layers alone.
+            workspace: As for :meth:`calibrate`.
+            compute: As for :meth:`calibrate`.
 
         Returns:
             The sensitivity, also readable as ``sensitivity``; ``allocation="sensitivity"`` plans with it.
         """
-        config = self._recipe()
-        if calibration is None:
-            raise RequestError("a calibration is needed; pass calibration=texts.")
-        how: dict[str, Any] = {"stream": stream, "dtype": dtype, "device": device}
-        samples = self.samples(calibration, None if model is None else model.config)
-        if self.stats is None and model is None:
-            self.calibrate(None, samples, **how)
-        elif self.stats is None:
-            self.calibrate(model, samples)
-        assert self.stats is not None
-        settings = {"domain_weights": domain_weights, "batch_size": config.batch_size, **settings}
-        few = samples.take(config.sensitivity_samples)
-        if model is None:
-            how["hub"] = self._hub
-            self.sensitivity = measure_checkpoint(self.layout(), few, self.stats, [config], **how, **settings)
-        else:
-            check_model(model)
-            self.sensitivity = measure_sensitivity(LayerByLayer(model), few, self.stats, [config], **settings)
+        config, model = self._recipe(), self.layout() if model is None else model
+        samples = self.samples(_needed(calibration), model.config)
+        if self.stats is None:
+            self.stats = self._statistics(model, samples, domain_weights, workspace.part("calibration"), compute)
+        self.sensitivity = measure_sensitivity(
+            model,
+            samples.take(config.sensitivity_samples),
+            [config],
+            self.stats,
+            domain_weights=domain_weights,
+            counts=counts,
+            sparsities=sparsities,
+            batch_size=config.batch_size,
+            compute=Compute(**compute),
+            workspace=workspace.part("sensitivity"),
+        )
         return self.sensitivity
 
     def plan(
@@ -305,13 +312,13 @@ class MoEPruner:
         if stats is None:
             raise RequestError("there are no statistics to plan with; calibrate first, or pass saved ones.")
         plan = build_plan(stats, self._recipe(), domain_weights, self.sensitivity)
-        self.pruning_plan = plan if self._parent is None else with_parent(plan, self._parent)
+        self.pruning_plan = with_parent(plan, self._parent)
         return self.pruning_plan
 
     def prune(
         self,
         model: PreTrainedModel,
-        calibration: CalibrationInput | CalibrationStats | None = None,
+        calibration: Calibration | None = None,
         domain_weights: Mapping[str, float] | None = None,
     ) -> PreTrainedModel:
         """Prune a model in memory: calibrate, plan, and remove experts; or apply the plan there is.
@@ -332,30 +339,9 @@ class MoEPruner:
         check_model(model)
         plan = self.pruning_plan
         if calibration is not None or domain_weights is not None or plan is None:
-            config = self._recipe()
             blocks = moe_blocks(model)
-            budget_for(config, {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k)
-
-            def nothing() -> CalibrationStats:
-                counts = {block.layer: block.num_experts for block in blocks}
-                return self._with_commit(empty_stats(model_facts(model), counts, blocks[0].routing, seed=config.seed))
-
-            plan = self._plan_from(
-                calibration,
-                domain_weights,
-                model.config,
-                nothing,
-                lambda samples: self.calibrate(model, samples),
-                lambda samples, stats: measure_sensitivity(
-                    LayerByLayer(model),
-                    samples,
-                    stats,
-                    [config],
-                    domain_weights=domain_weights,
-                    sparsities=(),
-                    batch_size=config.batch_size,
-                ),
-            )
+            budget_for(self._recipe(), {b.layer: b.num_experts for b in blocks}, blocks[0].routing.top_k)
+            plan = self._plan(model, calibration, domain_weights, Workspace(), {})
         self.model, self._applied_plan = apply_plan(plan, model), plan
         return self.model
 
@@ -364,34 +350,29 @@ class MoEPruner:
         output_dir: str | os.PathLike,
         *,
         source: str | os.PathLike | None = None,
-        calibration: CalibrationInput | CalibrationStats | None = None,
+        calibration: Calibration | None = None,
         domain_weights: Mapping[str, float] | None = None,
-        stream: bool | None = None,
-        dtype: str = "auto",
-        device: str = "cpu",
         max_shard_size: str | int = MAX_SHARD_SIZE,
         overwrite: bool = False,
         restart: bool = False,
         standalone: bool = False,
+        **compute: Any,
     ) -> Path:
         """Prune a checkpoint's files: calibrate, plan, and write the pruned checkpoint; or apply the plan there is.
 
-        The model is in memory for the calibration at most, and with ``stream`` only one layer of it. Tensors are
-        copied as bytes, in the precision of the source. An interrupted calibration is continued by the same call.
+        The model is in memory for the calibration at most, and streamed only one layer of it. Tensors are copied as
+        bytes, in the precision of the source. An interrupted calibration is continued by the same call.
 
         Args:
             output_dir: The folder to write, absent or empty.
             source: The model's folder or Hub id; by default the bound one.
             calibration: As for :meth:`prune`.
             domain_weights: A share for each domain of the calibration; by default every token counts once.
-            stream: Hold one decoder layer in memory at a time while calibrating; by default where the model does not
-                fit.
-            dtype: The precision of the calibration; ``"auto"`` is the checkpoint's.
-            device: Where to calibrate.
             max_shard_size: The most bytes in a file, as a number or ``"5GB"``.
             overwrite: Replace an earlier output of this package.
             restart: Begin an interrupted calibration anew.
             standalone: As for :meth:`save_pretrained`.
+            compute: Of the calibration, as for :meth:`calibrate`.
 
         Returns:
             The folder.
@@ -401,37 +382,19 @@ class MoEPruner:
             RunError: If the model holds NaN or infinite values, or something cannot be written. What a calibration
                 had finished stays in the sibling ``.<name>.partial``.
         """
-        if source is not None and str(source) != self.name_or_path:
-            other = self._bound_to(source)
-            try:
-                return other.prune_checkpoint(
-                    output_dir,
-                    calibration=calibration,
-                    domain_weights=domain_weights,
-                    stream=stream,
-                    dtype=dtype,
-                    device=device,
-                    max_shard_size=max_shard_size,
-                    overwrite=overwrite,
-                    restart=restart,
-                    standalone=standalone,
-                )
-            finally:
-                self.stats, self.pruning_plan = other.stats, other.pruning_plan
-                self.sensitivity, self._measured = other.sensitivity, other._measured
-                self.output_dir = other.output_dir
-        if self.name_or_path is None:
-            raise RequestError("this pruner is not bound to a checkpoint; pass source=.")
-        check_target(output_dir, overwrite, [self.name_or_path])
+        name = self.name_or_path if source is None else os.fspath(source)
+        check_target(output_dir, overwrite, [name])
         shard_bytes(max_shard_size)
+        layout = self.layout(source)
         plan = None if calibration is not None or domain_weights is not None else self.pruning_plan
         if plan is not None:
-            check_plan_for_config(plan, self._model_config())
-        layout = self.layout()
+            check_plan_for_config(plan, layout.config)
+        workspace = Workspace.beside(output_dir, restart)
         with working_on(output_dir):
             if plan is None:
-                how: dict[str, Any] = {"stream": stream, "dtype": dtype, "device": device, "restart": restart}
-                plan = self._planned(layout, output_dir, calibration, domain_weights, standalone, how)
+                budget = budget_for(self._recipe(), layout.num_experts, layout.spec.routing(layout.config).top_k)
+                check_output(layout, budget, output_dir, standalone)
+                plan = self._plan(layout, calibration, domain_weights, workspace, compute)
             apply_to_checkpoint(
                 plan,
                 layout,
@@ -442,129 +405,10 @@ class MoEPruner:
                 standalone=standalone,
             )
             if calibration is not None:
-                for folder in (calibration_folder(output_dir), sensitivity_folder(output_dir)):
-                    shutil.rmtree(folder, ignore_errors=True)
+                for part in ("calibration", "sensitivity"):
+                    workspace.part(part).clear()
         self.output_dir = Path(output_dir)
         return self.output_dir
-
-    def _planned(
-        self,
-        layout: Layout,
-        output_dir: str | os.PathLike,
-        calibration: CalibrationInput | CalibrationStats | None,
-        domain_weights: Mapping[str, float] | None,
-        standalone: bool,
-        how: dict[str, Any],
-    ) -> PruningPlan:
-        """A plan for the bound checkpoint, when everything that can be refused before a calibration is looked at."""
-        config = self._recipe()
-        budget = budget_for(config, layout.num_experts, layout.spec.routing(layout.config).top_k)
-        uniform = isinstance(budget, UniformBudget) and len(set(budget.num_experts.values())) == 1
-        check_request(layout, uniform, standalone)
-        share = budget.total / sum(layout.num_experts.values())
-        check_space(output_dir, int(layout.checkpoint.nbytes - (1 - share) * layout.expert_bytes))
-
-        def nothing() -> CalibrationStats:
-            Skeleton(layout, torch.float32)  # looks whether all tensors are there
-            routing = layout.spec.routing(layout.config)
-            return empty_stats(layout.facts(), layout.num_experts, routing, seed=config.seed)
-
-        def calibrate(samples: CalibrationSet) -> CalibrationStats:
-            return calibrate_checkpoint(
-                layout,
-                samples,
-                plan_needs(config),
-                batch_size=config.batch_size,
-                max_tokens=config.max_tokens,
-                seed=config.seed,
-                folder=calibration_folder(output_dir),
-                hub=self._hub,
-                **how,
-            )
-
-        def measure(samples: CalibrationSet, stats: CalibrationStats) -> Sensitivity:
-            return measure_checkpoint(
-                layout,
-                samples,
-                stats,
-                [config],
-                domain_weights=domain_weights,
-                sparsities=(),
-                batch_size=config.batch_size,
-                folder=sensitivity_folder(output_dir),
-                hub=self._hub,
-                **how,
-            )
-
-        return self._plan_from(calibration, domain_weights, layout.config, nothing, calibrate, measure)
-
-    def _plan_from(
-        self,
-        calibration: CalibrationInput | CalibrationStats | None,
-        domain_weights: Mapping[str, float] | None,
-        model_config: Any,
-        nothing: Callable[[], CalibrationStats],
-        calibrate: Callable[[CalibrationSet], CalibrationStats],
-        measure: Callable[[CalibrationSet, CalibrationStats], Sensitivity],
-    ) -> PruningPlan:
-        """A plan from given statistics, from those of no calibration, from a calibration, or from the last one's."""
-        config = self._recipe()
-        given = self.sensitivity is not None and self.sensitivity is not self._measured
-        texts = calibration is not None and not isinstance(calibration, CalibrationStats)
-        measures = config.allocates == BY_SENSITIVITY and not given and (texts or self.sensitivity is None)
-        samples = None
-        if isinstance(calibration, CalibrationStats):
-            self.stats = calibration
-        elif calibration is not None and (measures or plan_needs(config)):
-            samples = self.samples(calibration, model_config)
-            if domain_weights is not None:
-                check_domain_weights(samples.samples, domain_weights)
-            self.stats = calibrate(samples) if plan_needs(config) else nothing()
-        elif not plan_needs(config):
-            self.stats = nothing()
-        elif self.stats is None:
-            raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
-        if measures:
-            if samples is None:
-                raise RequestError(
-                    "allocation 'sensitivity' needs texts to measure on; pass calibration=texts, or set "
-                    "pruner.sensitivity to what was measured before."
-                )
-            self.sensitivity = self._measured = measure(samples.take(config.sensitivity_samples), self.stats)
-        return self.plan(domain_weights=domain_weights)
-
-    def _bound_to(self, source: str | os.PathLike) -> MoEPruner:
-        """The same pruner, for another checkpoint."""
-        other = MoEPruner(
-            self.config,
-            plan=self.pruning_plan,
-            name_or_path=source,
-            tokenizer=self._tokenizer if self._tokenizer_given else None,
-            model_config=load_model_config(source, **self._hub),
-            parent=stored_plan(source, self._hub),
-            hub=self._hub,
-        )
-        other.stats, other.sensitivity, other._measured = self.stats, self.sensitivity, self._measured
-        return other
-
-    def _model_config(self) -> Any:
-        """The config of the bound model."""
-        if self.model_config is None:
-            self.model_config = load_model_config(str(self.name_or_path), **self._hub)
-        return self.model_config
-
-    def layout(self) -> Layout:
-        """Where the files of the bound checkpoint hold experts and routers; checked.
-
-        Raises:
-            RequestError: If there is none, or its files are damaged.
-        """
-        if self.name_or_path is None:
-            raise RequestError("this pruner is not bound to a model; pass the model to calibrate.")
-        config = self._model_config()
-        commit = getattr(config, "_commit_hash", None)
-        hub = {**self._hub, "revision": commit} if commit else self._hub
-        return find_layout(Checkpoint.open(self.name_or_path, hub), config)
 
     def save_pretrained(
         self,
@@ -596,41 +440,24 @@ class MoEPruner:
             model,
             plan,
             save_directory,
-            recipe=plan.config if self.config is None else self.config.to_dict(),
-            source=self.name_or_path,
-            source_config=None if self.name_or_path is None else self._model_config(),
-            hub=self._hub,
-            tokenizer=self._tokenizer if self._tokenizer_given else None,
+            recipe=None if self.config is None else self.config.to_dict(),
+            source=self.source,
+            source_config=self.model_config,
+            tokenizer=self._given_tokenizer,
             overwrite=overwrite,
             standalone=standalone,
         )
         return self.output_dir
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        folder: str | os.PathLike | None = None,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> Any:
+    def push_to_hub(self, repo_id: str, folder: str | os.PathLike | None = None, **options: Any) -> CommitInfo:
         """Publish a pruned checkpoint in one commit: weights, tokenizer, recipe, plan, card, evaluation and report.
 
         Args:
             repo_id: The repository, made if absent.
             folder: The checkpoint; by default the one this pruner wrote last. Its card is made anew, under the
                 repository's name.
-            private: Whether a new repository is private.
-            token: Access token; by default the pruner's own, or the one of ``hf auth login``.
-            revision: The branch.
-            commit_message: Of the commit.
-            create_pr: Open a pull request instead of committing.
-
-        Returns:
-            The client's ``CommitInfo``.
+            options: ``private``, ``token`` (by default the pruner's own, or the one of ``hf auth login``),
+                ``revision``, ``commit_message``, ``create_pr``: see ``publishing.hub.push_folder``.
 
         Raises:
             RequestError: If there is no checkpoint, the repository holds something else, or the Hub refuses.
@@ -642,15 +469,9 @@ class MoEPruner:
                 "there is no checkpoint to publish; write one first (save_pretrained), or pass folder=."
             )
         write_card(folder, repo_id)
-        return push_folder(
-            folder,
-            repo_id,
-            private=private,
-            token=self._hub.get("token") if token is None else token,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
+        if options.get("token") is None and self.source is not None:
+            options["token"] = self.source.token
+        return push_folder(folder, repo_id, **options)
 
     # -- helpers
 
@@ -659,9 +480,61 @@ class MoEPruner:
             raise RequestError("this pruner has no recipe; pass config=MoEPrunerConfig(method=..., num_experts=...).")
         return self.config
 
+    def _plan(
+        self,
+        model: Model,
+        calibration: Calibration | None,
+        domain_weights: Mapping[str, float] | None,
+        workspace: Workspace,
+        compute: dict[str, Any],
+    ) -> PruningPlan:
+        """A plan from given statistics, from those of no calibration, from a calibration, or from the last one's."""
+        config = self._recipe()
+        texts = None if isinstance(calibration, CalibrationStats) else calibration
+        measures = config.allocates == BY_SENSITIVITY and not self._sensitivity_is_given
+        measures = measures and (texts is not None or self.sensitivity is None)
+        samples = None if texts is None or not (measures or config.needs) else self.samples(texts, model.config)
+        if isinstance(calibration, CalibrationStats):
+            self.stats = calibration
+        elif samples is not None or not config.needs:
+            self.stats = self._statistics(model, samples, domain_weights, workspace.part("calibration"), compute)
+        elif self.stats is None:
+            raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
+        if measures:
+            if samples is None:
+                raise RequestError(
+                    "allocation 'sensitivity' needs texts to measure on; pass calibration=texts, or set "
+                    "pruner.sensitivity to what was measured before."
+                )
+            self.measure_sensitivity(model, samples, domain_weights, sparsities=(), workspace=workspace, **compute)
+            self._sensitivity_is_given = False  # other texts are measured anew
+        return self.plan(domain_weights=domain_weights)
+
+    def _statistics(
+        self,
+        model: Model,
+        samples: CalibrationSet | None,
+        domain_weights: Mapping[str, float] | None,
+        workspace: Workspace,
+        compute: dict[str, Any],
+    ) -> CalibrationStats:
+        """Statistics of a calibration, or of none where the method needs none."""
+        config = self._recipe()
+        if samples is not None and domain_weights is not None:
+            check_domain_weights(samples.samples, domain_weights)
+        if samples is None or not config.needs:
+            return self._with_commit(no_calibration(model, config.seed))
+        return self.calibrate(model, samples, workspace=workspace, **compute)
+
     def _with_commit(self, stats: CalibrationStats) -> CalibrationStats:
         """Statistics of a model in memory, with the commit of the repository this pruner is bound to."""
-        commit = getattr(self.model_config, "_commit_hash", None)
-        if commit is None or stats.model["name_or_path"] != self.name_or_path:
+        if stats.model["name_or_path"] != self.name_or_path or stats.model["revision"] or self.source is None:
             return stats
-        return replace(stats, model={**stats.model, "revision": commit})
+        commit = commit_of_config(self.model_config)
+        return stats if commit is None else replace(stats, model={**stats.model, "revision": commit})
+
+
+def _needed(calibration: CalibrationInput | None) -> CalibrationInput:
+    if calibration is None:
+        raise RequestError("a calibration is needed; pass calibration=texts.")
+    return calibration

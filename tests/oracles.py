@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +21,16 @@ from optimum_moe_prune import (
     CalibrationStats,
     MoEPrunerConfig,
     PruningPlan,
+    Sensitivity,
 )
-from optimum_moe_prune.calibration.in_memory import empty_stats
-from optimum_moe_prune.checkpoints.checkpoint import Checkpoint
-from optimum_moe_prune.checkpoints.layout import Layout, find_layout
-from optimum_moe_prune.checkpoints.source import load_model_config
-from optimum_moe_prune.commands.cli import main
-from optimum_moe_prune.models.blocks import MoEBlock, model_facts, moe_blocks
+from optimum_moe_prune.calibration.calibrate import calibrate, no_calibration
+from optimum_moe_prune.checkpoints.layout import Layout, open_layout
+from optimum_moe_prune.commands import main
+from optimum_moe_prune.evaluation.measure_sensitivity import measure_sensitivity
+from optimum_moe_prune.models.blocks import MoEBlock, moe_blocks
+from optimum_moe_prune.models.memory import Compute
 from optimum_moe_prune.planning.build import build_plan
+from optimum_moe_prune.storage.workspace import Workspace
 
 
 def expert_output(block: MoEBlock, expert: int, x: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ def assert_same(a: CalibrationStats, b: CalibrationStats, rtol: float) -> None:
 
 
 def layout_of(folder: Path) -> Layout:
-    return find_layout(Checkpoint.open(folder), load_model_config(folder))
+    return open_layout(folder)
 
 
 def assert_identical(a: CalibrationStats, b: CalibrationStats) -> None:
@@ -169,9 +172,7 @@ def assert_same_result(command: str, found: Path, expected: Path) -> None:
 
 def plan_for(model: PreTrainedModel, num_experts: int = 4, seed: int = 0, allocation: str = "uniform") -> PruningPlan:
     config = MoEPrunerConfig(method="random", num_experts=num_experts, seed=seed, allocation=allocation)
-    blocks = moe_blocks(model)
-    counts = {block.layer: block.num_experts for block in blocks}
-    return build_plan(empty_stats(model_facts(model), counts, blocks[0].routing), config)
+    return build_plan(no_calibration(model), config)
 
 
 @contextlib.contextmanager
@@ -200,3 +201,38 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
         main([str(a) for a in arguments])
     out, err = capsys.readouterr()
     return ended.value.code or 0, out, err
+
+
+def calibrated(
+    layout: Layout,
+    samples: CalibrationSet,
+    needs: Any,
+    *,
+    folder: Path | None = None,
+    restart: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    stream: bool | None = None,
+    **settings: Any,
+) -> CalibrationStats:
+    """A checkpoint calibrated, the values of its compute and workspace one by one."""
+    compute, workspace = Compute(dtype, device, stream), Workspace(folder, restart)
+    return calibrate(layout, samples, needs, compute=compute, workspace=workspace, **settings)
+
+
+def sensitivity_of(
+    model: Any,
+    samples: CalibrationSet,
+    stats: CalibrationStats,
+    recipes: list[MoEPrunerConfig],
+    *,
+    folder: Path | None = None,
+    restart: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    stream: bool | None = None,
+    **settings: Any,
+) -> Sensitivity:
+    """A model or checkpoint measured, the values of its compute and workspace one by one."""
+    compute, workspace = Compute(dtype, device, stream), Workspace(folder, restart)
+    return measure_sensitivity(model, samples, recipes, stats, compute=compute, workspace=workspace, **settings)

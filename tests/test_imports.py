@@ -38,7 +38,7 @@ def test_architectures_are_light() -> None:
     "module",
     [
         "optimum_moe_prune",
-        "optimum_moe_prune.commands.cli",
+        "optimum_moe_prune.commands",
         "optimum_moe_prune.config",
         "optimum_moe_prune._optimum_register",
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..compat import text_config
 from .routers import RoutingRule, SoftmaxTopK
 
 
@@ -74,17 +75,17 @@ class MoESpec:
         """Whether a model's layers have different numbers of experts (``per_layer_config``)."""
         from .unequal import is_unequal  # it needs torch
 
-        return is_unequal(config, self.count_key)
+        return is_unequal(text_config(config), self.count_key)
 
     def num_experts(self, config: Any, layer: int) -> int:
         """Routed experts of a decoder layer, should it be sparse."""
         from .unequal import count_of_layer
 
-        return count_of_layer(config, self.count_key, layer)
+        return count_of_layer(text_config(config), self.count_key, layer)
 
     def routing(self, config: Any) -> RoutingRule:
         """The rule of this architecture's router, with the settings of one model."""
-        renormalise = self.renormalise
+        config, renormalise = text_config(config), self.renormalise
         if isinstance(renormalise, str):
             renormalise = bool(getattr(config, renormalise))
         return SoftmaxTopK(int(getattr(config, self.top_k_key)), renormalise, self.cast_weights)

@@ -1,109 +1,156 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibrate a checkpoint by whichever way fits the machine: the whole model in memory, or one layer at a time."""
+"""Calibrate: a model in memory, or a checkpoint by whichever way fits the machine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
-import torch
-
-from ..checkpoints.layout import Layout, identity, model_dtype
-from ..errors import RunError
-from ..models.memory import _fits, _model, _resolved
-from ..models.skeleton import Skeleton
+from ..checkpoints.layout import Layout, identity, open_layout
+from ..checkpoints.source import Source
+from ..config import MoEPrunerConfig
+from ..errors import RequestError, RunError
+from ..methods import get_method, make_options
+from ..models.blocks import model_facts, moe_blocks
+from ..models.memory import Compute, load_model, open_skeleton
 from ..provenance import versions
 from ..statistics.stats import CalibrationStats, Need
 from ..storage.growing import Store, unfinished
-from .in_memory import collect
-from .samples import CalibrationSet
+from ..storage.workspace import Workspace
+from .in_memory import collect, empty_stats
+from .samples import CalibrationInput, CalibrationSet, sample_length
 from .streamed import collect_streamed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def calibrate_checkpoint(
-    layout: Layout,
-    calibration: CalibrationSet,
-    needs: Iterable[Need],
+Model = Union["PreTrainedModel", Layout, Source, str, os.PathLike]
+"""A model in memory, or the folder, Hub id or ``Source`` of one."""
+Needs = str | Need | MoEPrunerConfig | Iterable[str | Need | MoEPrunerConfig]
+"""``"all"``, methods by name, recipes, or single needs."""
+
+
+def calibrate(
+    model: Model,
+    samples: CalibrationInput,
+    needs: Needs = "all",
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 2048,
     batch_size: int = 8,
     max_tokens: int = 8192,
     seed: int = 0,
-    dtype: str = "auto",
-    device: str = "cpu",
-    stream: bool | None = None,
-    folder: Path | None = None,
-    restart: bool = False,
-    hub: Mapping[str, Any] | None = None,
+    compute: Compute = Compute(),
+    workspace: Workspace = Workspace(),
 ) -> CalibrationStats:
-    """Gather statistics of the MoE layers of a checkpoint.
+    """Run a model over calibration samples once and gather statistics of its MoE layers.
 
     Args:
-        layout: The checkpoint.
-        calibration: The samples.
-        needs: What to gather.
+        model: A causal language model with real parameters, on any device or ``device_map``; or the folder, Hub id or
+            ``Source`` of one, which is held in memory for it, or one layer at a time.
+        samples: Texts, files, records, a dataset, token tensors, or a ``CalibrationSet`` (which selects and packs).
+        needs: What to gather: ``"all"``, what methods (by name) or recipes read, or single needs.
+        tokenizer: For texts; by default the one in the model's folder.
+        max_length: Tokens of a sample at most; less if the model was made for less.
         batch_size: Samples in a forward pass.
         max_tokens: The most tokens for which statistics per token are kept.
         seed: Decides which tokens are kept when there are more.
-        dtype: The precision to calculate in; ``"auto"`` is the checkpoint's.
-        device: Where to calculate.
-        stream: Hold one decoder layer in memory at a time; by default where the model does not fit.
-        folder: Where unfinished work is kept, and continued by a later call for the same.
-        restart: Begin anew, whatever the folder holds.
-        hub: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
+        compute: How a checkpoint is run.
+        workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same.
 
     Raises:
         RequestError: If the request is wrong, a tensor is missing or has another shape than the config says, or the
-            folder holds unfinished work on something else.
+            workspace holds unfinished work on something else.
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
-    needs = frozenset(needs)
-    device = _resolved(device)
-    there = None if folder is None or restart else unfinished(folder)
-    if stream is None and there is not None:
-        stream = bool(there[0].get("stream"))  # memory may be free now that was not when it began
-    if stream is None:
-        stream = not _fits(layout, dtype, device)
-    how: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
-    of = {
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
+    gathered = needs_of(needs)
+    layout = layout_of(model)
+    config = model.config if layout is None else layout.config  # type: ignore[union-attr]
+    if not isinstance(samples, CalibrationSet) and tokenizer is None and layout is not None:
+        tokenizer = layout.checkpoint.source.load_tokenizer()
+    calibration = CalibrationSet.build(samples, tokenizer, max_length=sample_length(max_length, config))
+    if layout is None:
+        return collect(model, calibration, gathered, **settings)  # type: ignore[arg-type]
+    begun = None if workspace.folder is None or workspace.restart else unfinished(workspace.folder)
+    compute = compute.settled(layout, None if begun is None else bool(begun[0].get("stream")))
+    work = {
         "model": identity(layout),
         "calibration": calibration.fingerprint,
-        "needs": sorted(map(str, needs)),
-        **how,
-        "dtype": dtype,
-        "device": torch.device(device.replace("auto", "cuda")).type,
-        "stream": stream,
+        "needs": sorted(map(str, gathered)),
+        **settings,
+        "dtype": compute.dtype,
+        "device": compute.device_type,
+        "stream": compute.stream,
         "versions": versions(),
     }
-    skeleton = Skeleton(layout, model_dtype(layout.config, layout.checkpoint, dtype), device)  # checks all tensors
-    store = Store(folder, of, restart)
+    skeleton = open_skeleton(layout, compute)  # checks all tensors
+    store = Store(workspace.folder, work, workspace.restart)
     try:
-        if stream:
-            stats = collect_streamed(skeleton, calibration, needs, **how, store=store)
+        if compute.stream:
+            stats = collect_streamed(skeleton, calibration, gathered, **settings, store=store)
         else:
-            stats = _collected(layout, calibration, needs, how, dtype, device, store, dict(hub or {}))
+            try:
+                stats = collect(load_model(layout, compute), calibration, gathered, **settings, store=store)
+            except RunError:
+                layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
+                raise
+            stats = replace(stats, model=layout.facts())  # of the checkpoint's own precision
     finally:
         store.close()
-    provenance = {**stats.provenance, "streamed": stream, "statistics_on_disk": store.spilled}
+    provenance = {**stats.provenance, "streamed": compute.stream, "statistics_on_disk": store.spilled}
     return replace(stats, provenance=provenance)
 
 
-def _collected(
-    layout: Layout,
-    calibration: CalibrationSet,
-    needs: frozenset[Need],
-    how: dict[str, Any],
-    dtype: str,
-    device: str,
-    store: Store,
-    hub: dict[str, Any],
-) -> CalibrationStats:
-    """Statistics of the whole model in memory."""
-    model = _model(layout, dtype, device, hub)
-    try:
-        stats = collect(model, calibration, needs, **how, store=store)
-    except RunError:
-        layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
-        raise
-    return replace(stats, model=layout.facts())  # of the checkpoint's own precision
+def no_calibration(model: Model, seed: int = 0) -> CalibrationStats:
+    """Statistics of no calibration at all, for methods that need none.
+
+    Args:
+        model: As for :func:`calibrate`.
+        seed: Carried along.
+    """
+    layout = layout_of(model)
+    if layout is None:
+        blocks = moe_blocks(model)  # type: ignore[arg-type]
+        counts = {block.layer: block.num_experts for block in blocks}
+        return empty_stats(model_facts(model), counts, blocks[0].routing, seed=seed)  # type: ignore[arg-type]
+    open_skeleton(layout, Compute("float32"))  # looks whether all tensors are there
+    return empty_stats(layout.facts(), layout.num_experts, layout.spec.routing(layout.config), seed=seed)
+
+
+def needs_of(needs: Needs) -> frozenset[Need]:
+    """The statistics that are meant by ``"all"``, by methods, recipes, or single needs.
+
+    Raises:
+        RequestError: If a method is not known, or nothing is needed.
+    """
+    if isinstance(needs, str) and needs == "all":
+        return frozenset(Need)
+    if isinstance(needs, (str, Need, MoEPrunerConfig)):
+        needs = [needs]
+    found: set[Need] = set()
+    names = []
+    for need in needs:
+        if isinstance(need, Need):
+            found.add(need)
+        elif isinstance(need, MoEPrunerConfig):
+            names.append(need.method)
+            found |= need.needs
+        else:
+            method = get_method(need)
+            names.append(method.name)
+            found |= method.needs(make_options(method, {}))
+    if not found:
+        raise RequestError(
+            f"method {' or '.join(map(repr, names))} needs no calibration, so there is nothing to score."
+        )
+    return frozenset(found)
+
+
+def layout_of(model: Model) -> Layout | None:
+    """The checkpoint that is meant, or None for a model in memory."""
+    if isinstance(model, Layout):
+        return model
+    return open_layout(model) if isinstance(model, (Source, str, os.PathLike)) else None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.routers import RoutingRule
+from ..compat import text_config
 from ..models.blocks import model_facts, moe_blocks
 from ..models.checks import check_finite, check_model, evaluating, input_device, vocabulary
 from ..progress import progress
@@ -158,7 +159,7 @@ def statistics_bytes(num_experts: Mapping[int, int], needs: frozenset[Need], cur
     for count in num_experts.values():
         shapes = layer_shapes(
             needs, current.num_samples, len(current.token_sample), count, before,
-            config.get_text_config().hidden_size, torch.float32, torch.float32,
+            text_config(config).hidden_size, torch.float32, torch.float32,
         )  # fmt: skip
         total += shapes_bytes(shapes)
         before = count

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor
 
+from ..compat import text_config
 from ..config import SAMPLE_SELECTIONS, check_clusters
 from ..errors import RequestError
 from ..models.batches import Batch
@@ -251,7 +252,7 @@ class CalibrationSet:
 
 def sample_length(max_length: int, config: Any) -> int:
     """``max_length``, or what the model was made for (``max_position_embeddings``) where that is shorter."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(text_config(config), "max_position_embeddings", None)
     return min(max_length, longest) if isinstance(longest, int) and longest > 1 else max_length
 
 

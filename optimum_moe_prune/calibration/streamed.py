@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import text_config
 from ..errors import RequestError
 from ..models.batches import Batch
 from ..models.skeleton import Skeleton
@@ -69,14 +70,14 @@ def collect_streamed(
         raise RequestError(
             "this checkpoint is quantised; calibrate with the unquantised one. A plan can be applied to both (apply)."
         )
-    calibration.check_vocabulary(config.get_text_config().vocab_size)
+    calibration.check_vocabulary(text_config(config).vocab_size)
     store.check_steps(skeleton.num_layers)
     facts = layout.facts() if layout.checkpoint.is_local else None  # on the Hub it would fetch all files first
     current = Current(calibration, max_tokens, seed)
     batches = list(calibration.batches(batch_size))
     blocks = {block.layer: block for block in skeleton.blocks}
     top_k = skeleton.blocks[0].routing.top_k if Need.COACTIVATION in needs else None
-    hidden_size = config.get_text_config().hidden_size
+    hidden_size = text_config(config).hidden_size
     states = _States(store, _state_shapes(batches, hidden_size, skeleton.dtype, top_k))
     store.check_space(statistics_bytes(layout.num_experts, needs, current, config) + 2 * states.nbytes)
 

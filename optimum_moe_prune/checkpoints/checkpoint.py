@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import RequestError, RunError
 from ..storage.tensor_files import TORCH_DTYPES, TensorEntry, all_finite, read_header
 from ..storage.values import read_json
-from .source import find_file, list_files, without_code
+from .source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +56,13 @@ class Checkpoint:
     """A model's safetensors files.
 
     Attributes:
-        name_or_path: The folder or Hub id.
-        hub: ``revision``, ``token`` and ``cache_dir``, for the Hub.
+        source: The folder or Hub id, and how it is reached.
         tensors: By name, file after file in the order they lie in.
         metadata: Of the first file.
         index_metadata: Of the index, where there is one.
     """
 
-    name_or_path: str
-    hub: Mapping[str, Any]
+    source: Source
     tensors: dict[str, SourceTensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     index_metadata: dict[str, Any] = field(default_factory=dict)
@@ -73,21 +71,21 @@ class Checkpoint:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def open(cls, name_or_path: str | os.PathLike, hub: Mapping[str, Any] | None = None) -> Checkpoint:
+    def open(cls, source: Source | str | os.PathLike) -> Checkpoint:
         """Read the index and the headers, and check them against each other.
 
         Args:
-            name_or_path: A model's folder or Hub id.
-            hub: ``revision``, ``token`` and ``cache_dir``.
+            source: The model's folder or Hub id.
 
         Raises:
             RequestError: If there are no safetensors files, one is missing or damaged, or the index and they disagree.
         """
-        checkpoint = cls(str(name_or_path), without_code(hub or {}))
+        checkpoint = cls(Source.of(source))
+        name_or_path = checkpoint.name_or_path
         if checkpoint.is_local:
             single = (Path(name_or_path) / SINGLE_FILE).is_file()
         else:
-            single = SINGLE_FILE in list_files(checkpoint.name_or_path, checkpoint.hub)
+            single = SINGLE_FILE in checkpoint.source.files()
         weight_map: dict[str, str] = {}
         if single:
             files = [SINGLE_FILE]
@@ -107,9 +105,7 @@ class Checkpoint:
                     "damaged; fetch it again."
                 )
         beside = {
-            name
-            for name in list_files(name_or_path, checkpoint.hub)
-            if "/" not in name and name.endswith(".safetensors")
+            name for name in checkpoint.source.files() if "/" not in name and name.endswith(".safetensors")
         } - set(files)
         if beside:
             logger.warning(
@@ -122,9 +118,14 @@ class Checkpoint:
         return checkpoint
 
     @property
+    def name_or_path(self) -> str:
+        """The folder or Hub id."""
+        return self.source.name_or_path
+
+    @property
     def is_local(self) -> bool:
         """Whether it is a folder; then nothing touches the network."""
-        return Path(self.name_or_path).is_dir()
+        return self.source.is_local
 
     @property
     def files(self) -> list[str]:
@@ -145,7 +146,7 @@ class Checkpoint:
         """
         try:
             with self._lock:
-                found = find_file(self.name_or_path, file, self.hub)
+                found = self.source.find(file)
         except OSError as error:
             raise RunError(f"{file} of {self.name_or_path} cannot be fetched: {str(error).splitlines()[0]}") from error
         if found is None:
@@ -229,7 +230,7 @@ class Checkpoint:
     # -- helpers
 
     def _index(self) -> tuple[dict[str, str], dict[str, Any]]:
-        path = find_file(self.name_or_path, INDEX_FILE, self.hub)
+        path = self.source.find(INDEX_FILE)
         if path is None:
             raise RequestError(
                 f"{self.name_or_path} has no safetensors files ({SINGLE_FILE} or {INDEX_FILE}); load the model with "
@@ -260,7 +261,7 @@ class Checkpoint:
 
             try:
                 remote = HfApi().parse_safetensors_file_metadata(
-                    self.name_or_path, file, revision=self.hub.get("revision"), token=self.hub.get("token")
+                    self.name_or_path, file, revision=self.source.revision, token=self.source.token
                 )
                 if first:
                     self.metadata = dict(remote.metadata)
@@ -291,7 +292,7 @@ class Checkpoint:
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(
-            self.name_or_path, file, cache_dir=self.hub.get("cache_dir"), revision=self.hub.get("revision")
+            self.name_or_path, file, cache_dir=self.source.cache_dir, revision=self.source.revision
         )
         return isinstance(found, str)
 

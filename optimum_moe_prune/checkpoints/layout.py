@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ import torch
 from ..architectures.fingerprint import fingerprint_of
 from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_of
+from ..compat import commit_of_config, name_of_config, text_config
 from ..errors import RequestError
 from ..storage.tensor_files import TORCH_DTYPES
 from .checkpoint import Checkpoint
+from .source import Source
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Layout:
     @property
     def dense_layers(self) -> list[int]:
         """Decoder layers without experts."""
-        return [index for index in range(self.config.num_hidden_layers) if index not in self.layers]
+        return [index for index in range(text_config(self.config).num_hidden_layers) if index not in self.layers]
 
     def fingerprint(self) -> str:
         """The fingerprint of the model that transformers loads from these files in their own precision.
@@ -103,8 +105,8 @@ class Layout:
             "top_k": self.spec.routing(self.config).top_k,
             "fingerprint": self.fingerprint(),
             "dense_layers": self.dense_layers,
-            "name_or_path": self.config._name_or_path or None,
-            "revision": getattr(self.config, "_commit_hash", None),
+            "name_or_path": name_of_config(self.config),
+            "revision": commit_of_config(self.config),
         }
 
 
@@ -116,6 +118,22 @@ def model_dtype(config: Any, checkpoint: Checkpoint, dtype: str | torch.dtype = 
     if own is None:
         return checkpoint.floating_dtype()
     return getattr(torch, own) if isinstance(own, str) else own
+
+
+def open_layout(source: Source | str | os.PathLike, config: Any = None) -> Layout:
+    """Where the files of a model hold experts and routers; checked.
+
+    Args:
+        source: The model. Of one on the Hub all files are those of one commit.
+        config: Its config, where it was read before.
+
+    Raises:
+        RequestError: If there is none, its architecture is not known, or its files are damaged.
+    """
+    source = Source.of(source)
+    config = source.load_config() if config is None else config
+    commit = commit_of_config(config)
+    return find_layout(Checkpoint.open(replace(source, revision=commit) if commit else source), config)
 
 
 def find_layout(checkpoint: Checkpoint, config: Any) -> Layout:
@@ -138,7 +156,7 @@ def find_layout(checkpoint: Checkpoint, config: Any) -> Layout:
     router_paths = {spec.router, *(path.rpartition(".")[0] for path in spec.router_tensors)} - {""}
     for name in checkpoint.tensors:
         match = inside.fullmatch(name)
-        if match is None or int(match[1]) >= config.num_hidden_layers:
+        if match is None or int(match[1]) >= text_config(config).num_hidden_layers:
             if anywhere.search(name):
                 layout.outside.append(name)
             continue
@@ -209,13 +227,13 @@ def _check_layer(layout: Layout, index: int, layer: MoELayer) -> None:
     for path, name in layer.router.items():
         tensor = checkpoint.tensors[name]
         rows = tensor.shape[0] if tensor.shape else 0
-        if rows == count and tensor.shape[1:] in ((), (layout.config.hidden_size,)):
+        if rows == count and tensor.shape[1:] in ((), (text_config(layout.config).hidden_size,)):
             continue
         if path not in spec.router_tensors and math.prod(tensor.shape) == 1:
             continue  # one number for the whole router
         raise RequestError(
             f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts and hidden size "
-            f"{layout.config.hidden_size}."
+            f"{text_config(layout.config).hidden_size}."
         )
 
 
@@ -256,7 +274,7 @@ def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
 
 
 def _projections(layout: Layout) -> Mapping[str, tuple[int, int]]:
-    config = layout.config
+    config = text_config(layout.config)
     return {
         name: (getattr(config, rows), getattr(config, columns)) for name, rows, columns in layout.spec.file_experts
     }
@@ -271,7 +289,7 @@ def identity(layout: Layout) -> dict[str, Any]:
     """What makes a checkpoint the same one: its files and routers, or its commit on the Hub."""
     checkpoint = layout.checkpoint
     if not checkpoint.is_local:
-        return {"name": checkpoint.name_or_path, "commit": getattr(layout.config, "_commit_hash", None)}
+        return {"name": checkpoint.name_or_path, "commit": commit_of_config(layout.config)}
     folder = Path(os.path.realpath(checkpoint.name_or_path))
     found = {file: os.stat(folder / file) for file in ("config.json", *checkpoint.files)}
     files = {file: {"bytes": stat.st_size, "changed at": stat.st_mtime_ns} for file, stat in found.items()}

@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model comes from: a folder or a repository on the Hub, its files and its config."""
+"""Where a model comes from: a folder or a repository on the Hub, its files, its config and its tokenizer."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from ..architectures.table import architecture_of, list_architectures
+from ..compat import cached_commit, cached_file, set_commit_of_config
 from ..errors import RequestError
 from ..names import PLAN_NAME
 from ..plan import PruningPlan
 from ..storage.folders import MARKERS
 
 logger = logging.getLogger(__name__)
-
 
 WEIGHT_FILES = (
     "*.safetensors",
@@ -42,95 +40,135 @@ WEIGHT_FILES = (
 """Files with weights, in this format or another."""
 
 
-def without_code(hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what is said about the Hub, what concerns files and not code."""
-    return {key: value for key, value in hub.items() if key != "trust_remote_code"}
+@dataclass(frozen=True)
+class Source:
+    """A model's folder or Hub id, and how it is reached.
 
+    Attributes:
+        name_or_path: The folder or Hub id. A folder is looked at without the network.
+        revision: Branch, tag or commit, for the Hub.
+        token: For private repositories.
+        cache_dir: Where downloads are kept.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
 
-def find_file(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str, Any]) -> Path | None:
-    """A file of a model's folder or Hub repository, or None; a folder is looked at without the network."""
-    if Path(name_or_path).is_dir():
-        path = Path(name_or_path) / file_name
-        return path if path.is_file() else None
-    from transformers.utils import cached_file
+    name_or_path: str
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    trust_remote_code: bool = False
 
-    found = cached_file(str(name_or_path), file_name, _raise_exceptions_for_missing_entries=False, **without_code(hub))
-    return None if found is None else Path(found)
+    @classmethod
+    def of(cls, source: Source | str | os.PathLike, **settings: Any) -> Source:
+        """A source as it is, or the one of a folder or Hub id with these settings."""
+        return source if isinstance(source, Source) else cls(os.fspath(source), **settings)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder; then nothing touches the network."""
+        return Path(self.name_or_path).is_dir()
 
-def commit_of(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> str | None:
-    """The commit of a model on the Hub, by where the cache keeps it; None for a folder."""
-    if Path(name_or_path).is_dir():
-        return None
-    found = find_file(name_or_path, "config.json", hub)
-    parts = () if found is None else found.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+    @property
+    def for_files(self) -> dict[str, Any]:
+        """What functions that fetch files take."""
+        given = {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
+        return {key: value for key, value in given.items() if value is not None}
 
+    @property
+    def for_transformers(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes."""
+        return {**self.for_files, **({"trust_remote_code": True} if self.trust_remote_code else {})}
 
-def list_files(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> list[str]:
-    """The files of a model's folder or Hub repository, but hidden ones."""
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        from huggingface_hub import list_repo_files
+    # -- files
+
+    def find(self, file_name: str) -> Path | None:
+        """A file of the model, or None; one on the Hub is downloaded."""
+        if self.is_local:
+            path = Path(self.name_or_path) / file_name
+            return path if path.is_file() else None
+        return cached_file(self.name_or_path, file_name, self.for_files)
+
+    def commit(self) -> str | None:
+        """The commit of a model on the Hub, by where the cache keeps it; None for a folder."""
+        found = None if self.is_local else self.find("config.json")
+        return None if found is None else cached_commit(self.name_or_path, found)
+
+    def files(self) -> list[str]:
+        """The names of the model's files, but hidden ones."""
+        folder = Path(self.name_or_path)
+        if not folder.is_dir():
+            from huggingface_hub import list_repo_files
+
+            try:
+                names = list_repo_files(self.name_or_path, revision=self.revision, token=self.token)
+                return [name for name in names if not _is_hidden(name)]
+            except Exception as error:  # offline, or the Hub does not answer: what is in the cache was enough so far
+                logger.info("the files of %s cannot be listed: %s", self.name_or_path, error)
+                cached = self.find("config.json")
+                if cached is None:
+                    return []
+                folder = cached.parent
+        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        return [name for name in names if not _is_hidden(name)]
+
+    def other_files(self) -> list[str]:
+        """The files beside the weights: tokenizer, configs, code. Earlier outputs of this package are left out."""
+        names = self.files()
+        outputs = tuple(
+            f"{name.rpartition('/')[0]}/" for name in names if name.rpartition("/")[2] in MARKERS and "/" in name
+        )
+        return [
+            name
+            for name in names
+            if not any(fnmatch(name.rpartition("/")[2], pattern) for pattern in WEIGHT_FILES)
+            and not name.startswith(outputs or "/")
+        ]
+
+    # -- what they say
+
+    def load_config(self) -> Any:
+        """The config of the model, whose architecture must be known.
+
+        Raises:
+            RequestError: If there is no model, or it is not a known Mixture-of-Experts model.
+        """
+        from transformers import AutoConfig
+
+        path = Path(self.name_or_path)
+        if path.exists() and not (path / "config.json").is_file():
+            raise RequestError(f"{self.name_or_path} is not a model's folder: it has no config.json.")
+        try:
+            config = AutoConfig.from_pretrained(self.name_or_path, **self.for_transformers)
+        except Exception as error:  # a config can be wrong in as many ways as there are model types
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RequestError(
+                f"no model can be read from {self.name_or_path!r}: {first} Known architectures: "
+                f"{', '.join(list_architectures())}."
+            ) from error
+        architecture_of(config)
+        set_commit_of_config(config, self.commit())  # transformers no longer says which one it was
+        return config
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer, or None (and a log line says why)."""
+        from transformers import AutoTokenizer
 
         try:
-            names = list_repo_files(str(name_or_path), revision=hub.get("revision"), token=hub.get("token"))
-            return [name for name in names if not _is_hidden(name)]
-        except Exception as error:  # offline, or the Hub does not answer: what is in the cache was enough so far
-            logger.info("the files of %s cannot be listed: %s", name_or_path, error)
-            cached = find_file(name_or_path, "config.json", hub)
-            if cached is None:
-                return []
-            folder = cached.parent
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [name for name in names if not _is_hidden(name)]
+            return AutoTokenizer.from_pretrained(self.name_or_path, **self.for_transformers)
+        except (OSError, ValueError) as error:
+            logger.warning("no tokenizer can be loaded from %s: %s", self.name_or_path, str(error).split("\n")[0])
+            return None
 
+    def stored_plan(self) -> PruningPlan | None:
+        """The plan in a checkpoint that this package made, or None."""
+        stored = self.find(PLAN_NAME)
+        return None if stored is None else PruningPlan.load(stored)
 
-def other_files(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> list[str]:
-    """The files beside a model's weights: tokenizer, configs, code. Hidden ones are left out, and earlier outputs."""
-    names = list_files(name_or_path, hub)
-    outputs = tuple(
-        f"{name.rpartition('/')[0]}/" for name in names if name.rpartition("/")[2] in MARKERS and "/" in name
-    )
-    return [
-        name
-        for name in names
-        if not any(fnmatch(name.rpartition("/")[2], pattern) for pattern in WEIGHT_FILES)
-        and not name.startswith(outputs or "/")
-    ]
+    def pinned(self) -> Source:
+        """The same source at the commit that it is at now."""
+        commit = self.commit()
+        return self if commit is None else replace(self, revision=commit)
 
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
-
-
-def load_model_config(name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-    """The config of a model whose architecture is known.
-
-    Args:
-        name_or_path: Its folder or Hub id.
-        kwargs: Passed to ``AutoConfig.from_pretrained``.
-
-    Raises:
-        RequestError: If there is no model, or it is not a known Mixture-of-Experts model.
-    """
-    path = Path(name_or_path)
-    if path.exists() and not (path / "config.json").is_file():
-        raise RequestError(f"{name_or_path} is not a model's folder: it has no config.json.")
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    except Exception as error:  # a config can be wrong in as many ways as there are model types
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RequestError(
-            f"no model can be read from {str(name_or_path)!r}: {first} Known architectures: "
-            f"{', '.join(list_architectures())}."
-        ) from error
-    architecture_of(config)
-    config._commit_hash = commit_of(name_or_path, kwargs)  # transformers no longer says which one it was
-    return config
-
-
-def stored_plan(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> PruningPlan | None:
-    """The plan in a checkpoint that this package made, or None."""
-    stored = find_file(name_or_path, PLAN_NAME, hub)
-    return None if stored is None else PruningPlan.load(stored)

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands read: models, texts, the Hub's settings. Nothing heavy is imported before it is needed."""
+"""Calibration texts as commands name them."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..compat import text_config
 from ..errors import RequestError
 
-
-def hub_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say about the Hub, for the calls that take it."""
-    given = {"revision": args.revision, "token": args.token, "trust_remote_code": args.trust_remote_code or None}
-    return {key: value for key, value in given.items() if value is not None}
+if TYPE_CHECKING:
+    from ..calibration.samples import CalibrationSet
+    from ..pruner import MoEPruner
 
 
-def calibration_samples(args: argparse.Namespace, pruner: Any) -> Any:
+def calibration_samples(args: argparse.Namespace, pruner: MoEPruner) -> CalibrationSet:
     """The calibration samples the arguments name, their tokens checked against the model's vocabulary."""
     from ..calibration.texts import hub_records
 
@@ -32,16 +31,5 @@ def calibration_samples(args: argparse.Namespace, pruner: Any) -> Any:
     samples = pruner.samples(source)
     if hub:
         samples = replace(samples, sources=tuple(sources))
-    samples.check_vocabulary(pruner.model_config.vocab_size)
+    samples.check_vocabulary(text_config(pruner.model_config).vocab_size)
     return samples
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there."""
-    import torch
-
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise RequestError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error

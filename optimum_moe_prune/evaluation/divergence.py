@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.samples import CalibrationSet
+from ..compat import text_config
 from ..models.batches import Batch
 from ..models.layerwise import LayerByLayer
 from ..progress import progress_bar
@@ -78,7 +79,7 @@ def divergences(
     Raises:
         RunError: If a weight is NaN or infinite, or the disk is full.
     """
-    vocab_size = runner.model.config.get_text_config().vocab_size
+    vocab_size = text_config(runner.model.config).vocab_size
     calibration.check_vocabulary(vocab_size)
     batches = list(calibration.batches(batch_size_for(vocab_size, calibration, batch_size)))
     passes = _passes(runner, batches, plans) if runner.streams else [list(range(len(plans)))]
@@ -206,7 +207,7 @@ def _passes(runner: LayerByLayer, batches: Sequence[Batch], plans: Sequence[Reta
 
     Those that part late are together; a pass reads the whole checkpoint.
     """
-    hidden_size = runner.model.config.get_text_config().hidden_size
+    hidden_size = text_config(runner.model.config).hidden_size
     state = sum(batch.input_ids.numel() for batch in batches) * hidden_size * runner.dtype.itemsize
     at_once = max(1, _DISK_BYTES // (2 * state) - 1)
     order = sorted(range(len(plans)), key=lambda p: sorted(plans[p].items()), reverse=True)
@@ -244,7 +245,7 @@ def _pass(
 ) -> None:
     """Measure some of the plans in one pass through the files; ``before`` steps belong to earlier passes."""
     layers, at = _tree([plans[p] for p in chosen], runner)
-    hidden_size = runner.model.config.get_text_config().hidden_size
+    hidden_size = text_config(runner.model.config).hidden_size
     shape_of = [(*batch.input_ids.shape, hidden_size) for batch in batches]
 
     def states_of(layer: int, there: bool = False) -> Mapping[str, Tensor]:

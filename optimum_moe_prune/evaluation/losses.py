@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from ..compat import text_config
 from ..errors import RequestError, RunError
 from ..models.batches import Batch
 from ..models.checks import evaluating, input_device, vocabulary
@@ -145,7 +146,7 @@ def evaluate(
         raise RequestError(f"batch_size is {batch_size}; it must be at least 1.")
     samples = CalibrationSet.build(data, tokenizer, max_length=sample_length(max_length, model.config))
     models = [model] if reference is None else [model, reference]
-    sizes = [m.config.get_text_config().vocab_size for m in models]
+    sizes = [text_config(m.config).vocab_size for m in models]
     samples.check_vocabulary(min(map(vocabulary, models)))
     if len(set(sizes)) > 1:
         raise RequestError(

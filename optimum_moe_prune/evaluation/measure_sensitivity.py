@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration.calibrate import Model, calibrate, layout_of, no_calibration
 from ..calibration.samples import CalibrationSet
-from ..checkpoints.layout import Layout, identity
+from ..checkpoints.layout import identity
 from ..config import MoEPrunerConfig
 from ..errors import RequestError, RunError
 from ..methods import BY_SENSITIVITY, get_method
 from ..methods.budget import UniformBudget, checked_layers
-from ..models.blocks import fingerprint
+from ..models.blocks import fingerprint, moe_blocks
+from ..models.checks import check_model
 from ..models.layerwise import LayerByLayer
-from ..models.memory import open_runner
-from ..planning.build import plan_needs, protected_experts, quiet_plan
+from ..models.memory import Compute, open_runner
+from ..planning.build import protected_experts, quiet_plan
 from ..planning.sensitivity import (
     ALL,
     LayerSensitivity,
@@ -34,8 +36,10 @@ from ..planning.sensitivity import (
     decisive,
 )
 from ..provenance import versions
+from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
+from ..storage.workspace import Workspace
 from .divergence import divergences
 
 logger = logging.getLogger(__name__)
@@ -50,6 +54,112 @@ Key = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def measure_sensitivity(
+    model: Model,
+    samples: CalibrationSet,
+    recipes: Sequence[MoEPrunerConfig],
+    stats: CalibrationStats | None = None,
+    *,
+    domain_weights: Mapping[str, float] | None = None,
+    counts: Sequence[int] | None = None,
+    sparsities: Sequence[float] = SPARSITIES,
+    batch_size: int = 8,
+    compute: Compute = Compute(),
+    workspace: Workspace = Workspace(),
+) -> Sensitivity:
+    """Measure how much is lost when methods prune each layer alone, and whole models over sparsities.
+
+    Args:
+        model: The unpruned model, or the folder, Hub id or ``Source`` of one.
+        samples: The samples to measure on; without ``stats`` the model is calibrated on them first, and measured on
+            the first recipe's ``sensitivity_samples`` of them.
+        recipes: A recipe for each method; their budgets and allocations are not used.
+        stats: Of the same model, from which the methods choose experts.
+        domain_weights: A share for each domain in choosing experts.
+        counts: Numbers of experts to measure in each layer; by default all from ``top_k`` up, or twelve of them.
+        sparsities: Of whole models, for each allocation a method takes; none for layers alone.
+        batch_size: Samples in a forward pass.
+        compute: How a checkpoint is run.
+        workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same.
+
+    Returns:
+        The sensitivity. Whole models by ``allocation="sensitivity"`` are measured as well.
+
+    Raises:
+        RequestError: If the statistics are of another model, lack what a method needs, or no number can be measured.
+        RunError: If the model holds NaN or infinite values, or something cannot be written.
+    """
+    layout = layout_of(model)
+    if layout is None:
+        check_model(model)  # type: ignore[arg-type]
+        blocks = moe_blocks(model)  # type: ignore[arg-type]
+        counts_now, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].routing
+    else:
+        counts_now, rule = layout.num_experts, layout.spec.routing(layout.config)
+    if domain_weights is not None:
+        check_domain_weights(samples.samples, domain_weights)
+    for recipe in recipes:
+        check_grid(recipe, counts_now, rule.top_k, counts)
+    if stats is None:
+        stats = _statistics(model if layout is None else layout, samples, recipes, compute, workspace)
+        samples = samples.take(recipes[0].sensitivity_samples)
+    settings: dict[str, Any] = {
+        "domain_weights": domain_weights,
+        "counts": counts,
+        "sparsities": sparsities,
+        "batch_size": batch_size,
+    }
+    if layout is None:
+        check_model_of(stats, fingerprint(blocks))
+        return measure_runner(LayerByLayer(model), samples, stats, recipes, **settings)
+    check_model_of(stats, layout.fingerprint())
+    begun = None
+    if workspace.folder is not None and not workspace.restart:
+        parts = (unfinished(workspace.folder / part) for part in ("layers", "models"))
+        begun = next((bool(there[0].get("stream")) for there in parts if there is not None), None)
+    runner = open_runner(layout, compute.settled(layout, begun))
+    identity_of_work = {
+        "model": identity(layout),
+        "calibration": samples.fingerprint,
+        "dtype": compute.dtype,
+        "device": runner.device.type,
+        "stream": runner.streams,
+        "versions": versions(),
+    }
+    return measure_runner(
+        runner,
+        samples,
+        stats,
+        recipes,
+        of=identity_of_work,
+        folder=workspace.folder,
+        restart=workspace.restart,
+        **settings,
+    )
+
+
+def _statistics(
+    model: Model,
+    samples: CalibrationSet,
+    recipes: Sequence[MoEPrunerConfig],
+    compute: Compute,
+    workspace: Workspace,
+) -> CalibrationStats:
+    """Statistics for the recipes' methods; of no calibration where none is needed."""
+    if not any(recipe.needs for recipe in recipes):
+        return no_calibration(model, recipes[0].seed)
+    return calibrate(
+        model,
+        samples,
+        recipes,
+        batch_size=recipes[0].batch_size,
+        max_tokens=recipes[0].max_tokens,
+        seed=recipes[0].seed,
+        compute=compute,
+        workspace=workspace.part("calibration"),
+    )
+
+
+def measure_runner(
     runner: LayerByLayer,
     calibration: CalibrationSet,
     stats: CalibrationStats,
@@ -85,8 +195,6 @@ def measure_sensitivity(
         RequestError: If the statistics are of another model, lack what a method needs, or no number can be measured.
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
-    if not runner.streams:  # of files it was compared before they were read
-        check_model_of(stats, fingerprint(runner.blocks))
     by_tokens = stats.with_domain_weights(domain_weights)
     layers = {c.method: _layer_sets(by_tokens, c, counts) for c in configs}
     whole = {c.method: list(_whole_plans(stats, c, domain_weights, sparsities)) for c in configs}
@@ -130,49 +238,6 @@ def measure_sensitivity(
         added = tuple(ModelSensitivity(*plan, measured.kl(plan[2])) for plan in plans)
         methods[name] = replace(methods[name], model=(*methods[name].model, *added))
     return result
-
-
-def measure_checkpoint(
-    layout: Layout,
-    calibration: CalibrationSet,
-    stats: CalibrationStats,
-    configs: Sequence[MoEPrunerConfig],
-    *,
-    dtype: str = "auto",
-    device: str = "cpu",
-    stream: bool | None = None,
-    hub: Mapping[str, Any] | None = None,
-    **settings: Any,
-) -> Sensitivity:
-    """Measure the sensitivity of a checkpoint, by whichever way fits the machine.
-
-    Args:
-        layout: The checkpoint.
-        calibration: As for :func:`measure_sensitivity`.
-        stats: As there.
-        configs: As there.
-        dtype: The precision to calculate in; ``"auto"`` is the checkpoint's.
-        device: Where to calculate.
-        stream: Hold one decoder layer in memory at a time; by default where the model does not fit.
-        hub: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
-        settings: The others of :func:`measure_sensitivity`.
-    """
-    check_model_of(stats, layout.fingerprint())
-    folder = settings.get("folder")
-    if stream is None and folder is not None and not settings.get("restart"):
-        begun = [there for what in ("layers", "models") if (there := unfinished(folder / what)) is not None]
-        if begun:  # memory may be free now that was not when it began
-            stream = bool(begun[0][0].get("stream"))
-    runner = open_runner(layout, dtype=dtype, device=device, stream=stream, hub=hub)
-    of = {
-        "model": identity(layout),
-        "calibration": calibration.fingerprint,
-        "dtype": dtype,
-        "device": runner.device.type,
-        "stream": runner.streams,
-        "versions": versions(),
-    }
-    return measure_sensitivity(runner, calibration, stats, configs, of=of, **settings)
 
 
 def check_model_of(stats: CalibrationStats, found: str) -> None:
@@ -260,9 +325,9 @@ def _layer_sets(
 ) -> dict[int, list[tuple[int, ...]]]:
     """The sets of experts to measure in each layer, fewest first."""
     method, options = get_method(config.method), config.options()
-    if plan_needs(config) and not stats.samples:
+    if config.needs and not stats.samples:
         raise RequestError(f"method {method.name!r} needs a calibration; give calibration texts.")
-    stats.require(plan_needs(config), method.name)
+    stats.require(config.needs, method.name)
     protect, _ = protected_experts(stats, config)
     top_k = stats.model["top_k"]
     grid = check_grid(config, stats.num_experts, top_k, counts, protect)

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..compat import text_config
 from ..errors import RequestError, RunError
 
 
@@ -107,7 +108,7 @@ def _measure(
     from ..calibration.samples import sample_length
 
     model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, device_map=device, **hub).eval()
-    text = model.config.get_text_config()
+    text = text_config(model.config)
     prompt_tokens = max(1, min(prompt_tokens, sample_length(prompt_tokens + new_tokens, text) - new_tokens))
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(text.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)

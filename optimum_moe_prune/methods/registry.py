@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import RequestError, RunError, nearest_first
+from ..names import BY_SENSITIVITY, GLOBAL, UNIFORM
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import Budget, UniformBudget, choose
 
@@ -27,9 +28,8 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "optimum_moe_prune.methods"
 
-ALLOCATIONS = ("uniform", "global")
-BY_SENSITIVITY = "sensitivity"
-"""The allocation by measured divergences, for every method that takes a number for each layer."""
+ALLOCATIONS = (UNIFORM, GLOBAL)
+"""What a method does itself; by measured divergences goes every method that takes a number for each layer."""
 
 Scores = dict[int, np.ndarray]
 Retained = dict[int, tuple[int, ...]]

@@ -17,6 +17,7 @@ from ..architectures.fingerprint import fingerprint_of
 from ..architectures.routers import RoutingRule
 from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_of
+from ..compat import commit_of_config, name_of_config
 from ..errors import RequestError, RunError
 
 if TYPE_CHECKING:
@@ -229,6 +230,6 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
         "top_k": blocks[0].routing.top_k,
         "fingerprint": fingerprint(blocks),
         "dense_layers": dense_layers(model),
-        "name_or_path": model.config._name_or_path or None,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "name_or_path": name_of_config(model.config),
+        "revision": commit_of_config(model.config),
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..compat import is_quantised
 from ..errors import RequestError, RunError
 from ..storage.tensor_files import all_finite
 
@@ -25,7 +26,7 @@ def check_model(model: PreTrainedModel) -> None:
     """
     if hasattr(model, "peft_config") or type(model).__module__.startswith("peft."):
         raise RequestError("this model carries PEFT adapters; merge them first (model.merge_and_unload()).")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+    if is_quantised(model):
         raise RequestError(
             "this model is quantised; load it without quantization_config, prune, and quantise the result."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate.utils import get_max_memory
 from transformers import AutoModelForCausalLM
 
 from ..checkpoints.layout import Layout, model_dtype
+from ..errors import RequestError
 from .checks import check_model
 from .layerwise import LayerByLayer
 from .skeleton import Skeleton
@@ -30,41 +31,73 @@ _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
 
-def open_runner(
-    layout: Layout,
-    *,
-    dtype: str = "auto",
-    device: str = "cpu",
-    stream: bool | None = None,
-    hub: Mapping[str, Any] | None = None,
-) -> LayerByLayer:
-    """A checkpoint's model as something that runs layer by layer: in memory, or from its files.
+@dataclass(frozen=True)
+class Compute:
+    """How a checkpoint is run.
 
-    Args:
-        layout: The checkpoint.
+    Attributes:
         dtype: The precision to calculate in; ``"auto"`` is the checkpoint's.
-        device: Where to calculate.
+        device: Where to calculate: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` is wherever there is room.
         stream: Hold one decoder layer in memory at a time; by default where the model does not fit.
-        hub: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
     """
-    device = _resolved(device)
-    if stream is None:
-        stream = not _fits(layout, dtype, device)
-    if stream:
-        return Skeleton(layout, model_dtype(layout.config, layout.checkpoint, dtype), device)
-    model = _model(layout, dtype, device, dict(hub or {}))
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    stream: bool | None = None
+
+    def check(self) -> None:
+        """Raise unless the device is there.
+
+        Raises:
+            RequestError: Naming it.
+        """
+        if self.device != "auto":
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError) as error:
+                raise RequestError(f"device {self.device} cannot be used: {str(error).splitlines()[0]}") from error
+
+    def settled(self, layout: Layout, streamed_before: bool | None = None) -> Compute:
+        """The same with a device that is there, and a decision about streaming.
+
+        Args:
+            layout: What is to be run.
+            streamed_before: What was decided for unfinished work that goes on: memory may be free now that was not
+                when it began.
+        """
+        device = "cpu" if self.device == "auto" and not torch.cuda.is_available() else self.device
+        stream = self.stream if self.stream is not None else streamed_before
+        if stream is None:
+            stream = not _fits(layout, self.dtype, device)
+        return Compute(self.dtype, device, stream)
+
+    @property
+    def device_type(self) -> str:
+        """``cpu``, ``cuda`` ..."""
+        return torch.device(self.device.replace("auto", "cuda")).type
+
+
+def load_model(layout: Layout, compute: Compute) -> Any:
+    """A whole model in memory, of the commit whose files were looked at."""
+    source = layout.checkpoint.source
+    return AutoModelForCausalLM.from_pretrained(
+        source.name_or_path, dtype=compute.dtype, device_map=compute.device, **source.for_transformers
+    )
+
+
+def open_skeleton(layout: Layout, compute: Compute) -> Skeleton:
+    """A model of which one layer at a time is read; all tensors are checked."""
+    return Skeleton(layout, model_dtype(layout.config, layout.checkpoint, compute.dtype), compute.device)
+
+
+def open_runner(layout: Layout, compute: Compute) -> LayerByLayer:
+    """A checkpoint's model as something that runs layer by layer: in memory, or from its files."""
+    compute = compute.settled(layout)
+    if compute.stream:
+        return open_skeleton(layout, compute)
+    model = load_model(layout, compute)
     check_model(model)  # nothing may be offloaded
     return LayerByLayer(model)
-
-
-def _model(layout: Layout, dtype: str, device: str, hub: dict[str, Any]) -> Any:
-    hub.update(layout.checkpoint.hub)  # of the commit whose files were looked at
-    return AutoModelForCausalLM.from_pretrained(layout.checkpoint.name_or_path, dtype=dtype, device_map=device, **hub)
-
-
-def _resolved(device: str) -> str:
-    """``auto`` is the processor where there is nothing else."""
-    return "cpu" if device == "auto" and not torch.cuda.is_available() else device
 
 
 def _fits(layout: Layout, dtype: str, device: str) -> bool:
@@ -74,7 +107,7 @@ def _fits(layout: Layout, dtype: str, device: str) -> bool:
     if needed + _HEADROOM_BYTES <= free:
         return True
     logger.warning(
-        "the model takes %.1f GB and %.1f GB of memory are free, so one layer is held at a time (--stream).",
+        "the model takes %.1f GB and %.1f GB of memory are free, so one layer is held at a time (stream=True).",
         needed / 1e9,
         free / 1e9,
     )

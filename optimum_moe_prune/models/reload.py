@@ -30,13 +30,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.table import all_architectures, on_register
+from ..compat import LOADING_HOOK, PER_LAYER_WARNER
 from ..errors import RunError
 
 if TYPE_CHECKING:
     from ..architectures.spec import MoESpec
 
 _WARNING = re.compile(r"global config value for per-layer attribute `(\w+)`")
-_WARNER = "transformers.integrations.heterogeneity.configuration_utils"
 _ABSENT: Any = object()
 
 _undo: list[tuple[Any, str, Any]] = []
@@ -47,7 +47,7 @@ def enable() -> None:
     """Let transformers build layers with different numbers of experts, from now on and in what it has imported."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
-    logging.getLogger(_WARNER).addFilter(_unless_ours)
+    logging.getLogger(PER_LAYER_WARNER).addFilter(_unless_ours)
     for name in list(sys.modules):
         _extend_loaded(name)
 
@@ -65,7 +65,7 @@ def disable() -> None:
         else:
             setattr(owner, name, before)
     _undo.clear()
-    logging.getLogger(_WARNER).removeFilter(_unless_ours)
+    logging.getLogger(PER_LAYER_WARNER).removeFilter(_unless_ours)
 
 
 def extend_registered(spec: MoESpec) -> None:
@@ -122,7 +122,7 @@ def _extend(module: ModuleType) -> None:
         if hasattr(module, "load_balancing_loss_func"):
             _set(module, "load_balancing_loss_func", balanced_by_layer(module.load_balancing_loss_func))
         for base in _model_bases(module):
-            _set(base, "_finalize_model_loading", _checked(base._finalize_model_loading, spec))
+            _set(base, LOADING_HOOK, _checked(getattr(base, LOADING_HOOK), spec))
             if (config_class := getattr(base, "config_class", None)) is not None:
                 _set(config_class, PERMISSION, GLOBAL_COUNT_ALLOWED)
 
@@ -156,7 +156,7 @@ def _model_bases(module: ModuleType) -> list[Any]:
         for name, value in vars(module).items()
         if name.endswith("PreTrainedModel")
         and getattr(value, "__module__", None) == module.__name__
-        and hasattr(value, "_finalize_model_loading")
+        and hasattr(value, LOADING_HOOK)
     ]
 
 

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -16,18 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import Layout
+from ..compat import WeightNames, initialise, keep_from_initialising, text_config
 from ..errors import MoEPruneError, RequestError
 from .batches import Batch
 from .layerwise import LayerByLayer
@@ -84,7 +76,7 @@ class _Source:
         tensors: Names in the checkpoint, by the converter's pattern.
     """
 
-    converter: WeightConverter | None
+    converter: Any
     tensors: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -94,14 +86,7 @@ class _Source:
     @property
     def by_expert(self) -> bool:
         """Whether each expert's part can be made of that expert's tensors alone, without a second copy of all."""
-        if self.converter is None:
-            return False
-        first, *others = self.converter.operations
-        return (
-            isinstance(first, MergeModulelist)
-            and first.dim == 0
-            and all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
-        )
+        return self.converter is not None and WeightNames.stacks_experts(self.converter)
 
 
 class Skeleton(LayerByLayer):
@@ -131,6 +116,7 @@ class Skeleton(LayerByLayer):
         self.dtype = dtype
         self._layer_path = layout.spec.layers
         self._parameters = self.model.state_dict()
+        self._names = WeightNames(self.model)
         self._sources = self._find_sources()
         self._check()
 
@@ -169,7 +155,7 @@ class Skeleton(LayerByLayer):
         head, embeddings = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         try:
             names = self._names_in(head)
-            if not names and not self.model.config.get_text_config().tie_word_embeddings:
+            if not names and not text_config(self.model.config).tie_word_embeddings:
                 raise RequestError(
                     f"{self.checkpoint.name_or_path} lacks the weights of the model's head, and its config does not "
                     "say that they are the embeddings' (tie_word_embeddings); the checkpoint is damaged."
@@ -191,20 +177,11 @@ class Skeleton(LayerByLayer):
 
     def _find_sources(self) -> dict[str, _Source]:
         """For each parameter the tensors it is made of, by transformers' own mapping of names."""
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        prefix = self.model.base_model_prefix
         sources: dict[str, _Source] = {}
-        for name in sorted(self.checkpoint.tensors, key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, prefix, self._parameters)
-            if target not in self._parameters and name in self._parameters:
-                target, pattern = name, None
-            if target not in self._parameters:
-                continue  # of no use to the model; transformers passes over it as well
-            source = sources.setdefault(target, _Source(None if pattern is None else of_pattern[pattern]))
-            source.tensors.setdefault(pattern or name, []).append(name)
+        for name in self._names.sorted(self.checkpoint.tensors):
+            target, pattern, converter = self._names.parameter_of(name)
+            if target in self._parameters:  # else of no use to the model; transformers passes over it as well
+                sources.setdefault(target, _Source(converter)).tensors.setdefault(pattern or name, []).append(name)
         return sources
 
     def _check(self) -> None:
@@ -255,7 +232,7 @@ class Skeleton(LayerByLayer):
             for name in names:
                 setattr(module, name, torch.empty_like(getattr(module, name), device=self.device))
             if names:
-                self.model._init_weights(module)
+                initialise(self.model, module)
 
     def _load(self, parameters: Iterable[str], in_place: bool = False) -> None:
         """Read parameters into the model.
@@ -278,7 +255,7 @@ class Skeleton(LayerByLayer):
                 value = value.to(self.device)
                 if last in module._parameters:
                     value = nn.Parameter(value, requires_grad=False)
-                value._is_hf_initialized = True  # type: ignore[attr-defined]  # what transformers looks for in _init_weights
+                keep_from_initialising(value)
                 setattr(module, last, value)
 
     def _made(self, name: str, source: _Source, read: Any, in_place: bool) -> Tensor:
@@ -291,18 +268,11 @@ class Skeleton(LayerByLayer):
             value = finite(source.names[0])
             return value if in_place else value.clone()
         if not source.by_expert:
-            return self._converted(name, source.converter, {p: [*map(finite, n)] for p, n in source.tensors.items()})
+            return self._names.converted(
+                name, source.converter, {p: [*map(finite, n)] for p, n in source.tensors.items()}
+            )
         whole = torch.empty(self._parameters[name].shape, dtype=dtype)
         for expert in range(len(whole)):
             tensors = {pattern: [finite(names[expert])] for pattern, names in source.tensors.items()}
-            whole[expert : expert + 1] = self._converted(name, source.converter, tensors)
+            whole[expert : expert + 1] = self._names.converted(name, source.converter, tensors)
         return whole
-
-    def _converted(self, name: str, converter: WeightConverter, tensors: Mapping[str, list[Tensor]]) -> Tensor:
-        """A parameter by transformers' own operations."""
-        converter = copy.deepcopy(converter)  # it collects what it is given
-        for pattern, values in tensors.items():
-            for value in values:
-                converter.add_tensor(name, name, pattern, value)  # type: ignore[arg-type]
-        made = converter.convert(name, model=self.model, config=self.model.config)[name]
-        return made[0] if isinstance(made, list) else made

@@ -13,7 +13,7 @@ from ..methods import BY_SENSITIVITY, get_method
 from ..methods.budget import Budget, global_budget, uniform_budget
 from ..methods.super_experts import super_experts
 from ..plan import PruningPlan
-from ..statistics.stats import CalibrationStats, Need
+from ..statistics.stats import CalibrationStats
 from .allocation import allocate
 from .sensitivity import Sensitivity
 
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
 
 logger = logging.getLogger(__name__)
-
-
-def plan_needs(config: MoEPrunerConfig) -> frozenset[Need]:
-    """The statistics that planning with a recipe reads."""
-    needs = get_method(config.method).needs(config.options())
-    return needs | {Need.ROUTING, Need.ROUTED_NORMS} if config.protect_super_experts else needs
 
 
 def budget_for(
@@ -46,6 +40,7 @@ def budget_for(
     Raises:
         RequestError: If the budget cannot be kept to, or the method refuses it.
     """
+    config.require_budget()
     method = get_method(config.method)
     settings: dict[str, Any] = {
         "num_experts": config.num_experts,
@@ -107,9 +102,9 @@ def quiet_plan(
 ) -> PruningPlan:
     """As :func:`build_plan`, its notes in the plan only: for plans that are one of many."""
     method, options = get_method(config.method), config.options()
-    if plan_needs(config) and not stats.samples:
+    if config.needs and not stats.samples:
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
-    stats.require(plan_needs(config), config.method)
+    stats.require(config.needs, config.method)
     stats = stats.with_domain_weights(domain_weights)
     protect, said = protected_experts(stats, config)
     original = stats.num_experts
@@ -125,7 +120,7 @@ def quiet_plan(
                 "moe-prune sensitivity), and give the result (--sensitivity FILE)."
             )
         measured = sensitivity.of(config, stats.model, domain_weights)
-        if sensitivity.provenance.get("calibration") != stats.fingerprint and plan_needs(config):
+        if sensitivity.provenance.get("calibration") != stats.fingerprint and config.needs:
             raise RequestError(
                 "the sensitivity was measured with experts chosen by another calibration than these statistics are "
                 "of; measure it with the same (sensitivity --stats), or plan with those it was measured with."

@@ -28,7 +28,6 @@ from ..evaluation.comparison import Comparison, markdown_table
 from ..methods import get_method, list_methods
 from ..names import BASE_CARD_NAME, CARD_NAME, CONFIG_NAME, EVALUATION_NAME, NEW_CARD_NAME, PLAN_NAME, REPORT_NAME
 from ..plan import PruningPlan
-from ..planning.build import plan_needs
 from ..storage.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -423,7 +422,7 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
 def _needs_text(plan: PruningPlan) -> bool:
     """Whether a plan's method reads a calibration; one that is not known here is taken to."""
     try:
-        return plan.method not in list_methods() or bool(plan_needs(MoEPrunerConfig.from_dict(plan.config)))
+        return plan.method not in list_methods() or bool(MoEPrunerConfig.from_dict(plan.config).needs)
     except (TypeError, ValueError):
         return True
 

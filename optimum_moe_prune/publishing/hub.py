@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.source import list_files
+from ..checkpoints.source import Source
 from ..errors import MoEPruneError, RequestError, RunError
 from ..names import CONFIG_NAME, PLAN_NAME
 from ..plan import PruningPlan
@@ -101,7 +101,7 @@ def push_folder(
     _check_other_model(repo_id, plan)
     if create_pr and revision not in (None, "main"):
         raise RequestError(f"a pull request goes to the main branch, and revision is {revision!r}; leave one out.")
-    names = list_files(folder, {})
+    names = Source(str(folder)).files()
     api = HfApi(token=token)
     with _explained(api, repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner now

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.layout import Layout
-from ..plan import PruningPlan
+from ..plan import PruningPlan, with_parent
 from ..surgery.files import pruned_checkpoint
 from ..surgery.saving import saved_model
 from .card import write_card
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def apply_to_checkpoint(plan: PruningPlan, layout: Layout, target: str | os.PathLike, **options: Any) -> Path:
     """Write a pruned copy of a checkpoint, with its card (``surgery.files.pruned_checkpoint``)."""
+    plan = with_parent(plan, layout.checkpoint.source.stored_plan())
     with pruned_checkpoint(plan, layout, target, **options) as folder:
         write_card(folder, Path(target).resolve().name)
     return Path(target)

@@ -28,7 +28,7 @@ def check_file(path: str | os.PathLike, suffix: str, overwrite: bool, read: Call
         raise RequestError(f"the output's file must end in {suffix}, and is {path}.")
     if path.exists():
         if not overwrite:
-            raise RequestError(f"{path} exists; name another file, or allow replacing it (--overwrite).")
+            raise RequestError(f"{path} exists; name another file, or allow replacing it (overwrite=True).")
         read(path)
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

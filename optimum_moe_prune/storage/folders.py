@@ -54,7 +54,7 @@ def check_target(
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise RequestError(
-                f"{folder} exists and is not empty; name another folder, or allow replacing it (--overwrite)."
+                f"{folder} exists and is not empty; name another folder, or allow replacing it (overwrite=True)."
             )
         if not any((target / marker).is_file() for marker in MARKERS):
             raise RequestError(

@@ -76,7 +76,7 @@ class Store:
         if differences := list(_differences(there, self._of)):
             raise RequestError(
                 f"{folder} holds an unfinished {what} of something else: {'; '.join(differences)}. Run the "
-                "command that began it to continue, or begin anew (--restart)."
+                "command that began it to continue, or begin anew (restart=True)."
             )
         if self.finished:
             logger.warning("continuing the unfinished %s in %s.", what, folder)
@@ -98,7 +98,7 @@ class Store:
         if self.finished > steps:
             raise RequestError(
                 f"the unfinished {self._what} in {self.folder} is damaged: it says that {self.finished} steps of "
-                f"{steps} are finished. Begin anew (--restart)."
+                f"{steps} are finished. Begin anew (restart=True)."
             )
 
     def tensors(self, name: str, shapes: Shapes | None, keep: bool = False) -> Mapping[str, Tensor]:
@@ -124,7 +124,7 @@ class Store:
                 if shapes is None or keep:
                     file = MappedTensors.open(path)
                     if shapes is not None and {key: (tuple(t.shape), t.dtype) for key, t in file.items()} != shapes:
-                        raise RequestError(f"{path} holds other tensors than it should. Begin anew (--restart).")
+                        raise RequestError(f"{path} holds other tensors than it should. Begin anew (restart=True).")
                 else:
                     file = MappedTensors.create(path, shapes)
                 self._files[name] = file
@@ -180,7 +180,7 @@ def unfinished(folder: Path) -> tuple[dict[str, Any], int] | None:
     """
     if not (folder / _PROGRESS).is_file():
         return None
-    advice = "Begin anew (--restart)."
+    advice = "Begin anew (restart=True)."
     try:
         progress = read_json(folder / _PROGRESS)
         version, of, finished = progress["format_version"], progress["of"], progress["finished"]

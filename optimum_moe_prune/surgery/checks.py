@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.table import architecture_of
 from ..checkpoints.layout import Layout
+from ..compat import text_config
 from ..errors import RequestError
+from ..methods.budget import Budget, UniformBudget
 from ..models.blocks import fingerprint, moe_blocks
 from ..plan import PruningPlan
-from .config_json import _source_config
+from ..storage.folders import check_space
+from .config_json import source_config
 from .standalone import standalone_class
 
 if TYPE_CHECKING:
@@ -32,10 +36,10 @@ def check_plan_for_config(plan: PruningPlan, config: Any) -> None:
     if (found := spec.routing(config).top_k) != plan.top_k:
         raise RequestError(f"this plan is for another model, with top_k {plan.top_k}; this model has {found}. {_WHEN}")
     for layer, expected in sorted(plan.original_num_experts.items()):
-        if layer >= config.num_hidden_layers:
+        if layer >= text_config(config).num_hidden_layers:
             raise RequestError(
                 f"this plan is for another model: it names layer {layer}, and the model has layers 0 to "
-                f"{config.num_hidden_layers - 1}. {_WHEN}"
+                f"{text_config(config).num_hidden_layers - 1}. {_WHEN}"
             )
         if (found := spec.num_experts(config, layer)) != expected:
             raise RequestError(
@@ -81,6 +85,18 @@ def check_routers(plan: PruningPlan, found: str) -> None:
         )
 
 
+def check_output(layout: Layout, budget: Budget, output: str | os.PathLike, standalone: bool) -> None:
+    """Raise unless the pruned copy of a checkpoint can be written, before it is known which experts go.
+
+    Raises:
+        RequestError: As :func:`check_request`, or if the disk has no room for it.
+    """
+    uniform = isinstance(budget, UniformBudget) and len(set(budget.num_experts.values())) == 1
+    check_request(layout, uniform, standalone)
+    share = budget.total / sum(layout.num_experts.values())
+    check_space(output, int(layout.checkpoint.nbytes - (1 - share) * layout.expert_bytes))
+
+
 def check_request(layout: Layout, uniform: bool, standalone: bool) -> None:
     """Raise unless a checkpoint can be pruned, as far as can be told before it is known which experts go.
 
@@ -101,7 +117,7 @@ def check_request(layout: Layout, uniform: bool, standalone: bool) -> None:
             "which no plan names and config.json would number wrongly. Remove them from the checkpoint, or prune with "
             "a global allocation, which leaves the model-wide number as it is."
         )
-    _source_config(layout)
+    source_config(layout.checkpoint.source)
     _check_quantization(layout)
 
 

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_of
 from ..architectures.unequal import without_standalone
 from ..checkpoints.layout import Layout
-from ..checkpoints.source import find_file
+from ..checkpoints.source import Source
 from ..errors import RequestError
 from ..plan import PruningPlan
 from ..storage.values import read_json
@@ -74,31 +72,34 @@ def pruned_config(values: dict[str, Any], before: Any, after: Any, spec: MoESpec
     return values
 
 
-def _source_config(layout: Layout) -> dict[str, Any]:
-    """The source's ``config.json``."""
-    found = find_file(layout.checkpoint.name_or_path, "config.json", layout.checkpoint.hub)
+def source_config(source: Source) -> dict[str, Any]:
+    """The source's ``config.json``.
+
+    Raises:
+        RequestError: If there is none.
+    """
+    found = source.find("config.json")
     if found is None:
-        raise RequestError(f"{layout.checkpoint.name_or_path} has no config.json.")
+        raise RequestError(f"{source.name_or_path} has no config.json.")
     return read_json(found)
 
 
-def _config_of(plan: PruningPlan, layout: Layout) -> dict[str, Any]:
+def config_of_files(plan: PruningPlan, layout: Layout) -> dict[str, Any]:
     """The source's ``config.json`` with the pruning keys changed."""
     pruned = copy.deepcopy(layout.config)
     write_counts(layout.spec, pruned, plan.num_experts)
-    return pruned_config(_source_config(layout), layout.config, pruned, layout.spec)
+    return pruned_config(source_config(layout.checkpoint.source), layout.config, pruned, layout.spec)
 
 
-def _restore_config(
-    folder: Path, model: PreTrainedModel, source: str, source_config: Any, hub: Mapping[str, Any]
-) -> None:
-    """Write the source's own ``config.json``, with the pruning keys and what was changed in memory put in."""
-    found = find_file(source, "config.json", hub)
-    if found is None:
-        return
-    values = pruned_config(read_json(found), source_config, model.config, architecture_of(model.config))
+def config_of_model(model: PreTrainedModel, source: Source, before: Any) -> dict[str, Any]:
+    """The source's ``config.json`` with the pruning keys, and what was changed in memory, put in.
+
+    Args:
+        model: The pruned model.
+        source: The original.
+        before: The original's config.
+    """
+    values = pruned_config(source_config(source), before, model.config, architecture_of(model.config))
     dtype = str(model.dtype).removeprefix("torch.")
-    key = "torch_dtype" if "torch_dtype" in values else "dtype"
-    if values.get(key) != dtype:
-        values[key] = dtype
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    values["torch_dtype" if "torch_dtype" in values else "dtype"] = dtype
+    return values

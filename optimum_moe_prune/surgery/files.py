@@ -23,14 +23,14 @@ from ..architectures.unequal import FILE_STEM
 from ..checkpoints.checkpoint import INDEX_FILE
 from ..checkpoints.cutting import select
 from ..checkpoints.layout import Layout
-from ..checkpoints.source import find_file, other_files
+from ..checkpoints.source import Source
 from ..errors import RequestError, RunError
 from ..names import BASE_CARD_NAME, CARD_NAME, CONFIG_NAME, EVALUATION_NAME, PLAN_NAME, REPORT_NAME, REPORT_PICTURES
 from ..plan import PruningPlan
 from ..progress import progress_bar
 from ..storage.folders import check_space, check_target, written_folder
 from .checks import check_plan_for_config, check_request, check_routers
-from .config_json import _config_of
+from .config_json import config_of_files
 from .copying import _write_file
 from .standalone import write_standalone
 
@@ -80,8 +80,8 @@ def pruned_checkpoint(
     check_plan_for_config(plan, layout.config)
     uniform = plan.uniform_num_experts is not None
     check_request(layout, uniform, standalone)
-    check_routers(plan, layout.fingerprint())
     pieces = select(plan, layout)
+    check_routers(plan, layout.fingerprint())
     files = split_state_dict_into_shards_factory(
         pieces,
         get_storage_size=lambda piece: piece.nbytes,
@@ -90,7 +90,7 @@ def pruned_checkpoint(
     )
     total = sum(piece.nbytes for piece in pieces.values())
     check_space(target, total)
-    config = _config_of(plan, layout)
+    config = config_of_files(plan, layout)
     with written_folder(target, overwrite, [source]) as output:
         with progress_bar(total, "writing the checkpoint", "B") as bar:
             for file, names in files.filename_to_tensors.items():
@@ -100,13 +100,11 @@ def pruned_checkpoint(
             metadata: dict[str, Any] = {**checkpoint.index_metadata, **files.metadata}
             if "total_parameters" in metadata:
                 metadata["total_parameters"] = sum(math.prod(piece.shape) for piece in pieces.values())
-            _write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename})
-        carry_files(source, checkpoint.hub, output)
-        _write_json(output / "config.json", config)
-        plan.save(output / PLAN_NAME)
-        _write_json(output / CONFIG_NAME, plan.config if recipe is None else recipe)
-        standalone = standalone and not uniform  # elsewhere nothing is needed
-        if standalone:
+            write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename})
+        carry_files(checkpoint.source, output)
+        write_json(output / "config.json", config)
+        add_records(output, plan, recipe)
+        if standalone and not uniform:  # elsewhere nothing is needed
             write_standalone(output, layout.config)
         yield output
 
@@ -125,26 +123,32 @@ def shard_bytes(size: str | int) -> int:
     return int(number) * factor
 
 
-def carry_files(source: str | os.PathLike, hub: Mapping[str, Any], folder: Path) -> None:
+def add_records(folder: Path, plan: PruningPlan, recipe: Mapping[str, Any] | None) -> None:
+    """Write the plan, and the recipe (by default the plan's own), into a checkpoint."""
+    plan.save(folder / PLAN_NAME)
+    write_json(folder / CONFIG_NAME, plan.config if recipe is None else recipe)
+
+
+def carry_files(source: Source, folder: Path) -> None:
     """Copy what lies beside a model's weights and is not there yet: tokenizer, generation config, code, ...
 
     The model card is kept under another name, since the pruned model has its own. Of a model that was pruned before
     it is the card of the model before that which is kept.
     """
-    names = other_files(source, hub)
+    names = source.other_files()
     if CARD_NAME in names and BASE_CARD_NAME not in names:
-        card = find_file(source, CARD_NAME, hub)
+        card = source.find(CARD_NAME)
         if card is not None:
             shutil.copyfile(card, folder / BASE_CARD_NAME)
     for name in names:
         if name in _OWN_FILES or name.startswith(f"{REPORT_PICTURES}/") or (folder / name).exists():
             continue
-        found = find_file(source, name, hub)
+        found = source.find(name)
         if found is None:
-            raise RunError(f"{name} of {source} is listed there and cannot be fetched.")
+            raise RunError(f"{name} of {source.name_or_path} is listed there and cannot be fetched.")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(found, folder / name)
 
 
-def _write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.source import Source
 from ..errors import RequestError
 from ..models.blocks import moe_blocks
-from ..names import CONFIG_NAME, PLAN_NAME
 from ..plan import PruningPlan
 from ..storage.folders import written_folder
-from .config_json import _restore_config
-from .files import carry_files
+from .config_json import config_of_model
+from .files import add_records, carry_files, write_json
 from .standalone import standalone_class, write_standalone
 
 if TYPE_CHECKING:
@@ -29,10 +28,9 @@ def saved_model(
     plan: PruningPlan,
     folder: str | os.PathLike,
     *,
-    recipe: Mapping[str, Any],
-    source: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    source: Source | None = None,
     source_config: Any = None,
-    hub: Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     standalone: bool = False,
@@ -43,10 +41,9 @@ def saved_model(
         model: The pruned model.
         plan: The plan it was pruned by.
         folder: The target, absent or empty.
-        recipe: To store beside the plan.
-        source: The folder or Hub id of the original, whose ``config.json``, tokenizer and other files come along.
+        recipe: To store beside the plan; by default the plan's own.
+        source: The original, whose ``config.json``, tokenizer and other files come along.
         source_config: The original's config.
-        hub: How the original is reached.
         tokenizer: In place of the original's.
         overwrite: Replace an earlier output of this package.
         standalone: Where layers keep different numbers of experts, add a modelling file.
@@ -66,13 +63,12 @@ def saved_model(
     standalone = standalone and plan.uniform_num_experts is None  # elsewhere nothing is needed
     if standalone:
         standalone_class(model.config)
-    with written_folder(folder, overwrite, sources=[source]) as partial:
+    with written_folder(folder, overwrite, sources=[None if source is None else source.name_or_path]) as partial:
         model.save_pretrained(partial)
-        plan.save(partial / PLAN_NAME)
-        (partial / CONFIG_NAME).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        add_records(partial, plan, recipe)
         if source is not None:
-            carry_files(source, hub or {}, partial)
-            _restore_config(partial, model, source, source_config, hub or {})
+            carry_files(source, partial)
+            write_json(partial / "config.json", config_of_model(model, source, source_config))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if standalone:

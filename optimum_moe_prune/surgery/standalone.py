@@ -15,10 +15,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
 from ..architectures.table import architecture_of
 from ..architectures.unequal import FILE_STEM
+from ..compat import causal_lm_class
 from ..errors import RequestError
 
 _CLASSES = Template(
@@ -66,9 +65,10 @@ def standalone_class(config: Any) -> str:
         RequestError: If transformers has no causal language model of this type.
     """
     model_type = architecture_of(config).model_type
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    name = causal_lm_class(model_type)
+    if name is None:
         raise RequestError(f"standalone: transformers has no causal language model of type {model_type!r} of its own.")
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return name
 
 
 def write_standalone(folder: str | Path, config: Any) -> Path:

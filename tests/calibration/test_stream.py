@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load, make_model, make_texts, save_checkpoint
-from oracles import assert_identical, layout_of
+from oracles import assert_identical, calibrated, layout_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -29,7 +29,6 @@ from optimum_moe_prune import (
     RunError,
     list_methods,
 )
-from optimum_moe_prune.calibration.calibrate import calibrate_checkpoint
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.calibration.streamed import collect_streamed as collect_skeleton
 from optimum_moe_prune.checkpoints.checkpoint import SINGLE_FILE
@@ -140,11 +139,11 @@ def test_the_way_is_chosen_by_memory(
     for free, streamed in ((2**50, False), (1000, True)):
         monkeypatch.setattr(memory, "available_memory", lambda _, free=free: free)
         with caplog.at_level(logging.WARNING):
-            stats = calibrate_checkpoint(layout, samples, {Need.ROUTING})
+            stats = calibrated(layout, samples, {Need.ROUTING})
         assert stats.provenance["streamed"] is streamed
         assert ("so one layer is held at a time (--stream)" in caplog.text) is streamed
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a whole model"))
-        assert calibrate_checkpoint(layout, samples, {Need.ROUTING}, stream=True).provenance["streamed"]
+        assert calibrated(layout, samples, {Need.ROUTING}, stream=True).provenance["streamed"]
         monkeypatch.undo()
 
 
@@ -209,7 +208,7 @@ def test_weights_that_are_not_finite_are_named(
         monkeypatch.setattr(Skeleton, "embedded", lambda *_: pytest.fail("work began"))
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(RunError, match=f"{SINGLE_FILE}: {name} holds NaN or infinite weights"):
-        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, stream=streamed)
+        calibrated(layout_of(folder), samples, {Need.ROUTING}, stream=streamed)
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["memory", "stream"])
@@ -221,7 +220,7 @@ def test_both_ways_refuse_what_is_missing(
     whole = load_file(folder / SINGLE_FILE)
     edited(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
     with pytest.raises(RequestError, match=r"lacks model.layers.1.self_attn.k_proj.weight"):
-        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, stream=streamed)
+        calibrated(layout_of(folder), samples, {Need.ROUTING}, stream=streamed)
     without = {n: t for n, t in whole.items() if ".layers.2." not in n or not (".experts." in n or ".gate." in n)}
     save_file(without, folder / SINGLE_FILE, metadata={"format": "pt"})
     for method in ("random", "reap"):
@@ -234,7 +233,7 @@ def test_both_ways_refuse_what_is_missing(
 def test_what_cannot_be_written_is_refused_before_the_calibration(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruner_module, "calibrate_checkpoint", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr(pruner_module, "calibrate", lambda *_, **__: pytest.fail("work began"))
     pruner = MoEPruner.from_pretrained(folder, method="reap", num_experts=4)
     edited(folder, lambda tensors: tensors.update({"mtp.layers.0.mlp.experts.0.w1": torch.ones(2)}))
     with pytest.raises(RequestError, match=r"mtp.layers.0.mlp.experts.0.w1 .* are experts outside the model's layers"):

@@ -17,7 +17,7 @@ from hub_server import Hub, served
 from oracles import assert_same_result
 
 from optimum_moe_prune import CalibrationStats, MoEPruner
-from optimum_moe_prune.commands.cli import main
+from optimum_moe_prune.commands import main
 
 REPO, COMMIT = "some/model", "a" * 40
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import aligned, assert_equal_states, make_model, make_texts, make_tokenizer
+from oracles import sensitivity_of
 from transformers import PreTrainedModel
 
 from optimum_moe_prune import (
@@ -32,7 +33,6 @@ from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.evaluation import divergence as divergence_module
 from optimum_moe_prune.evaluation.divergence import divergences
 from optimum_moe_prune.evaluation.losses import evaluate
-from optimum_moe_prune.evaluation.measure_sensitivity import measure_sensitivity
 from optimum_moe_prune.methods.budget import global_budget
 from optimum_moe_prune.models.blocks import moe_blocks
 from optimum_moe_prune.models.layerwise import LayerByLayer
@@ -131,44 +131,46 @@ def test_from_disk_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from optimum_moe_prune.models.memory import open_runner
+    from optimum_moe_prune.models.memory import Compute, open_runner
 
     plans = random_plans(make_model(kind), 6)
     expected = divergences(LayerByLayer(aligned(make_model(kind))), samples, plans, batch_size=5)
-    pruner = MoEPruner(name_or_path=folder)
-    runner = open_runner(pruner.layout(), stream=stream)
+    pruner = MoEPruner(source=folder)
+    runner = open_runner(pruner.layout(), Compute(stream=stream))
     assert runner.streams is stream
     torch.testing.assert_close(divergences(runner, samples, plans, batch_size=5), expected, rtol=1e-5, atol=1e-8)
-    whole = divergences(open_runner(pruner.layout(), stream=stream), samples, plans, batch_size=5)
-    kept = open_runner(pruner.layout(), stream=stream)
+    whole = divergences(open_runner(pruner.layout(), Compute(stream=stream)), samples, plans, batch_size=5)
+    kept = open_runner(pruner.layout(), Compute(stream=stream))
     assert torch.equal(divergences(kept, samples, plans, batch_size=5, folder=tmp_path / "store"), whole)
     assert not list((tmp_path / "store").glob("states_*"))
     monkeypatch.setattr(divergence_module, "_DISK_BYTES", 1)  # each plan in a pass of its own
     passes = divergences(
-        open_runner(pruner.layout(), stream=stream), samples, plans, batch_size=5, folder=tmp_path / "passes"
+        open_runner(pruner.layout(), Compute(stream=stream)), samples, plans, batch_size=5, folder=tmp_path / "passes"
     )
     torch.testing.assert_close(passes, whole, rtol=1e-6, atol=1e-9)
 
 
 def test_tied_embeddings_from_disk(samples: CalibrationSet, tmp_path: Path) -> None:
-    from optimum_moe_prune.models.memory import open_runner
+    from optimum_moe_prune.models.memory import Compute, open_runner
 
     model = make_model("mixtral", tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "model")
     plans = random_plans(model, 3)
-    found = divergences(open_runner(MoEPruner(name_or_path=tmp_path / "model").layout(), stream=True), samples, plans)
+    found = divergences(
+        open_runner(MoEPruner(source=tmp_path / "model").layout(), Compute(stream=True)), samples, plans
+    )
     torch.testing.assert_close(found, divergences(LayerByLayer(aligned(model)), samples, plans), rtol=1e-5, atol=1e-8)
 
 
 def test_a_head_that_is_missing(samples: CalibrationSet, tmp_path: Path) -> None:
-    from optimum_moe_prune.models.memory import open_runner
+    from optimum_moe_prune.models.memory import Compute, open_runner
 
     model = make_model("mixtral")
     state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(tmp_path / "model", state_dict=state)
     with pytest.raises(RequestError, match="lacks the weights of the model's head"):
         divergences(
-            open_runner(MoEPruner(name_or_path=tmp_path / "model").layout(), stream=True), samples, [{0: (0, 1)}]
+            open_runner(MoEPruner(source=tmp_path / "model").layout(), Compute(stream=True)), samples, [{0: (0, 1)}]
         )
 
 
@@ -260,7 +262,7 @@ def stats(kind: str, samples: CalibrationSet) -> CalibrationStats:
 def test_what_is_measured(kind: str, samples: CalibrationSet, stats: CalibrationStats) -> None:
     model = make_model(kind)
     configs = [MoEPrunerConfig(method=name, sparsity=0.5) for name in ("mosaic", "pathfinder", "reap")]
-    found = measure_sensitivity(LayerByLayer(model), samples, stats, configs, sparsities=(0.25, 0.4, 0.99))
+    found = sensitivity_of(model, samples, stats, configs, sparsities=(0.25, 0.4, 0.99))
     top_k, sizes = stats.model["top_k"], stats.num_experts
     assert found.tokens_by_domain == {
         d: sum(s.num_tokens - 1 for s in samples.samples if s.domain == d) for d in ("high", "low")
@@ -294,22 +296,22 @@ def test_only_some_numbers(samples: CalibrationSet) -> None:
     model = make_model("mixtral", num_local_experts=24)
     stats = collect(model, samples, {Need.ROUTING})
     config = MoEPrunerConfig(method="frequency", sparsity=0.5, protect={1: (3, 4, 5)}, skip_layers=(2,))
-    found = measure_sensitivity(LayerByLayer(model), samples, stats, [config], sparsities=())
+    found = sensitivity_of(model, samples, stats, [config], sparsities=())
     layers = found.methods["frequency"].layers
     assert sorted(layers[0].kl) == list(range(2, 24, 2))
     assert sorted(layers[1].kl) == [3, *range(4, 24, 2)]
     assert all({3, 4, 5} <= set(experts) for experts in layers[1].retained.values())
     assert 2 not in layers and found.methods["frequency"].model == ()
-    asked = measure_sensitivity(LayerByLayer(model), samples, stats, [config], sparsities=(), counts=[1, 2, 12, 24])
+    asked = sensitivity_of(model, samples, stats, [config], sparsities=(), counts=[1, 2, 12, 24])
     assert sorted(asked.methods["frequency"].layers[0].kl) == [2, 12]
     with pytest.raises(RequestError, match="no number of experts can be measured of 24; each layer keeps at least"):
-        measure_sensitivity(LayerByLayer(model), samples, stats, [config], counts=[24])
+        sensitivity_of(model, samples, stats, [config], counts=[24])
 
 
 def test_files_and_what_does_not_fit(
     kind: str, samples: CalibrationSet, stats: CalibrationStats, tmp_path: Path
 ) -> None:
-    found = measure_sensitivity(LayerByLayer(make_model(kind)), samples, stats, [MOSAIC], sparsities=(0.4,))
+    found = sensitivity_of(make_model(kind), samples, stats, [MOSAIC], sparsities=(0.4,))
     assert Sensitivity.load(found.save(tmp_path / "s.json")) == found
     by_sensitivity = dataclasses.replace(MOSAIC, allocation="sensitivity", sparsity=0.4)
     assert build_plan(stats, by_sensitivity, sensitivity=found).config["allocation"] == "sensitivity"
@@ -355,7 +357,6 @@ def test_files_and_what_does_not_fit(
 def test_interrupted_work_continues(
     folder: Path, stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from optimum_moe_prune.evaluation.measure_sensitivity import measure_checkpoint
 
     pruner = MoEPruner.from_pretrained(folder, config=dataclasses.replace(MOSAIC, batch_size=2))
     samples = pruner.samples(make_texts(8))
@@ -363,7 +364,7 @@ def test_interrupted_work_continues(
 
     def measure(**settings: Any) -> Sensitivity:
         settings = {"stream": stream, "batch_size": 2, "sparsities": (0.4,), **settings}
-        return measure_checkpoint(pruner.layout(), samples, stats, [MOSAIC], **settings)
+        return sensitivity_of(pruner.layout(), samples, stats, [MOSAIC], **settings)
 
     expected = measure()
     calls = 0
@@ -402,9 +403,9 @@ def test_broken_models_are_found(samples: CalibrationSet) -> None:
     with torch.no_grad():
         model.lm_head.weight[3, 3] = float("nan")
     with pytest.raises(RunError, match="NaN"):
-        measure_sensitivity(LayerByLayer(model), samples, stats, [MOSAIC])
+        sensitivity_of(model, samples, stats, [MOSAIC])
     with pytest.raises(RequestError, match="statistics are of another model"):
-        measure_sensitivity(LayerByLayer(make_model(seed=1)), samples, stats, [MOSAIC])
+        sensitivity_of(make_model(seed=1), samples, stats, [MOSAIC])
 
 
 def test_names_that_are_not_there(samples: CalibrationSet) -> None:
@@ -417,7 +418,7 @@ def test_names_that_are_not_there(samples: CalibrationSet) -> None:
     ):
         config = dataclasses.replace(MOSAIC, **change)
         with pytest.raises(RequestError, match=message):
-            measure_sensitivity(LayerByLayer(model), samples, stats, [config])
+            sensitivity_of(model, samples, stats, [config])
 
 
 # ------------------------------------------------------------------------------------------- the doors
@@ -479,7 +480,7 @@ def test_a_model_in_memory_can_be_measured_through_the_pruner(folder: Path, kind
 
 
 def test_the_command_line(kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from optimum_moe_prune.commands.cli import main
+    from optimum_moe_prune.commands import main
 
     def call(*arguments: Any) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as done:

@@ -296,7 +296,7 @@ def in_a_process(folder: Path, first: str = "", second: str = "", third: str = "
     [
         {"first": "import optimum_moe_prune"},
         {"second": "import optimum_moe_prune"},
-        {"first": "import optimum_moe_prune.commands.cli"},
+        {"first": "import optimum_moe_prune.commands"},
         {
             "first": "import transformers.models.mixtral.modeling_mixtral, transformers.models.qwen2_moe."
             "modeling_qwen2_moe",

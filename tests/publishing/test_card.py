@@ -146,7 +146,7 @@ def test_results_are_shown_and_are_in_the_front_matter(tmp_path: Path) -> None:
 
 
 def test_the_commands_make_the_same_cut_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from optimum_moe_prune.commands.cli import main
+    from optimum_moe_prune.commands import main
 
     texts = tmp_path / "a text's file.jsonl"
     texts.write_text("".join(json.dumps(record) + "\n" for record in make_texts()))

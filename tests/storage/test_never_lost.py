@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_texts, make_tokenizer, save_checkpoint
-from oracles import assert_identical, assert_same_result, call, layout_of
+from oracles import assert_identical, assert_same_result, calibrated, call, layout_of
 
 import optimum_moe_prune.calibration.in_memory as in_memory
 import optimum_moe_prune.models.memory as memory
@@ -30,7 +30,6 @@ from optimum_moe_prune import (
     RequestError,
     RunError,
 )
-from optimum_moe_prune.calibration.calibrate import calibrate_checkpoint
 from optimum_moe_prune.calibration.observer import LayerObserver
 from optimum_moe_prune.models.skeleton import Skeleton
 from optimum_moe_prune.storage.folders import MARKERS, working_on, written_folder
@@ -448,20 +447,20 @@ def test_a_calibration_continues_where_it_stopped(
     monkeypatch.setattr(in_memory, "GROUP_SECONDS", 0)
     layout = layout_of(folder)
     how = {"batch_size": 3, "stream": streamed, "max_tokens": 60}
-    expected = calibrate_checkpoint(layout, samples, Need, **how)
+    expected = calibrated(layout, samples, Need, **how)
     everything = stopping(0)
-    calibrate_checkpoint(layout, samples, Need, **how)
+    calibrated(layout, samples, Need, **how)
     for number in range(1, len(everything) + 1):
         kept = tmp_path / str(number)
         stopping(number)
         with pytest.raises(Stopped):
-            calibrate_checkpoint(layout, samples, Need, **how, folder=kept)
+            calibrated(layout, samples, Need, **how, folder=kept)
         steps = number - 1  # observed before the stop
         batches = samples.num_batches(3)
         finished = steps // batches if streamed else steps // len(layout.layers)
         assert kept.exists() == (finished > 0)  # nothing finished, nothing to keep
         again = stopping(0)
-        assert_identical(calibrate_checkpoint(layout, samples, Need, **how, folder=kept), expected)
+        assert_identical(calibrated(layout, samples, Need, **how, folder=kept), expected)
         per_step = batches if streamed else len(layout.layers)
         assert len(again) == len(everything) - finished * per_step
     assert "continuing the unfinished calibration" in caplog.text
@@ -475,7 +474,7 @@ def test_another_request_is_refused_and_named(
     how = {"batch_size": 3, "stream": True, "folder": tmp_path / "kept"}
     stopping(7)
     with pytest.raises(Stopped):
-        calibrate_checkpoint(layout, samples, needs, **how)
+        calibrated(layout, samples, needs, **how)
     stopping(0)
     fewer = CalibrationSet(samples.samples[1:], samples.token_ids[1:])
     changes: list[tuple[str, dict[str, object]]] = [
@@ -490,14 +489,14 @@ def test_another_request_is_refused_and_named(
     for message, change in changes:
         asked = {"calibration": samples, "needs": needs, **how, **change}
         with pytest.raises(RequestError, match=rf"of something else: {message}.*begin anew \(--restart\)"):
-            calibrate_checkpoint(layout, asked.pop("calibration"), asked.pop("needs"), **asked)
+            calibrated(layout, asked.pop("calibration"), asked.pop("needs"), **asked)
     os.utime(folder / "model.safetensors")
     with pytest.raises(
         RequestError, match=r"else: model: model.safetensors: changed at is \d+ there and \d+ now\. Run"
     ):
-        calibrate_checkpoint(layout_of(folder), samples, needs, **how)
-    found = calibrate_checkpoint(layout_of(folder), samples, needs, **how, restart=True)
-    assert_identical(found, calibrate_checkpoint(layout, samples, needs, batch_size=3, stream=True))
+        calibrated(layout_of(folder), samples, needs, **how)
+    found = calibrated(layout_of(folder), samples, needs, **how, restart=True)
+    assert_identical(found, calibrated(layout, samples, needs, batch_size=3, stream=True))
 
 
 def test_the_way_stays_when_memory_changes(
@@ -506,10 +505,10 @@ def test_the_way_stays_when_memory_changes(
     monkeypatch.setattr(memory, "available_memory", lambda _: 0)
     stopping(samples.num_batches(3) + 1)
     with pytest.raises(Stopped):
-        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, batch_size=3, folder=tmp_path / "kept")
+        calibrated(layout_of(folder), samples, {Need.ROUTING}, batch_size=3, folder=tmp_path / "kept")
     again = stopping(0)
     monkeypatch.setattr(memory, "available_memory", lambda _: 2**50)
-    stats = calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, batch_size=3, folder=tmp_path / "kept")
+    stats = calibrated(layout_of(folder), samples, {Need.ROUTING}, batch_size=3, folder=tmp_path / "kept")
     assert stats.provenance["streamed"] and 0 not in {layer for layer, _ in again}
 
 
@@ -518,9 +517,9 @@ def test_interrupted_after_the_last_step(
     streamed: bool, folder: Path, samples: CalibrationSet, tmp_path: Path, stopping: Callable
 ) -> None:
     how = {"batch_size": 3, "stream": streamed, "folder": tmp_path / "kept"}
-    first = calibrate_checkpoint(layout_of(folder), samples, Need, **how)
+    first = calibrated(layout_of(folder), samples, Need, **how)
     again = stopping(1)
-    assert_identical(calibrate_checkpoint(layout_of(folder), samples, Need, **how), first)
+    assert_identical(calibrated(layout_of(folder), samples, Need, **how), first)
     assert again == []
 
 
@@ -530,19 +529,19 @@ def test_damaged_progress(content: str, folder: Path, samples: CalibrationSet, t
     kept.mkdir()
     (kept / "progress.json").write_text(content)
     with pytest.raises(RequestError, match=r"(?i)begin anew \(--restart\)"):
-        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, folder=kept)
-    calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, folder=kept, restart=True)
+        calibrated(layout_of(folder), samples, {Need.ROUTING}, folder=kept)
+    calibrated(layout_of(folder), samples, {Need.ROUTING}, folder=kept, restart=True)
 
 
 def test_more_finished_than_there_is(folder: Path, samples: CalibrationSet, tmp_path: Path) -> None:
     for streamed in (False, True):
         how = {"stream": streamed, "folder": tmp_path / f"kept_{streamed}"}
-        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, **how)
+        calibrated(layout_of(folder), samples, {Need.ROUTING}, **how)
         progress = json.loads((how["folder"] / "progress.json").read_text())
         for finished in (99, -1, True, "1"):
             (how["folder"] / "progress.json").write_text(json.dumps({**progress, "finished": finished}))
             with pytest.raises(RequestError, match=r"is damaged.*Begin anew \(--restart\)"):
-                calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, **how)
+                calibrated(layout_of(folder), samples, {Need.ROUTING}, **how)
 
 
 @pytest.mark.parametrize("name", ["layer_00000.safetensors", "states_0.safetensors"])
@@ -553,11 +552,11 @@ def test_damaged_unfinished_work(
     stopping(samples.num_batches(3) + 1)
     how = {"batch_size": 3, "stream": True, "folder": kept}
     with pytest.raises(Stopped):
-        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, **how)
+        calibrated(layout_of(folder), samples, {Need.ROUTING}, **how)
     stopping(0)
     (kept / name).write_bytes((kept / name).read_bytes()[:-8])
     with pytest.raises(RequestError, match=f"{name} is damaged"):
-        calibrate_checkpoint(layout_of(folder), samples, {Need.ROUTING}, **how)
+        calibrated(layout_of(folder), samples, {Need.ROUTING}, **how)
 
 
 def test_the_budget_may_change_between_two_tries(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

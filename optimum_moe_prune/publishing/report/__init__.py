@@ -120,7 +120,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise RequestError(f"{target} exists; name another file, or allow replacing it (--overwrite).")
+        raise RequestError(f"{target} exists; name another file, or allow replacing it (overwrite=True).")
     with target.open("rb") as file:
         if GENERATOR.encode() not in file.read(2000):
             raise RequestError(f"{target} is no report of this package and is not replaced; name another file.")
@@ -130,7 +130,7 @@ def _write_pictures(folder: Path, files: Mapping[str, bytes], overwrite: bool) -
     """Write pictures, each beside its target and renamed into place."""
     there = [name for name in files if (folder / name).exists()]
     if there and not overwrite:
-        raise RequestError(f"{folder / there[0]} exists; name another folder, or allow replacing it (--overwrite).")
+        raise RequestError(f"{folder / there[0]} exists; name another folder, or allow replacing it (overwrite=True).")
     for name, content in files.items():
         write_bytes(folder / name, content)
 

@@ -22,7 +22,7 @@ from ...methods.clustering import silhouette
 from ...methods.paths import k_best_paths
 from ...methods.variability import generalists
 from ...plan import PruningPlan
-from ...planning.build import budget_for, plan_needs, protected_experts
+from ...planning.build import budget_for, protected_experts
 from ...progress import progress
 from ...statistics.stats import CalibrationStats
 from .data import mismatch
@@ -131,7 +131,7 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
         raise RequestError(f"the recipe in the plan cannot be read: {error}") from error
     if config.method != plan.method:
         raise RequestError(f"the recipe in the plan is one for method {config.method!r}.")
-    stats.require(plan_needs(config), config.method)
+    stats.require(config.needs, config.method)
     calibration = plan.provenance.get("calibration")
     weights = calibration.get("domain_weights") if isinstance(calibration, dict) else None
     try:

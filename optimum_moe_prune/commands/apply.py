@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``apply``: prune a model by a plan."""
+
+from __future__ import annotations
+
+import argparse
+
+from optimum.commands.base import CommandInfo
+
+from . import flags, publishing
+from .base import Command, Result
+
+
+class ApplyCommand(Command):
+    COMMAND = CommandInfo("apply", "prune a model by a plan")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        flags.add_model(parser)
+        parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
+        flags.add_compute(parser, "the evaluation", stream=False)
+        flags.add_writing(parser)
+        publishing.add_publishing(parser)
+        flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
+
+    @staticmethod
+    def work(args: argparse.Namespace) -> Result:
+        from ..plan import PruningPlan
+        from ..pruner import MoEPruner
+        from ..storage.folders import check_target
+
+        check_target(args.output, args.overwrite, [args.model, args.plan])
+        publishing.check_publishing(args)
+        flags.compute_of(args)
+        source = flags.source_of(args)
+        plan = PruningPlan.load(args.plan)
+        pruner = MoEPruner.from_plan(plan, source.name_or_path, **source.for_transformers)
+        publishing.check_memory(args, pruner)
+        pruner.prune_checkpoint(
+            args.output,
+            max_shard_size=args.max_shard_size,
+            overwrite=args.overwrite,
+            standalone=args.standalone,
+        )
+        return publishing.result_of_checkpoint(args, pruner)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command does: its work, its result on standard output, its errors in one line, its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import traceback
+from typing import Any, ClassVar
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+from ..errors import MoEPruneError, RequestError
+
+Result = tuple[str, dict[str, Any]]
+"""What is printed for people, and with ``--json``."""
+
+
+class Command(BaseOptimumCLICommand):
+    """A command that does its work and ends the process with its exit code.
+
+    Attributes:
+        shows_bars: Whether libraries may show progress bars off a terminal as well.
+    """
+
+    shows_bars: ClassVar[bool] = False
+
+    @staticmethod
+    def work(args: argparse.Namespace) -> Result:
+        """Do what was asked for."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        sys.exit(execute(type(self), self.args))
+
+
+def execute(command: type[Command], args: argparse.Namespace) -> int:
+    """Do the work of a command and print its result; the exit code."""
+    try:
+        if not sys.stderr.isatty() and not command.shows_bars:
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
+        text, values = command.work(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        name = "" if isinstance(error, MoEPruneError) else f"{type(error).__name__}: "
+        print(f"error: {name}{as_flags(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, RequestError) else 1
+    print(json.dumps(values) if args.json else text)
+    return 0
+
+
+def as_flags(message: str) -> str:
+    """A message of the library, which speaks of arguments, in the words of the command line."""
+    return re.sub(r"\b([a-z_]+)=True\b", lambda match: f"--{match[1].replace('_', '-')}", message)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``evaluate``: losses by domain, tasks and speed, of models or against a reference."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from optimum.commands.base import CommandInfo
+
+from ..errors import RequestError
+from . import flags
+from .base import Command, Result
+
+
+class EvaluateCommand(Command):
+    COMMAND = CommandInfo("evaluate", "perplexity by domain, tasks and speed, of models or against a reference")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        flags.add_model(parser, several=True)
+        flags.add_compute(parser, "the models", stream=False)
+        parser.add_argument(
+            "--reference", metavar="DIR|ID", help="the model to compare with, usually the unpruned one"
+        )
+        parser.add_argument("--data", action="append", metavar="FILE", help=".jsonl or .txt; may be repeated")
+        flags.add_settings(parser, ["batch_size", "max_length"])
+        group = parser.add_argument_group("speed")
+        group.add_argument(
+            "--speed",
+            action="store_true",
+            help="measure generation and peak memory, each model in a process of its own",
+        )
+        group.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens to generate (default 64)")
+        _add_tasks(parser)
+        group = parser.add_argument_group("results")
+        group.add_argument("--output", metavar="FILE.json", help="write the results")
+        group.add_argument("--overwrite", action="store_true", help="replace earlier results")
+        group.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+        group.add_argument(
+            "--update-card", action="store_true", help="put the results into the pruned checkpoint and its model card"
+        )
+        flags.add_common(parser)
+
+    @staticmethod
+    def work(args: argparse.Namespace) -> Result:
+        from ..evaluation.compare import compare
+        from ..evaluation.comparison import Comparison
+        from ..names import EVALUATION_NAME
+        from ..publishing.card import write_card
+        from ..storage.files import check_file
+
+        compute = flags.compute_of(args)
+        _check(args)
+        if args.output is not None:
+            check_file(args.output, ".json", args.overwrite, Comparison.load)
+        reference = None if args.reference is None else replace(flags.source_of(args, args.reference), revision=None)
+        comparison = compare(
+            [flags.source_of(args, path) for path in args.model],
+            [Path(file) for file in args.data] if args.data else None,
+            reference=reference,
+            tasks=[name for names in args.tasks or [] for name in names.split(",")],
+            speed=args.speed,
+            batch_size=8 if args.batch_size is None else args.batch_size,
+            max_length=2048 if args.max_length is None else args.max_length,
+            new_tokens=args.new_tokens,
+            dtype=compute.dtype,
+            device=compute.device,
+            include=args.task_include or (),
+            limit=args.task_limit,
+            num_fewshot=args.num_fewshot,
+            allow_code=args.allow_code,
+            apply_chat_template=args.apply_chat_template,
+            system_instruction=args.system_instruction,
+            fewshot_as_multiturn=args.fewshot_as_multiturn,
+            gen_kwargs=args.gen_kwargs,
+        )
+        if args.output is not None:
+            comparison.save(args.output)
+        if args.update_card:
+            folder = Path(args.model[0])
+            earlier = folder / EVALUATION_NAME
+            whole = Comparison.load(earlier).updated(comparison) if earlier.is_file() else comparison
+            whole.save(earlier)
+            write_card(folder, folder.resolve().name)
+        return comparison.markdown() if args.markdown else comparison.summary(), comparison.to_dict()
+
+
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tasks of lm-evaluation-harness")
+    group.add_argument(
+        "--tasks", action="append", metavar="T,T", help="names, papers (the two papers' table), or .yaml files"
+    )
+    group.add_argument("--task-include", action="append", metavar="DIR", help="folder of further tasks")
+    group.add_argument("--task-limit", type=int, metavar="N", help="documents of each task at most")
+    group.add_argument("--num-fewshot", type=int, metavar="N", help="examples in a prompt (default: the task's own)")
+    group.add_argument("--allow-code", action="store_true", help="let tasks run programs that the model writes")
+    group.add_argument(
+        "--apply-chat-template",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAME",
+        help="prompts as chats, by the tokenizer's template, or by one of its templates",
+    )
+    group.add_argument("--system-instruction", metavar="TEXT", help="text before every prompt; in a chat the system's")
+    group.add_argument(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="in a chat, examples as turns of their own (the default) or all in the user's turn",
+    )
+    group.add_argument(
+        "--gen-kwargs", metavar="K=V,K=V", help="settings of generation over the tasks' own, as temperature=0.6"
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse flags that exclude one another."""
+    from ..names import PLAN_NAME
+
+    if not args.data and not args.tasks and not args.speed:
+        raise RequestError("there is nothing to evaluate on; name texts (--data FILE), --tasks or --speed.")
+    if args.revision is not None and len(args.model) > 1:
+        raise RequestError("--revision is for one model, and several are named.")
+    if args.json and args.markdown:
+        raise RequestError("--json and --markdown exclude each other.")
+    if args.update_card:
+        for folder in args.model:
+            if not (Path(folder) / PLAN_NAME).is_file():
+                raise RequestError(f"--update-card: {folder} is no folder of a checkpoint that this package pruned.")
+        if len(args.model) > 1 or args.reference is None:
+            raise RequestError("--update-card takes one pruned model, and --reference, the original.")

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``run``: calibrate, choose experts, and write the pruned checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+
+from optimum.commands.base import CommandInfo
+
+from . import flags, publishing
+from .base import Command, Result
+
+
+class RunCommand(Command):
+    COMMAND = CommandInfo("run", "calibrate, choose experts, and write the pruned checkpoint")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        flags.add_model(parser)
+        flags.add_compute(parser, "the calibration; what is written keeps the checkpoint's")
+        flags.add_calibration(parser)
+        flags.add_recipe(parser)
+        parser.add_argument(
+            "--sensitivity", metavar="FILE", help="with --allocation sensitivity: what the command sensitivity wrote"
+        )
+        flags.add_settings(parser, ["seed"])
+        flags.add_writing(parser)
+        publishing.add_publishing(parser)
+        flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
+
+    @staticmethod
+    def work(args: argparse.Namespace) -> Result:
+        from ..names import BY_SENSITIVITY
+        from ..planning.sensitivity import Sensitivity
+        from ..pruner import MoEPruner
+        from ..storage.folders import check_target
+        from .inputs import calibration_samples
+
+        check_target(args.output, args.overwrite, [args.model])
+        publishing.check_publishing(args)
+        config = flags.recipe(args)
+        config.require_budget()
+        weights = flags.domain_weights(args)
+        compute = flags.compute_of(args)
+        source = flags.source_of(args)
+        pruner = MoEPruner.from_pretrained(source.name_or_path, config, **source.for_transformers)
+        publishing.check_memory(args, pruner)
+        if args.sensitivity is not None:
+            pruner.sensitivity = Sensitivity.load(args.sensitivity)
+            if config.allocates == BY_SENSITIVITY:
+                pruner.sensitivity.of(config, pruner.layout().facts(), weights)
+        measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
+        pruner.prune_checkpoint(
+            args.output,
+            calibration=calibration_samples(args, pruner) if measures or config.needs else None,
+            domain_weights=weights,
+            restart=args.restart,
+            max_shard_size=args.max_shard_size,
+            overwrite=args.overwrite,
+            standalone=args.standalone,
+            **vars(compute),
+        )
+        return publishing.result_of_checkpoint(args, pruner)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``score``: calibrate once and save the statistics."""
+
+from __future__ import annotations
+
+import argparse
+
+from optimum.commands.base import CommandInfo
+
+from . import flags
+from .base import Command, Result
+
+
+class ScoreCommand(Command):
+    COMMAND = CommandInfo("score", "calibrate once and save the statistics")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        flags.add_model(parser)
+        flags.add_compute(parser, "the calibration")
+        flags.add_calibration(parser)
+        group = parser.add_argument_group("method")
+        group.add_argument("--method", metavar="NAME", help="gather what it needs, or all (default all)")
+        flags.add_settings(group, flags.METHOD[1:])
+        group.add_argument(
+            "--config", metavar="FILE", help="a saved recipe (moe_pruner_config.json); other flags take precedence"
+        )
+        flags.add_settings(parser, ["seed"])
+        flags.add_common(parser, "STATS_DIR", "folder of the statistics, absent or empty")
+
+    @staticmethod
+    def work(args: argparse.Namespace) -> Result:
+        from ..calibration.calibrate import calibrate, needs_of
+        from ..pruner import MoEPruner
+        from ..storage.folders import check_target, working_on
+        from ..storage.workspace import Workspace
+        from .inputs import calibration_samples
+
+        check_target(args.output, args.overwrite, [args.model])
+        every = args.method == "all" or (args.method is None and not args.config)
+        args.method = None if every else args.method
+        config = flags.recipe(args)
+        needs = needs_of("all" if every else config)
+        compute = flags.compute_of(args)
+        pruner = MoEPruner(config, source=flags.source_of(args))
+        samples = calibration_samples(args, pruner)
+        workspace = Workspace.beside(args.output, args.restart).part("calibration")
+        with working_on(args.output):
+            stats = calibrate(
+                pruner.layout(),
+                samples,
+                needs,
+                batch_size=config.batch_size,
+                max_tokens=config.max_tokens,
+                seed=config.seed,
+                compute=compute,
+                workspace=workspace,
+            )
+            stats.save(args.output, args.overwrite)
+            workspace.clear()
+        values = {
+            "output": args.output,
+            "samples": len(samples),
+            "tokens_by_domain": stats.domains,
+            "kept_tokens": len(stats.token_sample),
+            "needs": sorted(map(str, needs)),
+            "streamed": stats.provenance["streamed"],
+        }
+        domains = ", ".join(f"{domain} {tokens}" for domain, tokens in stats.domains.items())
+        text = f"{len(samples)} samples, {samples.num_tokens} tokens ({domains})\n"
+        return f"{text}statistics of {len(stats.layers)} layers: {args.output}", values

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``sensitivity``: how far a model can be pruned, and where."""
+
+from __future__ import annotations
+
+import argparse
+
+from optimum.commands.base import CommandInfo
+
+from ..errors import RequestError
+from . import flags
+from .base import Command, Result
+
+
+class SensitivityCommand(Command):
+    COMMAND = CommandInfo("sensitivity", "how far a model can be pruned, and where: measured divergences")
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        flags.add_model(parser)
+        flags.add_compute(parser, "the calculation")
+        flags.add_calibration(parser)
+        flags.add_recipe(parser, several=True, budget=False)
+        group = parser.add_argument_group("what to measure")
+        group.add_argument(
+            "--stats", metavar="STATS_DIR", help="statistics that score saved, in place of a calibration"
+        )
+        group.add_argument(
+            "--counts", metavar="N,N", help="numbers of experts to measure in each layer (default: all, or twelve)"
+        )
+        group.add_argument(
+            "--sparsities", metavar="F,F", help="of whole models (default 0.125,0.25,0.375,0.5,0.625,0.75)"
+        )
+        flags.add_settings(parser, ["seed"])
+        flags.add_common(parser, "OUTPUT.json", "file of the result")
+
+    @staticmethod
+    def work(args: argparse.Namespace) -> Result:
+        from ..evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
+        from ..methods import list_methods
+        from ..planning.sensitivity import Sensitivity
+        from ..pruner import MoEPruner
+        from ..statistics.stats import CalibrationStats
+        from ..storage.files import check_file
+        from ..storage.folders import working_on
+        from ..storage.workspace import Workspace
+        from .inputs import calibration_samples
+
+        check_file(args.output, ".json", args.overwrite, Sensitivity.load)
+        names = list(dict.fromkeys(args.method or [None if args.config else "mosaic"]))
+        names = list(list_methods()) if "all" in names else names
+        if len(names) > 1 and args.method_options:
+            raise RequestError(
+                "--option is for one method, and several are named; give a recipe for each run instead."
+            )
+        configs = []
+        for args.method in names:
+            configs.append(flags.recipe(args))
+        counts = flags.numbers(args.counts, "--counts", int)
+        sparsities = flags.numbers(args.sparsities, "--sparsities", float)
+        if sparsities is not None and not all(0 < s < 1 for s in sparsities):
+            raise RequestError(
+                f"--sparsities is {args.sparsities}; fractions of experts to remove lie between 0 and 1."
+            )
+        compute = flags.compute_of(args)
+        pruner = MoEPruner(configs[0], source=flags.source_of(args))
+        layout = pruner.layout()
+        samples = calibration_samples(args, pruner)
+        workspace = Workspace.beside(args.output, args.restart)
+        with working_on(args.output):
+            measured = measure_sensitivity(
+                layout,
+                samples,
+                configs,
+                None if args.stats is None else CalibrationStats.load(args.stats),
+                domain_weights=flags.domain_weights(args),
+                counts=counts,
+                sparsities=SPARSITIES if sparsities is None else sparsities,
+                batch_size=configs[0].batch_size,
+                compute=compute,
+                workspace=workspace,
+            )
+            measured.save(args.output)
+            for part in ("calibration", "sensitivity"):
+                workspace.part(part).clear()
+        return f"{measured.summary()}\n{args.output}", {"output": args.output, **measured.to_dict()}
