@@ -334,11 +334,11 @@ class MoEPruner:
         if calibration is not None or domain_weights is not None or plan is None:
             config = self._recipe()
             blocks = moe_blocks(model)
-            budget_for(config, {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k)
+            budget_for(config, {block.layer: block.num_experts for block in blocks}, blocks[0].rule.top_k)
 
             def nothing() -> CalibrationStats:
                 counts = {block.layer: block.num_experts for block in blocks}
-                return self._with_commit(empty_stats(model_facts(model), counts, blocks[0].routing, seed=config.seed))
+                return self._with_commit(empty_stats(model_facts(model), counts, blocks[0].rule, seed=config.seed))
 
             plan = self._plan_from(
                 calibration,

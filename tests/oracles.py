@@ -171,7 +171,7 @@ def plan_for(model: PreTrainedModel, num_experts: int = 4, seed: int = 0, alloca
     config = MoEPrunerConfig(method="random", num_experts=num_experts, seed=seed, allocation=allocation)
     blocks = moe_blocks(model)
     counts = {block.layer: block.num_experts for block in blocks}
-    return build_plan(empty_stats(model_facts(model), counts, blocks[0].routing), config)
+    return build_plan(empty_stats(model_facts(model), counts, blocks[0].rule), config)
 
 
 @contextlib.contextmanager
