@@ -27,7 +27,7 @@ _SETS_AT_ONCE = 512
 _CHUNK_SETS = 65_536  # a multiple of _SETS_AT_ONCE
 _CHUNK_BYTES = 128 * 2**20
 _DECIDED_BY_DEFINITION = 8  # sets
-_NONE_LEFT = "the routers of this model admit no set with the protected experts; protect fewer, or keep more or fewer."
+_NONE_LEFT = "no set with the protected experts is one that the model's routers admit; protect fewer, or keep more."
 
 RetainedSet = tuple[int, ...]
 
