@@ -340,7 +340,7 @@ class MoEPruner:
         plan = self.pruning_plan
         if calibration is not None or domain_weights is not None or plan is None:
             blocks = moe_blocks(model)
-            budget_for(self._recipe(), {b.layer: b.num_experts for b in blocks}, blocks[0].routing.top_k)
+            budget_for(self._recipe(), {b.layer: b.num_experts for b in blocks}, blocks[0].rule.top_k)
             plan = self._plan(model, calibration, domain_weights, Workspace(), {})
         self.model, self._applied_plan = apply_plan(plan, model), plan
         return self.model

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routing rules: how a router turns its logits into chosen experts and their weights.
 
-A rule is a value that a row of the table names. The observer, the replay, the searches, the errors of single experts
-and the budgets ask it; nothing else knows how a router decides. Another kind of router is another class here.
+A rule is a value that a row of the table names. The observer, the replay, the searches and the errors of single
+experts ask it; nothing else knows how a router decides. Another kind of router is another class:
+
+    @dataclass(frozen=True)
+    class SigmoidTopK(RoutingRule, kind="sigmoid"):
+        top_k: int
+        bias: tuple[float, ...] = field(default=(), repr=False)
+        ...
+
+Statistics hold a rule by its kind and its fields, which are plain values (numbers, strings, tuples of them).
 
 Shapes: E experts, T tokens, K top_k.
 """
@@ -14,34 +22,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from ..errors import RequestError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Normalisation = Literal["chosen", "retained", "none"]
 
+_KINDS: dict[str, type[RoutingRule]] = {}
+
 
 class RoutingRule(ABC):
-    """How a router chooses experts and weighs them.
+    """How a router chooses experts and weighs them: ``scale * numerator / (sum of numerators + epsilon)``.
 
     Attributes:
+        kind: The name of the class in statistics.
+        reads_router: Whether a layer's rule depends on tensors of its router (see :meth:`of_router`).
         top_k: Experts used per token.
-        ranked: Whether the chosen are simply the best of those retained by :meth:`ranking`. Where groups of experts
-            limit the choice it is not so, and searches go by :meth:`choose` alone.
-        normalised_over: Of which experts the numerators are summed in the denominator of a weight: of the chosen ones,
-            of all that are retained, or of none.
-        epsilon: Added to that sum.
-        scale: Every weight is multiplied by it.
+        scale: What weights are multiplied by: one number, or one for each expert.
+        epsilon: Added to the sum of numerators.
     """
 
+    kind: ClassVar[str]
+    reads_router: ClassVar[bool] = False
     top_k: int
-    ranked: ClassVar[bool] = True
+    scale: float | tuple[float, ...] = 1.0
     epsilon: float = 0.0
-    scale: float = 1.0
+
+    def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind:
+            cls.kind = kind
+            _KINDS[kind] = cls
+
+    # -- what a rule says
 
     @property
     @abstractmethod
     def normalised_over(self) -> Normalisation:
-        """See the class."""
+        """The experts whose numerators are summed in a weight's denominator; with ``"none"`` the denominator is 1."""
 
     @abstractmethod
     def choose(self, logits: Tensor, retained: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -57,26 +76,46 @@ class RoutingRule(ABC):
         """
 
     @abstractmethod
-    def log_probabilities(self, logits: Tensor) -> Tensor:
-        """Logarithms ``(T, E)`` float64 of the probabilities over all experts: scores divided by their sum."""
-
-    @abstractmethod
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Those probabilities ``(T, E)`` float64."""
-
-    @abstractmethod
     def ranking(self, logits: Tensor) -> Tensor:
-        """What experts are ranked by ``(T, E)``, highest first."""
+        """What experts are ranked by ``(T, E)``, highest first, in the precision the model compares in."""
 
     @abstractmethod
     def numerators(self, logits: Tensor) -> Tensor:
-        """Positive numbers ``(T, E)`` float64 to which the weights of the chosen are proportional."""
+        """Positive numbers ``(T, E)`` float64, with squares above 0, to which the weights of the chosen belong.
 
-    @abstractmethod
-    def lone_weights(self, logits: Tensor) -> Tensor:
-        """The weight ``(T, E)`` float32 that each expert would have if it were the only one left."""
+        Where :attr:`normalised_over` is not ``"none"``, each token may have a common factor of its own, unless there
+        is an ``epsilon``.
+        """
 
-    # -- what follows
+    # -- what a rule may say
+
+    def of_router(self, tensors: Mapping[str, Tensor]) -> RoutingRule:
+        """The rule of one layer, with what its router's tensors add, such as a correction bias.
+
+        Args:
+            tensors: The tensors that the row names (``router_tensors``), by path below the block.
+        """
+        return self
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the chosen are simply the K best by :meth:`ranking` of those that are left.
+
+        Where groups of experts limit the choice it is not so, and searches go by :meth:`choose` alone.
+        """
+        return True
+
+    def admits(self, retained: Sequence[int], size: int, num_experts: int) -> bool:
+        """Whether some of these experts make a set of ``size`` that a layer can consist of.
+
+        Searches ask it where a rule is not ``ranked``: groups, for one, have to stay equal.
+
+        Args:
+            retained: Sorted ids.
+            size: How many are to be left.
+            num_experts: Of the whole layer.
+        """
+        return len(retained) >= size
 
     @property
     def fewest(self) -> int:
@@ -87,6 +126,17 @@ class RoutingRule(ABC):
         """Whether a layer can keep that many experts."""
         return num_experts >= self.fewest
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probabilities ``(T, E)`` float64 over all experts: numerators divided by their sum."""
+        numerators = self.numerators(logits)
+        return numerators / numerators.sum(dim=1, keepdim=True)
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Their natural logarithms ``(T, E)`` float64."""
+        return self.probabilities(logits).log()
+
+    # -- what follows
+
     def weights(self, logits: Tensor, retained: Sequence[int] | None = None) -> Tensor:
         """Routing weights ``(T, E)`` in float64 of the layer pruned to ``retained``, zero for every other expert."""
         import torch
@@ -96,13 +146,51 @@ class RoutingRule(ABC):
             1, chosen, weights.double()
         )
 
+    def lone_weights(self, logits: Tensor) -> Tensor:
+        """The weight ``(T, E)`` float32 that each expert would have if it were the only one left."""
+        import torch
+
+        numerators = self.numerators(logits)
+        weights = numerators * torch.as_tensor(self.scale, dtype=torch.float64, device=logits.device)
+        return (weights if self.normalised_over == "none" else weights / (numerators + self.epsilon)).float()
+
+    def disagreement(self, logits: Tensor, chosen: Tensor, weights: Tensor) -> str:
+        """What in a model's routing is not by this rule, in words; empty where everything is.
+
+        Tokens at whose choice experts tie are let pass; so are weights within 1e-5 in float32, 1e-2 in lower
+        precision.
+
+        Args:
+            logits: Router logits ``(T, E)``.
+            chosen: Ids of the experts that the model called ``(T, K)``, in any order.
+            weights: Their weights ``(T, K)``.
+        """
+        import torch
+
+        expected, expected_weights = self.choose(logits)
+        if expected.shape != chosen.shape:
+            return f"a token is sent to {chosen.shape[1]} experts, and by the rule to {expected.shape[1]}"
+        ranking = self.ranking(logits).double()
+        ours, theirs = (ranking.gather(1, ids).sort(dim=1).values for ids in (expected, chosen))
+        tied = torch.isclose(ours, theirs, rtol=1e-6, atol=1e-6).all(1)
+        (expected, order), (chosen, own_order) = expected.sort(dim=1), chosen.sort(dim=1)
+        same = (expected == chosen).all(1)
+        if not bool((same | tied).all()):
+            return f"{int((~(same | tied)).sum())} of {len(logits)} tokens are sent to other experts than by the rule"
+        tolerance = 1e-5 if logits.dtype == weights.dtype == torch.float32 else 1e-2
+        weights = weights.double().gather(1, own_order)[same]
+        difference = (weights - expected_weights.double().gather(1, order)[same]).abs()
+        if not bool((difference <= tolerance * (1 + weights.abs())).all()):
+            return f"experts are given weights up to {difference.max():.3g} away from those by the rule"
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, for :func:`rule_from_dict`."""
-        return asdict(self)  # type: ignore[call-overload]  # every rule is a dataclass
+        return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]  # every rule is a dataclass
 
 
 @dataclass(frozen=True)
-class SoftmaxTopK(RoutingRule):
+class SoftmaxTopK(RoutingRule, kind="softmax"):
     """Softmax over all experts, the K most probable ones, renormalised or not.
 
     Attributes:
@@ -140,12 +228,6 @@ class SoftmaxTopK(RoutingRule):
             weights = weights.to(logits.dtype).float()
         return ids[chosen], weights
 
-    def log_probabilities(self, logits: Tensor) -> Tensor:
-        return logits.double().log_softmax(dim=-1)
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        return logits.double().softmax(dim=-1)
-
     def ranking(self, logits: Tensor) -> Tensor:
         return logits
 
@@ -154,14 +236,29 @@ class SoftmaxTopK(RoutingRule):
         # The bound keeps their squares from vanishing; it matters only to experts e^300 times less likely than others.
         return (logits - logits.amax(dim=1, keepdim=True)).clamp_(min=-300).exp_()
 
-    def lone_weights(self, logits: Tensor) -> Tensor:
-        return logits.new_ones(()).float().expand(logits.shape)
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        return logits.double().log_softmax(dim=-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.double().softmax(dim=-1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without its kind: so statistics have been written from the beginning."""
+        return asdict(self)
 
 
 def rule_from_dict(values: Mapping[str, Any]) -> RoutingRule:
     """A rule from plain values, as statistics hold it.
 
     Raises:
+        RequestError: If no rule of that kind is known.
         TypeError, ValueError: If they are no rule.
     """
-    return SoftmaxTopK(**values)
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    kind = settings.pop("kind", SoftmaxTopK.kind)
+    if kind not in _KINDS:
+        raise RequestError(
+            f"routers by the rule {kind!r} are not known here. Known: {', '.join(sorted(_KINDS))}. Import the module "
+            "that defines it first."
+        )
+    return _KINDS[kind](**settings)

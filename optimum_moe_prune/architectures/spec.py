@@ -6,6 +6,7 @@ Everything else (collecting, surgery, checks, the command line) reads these rows
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ class MoESpec:
         top_k_key: The config's key for the experts used per token.
         renormalise: Whether the router divides the chosen weights by their sum: always, never, or by that config key.
         cast_weights: Whether the router rounds the weights to the dtype of its logits.
+        rule: Makes the routers' rule of a model's config, where it is another one than these settings of a softmax.
         modelling: The module with these classes; by default the one of the model type in transformers.
         file_block: Name of the block in checkpoint files, where another one than ``block`` may stand there.
         file_experts: Where files hold one tensor per expert and projection, ``BLOCK.EXPERTS.7.w1.weight``: name of
@@ -57,6 +59,7 @@ class MoESpec:
     top_k_key: str = "num_experts_per_tok"
     renormalise: bool | str = True
     cast_weights: bool = False
+    rule: Callable[[Any], RoutingRule] | None = None
     modelling: str = ""
     file_block: str = ""
     file_experts: tuple[tuple[str, str, str], ...] = ()
@@ -86,6 +89,8 @@ class MoESpec:
     def routing(self, config: Any) -> RoutingRule:
         """The rule of this architecture's router, with the settings of one model."""
         config, renormalise = text_config(config), self.renormalise
+        if self.rule is not None:
+            return self.rule(config)
         if isinstance(renormalise, str):
             renormalise = bool(getattr(config, renormalise))
         return SoftmaxTopK(int(getattr(config, self.top_k_key)), renormalise, self.cast_weights)

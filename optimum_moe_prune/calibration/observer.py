@@ -110,6 +110,8 @@ class LayerObserver:
         self, block: MoEBlock, needs: frozenset[Need], current: Current, allocate: Allocate, before: Routed | None
     ) -> None:
         self.block = block
+        self.rule = block.routing
+        self.rule_is_proven = False
         self.needs = needs
         self.current = current
         self.allocate = allocate
@@ -123,9 +125,7 @@ class LayerObserver:
 
     def statistics(self, sample_weights: Tensor) -> LayerStats:
         """What was gathered."""
-        return LayerStats(
-            self.num_experts, self.block.routing, self.tensors, sample_weights, self.current.token_sample
-        )
+        return LayerStats(self.num_experts, self.rule, self.tensors, sample_weights, self.current.token_sample)
 
     # -- called by the block
 
@@ -145,6 +145,7 @@ class LayerObserver:
         hidden = hidden.view(-1, shape[-1])
         real = self.current.real
         x, chosen, weight = real(hidden), real(ids), real(weights)
+        self._prove_rule(logits, chosen, weight)
         if not self.tensors:
             before = 0 if self.before is None else self.before.num_experts
             shapes = layer_shapes(
@@ -169,10 +170,22 @@ class LayerObserver:
 
     # -- the work
 
+    def _prove_rule(self, logits: Tensor, chosen: Tensor, weight: Tensor) -> None:
+        """Compare, once, what the model did with the rule that every method will take its router to follow."""
+        if self.rule_is_proven:
+            return
+        if difference := self.rule.disagreement(logits, chosen, weight):
+            raise RunError(
+                f"layer {self.block.layer}: {difference}. The row of {self.block.spec.model_type!r} says that its "
+                f"routers follow {self.rule}, and they do not; plans made by it would be wrong. Give the row the "
+                "rule that they follow."
+            )
+        self.rule_is_proven = True
+
     def _routing(self, logits: Tensor, chosen: Tensor) -> None:
         if not self.needs & {Need.ROUTING, Need.COACTIVATION}:
             return
-        log_p = self.block.routing.log_probabilities(logits)
+        log_p = self.rule.log_probabilities(logits)
         p = log_p.exp()
         if Need.COACTIVATION in self.needs:
             self._coactivation(p.cpu(), chosen.cpu())
@@ -226,7 +239,7 @@ class LayerObserver:
             if Need.DENSE_NORMS in self.needs:
                 self._add("dense_norm", torch.linalg.vector_norm(y, dim=-1), rows)
             if Need.SINGLE_ERROR in self.needs:
-                lone = self.block.routing.lone_weights(logits[rows])  # what the expert alone would be weighted with
+                lone = self.rule.lone_weights(logits[rows])  # what the expert alone would be weighted with
                 error = torch.stack(
                     [(y[:, e] * lone[:, e, None] - full).square_().sum(-1) for e in range(self.num_experts)], dim=1
                 )
@@ -244,7 +257,7 @@ class LayerObserver:
         if not bool(torch.isfinite(norm).all()):
             raise RunError(f"layer {self.block.layer}: an expert's output is NaN or infinite.")
         norm = norm.double()
-        p = self.block.routing.probabilities(logits).gather(1, chosen)
+        p = self.rule.probabilities(logits).gather(1, chosen)
         self._add_chosen("norm", chosen, norm)
         self._add_chosen("squared_norm", chosen, norm.square())
         self._add_chosen("norm_applied", chosen, norm * weight.double())

@@ -76,7 +76,7 @@ def collect_streamed(
     current = Current(calibration, max_tokens, seed)
     batches = list(calibration.batches(batch_size))
     blocks = {block.layer: block for block in skeleton.blocks}
-    top_k = skeleton.blocks[0].routing.top_k if Need.COACTIVATION in needs else None
+    top_k = skeleton.blocks[0].rule.top_k if Need.COACTIVATION in needs else None
     hidden_size = text_config(config).hidden_size
     states = _States(store, _state_shapes(batches, hidden_size, skeleton.dtype, top_k))
     store.check_space(statistics_bytes(layout.num_experts, needs, current, config) + 2 * states.nbytes)
@@ -90,7 +90,9 @@ def collect_streamed(
     for index, block in blocks.items():
         if index < store.finished:
             tensors = store.tensors(layer_file(index), None)
-            layers[index] = LayerStats(block.num_experts, block.routing, tensors, weights, current.token_sample)
+            with skeleton.loaded(index) if block.rule.reads_router else contextlib.nullcontext():
+                rule = block.routing
+            layers[index] = LayerStats(block.num_experts, rule, tensors, weights, current.token_sample)
             before = Routed(block.num_experts)
 
     skeleton.prepare()

@@ -1,28 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches over retained sets by the replay's losses."""
+"""Searches over retained sets by the replay's losses: all sets of a size, and greedy elimination.
+
+Where a rule ranks experts (``RoutingRule.ranked``), the weights of a set's chosen experts follow from its ranking,
+numerators and normalisation, and thousands of sets share their sums. Any other rule is asked set by set.
+
+Shapes: E experts, T tokens, S samples, K top_k.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..architectures.routers import RoutingRule
-from .replay import WORKING_BYTES, first_minimum, gram_index, reconstruction_loss, squared_errors
+from ..errors import RequestError
+from .replay import TIE, WORKING_BYTES, first_minimum, gram_index, reconstruction_loss, squared_errors
 
 _TABLE_BITS = 20  # a table of 2**20 entries at most
-
-
 _TABLE_SUBSETS = 20_000
-
-
 _SETS_AT_ONCE = 512
-
-
+_CHUNK_SETS = 65_536  # a multiple of _SETS_AT_ONCE
+_CHUNK_BYTES = 128 * 2**20
 _DECIDED_BY_DEFINITION = 8  # sets
+_NONE_LEFT = "no set with the protected experts is one that the model's routers admit; protect fewer, or keep more."
+
+RetainedSet = tuple[int, ...]
 
 
 class Replay:
@@ -38,46 +45,80 @@ class Replay:
 
     def __init__(self, logits: Tensor, gram: Tensor, routing: RoutingRule, sample: Tensor, weights: Tensor) -> None:
         self.routing = routing
+        self.logits = logits
         self.gram = gram
         self.sample = sample.long()
         self.weights = weights.double()
         self.num_tokens, self.num_experts = logits.shape
-        self._index = gram_index(self.num_experts)
-        self.logits = logits
-        # The unpruned layer's choice is the model's own; where logits tie, it decides which of them comes first.
+        self.index = gram_index(self.num_experts)
+        if routing.ranked:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """What all sets share: the order of experts, their numerators, and the unpruned layer's output."""
+        logits, routing = self.logits, self.routing
+        # The unpruned layer's choice is the model's own; where experts tie, it decides which of them comes first.
         chosen, _ = routing.choose(logits)
         first = torch.zeros(logits.shape).scatter_(1, chosen, 1.0).sort(dim=1, descending=True, stable=True).indices
         ranking = routing.ranking(logits)
         self.order = first.gather(1, ranking.gather(1, first).sort(dim=1, descending=True, stable=True).indices)
-        self.x = routing.numerators(logits)  # every sum over a subset of experts is a sum of these
-        self.over_chosen = routing.normalised_over == "chosen"
-        weight = self.x.gather(1, chosen)
-        weight /= (weight if self.over_chosen else self.x).sum(dim=1, keepdim=True)
+        # An expert's weight is y over a sum of x; every sum over a subset of experts is a sum of these.
+        self.x = self.y = routing.numerators(logits)
+        if routing.scale != 1.0:
+            self.y = self.x * torch.as_tensor(routing.scale, dtype=torch.float64)
+        self.over_retained = routing.normalised_over == "retained"
+        normalised = self.x if self.over_retained else self.x.gather(1, chosen)
+        weight = self.y.gather(1, chosen) / self.normaliser(normalised.sum(dim=1, keepdim=True))
         # G pi and pi^T G pi of the unpruned layer.
         self.gram_pi = torch.stack(
             [(self._gram_at(chosen, expert) * weight).sum(1) for expert in range(self.num_experts)], dim=1
         )
         self.energy = (self.gram_pi.gather(1, chosen) * weight).sum(1)
 
+    def normaliser(self, total: Tensor) -> Tensor:
+        """The denominator of weights, given the sum of the numerators that count; it may be ``total`` itself."""
+        if self.routing.normalised_over == "none":
+            return torch.ones_like(total)
+        return total + self.routing.epsilon if self.routing.epsilon else total
+
     def _gram_at(self, rows: Tensor, columns: Tensor | int) -> Tensor:
         """Entries of the Gram matrices at expert ids ``rows, columns`` (broadcast, token first), in float64."""
-        entries = self._index[rows, columns]
+        entries = self.index[rows, columns]
         return self.gram.gather(1, entries.reshape(len(entries), -1)).reshape(entries.shape).double()
 
-    # -- exhaustive
+    # -- losses
 
-    def losses(self, sets: Sequence[tuple[int, ...]]) -> Tensor:
+    def losses(self, sets: Sequence[RetainedSet]) -> Tensor:
         """Losses of retained sets of one size, ``(len(sets),)`` in float64."""
         size = len(sets[0])
         # The experts used are among this many best ones of all, whatever the set.
         window = self.routing.top_k + self.num_experts - size
+        if not self.routing.ranked:
+            return torch.stack([self.loss_by_definition(retained) for retained in sets])
         if size <= self.routing.top_k:
             return self._losses_all_used(sets)
         if window > _TABLE_BITS or math.comb(window, self.routing.top_k) > _TABLE_SUBSETS:
             return torch.stack([self._loss(retained) for retained in sets])
         return self._losses_by_rank(sets, window)
 
-    def _losses_all_used(self, sets: Sequence[tuple[int, ...]]) -> Tensor:
+    def loss_by_definition(self, retained: Sequence[int]) -> Tensor:
+        """The loss of one set by the rule's own choice and weights."""
+        errors = squared_errors(self.logits, self.gram, self.routing, retained)
+        return reconstruction_loss(errors, self.sample, self.weights)
+
+    def _loss(self, retained: RetainedSet) -> Tensor:
+        """The loss of one set of more than ``K`` experts, for shapes whose tables would be too large."""
+        member = torch.zeros(self.num_experts, dtype=torch.bool)
+        member[list(retained)] = True
+        chosen = _best_of(member, self.order, self.routing.top_k)
+        normalised = self.x[:, member] if self.over_retained else self.x.gather(1, chosen)
+        weight = self.y.gather(1, chosen) / self.normaliser(normalised.sum(1, keepdim=True))
+        gram = self._gram_at(chosen[:, :, None], chosen[:, None, :])
+        error = torch.einsum("ti,tij,tj->t", weight, gram, weight) + self.energy
+        error -= 2 * (weight * self.gram_pi.gather(1, chosen)).sum(1)
+        return reconstruction_loss(error.clamp_(min=0), self.sample, self.weights)
+
+    def _losses_all_used(self, sets: Sequence[RetainedSet]) -> Tensor:
         """Losses of sets so small that every token uses all of its experts."""
         ids = torch.tensor(sets)
         pairs = list(itertools.combinations_with_replacement(range(ids.shape[1]), 2))
@@ -85,113 +126,190 @@ class Replay:
         totals = torch.zeros(len(self.weights), len(sets), dtype=torch.float64)
         per_token = 8 * (3 * len(rows) + 6 * min(len(sets), _SETS_AT_ONCE))
         for tokens in torch.arange(self.num_tokens).split(max(1, WORKING_BYTES // per_token)):
-            x = self.x[tokens].T.contiguous()
-            linear = x * self.gram_pi[tokens].T
-            products = x[rows] * x[columns] * self.gram[tokens].T.double()
+            x, y = self.x[tokens].T.contiguous(), self.y[tokens].T.contiguous()
+            linear = y * self.gram_pi[tokens].T
+            products = y[rows] * y[columns] * self.gram[tokens].T.double()
             for first in range(0, len(sets), _SETS_AT_ONCE):
                 block = ids[first : first + _SETS_AT_ONCE].T
                 quadratic = torch.zeros(block.shape[1], len(tokens), dtype=torch.float64)
                 for i, j in pairs:  # each unordered pair stands for both of its orders
-                    quadratic += (1 if i == j else 2) * products[self._index[block[i], block[j]]]
-                norm = x[block].sum(0)
+                    quadratic += (1 if i == j else 2) * products[self.index[block[i], block[j]]]
+                norm = self.normaliser(x[block].sum(0))
                 error = quadratic / norm.square() - 2 * linear[block].sum(0) / norm
                 error = (error + self.energy[tokens]).clamp_(min=0)
                 totals[:, first : first + block.shape[1]].index_add_(0, self.sample[tokens], error.T)
         return self.weights @ totals.sqrt_()
 
-    def _losses_by_rank(self, sets: Sequence[tuple[int, ...]], window: int) -> Tensor:
+    def _losses_by_rank(self, sets: Sequence[RetainedSet], window: int) -> Tensor:
         """Losses of sets by way of the subsets of ranks that can be the chosen ones.
 
         A token uses the ``K`` best of a set. In the numbering of the token's own ranking these are one of ``C(window,
         K)`` subsets, far fewer than there are sets; sums over all subsets are matrix products, and a set finds its
         subset in a table under the bit mask of its ranks, itself a matrix product.
         """
-        top_k = self.routing.top_k
         member = torch.zeros(len(sets), self.num_experts, dtype=torch.float64).scatter_(1, torch.tensor(sets), 1.0)
-        used = list(itertools.combinations(range(window), top_k))
-        lookup = _top_subset_table(window, used)
+        lookup, subsets, pairs = _rank_tables(window, self.routing.top_k)
         rows, columns = torch.triu_indices(window, window)
-        subsets = torch.zeros(len(used), window, dtype=torch.float64).scatter_(1, torch.tensor(used), 1.0)
-        pairs = subsets[:, rows] * subsets[:, columns] * torch.where(rows == columns, 1.0, 2.0)
         bits = 2.0 ** torch.arange(window - 1, -1, -1, dtype=torch.float64)
 
         totals = torch.zeros(len(self.weights), len(sets), dtype=torch.float64)
-        per_token = 8 * (3 * len(rows) + 4 * len(used) + 6 * min(len(sets), _SETS_AT_ONCE))
+        per_token = 8 * (3 * len(rows) + 4 * len(subsets) + 6 * min(len(sets), _SETS_AT_ONCE))
         for tokens in torch.arange(self.num_tokens).split(max(1, WORKING_BYTES // per_token)):
             ids = self.order[tokens, :window]
-            x = self.x[tokens].gather(1, ids)
-            products = x[:, rows] * x[:, columns]
-            products *= self.gram[tokens].gather(1, self._index[ids[:, rows], ids[:, columns]])
+            y = self.y[tokens].gather(1, ids)
+            products = y[:, rows] * y[:, columns]
+            products *= self.gram[tokens].gather(1, self.index[ids[:, rows], ids[:, columns]])
             quadratic = products @ pairs.T
-            linear = (x * self.gram_pi[tokens].gather(1, ids)) @ subsets.T
-            norm = x @ subsets.T
+            linear = (y * self.gram_pi[tokens].gather(1, ids)) @ subsets.T
             energy = self.energy[tokens, None]
-            errors = quadratic / norm.square() - 2 * linear / norm + energy
-            errors[:, 0] = 0  # the best K of all experts are all retained: nothing changes
+            if not self.over_retained:
+                norm = self.normaliser(self.x[tokens].gather(1, ids) @ subsets.T)
+                errors = quadratic / norm.square() - 2 * linear / norm + energy
+                errors[:, 0] = 0  # the best K of all experts are all retained: nothing changes
             rank_bits = torch.zeros(len(tokens), self.num_experts, dtype=torch.float64)
-            rank_bits.scatter_(1, ids, bits.expand_as(x))
+            rank_bits.scatter_(1, ids, bits.expand_as(y))
             for first in range(0, len(sets), _SETS_AT_ONCE):
                 block = member[first : first + _SETS_AT_ONCE].T
                 which = lookup[(rank_bits @ block).long()]
-                if self.over_chosen:
-                    error = errors.gather(1, which)
+                if self.over_retained:
+                    norm = self.normaliser(self.x[tokens] @ block)
+                    error = quadratic.gather(1, which).div_(norm).sub_(linear.gather(1, which), alpha=2)
+                    error.div_(norm).add_(energy)  # in place: a / norm^2 - 2 b / norm + energy
                 else:
-                    total = self.x[tokens] @ block  # in place: a / total^2 - 2 b / total + energy
-                    error = quadratic.gather(1, which).div_(total).sub_(linear.gather(1, which), alpha=2)
-                    error.div_(total).add_(energy)
+                    error = errors.gather(1, which)
                 totals[:, first : first + block.shape[1]].index_add_(0, self.sample[tokens], error.clamp_(min=0))
         return self.weights @ totals.sqrt_()
 
-    def _loss(self, retained: tuple[int, ...]) -> Tensor:
-        """The loss of one set of more than ``K`` experts, for shapes whose tables would be too large."""
-        member = torch.zeros(self.num_experts, dtype=torch.bool)
-        member[list(retained)] = True
-        chosen = _best_of(member, self.order, self.routing.top_k)
-        weight = self.x.gather(1, chosen)
-        weight /= weight.sum(1, keepdim=True) if self.over_chosen else self.x[:, member].sum(1, keepdim=True)
-        gram = self._gram_at(chosen[:, :, None], chosen[:, None, :])
-        error = torch.einsum("ti,tij,tj->t", weight, gram, weight) + self.energy
-        error -= 2 * (weight * self.gram_pi.gather(1, chosen)).sum(1)
-        return reconstruction_loss(error.clamp_(min=0), self.sample, self.weights)
+    # -- exhaustive search
 
-    def best_set(self, size: int, required: Iterable[int] = ()) -> tuple[int, ...]:
-        """Of the sets of ``size`` experts that hold ``required``, the one with the least loss; ties to the first."""
-        required = tuple(sorted(required))
-        free = [expert for expert in range(self.num_experts) if expert not in required]
-        sets = sorted(
-            tuple(sorted(required + chosen)) for chosen in itertools.combinations(free, size - len(required))
-        )
-        losses = self.losses(sets)
-        best = first_minimum(losses)
-        if self.logits.dtype == torch.float32 or len(sets) == 1:
-            return sets[best]
+    def best_set(self, size: int, required: Iterable[int] = ()) -> RetainedSet:
+        """Of the sets of ``size`` experts that hold ``required``, the one with the least loss; ties to the first.
+
+        Raises:
+            RequestError: If the rule admits none.
+            RunError: If a loss is NaN or infinite.
+        """
         # In lower precision the model rounds weights and meets ties: decide among the best by its own operations.
-        few = torch.sort(losses, stable=True).indices[:_DECIDED_BY_DEFINITION]
-        near = few[losses[few] <= 1.05 * losses[best]].sort().values.tolist()
-        return sets[near[first_minimum(torch.stack([self._loss_by_definition(sets[i]) for i in near]))]]
+        exact = self.logits.dtype == torch.float32
+        leaders = _Leaders(0 if exact else _DECIDED_BY_DEFINITION)
+        for sets in self._sets(size, tuple(sorted(required))):
+            leaders.add(sets, self.losses(sets))
+        if not leaders.first:
+            raise RequestError(_NONE_LEFT)
+        loss, best = leaders.first[0]
+        if exact:
+            return best
+        close = sorted(retained for other, retained in leaders.smallest if other <= 1.05 * loss)
+        return close[first_minimum(torch.stack([self.loss_by_definition(retained) for retained in close]))]
 
-    def _loss_by_definition(self, retained: tuple[int, ...]) -> Tensor:
-        errors = squared_errors(self.logits, self.gram, self.routing, retained)
-        return reconstruction_loss(errors, self.sample, self.weights)
+    def _sets(self, size: int, required: RetainedSet) -> Iterator[list[RetainedSet]]:
+        """The sets of ``size`` experts that hold ``required``, in lexicographic order, so many at once."""
+        free = [expert for expert in range(self.num_experts) if expert not in required]
+        left = math.comb(len(free), size - len(required))
+        sets: Iterator[RetainedSet] = (
+            tuple(sorted(required + others)) for others in itertools.combinations(free, size - len(required))
+        )
+        if not self.routing.ranked:
+            sets = (retained for retained in sets if self.routing.admits(retained, size, self.num_experts))
+        room = _CHUNK_BYTES // (8 * (len(self.weights) + self.num_experts))
+        count = max(_SETS_AT_ONCE, min(_CHUNK_SETS, room // _SETS_AT_ONCE * _SETS_AT_ONCE))
+        # No short rest, which would be summed in another order than the others.
+        while chunk := list(itertools.islice(sets, count if left >= count + _SETS_AT_ONCE else left)):
+            yield chunk
+            left -= len(chunk)
 
-    # -- greedy
+    # -- greedy search
 
-    def eliminate(self, size: int, required: Iterable[int] = ()) -> tuple[int, ...]:
+    def eliminate(self, size: int, required: Iterable[int] = ()) -> RetainedSet:
         """Greedy backward elimination: drop the expert whose removal costs least until ``size`` are left.
 
         Ties drop the highest index, which leaves the lexicographically first set. Dropping an expert changes the
         chosen ones only of the tokens it was chosen for, so a step costs ``T (K^2 + E)`` and not ``T E^2``.
+
+        Raises:
+            RequestError, RunError: As :meth:`best_set`.
         """
         required = set(required)
         alive = torch.ones(self.num_experts, dtype=torch.bool)
-        state = _Elimination(self, alive)
-        while int(alive.sum()) > size:
-            candidates = [e for e in alive.nonzero().flatten().tolist() if e not in required]
-            losses = state.losses_without()[candidates]
+        state = _Elimination(self, alive) if self.routing.ranked else None
+        while len(left := alive.nonzero().flatten().tolist()) > size:
+            candidates = [e for e in left if e not in required]
+            if state is not None:
+                losses = state.losses_without()[candidates]
+            else:
+                rests = {e: tuple(other for other in left if other != e) for e in candidates}
+                candidates = [e for e in candidates if self.routing.admits(rests[e], size, self.num_experts)]
+                if not candidates:
+                    raise RequestError(_NONE_LEFT)
+                losses = self.losses([rests[e] for e in candidates])
             victim = candidates[len(candidates) - 1 - first_minimum(losses.flip(0))]
             alive[victim] = False
-            state.drop(victim)
-        return tuple(alive.nonzero().flatten().tolist())
+            if state is not None:
+                state.drop(victim)
+        return tuple(left)
+
+
+# ------------------------------------------------------------------------------------- exhaustive search, its parts
+
+
+class _Leaders:
+    """The sets with the least loss of all that come by, in lexicographic order, some at a time.
+
+    Attributes:
+        first: Loss and set of those that can still be the winner; at the end the first of them is.
+        smallest: Loss and set of the ``count`` smallest, of equal losses the first.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.least = math.inf
+        self.first: list[tuple[float, RetainedSet]] = []
+        self.smallest: list[tuple[float, RetainedSet]] = []
+
+    def add(self, sets: Sequence[RetainedSet], losses: Tensor) -> None:
+        """Look at more sets, all of them after those before."""
+        first_minimum(losses)  # raises where they are no numbers
+        self.least = min(self.least, losses.min().item())
+        bound = self.least + TIE * abs(self.least)
+        # The winner is the first within the bound. The bound may yet fall, but never to let in a set that is no better
+        # than one before it.
+        within = (losses <= bound).nonzero().flatten()
+        before = torch.cat([torch.tensor([math.inf], dtype=torch.float64), losses[within].cummin(0).values])[:-1]
+        for i in within[losses[within] < before].tolist():
+            if not self.first or losses[i] < self.first[-1][0]:
+                self.first.append((losses[i].item(), sets[i]))
+        self.first = [entry for entry in self.first if entry[0] <= bound]
+        if self.count:
+            smallest = torch.sort(losses, stable=True).indices[: self.count].tolist()
+            self.smallest += [(losses[i].item(), sets[i]) for i in smallest]
+            self.smallest = sorted(self.smallest, key=lambda entry: entry[0])[: self.count]
+
+
+@functools.lru_cache(maxsize=1)
+def _rank_tables(window: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For the subsets of ``top_k`` of ``window`` ranks, best ranks first, U of them.
+
+    Returns:
+        For every bit mask over the ranks (best = highest bit) the number of the subset of its highest bits
+        ``(2^window,)``; membership of ranks in subsets ``(U, window)``; and of unordered pairs of ranks, those of two
+        different ranks counted twice, ``(U, window (window + 1) / 2)``.
+    """
+    used = torch.tensor(list(itertools.combinations(range(window), top_k)))
+    left = torch.arange(2**window)
+    highest_bits = torch.zeros_like(left)
+    for _ in range(top_k):
+        bit = torch.where(left > 0, 2 ** torch.log2(left.clamp(min=1).double()).floor().long(), 0)
+        highest_bits += bit
+        left -= bit
+    number = torch.zeros_like(left)
+    number[(2 ** (window - 1 - used)).sum(1)] = torch.arange(len(used))
+    subsets = torch.zeros(len(used), window, dtype=torch.float64).scatter_(1, used, 1.0)
+    rows, columns = torch.triu_indices(window, window)
+    pairs = subsets[:, rows] * subsets[:, columns] * torch.where(rows == columns, 1.0, 2.0)
+    return number[highest_bits], subsets, pairs
+
+
+# ----------------------------------------------------------------------------------------- greedy search, its parts
 
 
 class _Elimination:
@@ -200,12 +318,12 @@ class _Elimination:
     def __init__(self, replay: Replay, alive: Tensor) -> None:
         self.replay = replay
         self.alive = alive
-        tokens = replay.num_tokens
-        self.best = torch.zeros(tokens, min(replay.routing.top_k + 1, replay.num_experts), dtype=torch.int64)
-        self.x = torch.zeros(tokens, self.best.shape[1], dtype=torch.float64)
-        self.products = torch.zeros(tokens, self.best.shape[1], self.best.shape[1], dtype=torch.float64)
-        self.linear = torch.zeros_like(self.x)
-        self.tail = replay.x.clone()  # numerators of those alive beyond the best
+        tokens, width = replay.num_tokens, min(replay.routing.top_k + 1, replay.num_experts)
+        self.best = torch.zeros(tokens, width, dtype=torch.int64)
+        self.x, self.linear = torch.zeros(2, tokens, width, dtype=torch.float64)
+        self.products = torch.zeros(tokens, width, width, dtype=torch.float64)
+        if replay.over_retained:
+            self.tail = replay.x.clone()  # numerators of those alive beyond the best
         self._refresh(torch.arange(tokens))
 
     def _refresh(self, rows: Tensor) -> None:
@@ -213,18 +331,21 @@ class _Elimination:
         replay, width = self.replay, min(self.best.shape[1], int(self.alive.sum()))
         best = _best_of(self.alive, replay.order[rows], width)
         x = replay.x[rows].gather(1, best)
+        y = x if replay.y is replay.x else replay.y[rows].gather(1, best)
         if width < self.best.shape[1]:  # fewer than top_k + 1 alive: the same for every token
             self.best, self.x, self.linear = self.best[:, :width], self.x[:, :width], self.linear[:, :width]
             self.products = self.products[:, :width, :width]
         self.best[rows], self.x[rows] = best, x
-        self.linear[rows] = x * replay.gram_pi[rows].gather(1, best)
-        gram = replay.gram[rows].gather(1, replay._index[best[:, :, None], best[:, None, :]].flatten(1))
-        self.products[rows] = gram.double().view(len(rows), width, width) * x[:, :, None] * x[:, None, :]
-        self.tail[rows] = (replay.x[rows] * self.alive).scatter(1, best, 0.0)
+        self.linear[rows] = y * replay.gram_pi[rows].gather(1, best)
+        gram = replay.gram[rows].gather(1, replay.index[best[:, :, None], best[:, None, :]].flatten(1))
+        self.products[rows] = gram.double().view(len(rows), width, width) * y[:, :, None] * y[:, None, :]
+        if replay.over_retained:
+            self.tail[rows] = (replay.x[rows] * self.alive).scatter(1, best, 0.0)
 
     def drop(self, expert: int) -> None:
-        """Remove an expert that ``alive`` no longer holds."""
-        self.tail[:, expert] = 0
+        """Go on without an expert that ``alive`` no longer holds."""
+        if self.replay.over_retained:
+            self.tail[:, expert] = 0
         affected = (self.best == expert).any(1)
         if int(self.alive.sum()) < self.best.shape[1]:
             affected[:] = True
@@ -232,44 +353,42 @@ class _Elimination:
 
     def losses_without(self) -> Tensor:
         """The loss after dropping each expert, ``(E,)``; meaningless for those not alive."""
-        replay, routing = self.replay, self.replay.routing
+        replay = self.replay
         width = self.best.shape[1]
-        top_k = min(routing.top_k, width)
+        top_k = min(replay.routing.top_k, width)
         # Column j: the chosen without the j-th best, its successor moved up; last: the chosen as they are.
         keeps = 1.0 - torch.eye(width, dtype=torch.float64)
-        if width <= routing.top_k:  # all alive are chosen, nobody moves up
+        if width <= replay.routing.top_k:  # all alive are chosen, nobody moves up
             keeps = torch.cat([keeps, torch.ones(width, 1, dtype=torch.float64)], dim=1)
         quadratic = self.products.flatten(1) @ (keeps[:, None, :] * keeps[None, :, :]).flatten(0, 1)
         linear = self.linear @ keeps
-        norm = self.x @ keeps
+        total = self.x @ keeps
         energy = replay.energy[:, None]
         samples, experts = len(replay.weights), replay.num_experts
 
-        def squared(q: Tensor, n: Tensor, b: Tensor) -> Tensor:
-            return (q / n.square() - 2 * b / n + energy).clamp_(min=0)
+        def squared(q: Tensor, total: Tensor, b: Tensor) -> Tensor:
+            norm = replay.normaliser(total)
+            return (q / norm.square() - 2 * b / norm + energy).clamp_(min=0)
 
-        if replay.over_chosen:
-            errors = squared(quadratic, norm, linear)
-            unchanged = (self.best[:, :top_k] == replay.order[:, :top_k]).all(1) if width > top_k else None
+        if not replay.over_retained:  # only tokens that the dropped expert was chosen for change
+            errors = squared(quadratic, total, linear)
             now = errors[:, -1].clone()
-            if unchanged is not None:
-                now[unchanged] = 0
+            if width > top_k:
+                now[(self.best[:, :top_k] == replay.order[:, :top_k]).all(1)] = 0
             totals = torch.zeros(samples, dtype=torch.float64).index_add_(0, replay.sample, now)
             totals = totals[:, None].repeat(1, experts)
             difference = errors[:, :top_k] - now[:, None]
             slot = replay.sample[:, None] * experts + self.best[:, :top_k]
             totals.view(-1).index_add_(0, slot.flatten(), difference.flatten())
         else:
-            # The normaliser is the sum over all alive, chosen or not.
             rest = self.tail.sum(1, keepdim=True)
-            as_they_are = quadratic[:, -1:], linear[:, -1:]
             everyone = self.x.sum(1, keepdim=True) + rest
-            errors = squared(as_they_are[0], everyone - self.tail, as_they_are[1])
-            chosen = squared(quadratic[:, :top_k], norm[:, :top_k] + rest, linear[:, :top_k])
+            errors = squared(quadratic[:, -1:], everyone - self.tail, linear[:, -1:])
+            chosen = squared(quadratic[:, :top_k], total[:, :top_k] + rest, linear[:, :top_k])
             errors.scatter_(1, self.best[:, :top_k], chosen)
             if width > top_k:
                 without_next = self.x[:, :top_k].sum(1, keepdim=True) + rest
-                errors.scatter_(1, self.best[:, top_k:], squared(as_they_are[0], without_next, as_they_are[1]))
+                errors.scatter_(1, self.best[:, top_k:], squared(quadratic[:, -1:], without_next, linear[:, -1:]))
             totals = torch.zeros(samples, experts, dtype=torch.float64).index_add_(0, replay.sample, errors)
         return replay.weights @ totals.clamp_(min=0).sqrt_()
 
@@ -278,17 +397,3 @@ def _best_of(member: Tensor, order: Tensor, count: int) -> Tensor:
     """The first ``count`` experts of each ranking ``order`` ``(T, E)`` that ``member`` ``(E,)`` holds."""
     held = member[order]
     return order[held & (held.cumsum(1) <= count)].view(len(order), count)
-
-
-def _top_subset_table(window: int, subsets: list[tuple[int, ...]]) -> Tensor:
-    """For every bit mask over ``window`` ranks (best = highest bit), the number of the subset of its highest bits."""
-    left = torch.arange(2**window)
-    highest_bits = torch.zeros_like(left)
-    for _ in subsets[0]:
-        bit = torch.where(left > 0, 2 ** torch.log2(left.clamp(min=1).double()).floor().long(), 0)
-        highest_bits += bit
-        left -= bit
-    number = torch.zeros_like(left)
-    masks = (2 ** (window - 1 - torch.tensor(subsets))).sum(1)
-    number[masks] = torch.arange(len(subsets))
-    return number[highest_bits]

@@ -35,13 +35,18 @@ class MoEBlock:
         spec: The architecture.
         layer: Index of its decoder layer.
         module: The block.
-        routing: The rule of its router.
+        rule: The rule of the model's routers, as its row and its config say.
     """
 
     spec: MoESpec
     layer: int
     module: nn.Module
-    routing: RoutingRule
+    rule: RoutingRule
+
+    @property
+    def routing(self) -> RoutingRule:
+        """The rule of this router, with what its own tensors add; they have to be there."""
+        return self.rule.of_router(self.router_tensors)
 
     @property
     def experts(self) -> nn.Module:
@@ -150,7 +155,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     """
     config: Any = model.config
     spec = architecture_of(config)
-    routing = spec.routing(config)
+    rule = spec.routing(config)
     own = set(getattr(config, "per_layer_attributes", None) or ()) & {spec.top_k_key, spec.renormalise}
     if own:
         raise RequestError(
@@ -166,7 +171,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     for index, layer in enumerate(layers):
         module = attrgetter(spec.block)(layer)
         if type(module).__name__ == spec.block_class:
-            blocks.append(MoEBlock(spec, index, module, routing))
+            blocks.append(MoEBlock(spec, index, module, rule))
     if not blocks:
         raise RequestError(
             f"none of the {len(layers)} layers of this {spec.model_type!r} model has experts, so there is nothing to "
@@ -194,7 +199,7 @@ def dense_layers(model: Any) -> list[int]:
 
 def fingerprint(blocks: Sequence[MoEBlock]) -> str:
     """sha256 of the router weights in layer order as float32, with expert counts and top_k."""
-    return fingerprint_of((b.layer, b.num_experts, b.routing.top_k, b.router_tensors.values()) for b in blocks)
+    return fingerprint_of((b.layer, b.num_experts, b.rule.top_k, b.router_tensors.values()) for b in blocks)
 
 
 def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -219,7 +224,7 @@ def moe_layers(model_config: Any) -> tuple[dict[int, int], int]:
     """Experts in each MoE layer, and the experts used per token, from a config alone (a model without weights)."""
     with torch.device("meta"):
         blocks = moe_blocks(AutoModelForCausalLM.from_config(model_config))
-    return {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k
+    return {block.layer: block.num_experts for block in blocks}, blocks[0].rule.top_k
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
@@ -227,7 +232,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     blocks = moe_blocks(model)
     return {
         "model_type": blocks[0].spec.model_type,
-        "top_k": blocks[0].routing.top_k,
+        "top_k": blocks[0].rule.top_k,
         "fingerprint": fingerprint(blocks),
         "dense_layers": dense_layers(model),
         "name_or_path": name_of_config(model.config),
