@@ -16,7 +16,7 @@ from ..architectures.table import architecture_of, list_architectures
 from ..errors import RequestError
 from ..names import PLAN_NAME
 from ..plan import PruningPlan
-from ..storage.folders import MARKERS
+from ..storage.outputs import MARKERS, marker_fault
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,10 @@ def list_files(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> list[
 def other_files(name_or_path: str | os.PathLike, hub: Mapping[str, Any]) -> list[str]:
     """The files beside a model's weights: tokenizer, configs, code. Hidden ones are left out, and earlier outputs."""
     names = list_files(name_or_path, hub)
+    markers = [name for name in names if "/" in name and name.rpartition("/")[2] in MARKERS]
+    found = {name: find_file(name_or_path, name, hub) for name in markers}
     outputs = tuple(
-        f"{name.rpartition('/')[0]}/" for name in names if name.rpartition("/")[2] in MARKERS and "/" in name
+        f"{name.rpartition('/')[0]}/" for name, path in found.items() if path and marker_fault(path) is None
     )
     return [
         name

@@ -177,10 +177,12 @@ def test_an_output_in_the_way_stays_as_it_is(samples: CalibrationSet, tmp_path: 
     (target / "mine.txt").write_text("keep")
     with pytest.raises(RequestError, match="exists and is not empty"):
         stats.save(target)
-    assert [p.name for p in tmp_path.rglob("*")] == ["stats", "mine.txt"]
     with pytest.raises(RequestError, match="holds something else than an output of this package"):
         stats.save(target, overwrite=True)
-    (target / "stats.json").write_text("{}")  # an earlier output
+    assert [p.name for p in tmp_path.rglob("*")] == ["stats", "mine.txt"]
+    (target / "mine.txt").unlink()
+    stats.save(target)
+    (target / "earlier").touch()
     stats.save(target, overwrite=True)
-    assert not (target / "mine.txt").exists() and (target / "stats.json").exists()
+    assert not (target / "earlier").exists() and (target / "stats.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["stats"]
