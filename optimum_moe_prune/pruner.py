@@ -36,9 +36,8 @@ from .publishing.hub import push_folder
 from .publishing.outputs import apply_to_checkpoint, save_pruned
 from .statistics.samples import check_domain_weights
 from .statistics.stats import CalibrationStats
-from .storage.folders import working_on
+from .storage.folders import check_space, check_target, working_on
 from .storage.growing import calibration_folder, sensitivity_folder
-from .storage.targets import check_space, check_target
 from .surgery.checks import check_plan_for_config, check_request
 from .surgery.files import MAX_SHARD_SIZE, shard_bytes
 from .surgery.in_memory import apply_plan

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from ..planning.build import plan_needs
     from ..planning.sensitivity import Sensitivity
     from ..pruner import MoEPruner
-    from ..storage.targets import check_target
+    from ..storage.folders import check_target
 
     check_target(args.output, args.overwrite, [args.model])
     check_finish(args)
@@ -91,9 +91,8 @@ def _score(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from ..planning.build import plan_needs
     from ..pruner import MoEPruner
     from ..statistics.stats import Need
-    from ..storage.folders import working_on
+    from ..storage.folders import check_target, working_on
     from ..storage.growing import calibration_folder
-    from ..storage.targets import check_target
 
     check_target(args.output, args.overwrite, [args.model])
     every = args.method == "all" or (args.method is None and not args.config)
@@ -157,7 +156,7 @@ def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _apply(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from ..plan import PruningPlan
     from ..pruner import MoEPruner
-    from ..storage.targets import check_target
+    from ..storage.folders import check_target
 
     check_target(args.output, args.overwrite, [args.model, args.plan])
     check_finish(args)

@@ -14,9 +14,23 @@ from filelock import FileLock, Timeout
 from ..errors import RequestError, RunError
 from .files import sync
 from .outputs import is_output
-from .targets import check_target, partial_folder, real_path
+from .targets import check_target, nearest_existing, partial_folder, real_path
 
 _LOCK = "lock"
+
+
+def check_space(folder: str | os.PathLike, nbytes: int) -> None:
+    """Raise unless the disk of a folder, which may not exist yet, has room.
+
+    Raises:
+        RequestError: With what is needed and what is free.
+    """
+    free = shutil.disk_usage(nearest_existing(real_path(folder))).free
+    if nbytes > free:
+        raise RequestError(
+            f"writing {folder} takes {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
+            "name a folder on another disk."
+        )
 
 
 @contextlib.contextmanager

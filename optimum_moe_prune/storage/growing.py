@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import RequestError, RunError
 from .files import sync, write_json
-from .targets import check_space, partial_folder
+from .folders import check_space, partial_folder
 from .tensor_files import MappedTensors, Shapes, shapes_bytes
 from .values import check_version, is_integer, read_json
 

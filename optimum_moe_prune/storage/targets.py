@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,23 +53,9 @@ def check_parent(path: Path) -> None:
     Raises:
         RequestError: Naming it.
     """
-    above = _existing(path.absolute().parent)
+    above = nearest_existing(path.absolute().parent)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise RequestError(f"{path} cannot be written: {above} is not a folder that may be written to.")
-
-
-def check_space(folder: str | os.PathLike, nbytes: int) -> None:
-    """Raise unless the disk of a folder, which may not exist yet, has room.
-
-    Raises:
-        RequestError: With what is needed and what is free.
-    """
-    free = shutil.disk_usage(_existing(real_path(folder))).free
-    if nbytes > free:
-        raise RequestError(
-            f"writing {folder} takes {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
-            "name a folder on another disk."
-        )
 
 
 def real_path(folder: str | os.PathLike) -> Path:
@@ -84,6 +69,6 @@ def partial_folder(folder: str | os.PathLike) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def _existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """A path, or the nearest folder above it that is there."""
     return next(above for above in (path, *path.parents) if above.exists())

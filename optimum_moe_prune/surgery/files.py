@@ -28,8 +28,7 @@ from ..errors import RequestError, RunError
 from ..names import BASE_CARD_NAME, CARD_NAME, CONFIG_NAME, EVALUATION_NAME, PLAN_NAME, REPORT_NAME, REPORT_PICTURES
 from ..plan import PruningPlan
 from ..progress import progress_bar
-from ..storage.folders import written_folder
-from ..storage.targets import check_space, check_target
+from ..storage.folders import check_space, check_target, written_folder
 from .checks import check_plan_for_config, check_request, check_routers
 from .config_json import _config_of
 from .copying import _write_file
