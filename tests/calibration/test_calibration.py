@@ -286,9 +286,7 @@ def test_of_an_endless_dataset_samples_are_chosen_among_its_beginning(
 
 
 def test_all_of_an_endless_dataset_are_refused(tokenizer: PreTrainedTokenizerBase, endless: type[Endless]) -> None:
-    with pytest.raises(
-        RequestError, match=r"one has more than 200 rows.*how many to read \(one:200\), or"
-    ):
+    with pytest.raises(RequestError, match=r"one has more than 200 rows.*how many to read \(one:200\), or"):
         CalibrationSet.from_hub("one", tokenizer)
 
 
