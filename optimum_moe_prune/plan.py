@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 from .errors import RequestError
 from .names import PLAN_NAME
-from .storage.files import write_text
+from .storage.files import write_json
 from .storage.values import check_version, is_integer, read_json
 
 if TYPE_CHECKING:
@@ -229,7 +228,7 @@ class PruningPlan:
         path = Path(path)
         if path.suffix != ".json":
             path = path / PLAN_NAME
-        return write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        return write_json(path, self.to_dict(), indent=2)
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:

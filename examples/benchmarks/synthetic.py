@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from optimum_moe_prune import CalibrationStats
 from optimum_moe_prune.architectures.routers import SoftmaxTopK
+from optimum_moe_prune.statistics.needs import PER_SAMPLE, PER_TOKEN, Need
 from optimum_moe_prune.statistics.samples import Sample, keep_tokens
-from optimum_moe_prune.statistics.stats import PER_SAMPLE, PER_TOKEN, LayerStats, Need
+from optimum_moe_prune.statistics.stats import LayerStats
 from optimum_moe_prune.storage.files import sync
 from optimum_moe_prune.storage.tensor_files import header_bytes
 

@@ -18,7 +18,9 @@ from ..models.blocks import model_facts, moe_blocks
 from ..models.checks import check_finite, check_model, evaluating, input_device, vocabulary
 from ..progress import progress
 from ..provenance import versions
-from ..statistics.stats import PER_SAMPLE, CalibrationStats, LayerStats, Need, layer_file, layer_shapes, tensor_names
+from ..statistics.files import layer_file
+from ..statistics.needs import PER_SAMPLE, Need, layer_shapes, tensor_names
+from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
 from .observer import Current, LayerObserver

@@ -25,8 +25,9 @@ from torch import Tensor
 from ..errors import RunError
 from ..models.batches import Batch
 from ..models.blocks import ExpertsForward, MoEBlock
+from ..statistics.needs import DENSE, Need, layer_shapes
 from ..statistics.samples import keep_tokens
-from ..statistics.stats import DENSE, LayerStats, Need, layer_shapes
+from ..statistics.stats import LayerStats
 from ..storage.tensor_files import Shapes, all_finite
 from .samples import CalibrationSet
 

@@ -10,13 +10,15 @@ any weights are read, and is the same for every model with the tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..errors import RequestError
 from ..progress import progress
+from ..statistics.samples import equal_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +53,8 @@ def representatives(
     members: dict[str, list[int]] = {}
     for number, domain in enumerate(domains):
         members.setdefault(domain, []).append(number)
-    shares = _shares({d: len(m) for d, m in members.items()}, len(domains) if num_samples is None else num_samples)
+    ordered = sorted(domains)
+    shares = Counter(ordered[i] for i in equal_shares(ordered, len(domains) if num_samples is None else num_samples))
     features = token_features(token_ids)
     chosen: list[int] = []
     for domain, numbers in progress(sorted(members.items()), "finding representatives", unit="domain"):
@@ -78,15 +81,6 @@ def token_features(token_ids: Sequence[Tensor]) -> Any:
     counts = csr_matrix((np.ones(len(every)), columns, np.cumsum([0, *map(len, token_ids)])))
     counts.sum_duplicates()
     return TfidfTransformer(sublinear_tf=True).fit_transform(counts)
-
-
-def _shares(sizes: Mapping[str, int], number: int) -> dict[str, int]:
-    """Equal shares of ``number`` for domains of these sizes; what a small domain lacks, the others give."""
-    shares = dict.fromkeys(sizes, 0)
-    for _ in range(min(number, sum(sizes.values()))):
-        unfilled = [domain for domain in sizes if shares[domain] < sizes[domain]]
-        shares[min(unfilled, key=lambda domain: (shares[domain], domain))] += 1
-    return shares
 
 
 def _nearest_to_centres(features: Any, count: int | Literal["auto"], seed: int) -> list[int]:

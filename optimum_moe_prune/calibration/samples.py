@@ -21,9 +21,9 @@ from ..compat import text_config
 from ..config import SAMPLE_SELECTIONS, check_clusters
 from ..errors import RequestError
 from ..models.batches import Batch
-from ..statistics.samples import Sample, samples_fingerprint
+from ..statistics.samples import Sample, equal_shares, samples_fingerprint
 from .representatives import NumClusters, representatives
-from .texts import _check_unicode, _Record, _records, _sources, hub_records
+from .texts import HubMixture, _check_unicode, _Record, _records, _sources, hub_records
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +41,7 @@ CalibrationInput = Union[
     Tensor,
     Sequence[Tensor],
     "Dataset",
+    HubMixture,
     "CalibrationSet",
 ]
 """``list[str]`` is texts; ``str``, ``Path`` and ``list[Path]`` are files.
@@ -123,14 +124,17 @@ class CalibrationSet:
             raise RequestError(f"num_samples is {num_samples}; at least 1 sample is needed.")
         check_clusters(sample_selection, num_clusters)
         sources = _sources(source)
+        kmeans = sample_selection == "kmeans"
+        if isinstance(source, HubMixture):
+            usable = num_samples if sample_selection == "first" and not pack else None
+            source = hub_records(source.mixture, usable, everything=num_samples is None and num_clusters is None)
         records = list(_records(source))
         if not records:
             raise RequestError(
                 "the calibration holds no samples; give texts, a .jsonl or .txt file, or token tensors."
             )
-        kmeans = sample_selection == "kmeans"
         if not pack and not kmeans:
-            records = _select(records, num_samples, sample_selection, seed)
+            records = _select(records, [r.domain for r in records], num_samples, sample_selection, seed)
         tokens = [(r.origin, _tokens(r, tokenizer), r.domain) for r in records]
         if pack:
             tokens = _packed(tokens, max_length)
@@ -138,7 +142,8 @@ class CalibrationSet:
                 raise RequestError(
                     f"packing leaves no sample of {max_length} tokens; lower max_length or give more text."
                 )
-            tokens = tokens if kmeans else _select(tokens, num_samples, sample_selection, seed)
+            if not kmeans:
+                tokens = _select(tokens, [domain for *_, domain in tokens], num_samples, sample_selection, seed)
 
         def choose(ids: list[Tensor], domains: list[str]) -> list[int]:
             return representatives(ids, domains, num_samples, num_clusters, seed)
@@ -147,16 +152,14 @@ class CalibrationSet:
 
     @classmethod
     def from_hub(cls, mixture: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> CalibrationSet:
-        """Samples of datasets on the Hub (needs the ``[datasets]`` extra).
+        """Samples of datasets on the Hub: :meth:`build` of a :class:`HubMixture`.
 
         Args:
-            mixture: Comma-separated ``name[config](split):samples``; ``[config]`` and ``:samples`` may be left out,
-                the split is ``train`` by default. Each dataset is a domain of its name, unless it has a ``domain``
-                column.
+            mixture: Comma-separated ``name[config](split):samples``.
             tokenizer: The model's tokenizer.
             options: As for :meth:`build`.
         """
-        return replace(cls.build(hub_records(mixture), tokenizer, **options), sources=(f"hub:{mixture}",))
+        return cls.build(HubMixture(mixture), tokenizer, **options)
 
     @classmethod
     def _of_tokens(
@@ -195,12 +198,9 @@ class CalibrationSet:
 
     def take(self, num_samples: int) -> CalibrationSet:
         """At most so many of the samples, in equal shares of the domains; their hashes decide which."""
-        rank: dict[str, int] = {}
-        order = []
-        for number, sample in enumerate(self.samples):  # ordered by hash
-            rank[sample.domain] = rank.get(sample.domain, 0) + 1
-            order.append((rank[sample.domain], sample.domain, number))
-        chosen = sorted(number for *_, number in sorted(order)[:num_samples])
+        order = sorted(range(len(self)), key=lambda i: self.samples[i].domain)
+        dealt = equal_shares([self.samples[i].domain for i in order], num_samples)
+        chosen = sorted(order[i] for i in dealt)
         samples, token_ids = tuple(self.samples[i] for i in chosen), tuple(self.token_ids[i] for i in chosen)
         return CalibrationSet(samples, token_ids, sources=self.sources)
 
@@ -256,25 +256,20 @@ def sample_length(max_length: int, config: Any) -> int:
     return min(max_length, longest) if isinstance(longest, int) and longest > 1 else max_length
 
 
-def _domain_of(entry: Any) -> str:
-    return entry.domain if isinstance(entry, _Record) else entry[2]
-
-
-def _select(entries: list[Any], count: int | None, how: str, seed: int) -> list[Any]:
-    """At most ``count`` entries, in equal shares of the domains (what a small domain lacks, the others give)."""
+def _select(entries: list[Any], domains: list[str], count: int | None, selection: str, seed: int) -> list[Any]:
+    """At most ``count`` entries, in equal shares of the domains: the first of each, or a seeded choice."""
     if count is None or len(entries) <= count:
         return entries
-    queues: dict[str, list[Any]] = {}
-    for entry in entries:
-        queues.setdefault(_domain_of(entry), []).append(entry)
-    if how == "random":
+    if selection == "random":
         generator = random.Random(seed)
-        for domain in sorted(queues):
-            generator.shuffle(queues[domain])
-    rounds: list[Any] = []
-    for depth in range(max(map(len, queues.values()))):
-        rounds += [queue[depth] for queue in queues.values() if depth < len(queue)]
-    return rounds[:count]
+        entries = list(entries)
+        for domain in sorted(set(domains)):
+            places = [place for place, other in enumerate(domains) if other == domain]
+            shuffled = [entries[place] for place in places]
+            generator.shuffle(shuffled)
+            for place, entry in zip(places, shuffled, strict=True):
+                entries[place] = entry
+    return [entries[place] for place in equal_shares(domains, count)]
 
 
 def _tokens(record: _Record, tokenizer: Any) -> Tensor:

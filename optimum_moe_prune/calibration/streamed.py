@@ -19,7 +19,9 @@ from ..errors import RequestError
 from ..models.batches import Batch
 from ..models.skeleton import Skeleton
 from ..progress import progress
-from ..statistics.stats import CalibrationStats, LayerStats, Need, layer_file
+from ..statistics.files import layer_file
+from ..statistics.needs import Need
+from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
 from .in_memory import assemble, statistics_bytes

@@ -4,23 +4,44 @@
 from __future__ import annotations
 
 import json
+import logging
 import os.path
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RequestError
 
-if TYPE_CHECKING:
-    pass
+logger = logging.getLogger(__name__)
 
 DEFAULT_DOMAIN = "default"
+POOL_ROWS = 10_000
+"""The most rows that are read of a dataset on the Hub for which no number is given."""
+
+
+@dataclass(frozen=True)
+class HubMixture:
+    """Datasets on the Hub as a calibration; they are read when samples are chosen (needs the ``[datasets]`` extra).
+
+    ``:samples`` says among how many of a dataset's first rows the samples are chosen. Without it, choosing the first
+    ``num_samples`` ends when it has them; any other choice (``"random"``, ``"kmeans"``, packed samples) is made among
+    the first ``POOL_ROWS`` rows, with a warning where there are more; and all rows (no ``num_samples``) are taken of
+    datasets up to that size.
+
+    Attributes:
+        mixture: Comma-separated ``name[config](split):samples``; ``[config]`` and ``:samples`` may be left out, the
+            split is ``train`` by default. Each dataset is a domain of its name, unless it has a ``domain`` column.
+    """
+
+    mixture: str
 
 
 @dataclass(frozen=True)
@@ -33,7 +54,9 @@ class _Record:
 
 
 def _sources(source: Any) -> tuple[str, ...]:
-    """Names of the files of a calibration; their folders are nobody else's business."""
+    """Names of the files of a calibration, whose folders are nobody else's business; or a mixture on the Hub."""
+    if isinstance(source, HubMixture):
+        return (f"hub:{source.mixture}",)
     paths = source if isinstance(source, (list, tuple)) else [source]
     files = [path for path in paths if isinstance(path, PathLike) or (path is source and isinstance(path, str))]
     return tuple(Path(path).name for path in files)
@@ -149,11 +172,17 @@ def _file_records(path: Path) -> Iterator[_Record]:
 _HUB_PART = re.compile(r"^(?P<name>[^\[\](),:]+)(\[(?P<config>[^\]]+)\])?(\((?P<split>[^)]+)\))?(:(?P<count>\d+))?$")
 
 
-def hub_records(mixture: str) -> list[dict[str, Any]]:
-    """Records of a Hub mixture, ``name[config](split):samples`` separated by commas.
+def hub_records(mixture: str, usable: int | None = None, everything: bool = True) -> list[dict[str, Any]]:
+    """Records of a mixture (:class:`HubMixture`).
+
+    Args:
+        mixture: The mixture.
+        usable: The most records of a domain that can be used, which are its first; None where it may be any.
+        everything: Whether all rows are asked for: a dataset of more than ``POOL_ROWS`` is then refused, if no number
+            is given for it, and not cut.
 
     Raises:
-        RequestError: If the mixture cannot be read, or the ``[datasets]`` extra is missing.
+        RequestError: If the mixture cannot be read, a number is missing, or the ``[datasets]`` extra.
     """
     parts: list[dict[str, Any]] = []
     for text in mixture.split(","):
@@ -170,7 +199,29 @@ def hub_records(mixture: str) -> list[dict[str, Any]]:
     records = []
     for part in parts:
         rows = load_dataset(part["name"], part["config"], split=part["split"] or "train", streaming=True)
-        if part["count"] is not None:
-            rows = rows.take(int(part["count"]))
-        records += [{"domain": part["name"], **row} for row in rows]
+        count = None if part["count"] is None else int(part["count"])
+        usable_rows = _usable_rows(rows, part["name"], count, usable, everything)
+        records += [{"domain": part["name"], **row} for row in usable_rows]
     return records
+
+
+def _usable_rows(
+    rows: Iterable[Any], name: str, count: int | None, usable: int | None, everything: bool
+) -> Iterator[Any]:
+    """The first rows of a dataset, as far as they can be used."""
+    taken: Counter[str] = Counter()
+    for number, row in enumerate(islice(rows, count)):
+        if count is None and number == POOL_ROWS:
+            if everything:
+                raise RequestError(
+                    f"the dataset {name} has more than {POOL_ROWS} rows, and all of them are asked for; say how many "
+                    f"to read ({name}:{POOL_ROWS}), or how many samples to use (num_samples)."
+                )
+            logger.warning("samples are chosen among the first %d rows of %s; %s:N takes N.", POOL_ROWS, name, name)
+            return
+        domain = str(row.get("domain"))
+        taken[domain] += 1
+        if usable is None or taken[domain] <= usable:
+            yield row
+        if taken[domain] == usable and "domain" not in row:  # nor in the others: they are one domain, which has enough
+            return

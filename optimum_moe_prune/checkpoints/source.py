@@ -15,7 +15,7 @@ from ..compat import cached_commit, cached_file, set_commit_of_config
 from ..errors import RequestError
 from ..names import PLAN_NAME
 from ..plan import PruningPlan
-from ..storage.folders import MARKERS
+from ..storage.outputs import MARKERS, marker_fault
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,9 @@ class Source:
     def other_files(self) -> list[str]:
         """The files beside the weights: tokenizer, configs, code. Earlier outputs of this package are left out."""
         names = self.files()
+        markers = {name: self.find(name) for name in names if "/" in name and name.rpartition("/")[2] in MARKERS}
         outputs = tuple(
-            f"{name.rpartition('/')[0]}/" for name in names if name.rpartition("/")[2] in MARKERS and "/" in name
+            f"{name.rpartition('/')[0]}/" for name, path in markers.items() if path and marker_fault(path) is None
         )
         return [
             name

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def calibration_samples(args: argparse.Namespace, pruner: MoEPruner) -> CalibrationSet:
     """The calibration samples the arguments name, their tokens checked against the model's vocabulary."""
-    from ..calibration.texts import hub_records
+    from ..calibration.texts import HubMixture
 
     sources = args.calibration or []
     if not sources:
@@ -27,7 +27,7 @@ def calibration_samples(args: argparse.Namespace, pruner: MoEPruner) -> Calibrat
     files = [Path(source) for source in sources if not source.startswith("hub:")]
     if hub and files:
         raise RequestError("--calibration takes files or hub: mixtures, not both at once.")
-    source: Any = [record for mixture in hub for record in hub_records(mixture)] if hub else files
+    source: Any = HubMixture(",".join(hub)) if hub else files
     samples = pruner.samples(source)
     if hub:
         samples = replace(samples, sources=tuple(sources))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..storage.files import write_text
+from ..storage.files import write_json
 from ..storage.values import check_version, read_json
 from .losses import DomainResult, Evaluation, aligned
 from .speed import Generation
@@ -183,7 +182,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> Path:
         """Write a ``.json`` file."""
-        return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        return write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:

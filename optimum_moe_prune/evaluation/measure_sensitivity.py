@@ -92,7 +92,7 @@ def measure_sensitivity(
     if layout is None:
         check_model(model)  # type: ignore[arg-type]
         blocks = moe_blocks(model)  # type: ignore[arg-type]
-        counts_now, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].routing
+        counts_now, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].rule
     else:
         counts_now, rule = layout.num_experts, layout.spec.routing(layout.config)
     if domain_weights is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
-from ..storage.files import write_text
+from ..storage.files import write_json
 from ..storage.values import check_version, is_integer, read_json
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class Sensitivity:
 
     def save(self, path: str | Path) -> Path:
         """Write a ``.json`` file."""
-        return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        return write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:

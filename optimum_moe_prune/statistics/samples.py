@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples as statistics know them, and which of their tokens are kept: the same for any batch size or order."""
+"""Samples as statistics know them: how domains share, and which tokens are kept for any batch size or order."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,24 @@ def check_domain_weights(samples: Iterable[Sample], domain_weights: Mapping[str,
             f"domain_weights must give a positive number for each domain of the calibration ({', '.join(domains)}), "
             f"and is {dict(domain_weights)}."
         )
+
+
+def equal_shares(domains: Sequence[str], count: int) -> list[int]:
+    """At most ``count`` of some samples, in equal shares of their domains; what a small domain lacks, the others give.
+
+    Args:
+        domains: The domain of each sample.
+        count: How many to take.
+
+    Returns:
+        Positions, dealt in rounds: in each one sample of every domain that has one left, the domains in the order of
+        their first samples, the samples of a domain in their own.
+    """
+    positions: dict[str, list[int]] = {}
+    for position, domain in enumerate(domains):
+        positions.setdefault(domain, []).append(position)
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*positions.values()))
+    return list(itertools.islice((position for position in rounds if position is not None), count))
 
 
 def keep_tokens(samples: Sequence[Sample], max_tokens: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,16 +6,12 @@ per token, for the *kept tokens*: all of them up to ``max_tokens``, else those w
 position, the same ones for any batch size, order or number of processes. Samples stand in the order of their hashes,
 so that nothing depends on the order they were seen in.
 
-Shapes: S samples, N kept tokens, E experts, P experts of the MoE layer before, H hidden size, K top_k.
+Shapes: S samples, N kept tokens, E experts. ``storage/FORMATS.md`` describes the files.
 """
 
 from __future__ import annotations
 
-import contextlib
-import enum
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,64 +23,19 @@ from torch import Tensor
 
 from ..architectures.routers import RoutingRule, rule_from_dict
 from ..errors import RequestError
+from ..names import STATS_NAME
+from ..storage.files import write_json
 from ..storage.folders import written_folder
-from ..storage.tensor_files import MappedTensors, Shapes
-from ..storage.values import read_json
+from ..storage.values import check_version, read_json
+from .files import LayerFile, MergedTensors, layer_file, save_layer, tensor_shapes
+from .needs import PER_SAMPLE, PER_TOKEN, Need, layer_shapes, tensor_names
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
 
 FORMAT_VERSION = 1
+TOKENS_NAME = "tokens.safetensors"
 
 
-class Need(str, enum.Enum):
-    """A group of statistics that a method can ask the calibration for."""
-
-    ROUTING = "routing"
-    ROUTED_NORMS = "routed_norms"
-    DENSE_NORMS = "dense_norms"
-    SINGLE_ERROR = "single_error"
-    GRAM = "gram"
-    INPUTS = "inputs"
-    COACTIVATION = "coactivation"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-PER_SAMPLE: dict[Need, tuple[str, ...]] = {
-    # tokens with the expert among the chosen; sum of p over them; sums of p and of p log2 p over all tokens
-    Need.ROUTING: ("routed_tokens", "routed_probability", "probability", "probability_log2"),
-    # over the tokens routed to the expert: sums of ||f||, ||f||^2, g ||f|| with three readings of g, and the largest
-    # ||f||
-    Need.ROUTED_NORMS: (
-        "norm",
-        "squared_norm",
-        "norm_applied",
-        "norm_probability",
-        "norm_renormalised",
-        "max_norm",
-    ),
-    # sum over all tokens of ||f||
-    Need.DENSE_NORMS: ("dense_norm",),
-    # sum over tokens of ||F_{e} - F_all||^2 and, in every column, of ||F_all||^2
-    Need.SINGLE_ERROR: ("single_error", "output_energy"),
-    # (S, P, E) float32 in place of (S, E), P the experts of the MoE layer before (0 in the first): the sum over the
-    # tokens routed to an expert there of p here
-    Need.COACTIVATION: ("coactivation",),
-}
-"""Tensors ``(S, E)`` in float64 where nothing else is said, by need."""
-
-
-PER_TOKEN: dict[Need, tuple[str, ...]] = {
-    Need.ROUTING: ("logits",),  # (N, E), dtype of the router's logits
-    Need.SINGLE_ERROR: ("token_single_error",),  # (N, E) float32, ||F_{e} - F_all||^2
-    Need.GRAM: ("gram",),  # (N, E (E + 1) / 2) float32, upper triangles
-    Need.INPUTS: ("inputs",),  # (N, H), dtype of the block's input
-}
-"""Tensors of the kept tokens, by need."""
-
-
-DENSE = frozenset({Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.GRAM})
-"""The needs for which every expert runs on every token."""
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -205,12 +156,14 @@ class CalibrationStats:
     def save(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write ``stats.json``, ``tokens.safetensors`` and one ``layer_NNNNN.safetensors`` for each MoE layer.
 
+        One tensor is in memory at a time.
+
         Args:
             folder: The target, absent or empty.
             overwrite: Replace an earlier output of this package.
 
         Raises:
-            RequestError: If the target is in the way.
+            RequestError: If the target is in the way, or holds what was merged.
             RunError: If something cannot be written.
         """
         header = {
@@ -227,12 +180,13 @@ class CalibrationStats:
             "samples": [asdict(sample) for sample in self.samples],
             "provenance": self.provenance,
         }
-        with written_folder(folder, overwrite) as partial:
+        merged = [layer.tensors.files() for layer in self.layers.values() if isinstance(layer.tensors, MergedTensors)]
+        with written_folder(folder, overwrite, sorted(set().union(*merged))) as partial:
             for index, layer in self.layers.items():
-                _save_layer(layer.tensors, tensor_names(self.needs), partial / layer_file(index))
+                save_layer(layer.tensors, tensor_names(self.needs), partial / layer_file(index))
             tokens = {"sample": self.token_sample.contiguous(), "position": self.token_position.contiguous()}
-            save_file(tokens, partial / "tokens.safetensors")
-            (partial / "stats.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+            save_file(tokens, partial / TOKENS_NAME)
+            write_json(partial / STATS_NAME, header)
         return Path(folder)
 
     @classmethod
@@ -243,44 +197,37 @@ class CalibrationStats:
             RequestError: If the folder holds no statistics, or those of a newer format, or damaged ones.
         """
         folder = Path(folder)
-        if not (folder / "stats.json").is_file():
-            raise RequestError(f"{folder} holds no calibration statistics (stats.json is missing).")
-        header = read_json(folder / "stats.json")
-        version = header.get("format_version")
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise RequestError(
-                f"{folder} has format version {version!r}; this package reads up to {FORMAT_VERSION}. Install a newer "
-                "one."
-            )
+        if not (folder / STATS_NAME).is_file():
+            raise RequestError(f"{folder} holds no calibration statistics ({STATS_NAME} is missing).")
+        header = read_json(folder / STATS_NAME)
+        check_version(header, FORMAT_VERSION, str(folder))
         try:
             samples = tuple(Sample(**sample) for sample in header["samples"])
             needs = frozenset(Need(need) for need in header["needs"])
-            with safe_open(folder / "tokens.safetensors", framework="pt") as file:
+            with safe_open(folder / TOKENS_NAME, framework="pt") as file:
                 token_sample, token_position = file.get_tensor("sample"), file.get_tensor("position")
             weights = torch.ones(len(samples), dtype=torch.float64)
             layers = {
                 int(index): LayerStats(
                     num_experts=entry["num_experts"],
                     routing=rule_from_dict(entry["routing"]),
-                    tensors=_LayerFile(folder / layer_file(int(index)), tensor_names(needs)),
+                    tensors=LayerFile(folder / layer_file(int(index)), tensor_names(needs)),
                     sample_weights=weights,
                     token_sample=token_sample,
                 )
                 for index, entry in header["layers"].items()
             }
+            settings = {name: header[name] for name in ("model", "max_tokens", "seed", "provenance")}
             stats = cls(
-                model=header["model"],
                 samples=samples,
                 layers=layers,
                 needs=needs,
                 token_sample=token_sample,
                 token_position=token_position,
-                max_tokens=header["max_tokens"],
-                seed=header["seed"],
-                provenance=header["provenance"],
+                **settings,
             )
             stats._check()
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError, SafetensorError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError, SafetensorError) as error:
             raise RequestError(f"the statistics in {folder} are damaged: {error!r}. Calibrate again.") from error
         return stats
 
@@ -290,8 +237,7 @@ class CalibrationStats:
         types = [(self.model[name], kind) for name, kind in facts.items()]
         types += [(self.provenance, dict), (self.max_tokens, int), (self.seed, int)]
         types += [(v, t) for s in self.samples for v, t in ((s.hash, str), (s.domain, str), (s.num_tokens, int))]
-        for layer in self.layers.values():
-            types += [(layer.num_experts, int)]
+        types += [(layer.num_experts, int) for layer in self.layers.values()]
         wrong = [value for value, kind in types if type(value) is not kind]
         if wrong:
             raise ValueError(f"{wrong[0]!r} has the wrong type")
@@ -301,163 +247,94 @@ class CalibrationStats:
         for index, layer in sorted(self.layers.items()):
             if index < 0 or not self.model["top_k"] == layer.routing.top_k <= layer.num_experts:
                 raise ValueError(f"layer {index} has {layer.num_experts} experts and top_k {layer.routing.top_k}")
-            if isinstance(layer.tensors, _LayerFile):
-                layer.tensors.check(len(self.samples), len(kept), layer.num_experts, before, self.needs)
+            there = tensor_shapes(layer.tensors)
+            hidden = there["inputs"][0][-1] if "inputs" in there else 0
+            counts = (len(self.samples), len(kept), layer.num_experts, before, hidden)
+            shapes = layer_shapes(self.needs, *counts, logits_dtype=torch.float32, inputs_dtype=torch.float32)
+            for name, (shape, _) in shapes.items():
+                if there[name][0] != shape or there[name][1] not in _DTYPES:
+                    raise ValueError(f"layer {index}: {name} has shape and dtype {there[name]}, not {shape}")
             before = layer.num_experts
         if len(kept) != len(self.token_position) or (
             len(kept) and not 0 <= kept.min() <= kept.max() < len(self.samples)
         ):
             raise ValueError("kept tokens name samples that are not there")
 
-    def merge(self, other: CalibrationStats) -> CalibrationStats:
-        """Statistics of the samples of both, as if they had been gathered together.
+    def merge(self, *others: CalibrationStats) -> CalibrationStats:
+        """Statistics of the samples of all, as if they had been gathered together.
+
+        A tensor is put together when it is asked for and not kept, so that statistics in folders, which must stay
+        where they are, are merged with one tensor in memory at a time:
+        ``CalibrationStats.load(a).merge(CalibrationStats.load(b), CalibrationStats.load(c)).save(d)``.
 
         Raises:
             RequestError: If they come from different models or settings, or share samples.
         """
-        for what, mine, theirs in (
-            ("model", self.model.get("fingerprint"), other.model.get("fingerprint")),
-            ("seed", self.seed, other.seed),
-            ("max_tokens", self.max_tokens, other.max_tokens),
-            ("needs", sorted(map(str, self.needs)), sorted(map(str, other.needs))),
-        ):
-            if mine != theirs:
-                raise RequestError(
-                    f"these statistics cannot be merged: {what} is {mine} in one and {theirs} in the other."
-                )
-        shared = {s.hash for s in self.samples} & {s.hash for s in other.samples}
-        if shared:
-            raise RequestError(f"these statistics cannot be merged: {len(shared)} samples are in both.")
-        both = [*self.samples, *other.samples]
-        order = sorted(range(len(both)), key=lambda i: both[i].hash)
-        samples = tuple(both[i] for i in order)
+        parts = (self, *others)
+        hashes: set[str] = set()
+        for part in parts:
+            self._check_same("model", self.model.get("fingerprint"), part.model.get("fingerprint"))
+            self._check_same("seed", self.seed, part.seed)
+            self._check_same("max_tokens", self.max_tokens, part.max_tokens)
+            self._check_same("needs", sorted(map(str, self.needs)), sorted(map(str, part.needs)))
+            self._check_same("the experts of each layer", self.num_experts, part.num_experts)
+            shared = hashes.intersection(sample.hash for sample in part.samples)
+            if shared:
+                raise RequestError(f"these statistics cannot be merged: {len(shared)} samples are in both.")
+            hashes.update(sample.hash for sample in part.samples)
+        every = [sample for part in parts for sample in part.samples]
+        order = sorted(range(len(every)), key=lambda i: every[i].hash)
+        samples = tuple(every[i] for i in order)
         token_sample, token_position = keep_tokens(samples, self.max_tokens, self.seed)
-        # Kept tokens of the union were kept in their part: find them there.
-        rank = {old: new for new, old in enumerate(order)}
-        offset = len(self.samples)
-        where = {
-            (rank[int(s) + first], int(p)): row
-            for row, (s, p, first) in enumerate(
-                [(s, p, 0) for s, p in zip(self.token_sample, self.token_position, strict=True)]
-                + [(s, p, offset) for s, p in zip(other.token_sample, other.token_position, strict=True)]
-            )
-        }
-        rows = torch.tensor(
-            [where[int(s), int(p)] for s, p in zip(token_sample, token_position, strict=True)], dtype=torch.int64
-        )
+        rows = dict.fromkeys(tensor_names(self.needs, PER_SAMPLE), torch.tensor(order, dtype=torch.int64))
+        kept = _kept_rows(parts, token_sample, token_position, order)
+        rows.update(dict.fromkeys(tensor_names(self.needs, PER_TOKEN), kept))
         weights = torch.ones(len(samples), dtype=torch.float64)
         layers = {}
         for index, layer in self.layers.items():
-            theirs = other.layers[index].tensors
-            tensors = {}
-            for names, picked in ((PER_SAMPLE, torch.tensor(order)), (PER_TOKEN, rows)):
-                for name in tensor_names(self.needs, names):
-                    parts = [layer.tensors[name], theirs[name]]
-                    if parts[0].dtype != parts[1].dtype:
-                        raise RequestError(
-                            f"these statistics cannot be merged: {name} is {parts[0].dtype} in one and "
-                            f"{parts[1].dtype} in the other; calibrate both in the same precision."
-                        )
-                    tensors[name] = torch.cat(parts)[picked]
-            layers[index] = replace(layer, tensors=tensors, sample_weights=weights, token_sample=token_sample)
-        provenance = {**self.provenance, "merged": [self.provenance, other.provenance]}
+            tensors = [part.layers[index].tensors for part in parts]
+            shapes = [tensor_shapes(each) for each in tensors]
+            for name in rows:
+                for other in shapes:
+                    dtypes = shapes[0][name][1], other[name][1]
+                    self._check_same(name, *dtypes, "; calibrate both in the same precision")
+            layers[index] = replace(
+                layer, tensors=MergedTensors(tensors, rows), sample_weights=weights, token_sample=token_sample
+            )
         return replace(
             self,
             samples=samples,
             layers=layers,
             token_sample=token_sample,
             token_position=token_position,
-            provenance=provenance,
+            provenance={**self.provenance, "merged": [part.provenance for part in parts]},
             domain_weights=None,
         )
 
-
-def tensor_names(needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]) -> tuple[str, ...]:
-    """Names of the tensors that ``needs`` stand for, of ``PER_SAMPLE``, ``PER_TOKEN`` or (by default) both."""
-    wanted = set(needs)
-    return tuple(
-        name for table in tables or (PER_SAMPLE, PER_TOKEN) for need in table if need in wanted for name in table[need]
-    )
-
-
-def layer_shapes(
-    needs: Iterable[Need],
-    num_samples: int,
-    num_tokens: int,
-    num_experts: int,
-    experts_before: int,
-    hidden_size: int,
-    logits_dtype: torch.dtype,
-    inputs_dtype: torch.dtype,
-) -> Shapes:
-    """Shape and dtype of each tensor of a layer's statistics.
-
-    Args:
-        needs: What is gathered.
-        num_samples: S.
-        num_tokens: N, the kept tokens.
-        num_experts: E.
-        experts_before: P, experts of the MoE layer before, 0 in the first.
-        hidden_size: H.
-        logits_dtype: Of the router's logits.
-        inputs_dtype: Of the block's input.
-    """
-    others = {
-        "coactivation": ((num_samples, experts_before, num_experts), torch.float32),
-        "logits": ((num_tokens, num_experts), logits_dtype),
-        "token_single_error": ((num_tokens, num_experts), torch.float32),
-        "gram": ((num_tokens, num_experts * (num_experts + 1) // 2), torch.float32),
-        "inputs": ((num_tokens, hidden_size), inputs_dtype),
-    }
-    return {name: others.get(name, ((num_samples, num_experts), torch.float64)) for name in tensor_names(needs)}
-
-
-def _save_layer(tensors: Mapping[str, Tensor], names: Iterable[str], path: Path) -> None:
-    """Write a layer's statistics: the file they live in under another name, or a copy that needs no memory."""
-    if isinstance(tensors, MappedTensors) and tensors.path.name == path.name and tensors.path.is_file():
-        with contextlib.suppress(OSError):  # another disk, or a system without links
-            os.link(tensors.path, path)
-            return
-    found = {name: tensors[name] for name in names}
-    written = MappedTensors.create(path, {name: (tuple(t.shape), t.dtype) for name, t in found.items()})
-    for name, tensor in found.items():
-        written[name].copy_(tensor)
-
-
-def layer_file(index: int) -> str:
-    """The name of the file with a layer's statistics."""
-    return f"layer_{index:05d}.safetensors"
-
-
-class _LayerFile(Mapping[str, Tensor]):
-    """The tensors of one layer's file, each read when it is asked for and not kept."""
-
-    def __init__(self, path: Path, names: tuple[str, ...]) -> None:
-        self._path = path
-        self._names = names
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def check(self, num_samples: int, num_tokens: int, num_experts: int, experts_before: int, needs: Any) -> None:
-        """Raise ValueError unless every tensor is there in the shape the header promises."""
-        with safe_open(self._path, framework="pt") as file:
-            found = {name: file.get_slice(name) for name in self._names}
-            hidden = found["inputs"].get_shape()[-1] if "inputs" in found else 0
-            shapes = layer_shapes(
-                needs, num_samples, num_tokens, num_experts, experts_before, hidden, torch.float32, torch.float32
+    @staticmethod
+    def _check_same(what: str, mine: Any, theirs: Any, advice: str = "") -> None:
+        if mine != theirs:
+            raise RequestError(
+                f"these statistics cannot be merged: {what} is {mine} in one and {theirs} in the other{advice}."
             )
-            for name, (shape, _) in shapes.items():
-                if tuple(found[name].get_shape()) != shape:
-                    raise ValueError(f"{self._path.name}: {name} has shape {found[name].get_shape()}, not {shape}")
-                if (dtype := found[name].get_dtype()) not in ("F64", "F32", "BF16", "F16"):
-                    raise ValueError(f"{self._path.name}: {name} has dtype {dtype}")
+
+
+def _kept_rows(
+    parts: Iterable[CalibrationStats], token_sample: Tensor, token_position: Tensor, order: list[int]
+) -> Tensor:
+    """Where the kept tokens of merged statistics are, counted through those of the parts, which all kept them."""
+    rank = torch.empty(len(order), dtype=torch.int64)
+    rank[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
+    rows: dict[tuple[int, int], int] = {}
+    first = 0
+    for part in parts:
+        for token in zip(rank[first + part.token_sample].tolist(), part.token_position.tolist(), strict=True):
+            rows[token] = len(rows)
+        first += len(part.samples)
+    kept = zip(token_sample.tolist(), token_position.tolist(), strict=True)
+    try:
+        return torch.tensor([rows[token] for token in kept], dtype=torch.int64)
+    except KeyError as error:
+        raise RequestError(
+            "these statistics cannot be merged: the kept tokens of one are not those of its samples. Calibrate again."
+        ) from error

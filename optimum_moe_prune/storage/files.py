@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..errors import RequestError, RunError
+from .targets import check_parent
 
 
 def check_file(path: str | os.PathLike, suffix: str, overwrite: bool, read: Callable[[Path], object]) -> Path:
@@ -30,15 +33,18 @@ def check_file(path: str | os.PathLike, suffix: str, overwrite: bool, read: Call
         if not overwrite:
             raise RequestError(f"{path} exists; name another file, or allow replacing it (overwrite=True).")
         read(path)
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise RequestError(f"{path} cannot be written: {above} is not a folder that may be written to.")
+    check_parent(path)
     return path
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """As :func:`write_bytes`, of text in UTF-8."""
     return write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, values: Any, indent: int = 1) -> Path:
+    """As :func:`write_bytes`, of plain values as JSON."""
+    return write_text(path, json.dumps(values, indent=indent) + "\n")
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> Path:

@@ -9,73 +9,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ..errors import RequestError, RunError
 from .files import sync
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes on one target are not noticed there
-    fcntl = None  # type: ignore[assignment]
-
-
-MARKERS = ("moe_pruning_plan.json", "stats.json")
-"""Files that show a folder to be an output of this package; only such a folder is ever replaced."""
-
+from .outputs import is_output
+from .targets import check_target, nearest_existing, partial_folder, real_path
 
 _LOCK = "lock"
-
-
-_held: set[Path] = set()
-
-
-def check_target(
-    folder: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike | None] = ()
-) -> Path:
-    """The target as a path, if it may be written.
-
-    Args:
-        folder: The target.
-        overwrite: Whether an earlier output there may be replaced.
-        sources: What is read to make the output, and must outlive it.
-
-    Raises:
-        RequestError: If it exists and is not an empty folder, unless ``overwrite`` allows replacing an earlier output;
-            if it is a source, or holds one; or if it may not be written.
-    """
-    folder = Path(folder)
-    target = _place(folder)
-    for source in sources:
-        if source is not None and os.path.exists(source) and Path(source).resolve().is_relative_to(target):
-            raise RequestError(f"{folder} is or holds {source}, which is read; name another folder.")
-    if target.exists() and not target.is_dir():
-        raise RequestError(f"{folder} is a file; name a folder that is absent or empty.")
-    if os.path.ismount(target):
-        raise RequestError(f"{folder} is where a disk is mounted, and cannot be renamed into; name a folder in it.")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise RequestError(
-                f"{folder} exists and is not empty; name another folder, or allow replacing it (overwrite=True)."
-            )
-        if not any((target / marker).is_file() for marker in MARKERS):
-            raise RequestError(
-                f"{folder} holds something else than an output of this package and is not replaced; name another "
-                "folder."
-            )
-    above = next(parent for parent in target.parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise RequestError(f"{folder} cannot be written: {above} is not a folder that may be written to.")
-    return target
-
-
-def partial_folder(folder: str | os.PathLike) -> Path:
-    """The sibling of a target that holds unfinished work."""
-    target = _place(folder)
-    return target.with_name(f".{target.name}.partial")
-
-
-def _place(folder: str | os.PathLike) -> Path:
-    """Where a target really is: renaming onto a link would put the output where the link is."""
-    return Path(os.path.realpath(folder))
 
 
 def check_space(folder: str | os.PathLike, nbytes: int) -> None:
@@ -84,9 +25,7 @@ def check_space(folder: str | os.PathLike, nbytes: int) -> None:
     Raises:
         RequestError: With what is needed and what is free.
     """
-    target = _place(folder)
-    above = next(path for path in (target, *target.parents) if path.exists())
-    free = shutil.disk_usage(above).free
+    free = shutil.disk_usage(nearest_existing(real_path(folder))).free
     if nbytes > free:
         raise RequestError(
             f"writing {folder} takes {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
@@ -110,57 +49,41 @@ def working_on(folder: str | os.PathLike) -> Iterator[Path]:
         RequestError: If another process works on the target, or the sibling is something else.
         RunError: If something cannot be written.
     """
-    target = _place(folder)
-    partial = partial_folder(target)
-    if partial in _held:  # by a caller
+    target, partial = real_path(folder), partial_folder(folder)
+    lock = FileLock(partial / _LOCK, timeout=0, is_singleton=True)
+    if lock.is_locked:  # by a caller
         yield partial
         return
     made = [path for path in (partial, *partial.parents) if not path.exists()]
     if partial.exists() and any(partial.iterdir()) and not (partial / _LOCK).exists():
         raise RequestError(f"{partial} is in the way and was not made by this package; move it.")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = _locked(partial / _LOCK)
+        lock.acquire()  # makes the folder as well
+    except Timeout as error:
+        raise RequestError(f"another process is working on {folder}; wait for it, or name another folder.") from error
     except OSError as error:
         raise RunError(f"{partial} cannot be written: {error}.") from error
-    if lock is None:
-        raise RequestError(f"another process is working on {folder}; wait for it, or name another folder.")
-    _held.add(partial)
     try:
         _put_back(target)
         yield partial
     finally:
-        _held.discard(partial)
+        unfinished = [path for path in partial.glob("*") if path.name != _LOCK]
         with contextlib.suppress(OSError):
-            if [path.name for path in partial.iterdir()] == [_LOCK]:
+            if not unfinished:
                 (partial / _LOCK).unlink()
+        lock.release()
+        with contextlib.suppress(OSError):
+            if unfinished:
+                (partial / _LOCK).touch()  # some versions of filelock remove it; it shows whose folder this is
             partial.rmdir()
             for path in made[1:]:  # folders above, of no use without the target
                 path.rmdir()
-        os.close(lock)
-
-
-def _locked(path: Path) -> int | None:
-    """An open lock, or None if another process has it."""
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        if fcntl is None:
-            return lock
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        if path.exists() and os.path.samestat(os.fstat(lock), os.stat(path)):
-            return lock
-        os.close(lock)  # whoever had it removed it in the meantime
-        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _put_back(target: Path) -> None:
     """Put an earlier output back that an interrupted run had moved aside, and remove one that was replaced."""
     moved = _replaced(target)
-    if not any((moved / marker).is_file() for marker in MARKERS):
+    if not is_output(moved):
         return
     try:
         if target.exists():
@@ -190,6 +113,7 @@ def written_folder(
         RequestError: If the target is in the way (:func:`check_target`).
         RunError: If something cannot be written.
     """
+    sources = list(sources)
     check_target(folder, overwrite, sources)
     with working_on(folder) as partial:
         target = check_target(folder, overwrite, sources)  # an earlier output may be there again

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError, RunError
-from .files import sync, write_text
+from .files import sync, write_json
 from .folders import check_space, partial_folder
 from .tensor_files import MappedTensors, Shapes, shapes_bytes
-from .values import is_integer, read_json
+from .values import check_version, is_integer, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Store:
             except OSError as error:
                 raise RunError(f"{self.folder} cannot be written: {error}.") from error
             progress = {"format_version": FORMAT_VERSION, "of": self._of, "finished": finished}
-            write_text(self.folder / _PROGRESS, json.dumps(progress, indent=1) + "\n")
+            write_json(self.folder / _PROGRESS, progress)
         self.finished = finished
 
     def release(self, name: str) -> None:
@@ -183,9 +183,10 @@ def unfinished(folder: Path) -> tuple[dict[str, Any], int] | None:
     advice = "Begin anew (restart=True)."
     try:
         progress = read_json(folder / _PROGRESS)
-        version, of, finished = progress["format_version"], progress["of"], progress["finished"]
-        if version != FORMAT_VERSION or not isinstance(of, dict) or not is_integer(finished) or finished < 0:
-            raise ValueError(f"format_version {version!r}, finished {finished!r}")
+        check_version(progress, FORMAT_VERSION, "it")
+        of, finished = progress["of"], progress["finished"]
+        if not isinstance(of, dict) or not is_integer(finished) or finished < 0:
+            raise ValueError(f"finished {finished!r}")
     except (RequestError, KeyError, ValueError) as error:
         raise RequestError(f"the unfinished calibration in {folder} is damaged: {error}. {advice}") from error
     return of, finished

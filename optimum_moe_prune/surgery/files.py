@@ -9,7 +9,6 @@ for NaN and infinity beside the copying; what is pruned is not read.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -28,6 +27,7 @@ from ..errors import RequestError, RunError
 from ..names import BASE_CARD_NAME, CARD_NAME, CONFIG_NAME, EVALUATION_NAME, PLAN_NAME, REPORT_NAME, REPORT_PICTURES
 from ..plan import PruningPlan
 from ..progress import progress_bar
+from ..storage.files import write_json
 from ..storage.folders import check_space, check_target, written_folder
 from .checks import check_plan_for_config, check_request, check_routers
 from .config_json import config_of_files
@@ -100,9 +100,9 @@ def pruned_checkpoint(
             metadata: dict[str, Any] = {**checkpoint.index_metadata, **files.metadata}
             if "total_parameters" in metadata:
                 metadata["total_parameters"] = sum(math.prod(piece.shape) for piece in pieces.values())
-            write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename})
+            write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename}, indent=2)
         carry_files(checkpoint.source, output)
-        write_json(output / "config.json", config)
+        write_json(output / "config.json", config, indent=2)
         add_records(output, plan, recipe)
         if standalone and not uniform:  # elsewhere nothing is needed
             write_standalone(output, layout.config)
@@ -126,7 +126,7 @@ def shard_bytes(size: str | int) -> int:
 def add_records(folder: Path, plan: PruningPlan, recipe: Mapping[str, Any] | None) -> None:
     """Write the plan, and the recipe (by default the plan's own), into a checkpoint."""
     plan.save(folder / PLAN_NAME)
-    write_json(folder / CONFIG_NAME, plan.config if recipe is None else recipe)
+    write_json(folder / CONFIG_NAME, plan.config if recipe is None else recipe, indent=2)
 
 
 def carry_files(source: Source, folder: Path) -> None:
@@ -148,7 +148,3 @@ def carry_files(source: Source, folder: Path) -> None:
             raise RunError(f"{name} of {source.name_or_path} is listed there and cannot be fetched.")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(found, folder / name)
-
-
-def write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

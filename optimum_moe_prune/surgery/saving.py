@@ -13,9 +13,10 @@ from ..checkpoints.source import Source
 from ..errors import RequestError
 from ..models.blocks import moe_blocks
 from ..plan import PruningPlan
+from ..storage.files import write_json
 from ..storage.folders import written_folder
 from .config_json import config_of_model
-from .files import add_records, carry_files, write_json
+from .files import add_records, carry_files
 from .standalone import standalone_class, write_standalone
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def saved_model(
         add_records(partial, plan, recipe)
         if source is not None:
             carry_files(source, partial)
-            write_json(partial / "config.json", config_of_model(model, source, source_config))
+            write_json(partial / "config.json", config_of_model(model, source, source_config), indent=2)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if standalone:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -14,7 +17,9 @@ from conftest import make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from optimum_moe_prune import CalibrationSet, RequestError
+from optimum_moe_prune.calibration import texts
 from optimum_moe_prune.calibration.texts import hub_records
+from optimum_moe_prune.statistics.samples import equal_shares
 
 TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9"]
 
@@ -224,3 +229,86 @@ def test_mixtures_of_datasets(
     assert len(CalibrationSet.from_hub("./one:2,./three(test)", tokenizer)) == 3
     with pytest.raises(RequestError, match=r"'a\[b' is not of the form name\[config\]\(split\):samples"):
         hub_records("a[b")
+
+
+class Endless:
+    """A stream of rows that never ends; counts those that were asked for."""
+
+    asked = 0
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for number in itertools.count():
+            Endless.asked += 1
+            row = {"text": f"w{number % 46} w{number // 46 % 46} w{number // 46**2 % 46}"}
+            yield row | ({"domain": "ab"[number % 2]} if self.name == "labelled" else {})
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> type[Endless]:
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, streaming: Endless(name))
+    monkeypatch.setattr(texts, "POOL_ROWS", 200)
+    monkeypatch.setattr(Endless, "asked", 0)
+    return Endless
+
+
+def test_of_an_endless_dataset_the_first_samples_are_read_and_no_more(
+    tokenizer: PreTrainedTokenizerBase, endless: type[Endless]
+) -> None:
+    samples = CalibrationSet.from_hub("one,two", tokenizer, num_samples=10)
+    assert endless.asked == 20 and samples.sources == ("hub:one,two",)
+    assert len(samples) == samples.duplicates == 5  # the same texts in both
+    counted = CalibrationSet.from_hub("one:50", tokenizer, num_samples=10)
+    assert endless.asked == 30 and len(counted) == 10
+    assert len(CalibrationSet.from_hub("one:50", tokenizer)) == 50
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_samples": 10, "sample_selection": "random"},
+        {"num_samples": 10, "sample_selection": "kmeans"},
+        {"num_clusters": 10, "sample_selection": "kmeans"},
+        {"num_samples": 10, "pack": True, "max_length": 8},
+    ],
+)
+def test_of_an_endless_dataset_samples_are_chosen_among_its_beginning(
+    tokenizer: PreTrainedTokenizerBase, endless: type[Endless], options: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = CalibrationSet.from_hub("one", tokenizer, **options)
+    assert len(samples) == 10 and endless.asked == 201
+    assert "samples are chosen among the first 200 rows of one; one:N takes N." in caplog.text
+    caplog.clear()
+    again = CalibrationSet.from_hub("one:200", tokenizer, **options)
+    assert again.samples == samples.samples and "are chosen among" not in caplog.text
+
+
+def test_all_of_an_endless_dataset_are_refused(tokenizer: PreTrainedTokenizerBase, endless: type[Endless]) -> None:
+    with pytest.raises(RequestError, match=r"one has more than 200 rows.*how many to read \(one:200\), or"):
+        CalibrationSet.from_hub("one", tokenizer)
+
+
+def test_domains_inside_a_dataset_share_its_beginning(
+    tokenizer: PreTrainedTokenizerBase, endless: type[Endless]
+) -> None:
+    samples = CalibrationSet.from_hub("labelled", tokenizer, num_samples=10)
+    assert Counter(s.domain for s in samples.samples) == {"a": 5, "b": 5} and endless.asked == 201
+
+
+def test_equal_shares() -> None:
+    assert equal_shares("bbabca", 4) == [0, 2, 4, 1]
+    assert equal_shares("bbabca", 99) == [0, 2, 4, 1, 5, 3]
+    assert equal_shares("", 3) == equal_shares("ab", 0) == []
+
+
+def test_a_part_of_the_samples_is_taken_in_equal_shares(tokenizer: PreTrainedTokenizerBase) -> None:
+    records = [{"text": f"w{i} w1", "domain": "b"} for i in range(9)]
+    records += [{"text": f"w{i} w2", "domain": "a"} for i in range(2)]
+    samples = CalibrationSet.build(records, tokenizer)
+    for number, shares in ((1, {"a": 1}), (2, {"a": 1, "b": 1}), (7, {"a": 2, "b": 5}), (99, {"a": 2, "b": 9})):
+        taken = samples.take(number)
+        assert Counter(s.domain for s in taken.samples) == shares
+        of_b = [s for s in samples.samples if s.domain == "b"]
+        assert [s for s in taken.samples if s.domain == "b"] == of_b[: shares.get("b", 0)]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from optimum_moe_prune import CalibrationSet, Need, RequestError, RunError
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.models.blocks import moe_blocks
-from optimum_moe_prune.statistics.stats import DENSE
+from optimum_moe_prune.statistics.needs import DENSE
 
 EVERYTHING = set(Need)
 NEEDS = [

@@ -50,7 +50,7 @@ def make(kind: str = "mixtral", unequal: bool = False) -> PreTrainedModel:
         blocks = moe_blocks(model)
         retained = {b.layer: tuple(range(1 + 2 * n, b.num_experts)) for n, b in enumerate(blocks)}
         counts = {b.layer: b.num_experts for b in blocks}
-        PruningPlan(model.config.model_type, blocks[0].routing.top_k, "by hand", retained, counts).apply(model)
+        PruningPlan(model.config.model_type, blocks[0].rule.top_k, "by hand", retained, counts).apply(model)
         assert len({b.num_experts for b in moe_blocks(model)}) == len(blocks)
     return model
 

@@ -48,7 +48,7 @@ def unequal_plan(model: PreTrainedModel) -> PruningPlan:
     blocks = moe_blocks(model)
     retained = {b.layer: tuple(range(1 + 2 * n, b.num_experts)) for n, b in enumerate(blocks)}
     return PruningPlan(
-        model.config.model_type, blocks[0].routing.top_k, "by hand", retained, {b.layer: b.num_experts for b in blocks}
+        model.config.model_type, blocks[0].rule.top_k, "by hand", retained, {b.layer: b.num_experts for b in blocks}
     )
 
 

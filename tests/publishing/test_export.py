@@ -28,7 +28,7 @@ def plan_of(model: Any, unequal: bool = False) -> PruningPlan:
     if unequal:
         retained[blocks[0].layer] = tuple(range(blocks[0].num_experts - 1))
     counts = {b.layer: b.num_experts for b in blocks}
-    return PruningPlan(model.config.model_type, blocks[0].routing.top_k, "by hand", retained, counts)
+    return PruningPlan(model.config.model_type, blocks[0].rule.top_k, "by hand", retained, counts)
 
 
 def by_hand(model: dict[str, Any] | None = None, model_type: str = "mixtral") -> PruningPlan:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,11 @@ from oracles import assert_same
 from transformers import PreTrainedTokenizerBase
 
 from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig, Need, RequestError
+from optimum_moe_prune.architectures.routers import rule_from_dict
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.planning.build import build_plan
+from optimum_moe_prune.statistics.samples import Sample, keep_tokens
+from optimum_moe_prune.statistics.stats import LayerStats
 
 
 @pytest.fixture
@@ -51,6 +55,64 @@ def test_merged_parts_equal_the_whole(kind: str, tokenizer: PreTrainedTokenizerB
     assert_same(merged, parts[2], rtol=1e-5)
     config = MoEPrunerConfig(method="mosaic", num_experts=4)
     assert build_plan(merged, config).retained == build_plan(parts[2], config).retained
+
+
+def test_several_parts_are_merged_at_once_and_from_folders(
+    kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    texts = make_texts(14)
+    folders = []
+    for number, part in enumerate((texts[9:], texts[:5], texts[5:9])):
+        stats = collect(make_model(kind), CalibrationSet.build(part, tokenizer), set(Need), max_tokens=60)
+        folders.append(stats.save(tmp_path / str(number)))
+    first, *others = map(CalibrationStats.load, folders)
+    merged = first.merge(*others)
+    whole = collect(make_model(kind), CalibrationSet.build(texts, tokenizer), set(Need), max_tokens=60)
+    assert_same(merged, whole, rtol=1e-5)
+    assert_same(others[1].merge(first.merge(others[0])), merged, rtol=0)
+    assert_same(CalibrationStats.load(merged.save(tmp_path / "merged")), merged, rtol=0)
+    assert len(merged.provenance["merged"]) == 3
+    with pytest.raises(RequestError, match=r"is or holds .*/1/layer_00000.safetensors, which is read"):
+        merged.save(folders[1], overwrite=True)
+
+
+class Asked(dict):
+    """A layer's tensors, made when they are asked for; knows how many bytes of tensors are alive then."""
+
+    most = 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        Asked.most = max(Asked.most, bytes_alive())
+        return super().__getitem__(name).to(torch.float32) * 1
+
+
+def bytes_alive() -> int:
+    storages = (thing.untyped_storage() for thing in gc.get_objects() if type(thing) is torch.Tensor)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_merging_holds_one_tensor_at_a_time_in_memory(tmp_path: Path) -> None:
+    """Layers of 0.8 MB, 8 of them in each of three statistics."""
+    tokens, num_layers, experts = 400, 8, 32
+    rule = rule_from_dict({"top_k": 2, "renormalise": True, "cast_weights": False})
+    shape = (tokens, experts * (experts + 1) // 2)
+
+    def part(number: int) -> CalibrationStats:
+        samples = (Sample(f"{number:064x}", "default", tokens),)
+        sample, position = keep_tokens(samples, 10**6, 0)
+        tensors = Asked(gram=torch.zeros(()).expand(shape))
+        layers = {i: LayerStats(experts, rule, tensors, torch.ones(1), sample) for i in range(num_layers)}
+        facts = {"model_type": "mixtral", "top_k": 2, "fingerprint": "f"}
+        return CalibrationStats(facts, samples, layers, frozenset({Need.GRAM}), sample, position, 10**6, 0)
+
+    layer = 4 * shape[0] * shape[1]
+    parts = [part(number) for number in range(3)]
+    before = bytes_alive()
+    Asked.most = 0
+    parts[0].merge(*parts[1:]).save(tmp_path / "merged")
+    assert 0 < Asked.most - before < 3 * 3 * layer  # of 8 * 3: the merged tensor, its file's pages, and a part
+    loaded = CalibrationStats.load(tmp_path / "merged")
+    assert loaded.layers[7].tensors["gram"].shape == (3 * tokens, shape[1])
 
 
 def test_what_does_not_belong_together_is_not_merged(
@@ -177,10 +239,12 @@ def test_an_output_in_the_way_stays_as_it_is(samples: CalibrationSet, tmp_path: 
     (target / "mine.txt").write_text("keep")
     with pytest.raises(RequestError, match="exists and is not empty"):
         stats.save(target)
-    assert [p.name for p in tmp_path.rglob("*")] == ["stats", "mine.txt"]
     with pytest.raises(RequestError, match="holds something else than an output of this package"):
         stats.save(target, overwrite=True)
-    (target / "stats.json").write_text("{}")  # an earlier output
+    assert [p.name for p in tmp_path.rglob("*")] == ["stats", "mine.txt"]
+    (target / "mine.txt").unlink()
+    stats.save(target)
+    (target / "earlier").touch()
     stats.save(target, overwrite=True)
-    assert not (target / "mine.txt").exists() and (target / "stats.json").exists()
+    assert not (target / "earlier").exists() and (target / "stats.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["stats"]

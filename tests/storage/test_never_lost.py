@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ from optimum_moe_prune import (
 )
 from optimum_moe_prune.calibration.observer import LayerObserver
 from optimum_moe_prune.models.skeleton import Skeleton
-from optimum_moe_prune.storage.folders import MARKERS, working_on, written_folder
+from optimum_moe_prune.storage.folders import working_on, written_folder
+from optimum_moe_prune.storage.outputs import MARKERS
 
 COMMANDS = ("run", "score", "apply")
 SEEDS = [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 50))]
@@ -330,6 +332,24 @@ with working_on(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+def test_whoever_holds_a_target_may_hold_it_again(tmp_path: Path) -> None:
+    def hold() -> None:
+        with working_on(tmp_path / "out"):
+            pass
+
+    with working_on(tmp_path / "out") as partial:
+        (partial / "calibration").mkdir()
+        with working_on(tmp_path / "out") as same, written_folder(tmp_path / "out") as output:
+            assert partial == same == output.parent
+        with ThreadPoolExecutor(1) as pool, pytest.raises(RequestError, match="another process is working on"):
+            pool.submit(hold).result()
+    hold()
+    assert sorted(path.name for path in partial.iterdir()) == ["calibration", "lock"]
+    (partial / "calibration").rmdir()
+    hold()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_others_made_is_not_touched(place: Path, tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a calibration can gather, and the tensors that it leaves: names, shapes, dtypes.
+
+Shapes: S samples, N kept tokens, E experts, P experts of the MoE layer before, H hidden size.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+
+import torch
+
+from ..storage.tensor_files import Shapes
+
+
+class Need(str, enum.Enum):
+    """A group of statistics that a method can ask the calibration for."""
+
+    ROUTING = "routing"
+    ROUTED_NORMS = "routed_norms"
+    DENSE_NORMS = "dense_norms"
+    SINGLE_ERROR = "single_error"
+    GRAM = "gram"
+    INPUTS = "inputs"
+    COACTIVATION = "coactivation"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+PER_SAMPLE: dict[Need, tuple[str, ...]] = {
+    # tokens with the expert among the chosen; sum of p over them; sums of p and of p log2 p over all tokens
+    Need.ROUTING: ("routed_tokens", "routed_probability", "probability", "probability_log2"),
+    # over the tokens routed to the expert: sums of ||f||, ||f||^2, g ||f|| with three readings of g, and the largest
+    # ||f||
+    Need.ROUTED_NORMS: (
+        "norm",
+        "squared_norm",
+        "norm_applied",
+        "norm_probability",
+        "norm_renormalised",
+        "max_norm",
+    ),
+    # sum over all tokens of ||f||
+    Need.DENSE_NORMS: ("dense_norm",),
+    # sum over tokens of ||F_{e} - F_all||^2 and, in every column, of ||F_all||^2
+    Need.SINGLE_ERROR: ("single_error", "output_energy"),
+    # (S, P, E) float32 in place of (S, E), P the experts of the MoE layer before (0 in the first): the sum over the
+    # tokens routed to an expert there of p here
+    Need.COACTIVATION: ("coactivation",),
+}
+"""Tensors ``(S, E)`` in float64 where nothing else is said, by need."""
+
+
+PER_TOKEN: dict[Need, tuple[str, ...]] = {
+    Need.ROUTING: ("logits",),  # (N, E), dtype of the router's logits
+    Need.SINGLE_ERROR: ("token_single_error",),  # (N, E) float32, ||F_{e} - F_all||^2
+    Need.GRAM: ("gram",),  # (N, E (E + 1) / 2) float32, upper triangles
+    Need.INPUTS: ("inputs",),  # (N, H), dtype of the block's input
+}
+"""Tensors of the kept tokens, by need."""
+
+
+DENSE = frozenset({Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.GRAM})
+"""The needs for which every expert runs on every token."""
+
+
+def tensor_names(needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]) -> tuple[str, ...]:
+    """Names of the tensors that ``needs`` stand for, of ``PER_SAMPLE``, ``PER_TOKEN`` or (by default) both."""
+    wanted = set(needs)
+    return tuple(
+        name for table in tables or (PER_SAMPLE, PER_TOKEN) for need in table if need in wanted for name in table[need]
+    )
+
+
+def layer_shapes(
+    needs: Iterable[Need],
+    num_samples: int,
+    num_tokens: int,
+    num_experts: int,
+    experts_before: int,
+    hidden_size: int,
+    logits_dtype: torch.dtype,
+    inputs_dtype: torch.dtype,
+) -> Shapes:
+    """Shape and dtype of each tensor of a layer's statistics.
+
+    Args:
+        needs: What is gathered.
+        num_samples: S.
+        num_tokens: N, the kept tokens.
+        num_experts: E.
+        experts_before: P, experts of the MoE layer before, 0 in the first.
+        hidden_size: H.
+        logits_dtype: Of the router's logits.
+        inputs_dtype: Of the block's input.
+    """
+    others = {
+        "coactivation": ((num_samples, experts_before, num_experts), torch.float32),
+        "logits": ((num_tokens, num_experts), logits_dtype),
+        "token_single_error": ((num_tokens, num_experts), torch.float32),
+        "gram": ((num_tokens, num_experts * (num_experts + 1) // 2), torch.float32),
+        "inputs": ((num_tokens, hidden_size), inputs_dtype),
+    }
+    return {name: others.get(name, ((num_samples, num_experts), torch.float64)) for name in tensor_names(needs)}
