@@ -103,6 +103,17 @@ class PruningPlan:
         return self.provenance.get("model") or {}
 
     @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """``made_for`` of this plan and of those before it, where its model had been pruned before; the last first."""
+        models: list[dict[str, Any]] = []
+        provenance: Any = self.provenance
+        while isinstance(provenance, dict):  # of the earlier plans nothing was checked
+            model, parent = provenance.get("model"), provenance.get("parent")
+            models += [model] if isinstance(model, dict) else []
+            provenance = parent.get("provenance") if isinstance(parent, dict) else None
+        return models
+
+    @property
     def uniform_num_experts(self) -> int | None:
         """The number of experts where every layer retains the same, else None."""
         counts = set(self.num_experts.values())
@@ -157,10 +168,10 @@ class PruningPlan:
         return apply_to_checkpoint(self, layout, target, **options)
 
     def export(self, format: str = "json") -> str:
-        """The plan as other tools read it (``export``): ``"json"`` says everything, others are a server's own.
+        """The plan as other tools read it (``publishing.export``); the format ``"json"`` says everything.
 
         Raises:
-            RequestError: If the format is not known, or cannot say what the plan says.
+            RequestError: If the format is not known.
         """
         from .publishing.export import export_plan
 

@@ -127,8 +127,7 @@ def _finish(args: argparse.Namespace, pruner: MoEPruner, plan: PruningPlan, fold
             _held_out(args),
             reference=source,
             speed=True,
-            dtype=args.dtype,
-            device=args.device,
+            compute=flags.compute_of(args),
         )
         comparison.save(folder / EVALUATION_NAME)
         text += f"\n\n{comparison.summary()}"

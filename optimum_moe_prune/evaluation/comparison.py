@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..storage.files import write_json
+from ..storage.files import write_text
 from ..storage.values import check_version, read_json
 from .losses import DomainResult, Evaluation, aligned
 from .speed import Generation
 
 FORMAT_VERSION = 1
+EVALUATION_NAME = "moe_evaluation.json"
 
 Tasks = dict[str, dict[str, float]]
 
@@ -39,11 +40,11 @@ class ModelResult:
     tasks: Tasks = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any, evaluation: Evaluation | None = None) -> ModelResult:
+    def of(cls, model: Any, evaluation: Evaluation | None = None, tasks: Tasks | None = None) -> ModelResult:
         """With the size of a model."""
         parameters = list(model.parameters())
-        count = sum(p.numel() for p in parameters)
-        return cls(evaluation or Evaluation(), count, sum(p.numel() * p.element_size() for p in parameters))
+        count, nbytes = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+        return cls(evaluation or Evaluation(), count, nbytes, tasks=tasks or {})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; what was not measured is left out."""
@@ -182,7 +183,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> Path:
         """Write a ``.json`` file."""
-        return write_json(path, self.to_dict())
+        return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
@@ -198,9 +199,9 @@ def reference_of(evaluation: Evaluation) -> Evaluation:
     """The reference's own results, from those of a model that was compared with it."""
     return Evaluation(
         {
-            name: DomainResult(result.samples, result.tokens, result.reference_perplexity)
+            name: DomainResult(result.samples, result.tokens, result.reference_loss)
             for name, result in evaluation.domains.items()
-            if result.reference_perplexity is not None
+            if result.reference_loss is not None
         }
     )
 
@@ -218,16 +219,7 @@ def _cell(text: str) -> str:
 
 
 def _result(values: Mapping[str, Any]) -> ModelResult:
-    domains = {}
-    for name, entry in values["domains"].items():
-        known = {key: value for key, value in entry.items() if key in DomainResult.__dataclass_fields__}
-        for key, value in known.items():
-            numbers = value if key.endswith("_interval") else [value]
-            if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-                raise ValueError(f"{key} is {value!r}")
-            if key.endswith("_interval"):
-                known[key] = (float(value[0]), float(value[1]))
-        domains[str(name)] = DomainResult(**known)
+    domains = {str(name): DomainResult.from_dict(entry) for name, entry in values["domains"].items()}
     generation = values.get("generation")
     tasks = {str(t): {str(m): float(v) for m, v in found.items()} for t, found in values.get("tasks", {}).items()}
     return ModelResult(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation speed and peak memory of a checkpoint, in a process of its own: ``python -m optimum_moe_prune.speed``.
+"""Generation speed and peak memory of a checkpoint, in a process of its own: ``python -m optimum_moe_prune.evaluation.speed``.
 
 A process of its own, because memory is counted for a whole process and what one model had taken would be counted for
 the next.
@@ -8,6 +8,7 @@ the next.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import RequestError, RunError
+from ..models.memory import Compute
 
 
 @dataclass(frozen=True)
@@ -45,69 +48,58 @@ class Generation:
 
 
 def measure_generation(
-    name_or_path: str,
+    source: Source | str | os.PathLike,
     *,
     prompt_tokens: int = 128,
     new_tokens: int = 64,
     repeats: int = 3,
-    dtype: str = "auto",
-    device: str = "cpu",
+    compute: Compute = Compute(),
     seed: int = 0,
-    **hub: Any,
 ) -> Generation:
     """Load a model in a new process and let it generate.
 
     Args:
-        name_or_path: Its folder or Hub id.
+        source: The model.
         prompt_tokens: Tokens of the prompt, drawn at random; fewer where the model was made for less.
         new_tokens: Tokens to generate; at least 2.
         repeats: How often; one more to warm up.
-        dtype: The precision; ``"auto"`` is the checkpoint's.
-        device: Where it runs.
+        compute: Precision and device.
         seed: Of the prompt.
-        hub: ``revision``, ``token``, ``trust_remote_code``.
 
     Raises:
         RequestError: If there are too few tokens to generate.
         RunError: If the model cannot be loaded or run there.
     """
-    asked = {
-        "name_or_path": name_or_path,
+    if new_tokens < 2:
+        raise RequestError(f"new_tokens is {new_tokens}; at least 2 tell how long one takes.")
+    source = Source.of(source)
+    loading = {"dtype": compute.dtype, "device_map": compute.device, **source.for_transformers}
+    request = {
+        "name_or_path": source.name_or_path,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "repeats": repeats,
-        "dtype": dtype,
-        "device": device,
         "seed": seed,
-        "hub": hub,
+        "loading": {key: value if isinstance(value, bool) else str(value) for key, value in loading.items()},
     }
-    if new_tokens < 2:
-        raise RequestError(f"new_tokens is {new_tokens}; at least 2 tell how long one takes.")
-    command = [sys.executable, "-m", "optimum_moe_prune.speed"]
-    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True)  # a token is not shown
+    command = [sys.executable, "-m", __name__]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)  # a token is not shown
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         why = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"code {done.returncode}")
-        raise RunError(f"the speed of {name_or_path} cannot be measured: {why}")
+        raise RunError(f"the speed of {source.name_or_path} cannot be measured: {why}")
     return Generation(**json.loads(lines[-1]))
 
 
 def _measure(
-    name_or_path: str,
-    prompt_tokens: int,
-    new_tokens: int,
-    repeats: int,
-    dtype: str,
-    device: str,
-    seed: int,
-    hub: dict[str, Any],
+    name_or_path: str, prompt_tokens: int, new_tokens: int, repeats: int, seed: int, loading: dict[str, Any]
 ) -> Generation:
     import torch
     from transformers import AutoModelForCausalLM
 
     from ..calibration.samples import sample_length
 
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, device_map=device, **hub).eval()
+    model = AutoModelForCausalLM.from_pretrained(name_or_path, **loading).eval()
     text = text_config(model.config)
     prompt_tokens = max(1, min(prompt_tokens, sample_length(prompt_tokens + new_tokens, text) - new_tokens))
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark tasks: EleutherAI's lm-evaluation-harness on a loaded model, unequal layers included ([eval] extra).
 
-The harness scores; this module names the tasks, checks what can be checked before a model is loaded, and leaves the
-process as it was.
+The harness loads, prompts and scores; this module checks names before a model is loaded, and leaves the process as it
+was.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import numbers
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -36,29 +37,19 @@ logger = logging.getLogger(__name__)
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "papers": (
-        "arc_challenge",
-        "arc_easy",
-        "boolq",
-        "hellaswag",
-        "mmlu",
-        "openbookqa",
-        "winogrande",
-        "gsm8k",
-        "minerva_math",
-        "humaneval",
-        "mbpp",
+        *("arc_challenge", "arc_easy", "boolq", "hellaswag", "mmlu", "openbookqa", "winogrande"),
+        *("gsm8k", "minerva_math", "humaneval", "mbpp"),
     )
 }
 """Lists of tasks by name. ``papers`` is the table that Mosaic Pruning and MoE Pathfinder have in common: ARC, BoolQ,
 HellaSwag, MMLU, OBQA, WinoGrande, GSM8K, MATH (as ``minerva_math``, four examples), HumanEval and MBPP."""
 
-_INSTALL = 'lm-evaluation-harness is not installed ({error}): pip install "optimum-moe-prune[eval]"'
 _BOOTSTRAP = 1000  # draws for the standard error of metrics without a formula for it; 2% exact, seconds not minutes
 
 
 def run_tasks(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     tasks: Sequence[str],
     *,
     include: Sequence[str | Path] = (),
@@ -67,11 +58,12 @@ def run_tasks(
     batch_size: int = 8,
     allow_code: bool = False,
     seed: int = 0,
+    apply_chat_template: bool | str = False,
+    system_instruction: str | None = None,
+    fewshot_as_multiturn: bool = True,
+    gen_kwargs: str | dict[str, Any] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Score a model on benchmark tasks with lm-evaluation-harness.
-
-    Prompts, filters and metrics are the harness's own, and so are the figures: with the default seed they are those of
-    ``lm-eval run`` on the same model.
+    """Score a model on benchmark tasks by ``lm_eval.simple_evaluate``: the figures are those of ``lm-eval run``.
 
     Every task's data is there before the model runs. Afterwards the model's mode, the tokenizer, the random states of
     Python, NumPy and torch, the environment variables and the logging level of the harness are as they were.
@@ -87,6 +79,10 @@ def run_tasks(
         batch_size: Prompts in a forward pass.
         allow_code: Whether tasks may run the programs that the model writes (HumanEval, MBPP) on this machine.
         seed: Added to the harness's own seeds, which choose the examples in the prompts and what is sampled.
+        apply_chat_template: Whether prompts are chats by the tokenizer's template, or one of its templates by name.
+        system_instruction: Text before every prompt; with a chat template the system's turn.
+        fewshot_as_multiturn: Whether the examples in a chat are turns of their own, or all in the user's one turn.
+        gen_kwargs: Settings of generation over the tasks' own, also as ``"temperature=0.6,do_sample=true"``.
 
     Returns:
         Figures by task. ``acc``, ``acc_norm``, ``exact_match`` and the like are shares from 0 to 1, and
@@ -97,37 +93,42 @@ def run_tasks(
 
     Raises:
         RequestError: If the harness is not installed, a task is unknown, is damaged or needs a missing package, two of
-            the tasks overlap, or one runs programs and ``allow_code`` is not set.
+            the tasks overlap, one runs programs and ``allow_code`` is not set, the tokenizer lacks what the harness
+            needs of it, or the harness refuses a setting.
         RunError: If a task's data cannot be read, or the model's output is NaN.
     """
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise RequestError(f"{name} is {value}; it must be at least {least}.")
-    if tokenizer is None:
-        raise RequestError("tasks are texts: a tokenizer is needed, and this model's folder has none.")
+    if isinstance(gen_kwargs, str) and not all("=" in part for part in gen_kwargs.split(",")):
+        raise RequestError(f"gen_kwargs is {gen_kwargs!r}; it must be of the form NAME=VALUE,NAME=VALUE.")
+    tokenizer = _copied(tokenizer, apply_chat_template)
     manager, names = _resolved(tasks, include, allow_code)
-    with _contained(allow_code):
-        found, groups, of_name = _load(manager, names)
-        _check_loaded(found, allow_code)
-        _seed(seed)
-        _set_examples(found, num_fewshot, seed)
-        with evaluating(model), torch.no_grad(), _watched(model):
-            wrapped = _harness("lm_eval.models.huggingface").HFLM(
-                pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size
-            )
-            results = _harness("lm_eval.evaluator").evaluate(
-                wrapped,
-                {"tasks": found, "groups": groups, "group_map": {name: g.child_names for name, g in groups.items()}},
+    with _contained(allow_code), evaluating(model), torch.no_grad(), _watched(model):
+        evaluator, own = _harness("evaluator"), _harness("defaults")
+        loaded, entries = _load(manager, names, tokenizer)
+        try:
+            results = evaluator.simple_evaluate(
+                _harness("models.huggingface").HFLM(
+                    pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
+                ),
+                tasks=loaded,
+                task_manager=manager,
                 limit=limit,
+                num_fewshot=num_fewshot,
                 log_samples=False,
                 bootstrap_iters=_BOOTSTRAP,
                 confirm_run_unsafe_code=allow_code,
+                apply_chat_template=bool(apply_chat_template),
+                system_instruction=system_instruction,
+                fewshot_as_multiturn=fewshot_as_multiturn,
+                gen_kwargs=gen_kwargs,
+                random_seed=own.DEFAULT_RANDOM_SEED + seed,
+                **{f"{of}_random_seed": own.DEFAULT_OTHER_SEED + seed for of in ("numpy", "torch", "fewshot")},
             )["results"]
-    told: dict[str, dict[str, float]] = {}
-    for name in names:
-        entries = [name] if name in groups and groups[name].has_aggregation else of_name[name]
-        told |= {entry: _figures(entry, results[entry]) for entry in entries}
-    return told
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise RequestError(f"lm-evaluation-harness cannot run these tasks: {_one_line(error)}.") from error
+    return {entry: _figures(entry, results[entry]) for entry in entries}
 
 
 def check_tasks(tasks: Sequence[str], include: Sequence[str | Path] = (), allow_code: bool = False) -> list[str]:
@@ -147,182 +148,142 @@ def check_tasks(tasks: Sequence[str], include: Sequence[str | Path] = (), allow_
     return _resolved(tasks, include, allow_code)[1]
 
 
-# ------------------------------------------------------------------------------------------- names
+def _harness(module: str) -> Any:
+    try:
+        importlib.import_module("lm_eval")
+        return importlib.import_module(f"lm_eval.{module}")
+    except ImportError as error:
+        hint = 'pip install "optimum-moe-prune[eval]"'
+        raise RequestError(f"lm-evaluation-harness is not installed ({_one_line(error)}): {hint}") from error
+
+
+# ------------------------------------------------------------------------------------------- names and definitions
 
 
 def _resolved(tasks: Sequence[str], include: Sequence[str | Path], allow_code: bool) -> tuple[Any, list[str]]:
     """The harness's ``TaskManager`` with the local folders, and the names of the tasks in it."""
-    tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-    if not tasks:
+    named = [tasks] if isinstance(tasks, str) else tasks
+    specs = list(dict.fromkeys(spec for task in named for spec in PRESETS.get(task, (task,))))
+    if not specs:
         raise RequestError("no task is named.")
-    specs = list(dict.fromkeys(spec for task in tasks for spec in PRESETS.get(task, (task,))))
     files = {spec: Path(spec).expanduser().resolve() for spec in specs if spec.endswith(".yaml")}
-    for spec, path in files.items():
-        if not path.is_file():
-            raise RequestError(f"{spec} does not exist.")
     folders = [Path(folder).expanduser().resolve() for folder in include]
-    for folder in folders:
-        if not folder.is_dir():
-            raise RequestError(f"{folder} is not a folder; name one with task files.")
+    if absent := [spec for spec, path in files.items() if not path.is_file()]:
+        raise RequestError(f"{absent[0]} does not exist.")
+    if wrong := [folder for folder in folders if not folder.is_dir()]:
+        raise RequestError(f"{wrong[0]} is not a folder; name one with task files.")
     folders += [path.parent for path in files.values()]
     with _contained():
+        own = _own_index()
         try:
-            manager = _harness("lm_eval.tasks").TaskManager(
-                include_path=list(dict.fromkeys(folders)), include_defaults=False
-            )
+            manager = _harness("tasks").TaskManager(include_path=list(dict.fromkeys(folders)), include_defaults=False)
         except TypeError as error:  # names that cannot be sorted
             raise RequestError(f"a task file beside the named ones is damaged: {_one_line(error)}.") from error
-        index = manager.task_index
-        names = list(dict.fromkeys(_name_in(index, spec, files[spec]) if spec in files else spec for spec in specs))
-        local = {name: index[name].yaml_path for name in names if name in index}
-        own = {}
-        if any(_missing(index, name) for name in names):  # only then: reading all the harness's files takes seconds
-            own = _own_index()
-            for name, entry in own.items():
-                index.setdefault(name, entry)
-    for name in local.keys() & own.keys():
+    index = manager.task_index
+    local = {name: Path(entry.yaml_path).resolve() for name, entry in index.items() if entry.yaml_path}
+    name_of = {path: name for name, path in local.items()}
+    if odd := [spec for spec, path in files.items() if path not in name_of]:
+        raise RequestError(
+            f"{odd[0]} defines no task: it must be YAML with a 'task' or 'group' that no other file there names."
+        )
+    for name, entry in own.items():
+        index.setdefault(name, entry)
+    names = list(dict.fromkeys(name_of[files[spec]] if spec in files else spec for spec in specs))
+    for name in local.keys() & own.keys() & set(names):
         logger.warning("task %r is the one in %s, not the harness's own.", name, local[name])
-    _check_known([name for name in names if name not in index], index)
-    for name in names:
-        if missing := _missing(index, name):
-            raise RequestError(
-                f"the group {name!r} of tasks "
-                + ("holds none." if missing == name else f"names {missing!r}, and there is no such task.")
-            )
-    unsafe = [name for name in names if any(config.get("unsafe_code") for config in _configs(index, name))]
-    if unsafe and not allow_code:
-        raise _refused(unsafe)
+    if unknown := [name for name in names if name not in index]:
+        known = [*map(str, index), *PRESETS]
+        near = {name: nearest_first(name, difflib.get_close_matches(name, known, n=5)) for name in unknown}
+        listed = ", ".join(f"{name!r} (nearest: {found})" if found else repr(name) for name, found in near.items())
+        raise RequestError(
+            f"lm-evaluation-harness has no task {listed}. `lm-eval ls tasks` lists all; a task file ends in .yaml."
+        )
+    if (unsafe := [name for name in names if _is_unsafe(index, name)]) and not allow_code:
+        raise RequestError(
+            f"{', '.join(unsafe)}: these tasks run programs that the model writes, on this machine and with your "
+            "rights. Leave them out, or allow it where nothing can be lost (allow_code, --allow-code)."
+        )
     return manager, names
-
-
-def _harness(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RequestError(_INSTALL.format(error=_one_line(error))) from error
 
 
 @functools.cache
 def _own_index() -> dict[str, Any]:
-    """The tasks that come with the harness."""
-    return _harness("lm_eval.tasks").TaskManager().task_index
+    """The tasks that come with the harness; reading them takes seconds."""
+    return _harness("tasks").TaskManager().task_index
 
 
-def _name_in(index: dict[str, Any], spec: str, path: Path) -> str:
-    """The name of the task or group that a file defines."""
-    for name, entry in index.items():
-        if entry.yaml_path is not None and Path(entry.yaml_path).resolve() == path:
-            return name
-    raise RequestError(
-        f"{spec} defines no task: it must be YAML with a 'task' or 'group', named as no other file in its folder."
-    )
-
-
-def _missing(index: dict[str, Any], name: str) -> str | None:
-    """What an index lacks of a task or group: its name, or that of a member."""
+def _is_unsafe(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a task runs programs, or one of a group's; refuses a definition of which no task can be made."""
     try:
-        return None if list(_configs(index, name)) else name
-    except KeyError as error:
-        return str(error.args[0])
+        definitions = list(_definitions(index, name, ()))
     except (AttributeError, TypeError) as error:
         raise RequestError(f"the definition of task {name!r} is damaged: {_one_line(error)}.") from error
+    if not definitions:
+        raise RequestError(f"the group {name!r} of tasks holds none.")
+    return any(definition.get("unsafe_code") for definition in definitions)
 
 
-def _configs(index: dict[str, Any], member: Any, above: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """The configs of the tasks behind a name, or behind a member of a group: a name, or a definition in place.
-
-    Raises:
-        KeyError: Naming the first that the index has not.
-        RequestError: If a group holds itself.
-    """
-    if isinstance(member, dict):
-        name = member.get("group", member.get("task"))
-        if name not in index:
-            inside = member.get("task") if "group" in member else None
-            if inside is None:
-                yield member
-            for part in inside or ():
-                yield from _configs(index, part, above)
-            return
-        member = name
-    if member in above:
-        raise RequestError(f"the group {member!r} of tasks holds itself.")
-    entry = index[member]
-    if entry.kind.name not in ("GROUP", "TAG"):
-        yield entry.cfg or {"task": member}
+def _definitions(index: Mapping[str, Any], member: Any, above: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The settings of the tasks behind a member of the groups ``above``: a name, or a definition in place."""
+    own: dict[str, Any] = member if isinstance(member, dict) else {}
+    name: Any = own.get("group", own.get("task")) if own else member
+    if name in above:
+        raise RequestError(f"the group {name!r} of tasks holds itself.")
+    if name not in index and not own:
+        raise RequestError(f"the group {above[-1]!r} of tasks names {name!r}, and there is no such task.")
+    settings = (index[name].cfg if name in index else own) or {}
+    if name in index and index[name].kind.name == "TAG":
+        inside: Any = sorted(index[name].tags)
+    elif "group" in settings and "class" not in settings:
+        inside = settings.get("task") or ()
+    else:
+        yield {**settings, **own}
         return
-    inside = entry.tags if entry.kind.name == "TAG" else entry.cfg.get("task") or ()
     for part in [inside] if isinstance(inside, str) else inside:
-        yield from _configs(index, part, (*above, member))
+        yield from _definitions(index, part, (*above, name))
 
 
-def _check_known(unknown: list[str], index: dict[str, Any]) -> None:
-    if not unknown:
-        return
-    told = []
-    for name in unknown:
-        near = nearest_first(name, difflib.get_close_matches(name, [*map(str, index), *PRESETS], n=5))
-        told.append(f"{name!r}" + (f" (nearest: {near})" if near else ""))
-    raise RequestError(
-        f"lm-evaluation-harness has no task {', '.join(told)}. `lm-eval ls tasks` lists all; the path of a task file "
-        "ends in .yaml."
-    )
+# ------------------------------------------------------------------------------------------- tasks and figures
 
 
-def _refused(names: list[str]) -> RequestError:
-    return RequestError(
-        f"{', '.join(names)}: these tasks run programs that the model writes, on this machine and with your rights. "
-        "Leave them out, or allow it where nothing can be lost (allow_code, --allow-code)."
-    )
-
-
-# ------------------------------------------------------------------------------------------- tasks
-
-
-def _load(manager: Any, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[str]]]:
-    """The tasks with their data, the groups, and the tasks of each name."""
-    found: dict[str, Any] = {}
-    groups: dict[str, Any] = {}
-    of_name: dict[str, list[str]] = {}
+def _load(manager: Any, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Any], list[str]]:
+    """The harness's tasks and groups with their data, and the names of their results."""
+    loaded: list[Any] = []
+    entries: list[str] = []
     for name in names:
         try:
-            loaded = manager.load([name])
+            found = manager.load([name])
         except ImportError as error:
             raise RequestError(f"task {name!r} needs a package that is missing: {_one_line(error)}.") from error
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise RequestError(f"task {name!r} cannot be used: {_one_line(error)}.") from error
         except Exception as error:  # of the Hub's, the data sets' or the network's library
             raise RunError(f"the data of task {name!r} cannot be read: {_one_line(error)}.") from error
-        twice = found.keys() & loaded["tasks"].keys()
-        if twice:
-            other = next(earlier for earlier, tasks in of_name.items() if twice & set(tasks))
-            raise RequestError(f"{min(twice)} is in both {other!r} and {name!r}; name one of them.")
-        found |= loaded["tasks"]
-        groups |= loaded.get("groups", {})
-        of_name[name] = list(loaded["tasks"])
-    return found, groups, of_name
+        writes = any(task.OUTPUT_TYPE == "generate_until" for task in found["tasks"].values())
+        if tokenizer.eos_token_id is None and (writes or tokenizer.bos_token_id is None):
+            needed = "an eos token" if writes else "a bos or eos token"
+            raise RequestError(f"task {name!r} needs a tokenizer with {needed}, and this one has none; set it.")
+        group = found["groups"].get(name)
+        loaded += found["tasks"].values() if group is None else [group]
+        entries += [name] if group is not None and group.has_aggregation else found["tasks"]
+    return loaded, entries
 
 
-def _check_loaded(tasks: dict[str, Any], allow_code: bool) -> None:
-    """Refuse what only the loaded task tells."""
-    unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]
-    if unsafe and not allow_code:
-        raise _refused(unsafe)
-    seen = [name for name, task in tasks.items() if getattr(task, "MULTIMODAL", False)]
-    if seen:
-        raise RequestError(f"{', '.join(seen)}: these tasks show images or sounds, and the model reads texts.")
-
-
-def _set_examples(tasks: dict[str, Any], num_fewshot: int | None, seed: int) -> None:
-    """Examples in the prompts, by the harness's own rule (its ``simple_evaluate``)."""
-    own_seed = _harness("lm_eval.defaults").DEFAULT_OTHER_SEED
-    for task in tasks.values():
-        own = task.get_config("num_fewshot")
-        if num_fewshot is not None and own != 0:
-            task.set_config(key="num_fewshot", value=num_fewshot)
-        elif own is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=own_seed + seed)
+def _copied(tokenizer: PreTrainedTokenizerBase | None, template: bool | str) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer for the harness, its chat template the one that is asked for."""
+    if tokenizer is None:
+        raise RequestError("tasks are texts: a tokenizer is needed, and this model's folder has none.")
+    tokenizer = copy.deepcopy(tokenizer)
+    known = tokenizer.chat_template
+    if isinstance(template, str) and not (isinstance(known, dict) and template in known):
+        names = ", ".join(known) if isinstance(known, dict) else "one without a name" if known else "none"
+        raise RequestError(f"the tokenizer has no chat template {template!r}; it has {names}.")
+    if template:  # by its name the harness would only note it, and use the default
+        try:
+            tokenizer.chat_template = tokenizer.get_chat_template(template if isinstance(template, str) else None)
+        except ValueError as error:
+            raise RequestError(f"apply_chat_template: {_one_line(error)}.") from error
+    return tokenizer
 
 
 def _figures(task: str, metrics: dict[str, Any]) -> dict[str, float]:
@@ -347,39 +308,27 @@ def _figures(task: str, metrics: dict[str, Any]) -> dict[str, float]:
 @contextlib.contextmanager
 def _contained(allow_code: bool = False) -> Iterator[None]:
     """Keep what the harness does to the process, and what it says, inside a ``with``."""
-    _harness("lm_eval")
-    environment = dict(os.environ)
-    python, arrays = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     loggers = logging.getLogger("lm_eval")
-    level = loggers.level
-    said = io.StringIO()
+    python, arrays, level = random.getstate(), np.random.get_state(), loggers.level
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    settings = {"DISABLE_MULTIPROC": "1"}  # to the harness: no processes for the bootstrap
+    settings |= {"HF_ALLOW_CODE_EVAL": "1"} if allow_code else {}
+    # A description of the machine for the harness's own files takes time, and git speaks on the terminal.
+    undescribed: dict[str, Any] = {"add_env_info": lambda results: None, "get_git_commit_hash": lambda: None}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(contextlib.redirect_stdout(said))
+        stack.enter_context(mock.patch.dict(os.environ, settings))
+        stack.enter_context(mock.patch.multiple(_harness("evaluator"), create=True, **undescribed))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if sys.stderr is None or not sys.stderr.isatty():  # its progress bars are for terminals
-            stack.enter_context(contextlib.redirect_stderr(said))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
             loggers.setLevel(logging.ERROR)
-            os.environ["DISABLE_MULTIPROC"] = "1"  # to the harness: no processes for the bootstrap
-            if allow_code:
-                os.environ["HF_ALLOW_CODE_EVAL"] = "1"
             yield
         finally:
             loggers.setLevel(level)
-            for key in os.environ.keys() - environment.keys():
-                del os.environ[key]
-            os.environ.update(environment)
             random.setstate(python)
             np.random.set_state(arrays)
-
-
-def _seed(seed: int) -> None:
-    """The harness's own seeds, ``seed`` further on."""
-    own = _harness("lm_eval.defaults")
-    random.seed(own.DEFAULT_RANDOM_SEED + seed)
-    np.random.seed(own.DEFAULT_OTHER_SEED + seed)
-    torch.manual_seed(own.DEFAULT_OTHER_SEED + seed)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``README.md`` of a pruned checkpoint, made of the files beside it and of nothing else.
 
-So it can be made anew at any time: when results are added, or under another name on the Hub.
+So it can be made anew at any time: when results are added, or under another name on the Hub. Its words are in
+``card.md.jinja``.
 """
 
 from __future__ import annotations
@@ -19,54 +20,22 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from transformers import AutoConfig
 
-from ..architectures.unequal import FILE_STEM
+from .. import names
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import find_layout
 from ..config import MoEPrunerConfig
 from ..errors import MoEPruneError
 from ..evaluation.comparison import Comparison, markdown_table
 from ..methods import get_method, list_methods
-from ..names import BASE_CARD_NAME, CARD_NAME, CONFIG_NAME, EVALUATION_NAME, NEW_CARD_NAME, PLAN_NAME, REPORT_NAME
 from ..plan import PruningPlan
 from ..storage.files import write_text
 
 logger = logging.getLogger(__name__)
 
-
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _SEAL = "\n<!-- written by optimum-moe-prune "
 _CARRIED = ("license", "license_name", "license_link", "language")
 _TAGS = ["mixture-of-experts", "moe", "expert-pruning", "pruned", "optimum-moe-prune"]
-
-_IMPORT = """\
-> **The layers of this model keep different numbers of experts.** Before loading it, install and import the package
-> that lets transformers build such layers:
->
-> ```
-> pip install optimum-moe-prune
-> ```
-> ```python
-> import optimum_moe_prune
-> from transformers import AutoModelForCausalLM
->
-> model = AutoModelForCausalLM.from_pretrained({name!r})
-> ```
->
-> Without it transformers refuses the checkpoint (`... is a per-layer attribute and may vary across layers`)."""
-
-_STANDALONE = """\
->
-> Or load it without the package, by the code that comes with it:
-> `AutoModelForCausalLM.from_pretrained({name!r}, trust_remote_code=True)`."""
-
-_LOAD = """\
-Every layer keeps the same number of experts, so plain transformers loads it:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({name!r}, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained({name!r})
-```"""
 
 
 def write_card(folder: str | os.PathLike, name: str) -> Path:
@@ -82,12 +51,14 @@ def write_card(folder: str | os.PathLike, name: str) -> Path:
         RequestError: If there is no plan in the folder.
         RunError: If the card cannot be written.
     """
-    path, text = Path(folder) / CARD_NAME, str(model_card(folder, name))
+    path, text = Path(folder) / names.CARD_NAME, str(model_card(folder, name))
     if path.is_file():
         there = path.read_text(encoding="utf-8", errors="replace")
         if not there.endswith(_seal(there.rpartition(_SEAL)[0])):
-            path = path.with_name(NEW_CARD_NAME)
-            logger.warning("%s in %s was edited and is kept; the new card is %s.", CARD_NAME, folder, NEW_CARD_NAME)
+            path = path.with_name(names.NEW_CARD_NAME)
+            logger.warning(
+                "%s in %s was edited and is kept; the new card is %s.", names.CARD_NAME, folder, names.NEW_CARD_NAME
+            )
     return write_text(path, text + _seal(text))
 
 
@@ -109,43 +80,42 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
     """
     folder = Path(folder)
     plan = PruningPlan.load(folder)
-    found = folder / EVALUATION_NAME
-    comparison = Comparison.load(found) if found.is_file() else None
-    standalone = (folder / f"{FILE_STEM}.py").is_file()
-    base_model = _base_model(plan)
-    parts = []
-    if plan.uniform_num_experts is None:
-        parts.append(_IMPORT.format(name=name) + ("\n" + _STANDALONE.format(name=name) if standalone else ""))
-    parts.append(f"# {_plain(name.rpartition('/')[2])}")
-    parts.append(_opening(plan, base_model))
-    if table := _sizes(plan, folder, comparison):
-        parts.append(table)
-    if plan.uniform_num_experts is not None:
-        parts.append(f"## How to load it\n\n{_LOAD.format(name=name)}")
-    parts += _results(comparison)
-    parts.append(f"## Which experts were removed, and how they were chosen\n\n{_method(plan)}")
-    if told := _calibration(plan):
-        parts.append(told)
-    parts.append(_layers(plan))
-    if (folder / REPORT_NAME).is_file():
-        parts.append(
-            f"[{REPORT_NAME}]({REPORT_NAME}) shows the choice in pictures: one file, which opens without a network."
-        )
-    parts.append(f"## Make it again\n\n{_reproduce(plan, folder, base_model)}")
-    parts.append(f"## Limits\n\n{_limits(plan, comparison, folder, base_model)}")
-    parts.append(f"## Versions\n\n{_versions(plan)}")
-    data = _front_matter(folder, name, _first_model(plan), comparison)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
-
-
-# ------------------------------------------------------------------------------------------- front matter
+    evaluation = folder / names.EVALUATION_NAME
+    comparison = Comparison.load(evaluation) if evaluation.is_file() else None
+    # What came from the Hub knows its commit; the name of a folder would mean nothing to others.
+    base_model = _plain(plan.made_for.get("name_or_path")) if plan.made_for.get("revision") else None
+    published = (model.get("name_or_path") for model in plan.lineage if model.get("revision"))
+    first_model = next((_plain(model) for model in published), None)
+    original = base_model or "ORIGINAL"
+    revision = ["--revision", str(plan.made_for["revision"])] if base_model else []
+    again = ["optimum-cli", "moe-prune", "apply", "--model", original, *revision, "--plan", names.PLAN_NAME, "OUTPUT"]
+    return ModelCard.from_template(
+        card_data=_front_matter(folder, name, first_model, comparison),
+        template_path=str(_TEMPLATE),
+        # The template escapes nothing: what was read from a file is made plain, but for numbers that were checked.
+        plan=plan,
+        method=_plain(plan.method),
+        explained=get_method(plan.method) if plan.method in list_methods() else None,
+        options=_pairs(plan.config.get("method_options"), "="),
+        model_type=_plain(plan.model_type),
+        base_model=base_model,
+        first_model=first_model,
+        title=_plain(name.rpartition("/")[2]),
+        quoted_name=repr(name),
+        sizes=_sizes(plan, folder, comparison),
+        **_results(comparison),
+        **_calibration(plan),
+        apply_command=shlex.join(again),
+        run_command=shlex.join(run_command(plan, original, revision)),
+        files={path.name for path in folder.iterdir() if path.is_file()},
+        **{key: value for key, value in vars(names).items() if key.isupper()},
+    )
 
 
 def _front_matter(folder: Path, name: str, base_model: str | None, comparison: Comparison | None) -> ModelCardData:
-    carried = {key: value for key, value in _base_metadata(folder).items() if key in _CARRIED and _is_text(value)}
     results = _eval_results(comparison)
     return ModelCardData(
-        **carried,
+        **_carried(folder),
         base_model=base_model,
         # The Hub knows finetune, adapter, quantized and merge; of these a model with other weights is the first.
         base_model_relation=None if base_model is None else "finetune",
@@ -157,20 +127,17 @@ def _front_matter(folder: Path, name: str, base_model: str | None, comparison: C
     )
 
 
-def _base_metadata(folder: Path) -> dict[str, Any]:
-    """The front matter of the original's card; nothing where there is none, or one that cannot be read."""
-    path = folder / BASE_CARD_NAME
+def _carried(folder: Path) -> dict[str, Any]:
+    """Licence and languages from the original's card; nothing where there is none, or one that cannot be read."""
+    path = folder / names.BASE_CARD_NAME
+    values = None
     try:
         values = metadata_load(path) if path.is_file() else None
     except Exception as error:  # somebody else's file: whatever its parser raises
         logger.warning("the original model's card has no sound front matter: %s", str(error).split("\n")[0])
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is text, or a list of texts."""
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))
+    found = {key: value for key, value in _mapping(values).items() if key in _CARRIED}
+    texts = {key: value if isinstance(value, list) else [value] for key, value in found.items()}
+    return {key: found[key] for key, parts in texts.items() if all(isinstance(part, str) for part in parts)}
 
 
 def _eval_results(comparison: Comparison | None) -> list[EvalResult]:
@@ -183,73 +150,33 @@ def _eval_results(comparison: Comparison | None) -> list[EvalResult]:
         # The Hub tells datasets apart by everything but their name.
         of: dict[str, Any] = {"task_type": "text-generation", "dataset_type": "text", "dataset_config": domain}
         of["dataset_name"] = f"held-out text: {domain}"
-        results.append(EvalResult(**of, metric_type="perplexity", metric_value=round(figures.perplexity, 4)))
+        if math.isfinite(figures.perplexity):
+            results.append(EvalResult(**of, metric_type="perplexity", metric_value=round(figures.perplexity, 4)))
         if figures.kl_divergence is not None:
-            kl = round(figures.kl_divergence, 5)
-            metric: dict[str, Any] = {"metric_type": "kl_divergence"}
-            metric["metric_name"] = "KL(original || pruned), nats per token"
-            results.append(EvalResult(**of, **metric, metric_value=kl))
+            of |= {"metric_type": "kl_divergence", "metric_name": "KL(original || pruned), nats per token"}
+            results.append(EvalResult(**of, metric_value=round(figures.kl_divergence, 5)))
     for task, metrics in result.tasks.items():
         of = {"task_type": "text-generation", "dataset_type": task, "dataset_name": task}
-        results += [
-            EvalResult(**of, metric_type=metric, metric_value=round(value, 4))
-            for metric, value in metrics.items()
-            if not metric.endswith("_stderr")
-        ]
+        for metric, value in metrics.items():
+            if not metric.endswith("_stderr"):
+                results.append(EvalResult(**of, metric_type=metric, metric_value=round(value, 4)))
     return results
-
-
-# ------------------------------------------------------------------------------------------- sections
-
-
-def _base_model(plan: PruningPlan) -> str | None:
-    """The original on the Hub. What came from there knows its commit; a folder's name would mean nothing to others."""
-    return plan.made_for.get("name_or_path") if plan.made_for.get("revision") else None
-
-
-def _first_model(plan: PruningPlan) -> str | None:
-    """The model on the Hub that this one, or the nearest of those it was pruned from, was made of."""
-    found, at = _base_model(plan), plan.provenance.get("parent")
-    while found is None and isinstance(at, dict):
-        provenance = at.get("provenance")
-        provenance = provenance if isinstance(provenance, dict) else {}
-        model = provenance.get("model")
-        if isinstance(model, dict) and model.get("revision"):
-            found = str(model.get("name_or_path"))
-        at = provenance.get("parent")
-    return found
-
-
-def _opening(plan: PruningPlan, base_model: str | None) -> str:
-    link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a `{plan.model_type}` model"
-    if "parent" in plan.provenance:
-        first = _first_model(plan)
-        link += " that had been pruned before" + (
-            f" (from [{first}](https://huggingface.co/{first}))" if first and first != base_model else ""
-        )
-    kept, total = sum(plan.num_experts.values()), sum(plan.original_num_experts.values())
-    return (
-        f"Experts of {link} were removed: {kept:,} of {total:,} routed experts are retained ({plan.sparsity:.0%} "
-        "removed). All other weights are those of the original; nothing was trained afterwards. "
-        f"Every token still uses {plan.top_k} of a layer's experts."
-    )
 
 
 def _sizes(plan: PruningPlan, folder: Path, comparison: Comparison | None) -> str:
     """Numbers of the original beside those of this model."""
     rows = [["", "original", "this model"]]
-    before, after = _counts(plan.original_num_experts), _counts(plan.num_experts)
-    rows.append(["routed experts in a layer", before, after])
-    if found := _parameters(plan, folder):
-        (count_before, bytes_before), (count_after, bytes_after) = found
-        rows.append(["parameters", _billions(count_before), _billions(count_after)])
-        rows.append(["weights on disk", _bytes(bytes_before), _bytes(bytes_after)])
+    rows.append(["routed experts in a layer", *map(_counts, (plan.original_num_experts, plan.num_experts))])
+    if sizes := _parameters(plan, folder):
+        rows.append(["parameters", *(_scaled(numbers, "B", "M") for numbers, _ in sizes)])
+        rows.append(["weights on disk", *(_scaled(nbytes, "GB", "MB") for _, nbytes in sizes)])
     if comparison is not None and comparison.reference is not None and comparison.compared:
-        old, new = comparison.models[comparison.reference], next(iter(comparison.compared.values()))
-        if old.generation is not None and new.generation is not None:
-            pairs = [(g.peak_memory_bytes, g.tokens_per_second) for g in (old.generation, new.generation)]
-            rows.append(["peak memory when generating, with all libraries", *(_bytes(memory) for memory, _ in pairs)])
-            rows.append(["tokens per second", *(f"{speed:.3g}" for _, speed in pairs)])
+        models = (comparison.models[comparison.reference], next(iter(comparison.compared.values())))
+        speeds = [model.generation for model in models if model.generation is not None]
+        if len(speeds) == len(models):
+            memory = [_scaled(speed.peak_memory_bytes, "GB", "MB") for speed in speeds]
+            rows.append(["peak memory when generating, with all libraries", *memory])
+            rows.append(["tokens per second", *(f"{speed.tokens_per_second:.3g}" for speed in speeds)])
     return markdown_table(rows)
 
 
@@ -258,12 +185,8 @@ def _counts(num_experts: Mapping[int, int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+def _scaled(count: int, large: str, small: str) -> str:
+    return f"{count / 1e9:.3g} {large}" if count >= 1e9 else f"{count / 1e6:.3g} {small}"
 
 
 def _parameters(plan: PruningPlan, folder: Path) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -277,103 +200,42 @@ def _parameters(plan: PruningPlan, folder: Path) -> tuple[tuple[int, int], tuple
     except (MoEPruneError, OSError, ValueError) as error:
         logger.warning("the card says nothing of sizes: %s", error)
         return None
-    numbers = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    after = (numbers, checkpoint.nbytes)
-    before = list(after)
+    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    removed_parameters = removed_bytes = 0
     for index, layer in layout.layers.items():
-        names = [name for tensors in layer.experts.values() for name in tensors.values()]
-        names += [*layer.fused.values(), *layer.router.values()]
+        experts = [name for tensors in layer.experts.values() for name in tensors.values()]
+        tensors = [checkpoint.tensors[name] for name in (*experts, *layer.fused.values(), *layer.router.values())]
         removed = plan.original_num_experts[index] - layer.num_experts
-        tensors = [checkpoint.tensors[name] for name in names]
-        before[0] += removed * sum(math.prod(tensor.shape) for tensor in tensors) // layer.num_experts
-        before[1] += removed * sum(tensor.nbytes for tensor in tensors) // layer.num_experts
-    return (before[0], before[1]), after
+        removed_parameters += removed * sum(math.prod(tensor.shape) for tensor in tensors) // layer.num_experts
+        removed_bytes += removed * sum(tensor.nbytes for tensor in tensors) // layer.num_experts
+    before = (parameters + removed_parameters, checkpoint.nbytes + removed_bytes)
+    return before, (parameters, checkpoint.nbytes)
 
 
-def _results(comparison: Comparison | None) -> list[str]:
+def _results(comparison: Comparison | None) -> dict[str, Any]:
+    """What was measured, as tables and words."""
     if comparison is None:
-        return []
-    parts = ["## Results against the original" if comparison.reference is not None else "## Results"]
-    tables = dict(zip(("domains", "sizes", "tasks"), comparison.parts(), strict=True))
-    if len(tables["domains"]) > 1:
-        parts.append(markdown_table(tables["domains"]))
-        if comparison.reference is not None:
-            parts.append(
-                "Perplexity on held-out text; *lost* is the difference of the mean negative log-likelihoods, with a "
-                "95% interval from a bootstrap paired by sample; KL is the divergence of this model's next-token "
-                "distributions from the original's, per token."
-            )
-    if told := _plain(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in comparison.settings.items())):
-        parts.append(f"Measured with: {told}.")
-    if len(tables["tasks"]) > 1:
-        parts.append(markdown_table(tables["tasks"]))
-        parts.append("Tasks as the lm-evaluation-harness defines them, with its standard errors.")
-    return parts if len(parts) > 1 else []
+        return {"measured": False}
+    tables = zip(("domains", "sizes", "tasks"), comparison.parts(), strict=True)
+    shown = {name: markdown_table(rows) for name, rows in tables if len(rows) > 1 and name != "sizes"}
+    settings = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in comparison.settings.items())
+    compared = comparison.reference is not None
+    return {"measured": True, "compared": compared, "measured_with": _plain(settings), **shown}
 
 
-def _method(plan: PruningPlan) -> str:
-    if plan.method not in list_methods():
-        return f"Method: `{plan.method}`."
-    method = get_method(plan.method)
-    text = f"Method: `{plan.method}`, {method.summary} ({method.source})."
-    if method.formula:
-        text += f" {method.formula}"
-    allocation = plan.config.get("allocation") or method.allocations[0]
-    told = {
-        "uniform": "The budget is the same in every layer.",
-        "global": "The budget is one number for the whole model, so layers keep different numbers.",
-        "sensitivity": "The budget is one number for the whole model, spread so that the measured divergences of the "
-        "final output, each of one layer pruned alone, add up to the least.",
-    }
-    if allocation in told:
-        text += f" {told[allocation]}"
-    options = plan.config.get("method_options")
-    if isinstance(options, dict) and options:
-        text += " Options: " + ", ".join(f"`{_plain(key)}={_plain(value)}`" for key, value in options.items()) + "."
-    return text
-
-
-def _calibration(plan: PruningPlan) -> str:
-    calibration = plan.provenance.get("calibration")
-    calibration = calibration if isinstance(calibration, dict) else {}  # plans are edited by hand
-    by_domain = calibration.get("tokens_by_domain")
-    if not isinstance(by_domain, dict) or not by_domain:
-        return ""
-    rows = [["calibration text", "tokens"], *([str(domain), str(tokens)] for domain, tokens in by_domain.items())]
+def _calibration(plan: PruningPlan) -> dict[str, Any]:
+    """What text they were chosen on, and with what programs."""
+    calibration = _mapping(plan.provenance.get("calibration"))
     sources = calibration.get("sources")
-    of = (
-        " of " + ", ".join(f"`{_plain(s)}`" for s in sources) if isinstance(sources, (list, tuple)) and sources else ""
-    )
-    weights = calibration.get("domain_weights")
-    shares = ""
-    if isinstance(weights, dict) and weights:
-        shares = " Domains count for " + ", ".join(f"{_plain(d)} {_plain(w)}" for d, w in weights.items()) + "."
-    return f"{markdown_table(rows)}\n\nCalibrated on {_plain(calibration.get('samples'))} samples{of}.{shares}"
-
-
-def _layers(plan: PruningPlan) -> str:
-    rows = [["layer", "retained", "experts, as numbered before"]]
-    for layer, experts in sorted(plan.retained.items()):
-        count = f"{len(experts)} of {plan.original_num_experts[layer]}"
-        rows.append([str(layer), count, " ".join(map(str, experts))])
-    return f"<details>\n<summary>Retained experts of each layer</summary>\n\n{markdown_table(rows)}\n\n</details>"
-
-
-def _reproduce(plan: PruningPlan, folder: Path, base_model: str | None) -> str:
-    base = base_model or "ORIGINAL"
-    revision = ["--revision", str(plan.made_for["revision"])] if base_model else []
-    again = ["optimum-cli", "moe-prune", "apply", "--model", base, *revision, "--plan", PLAN_NAME, "OUTPUT"]
-    text = (
-        "The same cut of the original, to the same tensors and without calibration:\n\n"
-        f"```\n{shlex.join(again)}\n```\n\n"
-        f"`{PLAN_NAME}` says everything about the choice. With the calibration text, from the beginning:\n\n"
-        f"```\n{shlex.join(run_command(plan, base, revision))}\n```"
-    )
-    if plan.config.get("allocation") == "sensitivity":
-        text += "\n\n(which measures the sensitivity as well)"
-    if (folder / CONFIG_NAME).is_file():
-        text += f"\n\n`{CONFIG_NAME}` is this recipe as a file (`--config`)."
-    return text
+    by_domain = _mapping(calibration.get("tokens_by_domain"))
+    rows = [["calibration text", "tokens"], *([str(domain), str(tokens)] for domain, tokens in by_domain.items())]
+    return {
+        "texts": markdown_table(rows) if by_domain else "",
+        "samples": _plain(calibration.get("samples")),
+        "sources": [_plain(source) for source in sources] if isinstance(sources, (list, tuple)) else [],
+        "weights": _pairs(calibration.get("domain_weights")),
+        "versions": _pairs(calibration.get("versions")),
+    }
 
 
 def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
@@ -384,18 +246,16 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
         model: What to call the original.
         extra: Further arguments.
     """
-    calibration = plan.provenance.get("calibration")
-    sources = calibration.get("sources") if isinstance(calibration, dict) else None
-    command = ["optimum-cli", "moe-prune", "run", "--model", model, *extra]
+    calibration = _mapping(plan.provenance.get("calibration"))
     by_sensitivity = plan.config.get("allocation") == "sensitivity"
-    measured = plan.provenance.get("sensitivity")
-    if not sources and by_sensitivity and isinstance(measured, dict):
-        sources = measured.get("sources")
+    command = ["optimum-cli", "moe-prune", "run", "--model", model, *extra]
     if _needs_text(plan) or by_sensitivity:
+        sources = calibration.get("sources")
+        if not sources and by_sensitivity:
+            sources = _mapping(plan.provenance.get("sensitivity")).get("sources")
         for source in sources if isinstance(sources, list) and sources else ["CALIBRATION.jsonl"]:
             command += ["--calibration", str(source)]
-        dtype = calibration.get("dtype") if isinstance(calibration, dict) else None
-        if isinstance(dtype, str) and dtype:
+        if isinstance(dtype := calibration.get("dtype"), str) and dtype:
             command += ["--dtype", dtype]
     defaults = {f.name: f.default for f in fields(MoEPrunerConfig)}
     for name, value in plan.config.items():
@@ -413,8 +273,7 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
             command.append(flag)
         else:
             command += [flag, str(value)]
-    weights = calibration.get("domain_weights") if isinstance(calibration, dict) else None
-    for domain, weight in weights.items() if isinstance(weights, dict) else ():
+    for domain, weight in _mapping(calibration.get("domain_weights")).items():
         command += ["--domain-weight", f"{domain}={weight}"]
     return [*command, "OUTPUT"]
 
@@ -427,33 +286,14 @@ def _needs_text(plan: PruningPlan) -> bool:
         return True
 
 
-def _limits(plan: PruningPlan, comparison: Comparison | None, folder: Path, base_model: str | None) -> str:
-    lines = [
-        "What no calibration text needed may be lost: judge this model on text of your own before you rely on it "
-        "(`optimum-cli moe-prune evaluate --model THIS --reference ORIGINAL --data YOURS.jsonl`).",
-        "Removing experts is no safety tuning, and may change refusals, biases and facts; whatever the original's "
-        "card warns of holds here as well.",
-    ]
-    if comparison is None:
-        lines.append("Its losses were not measured when this card was written.")
-    if (folder / BASE_CARD_NAME).is_file():
-        lines.append(f"The original's own card: [{BASE_CARD_NAME}]({BASE_CARD_NAME}).")
-    elif base_model:
-        lines.append(f"The original's own card: https://huggingface.co/{base_model}.")
-    if "parent" in plan.provenance:
-        lines.append(
-            "The original meant here is a pruned model itself, and numbers compare with that one; the plan holds the "
-            "earlier plan as well."
-        )
-    return "\n".join(f"- {line}" for line in lines)
+def _mapping(value: Any) -> dict[str, Any]:
+    """A value of a plan where a mapping should be; plans are edited by hand."""
+    return value if isinstance(value, dict) else {}
 
 
-def _versions(plan: PruningPlan) -> str:
-    calibration = plan.provenance.get("calibration")
-    found = calibration.get("versions") if isinstance(calibration, dict) else None
-    if not isinstance(found, dict) or not found:
-        return "Made with optimum-moe-prune."
-    return "Made with " + ", ".join(f"{_plain(name)} {_plain(version)}" for name, version in found.items()) + "."
+def _pairs(value: Any, between: str = " ") -> list[str]:
+    """The entries of such a mapping, plain."""
+    return [f"{_plain(key)}{between}{_plain(entry)}" for key, entry in _mapping(value).items()]
 
 
 def _plain(value: Any) -> str:

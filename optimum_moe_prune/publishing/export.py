@@ -3,8 +3,8 @@
 
 No release of the common servers documents a file for that (looked for in autumn 2026: vLLM, SGLang, llama.cpp,
 KTransformers, TensorRT-LLM, mlx-lm, MLC, ExLlama, DeepSpeed). What their documents call an expert map or mask places
-experts on devices, or limits how many a token uses; what drops experts are proposals. One of these has a written
-format, which is here (``riy``); for all else there is a generic file (``json``).
+experts on devices, or limits how many a token uses; what drops experts are proposals. So there is a generic file
+(``json``), which says everything.
 
 For a server that only reads checkpoints there is nothing to export: ``PruningPlan.apply_to_checkpoint``.
 """
@@ -12,15 +12,17 @@ For a server that only reads checkpoints there is nothing to export: ``PruningPl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from ..architectures.table import all_architectures
 from ..errors import RequestError, nearest_first
 from ..plan import PruningPlan
+from ..storage.values import check_version
 
 FORMAT = "optimum-moe-prune/experts"
 FORMAT_VERSION = 1
+EXPORT_FORMATS = ("json",)
+"""The formats of :func:`export_plan`."""
 
 
 def export_plan(plan: PruningPlan, format: str = "json") -> str:
@@ -56,13 +58,6 @@ def export_plan(plan: PruningPlan, format: str = "json") -> str:
     Removing an expert is the same as a router logit of minus infinity before the ``top_k`` are chosen and the weights
     are computed; a program that cannot leave tensors out may mask with ``keep``.
 
-    ``riy``: the profile, version 1, of an option proposed for vLLM, ``--riy-expert-profile``: ``{"version": 1,
-    "model": ..., "pruned_experts": [[layer, expert], ...]}``, without ``model`` where the plan names none. The
-    proposal masks router logits before top-k, which is the pruned model, and does not allocate the experts; its first
-    document set weights to zero after top-k, which is not. In no release of vLLM.
-    Source: vllm-project/vllm pull request 37824 (2026-03-22, open), its description, ``docs/design/riy.md``, and the
-    comment of 2026-07-27 on its rebased branch.
-
     Args:
         plan: The plan.
         format: A name in :data:`EXPORT_FORMATS`.
@@ -72,7 +67,7 @@ def export_plan(plan: PruningPlan, format: str = "json") -> str:
     """
     if format not in EXPORT_FORMATS:
         raise RequestError(f"export format {format!r} is not known: {nearest_first(str(format), [*EXPORT_FORMATS])}.")
-    return _WRITERS[format](plan)
+    return _json(plan)
 
 
 def import_plan(text: str) -> dict[int, tuple[int, ...]]:
@@ -88,9 +83,7 @@ def import_plan(text: str) -> dict[int, tuple[int, ...]]:
         values = json.loads(text, parse_constant=_refused, object_pairs_hook=_object)
         if values["format"] != FORMAT:
             raise RequestError(f"the file's format is {values['format']!r}, and {FORMAT!r} is read.")
-        version = values["format_version"]
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise RequestError(f"the file has format version {version!r}; this package reads up to {FORMAT_VERSION}.")
+        check_version(values, FORMAT_VERSION, "the exported plan")
         plan = PruningPlan(
             model_type=str(values["model_type"]),
             top_k=values["top_k"],
@@ -152,24 +145,6 @@ def _layer(plan: PruningPlan, layer: int) -> dict[str, Any]:
         "new_ids": new_ids,
         "keep": [new >= 0 for new in new_ids],
     }
-
-
-def _riy(plan: PruningPlan) -> str:
-    model = _text_or_none(plan.made_for.get("name_or_path"))
-    profile: dict[str, Any] = {"version": 1} if model is None else {"version": 1, "model": model}
-    profile["pruned_experts"] = [
-        [layer, expert] for layer in sorted(plan.retained) for expert in _layer(plan, layer)["removed"]
-    ]
-    return json.dumps(profile) + "\n"
-
-
-_WRITERS: dict[str, Callable[[PruningPlan], str]] = {"json": _json, "riy": _riy}
-
-EXPORT_FORMATS: dict[str, str] = {
-    "json": "experts retained and removed in each layer, and the names of their tensors",
-    "riy": "profile for the option --riy-expert-profile that is proposed for vLLM",
-}
-"""What each format of :func:`export_plan` is."""
 
 
 def _text_or_none(value: Any) -> str | None:

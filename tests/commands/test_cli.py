@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,6 +198,27 @@ def test_evaluate_prints_domains(place: Path, tmp_path: Path, capsys: pytest.Cap
     assert code == 0 and json.loads(out)["models"]["model"]["domains"]["all"]["perplexity"] > 1
 
 
+def test_the_flags_of_tasks_are_arguments(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from optimum_moe_prune import Source
+    from optimum_moe_prune.evaluation import compare as compare_models
+
+    asked: list[Any] = []
+    monkeypatch.setattr(compare_models, "compare", lambda *args, **how: asked.append((args, how)) or Comparison({}))
+    run = ("evaluate", "--model", "me/a", "--revision", "v1", "--reference", "me/b", "--tasks", "x,y", "--tasks", "z")
+    flags = ("--task-limit", 5, "--num-fewshot", 2, "--allow-code", "--task-include", place, "--gen-kwargs", "top_p=1")
+    chat = ("--apply-chat-template", "--system-instruction", "Be brief.", "--no-fewshot-as-multiturn")
+    assert call(capsys, *run)[0] == call(capsys, *run, *flags, *chat, "--speed", "--new-tokens", 3)[0] == 0
+    assert call(capsys, *run, "--apply-chat-template", "tool_use")[0] == 0
+    args, how = asked[1]
+    assert args == ([Source("me/a", revision="v1")], None) and how["reference"] == Source("me/b")
+    expected = {"tasks": ["x", "y", "z"], "limit": 5, "num_fewshot": 2, "allow_code": True, "include": [str(place)]}
+    expected |= {"apply_chat_template": True, "system_instruction": "Be brief.", "fewshot_as_multiturn": False}
+    expected |= {"gen_kwargs": "top_p=1", "speed": True, "new_tokens": 3, "batch_size": 8, "max_length": 2048}
+    assert expected.items() <= how.items()
+    assert asked[0][1]["apply_chat_template"] is False and asked[0][1]["fewshot_as_multiturn"] is True
+    assert asked[2][1]["apply_chat_template"] == "tool_use"
+
+
 def test_several_models_their_card_and_their_files(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -229,7 +251,7 @@ def test_several_models_their_card_and_their_files(
     for arguments, message in (
         (both[:3], "there is nothing to evaluate on"),
         ((*both[:3], "--reference", tmp_path / "a", *data), "is named twice"),
-        ((*both, "--batch-size", "0"), "--batch-size is 0"),
+        ((*both, "--batch-size", "0"), "batch_size is 0"),
         ((*both, "--update-card"), "--update-card takes one pruned model"),
         ((*both, "--json", "--markdown"), "exclude each other"),
         ((*both, "--output", tmp_path / "results.json"), "results.json exists"),
@@ -397,7 +419,7 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
             "this plan is for a 'mixtral' model, and the model is 'qwen2_moe'",
         ),
         (("evaluate", "--model", "{model}", "--data", "{place}/bad.jsonl"), "bad.jsonl, line 2 is not JSON"),
-        (("evaluate", "--model", "{model}", "--data", "{texts}", "--batch-size", "-1"), "--batch-size is -1"),
+        (("evaluate", "--model", "{model}", "--data", "{texts}", "--batch-size", "-1"), "batch_size is -1"),
         (
             (*RUN, "--num-experts", "4", "--skip-layers", "9", "{out}"),
             "skip_layers names layer 9, which has no experts",

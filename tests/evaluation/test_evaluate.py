@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from conftest import make_model, make_texts, make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from optimum_moe_prune import CalibrationSet, RequestError, RunError
-from optimum_moe_prune.evaluation.losses import evaluate
+from optimum_moe_prune.evaluation.comparison import Comparison, ModelResult, reference_of
+from optimum_moe_prune.evaluation.losses import DomainResult, Evaluation, evaluate
 from optimum_moe_prune.evaluation.speed import measure_generation
 
 
@@ -46,12 +49,13 @@ def test_figures_equal_a_loop_over_samples(
         assert found.tokens == tokens
         assert found.perplexity == pytest.approx(math.exp(loss / tokens), rel=1e-5)
         assert found.loss == pytest.approx(loss / tokens, rel=1e-5)
+        assert found.lost == pytest.approx((loss - reference_loss) / tokens, rel=1e-4)
         assert found.reference_perplexity == pytest.approx(math.exp(reference_loss / tokens), rel=1e-5)
         assert found.kl_divergence == pytest.approx(divergence / tokens, rel=1e-4)
         assert found.top1_agreement == pytest.approx(agreement / tokens)
     alone = evaluate(model, samples)
     assert alone.domains["low"].perplexity == pytest.approx(result.domains["low"].perplexity, rel=1e-6)
-    assert set(alone.to_dict()["low"]) == {"samples", "tokens", "perplexity"}
+    assert set(alone.to_dict()["low"]) == {"samples", "tokens", "loss", "perplexity"}
 
 
 def test_a_model_does_not_diverge_from_itself(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -107,6 +111,71 @@ def test_intervals_are_those_of_a_paired_bootstrap(samples: CalibrationSet) -> N
     assert few.lost_interval is None
     single = evaluate(model, samples.token_ids[0], reference=reference).domains["default"]
     assert single.lost_interval is None and single.lost is not None
+
+
+def test_a_loss_is_what_it_is_however_large(samples: CalibrationSet, tmp_path: Path) -> None:
+    model, reference = make_model(), make_model()
+    with torch.no_grad():
+        reference.lm_head.weight *= 2e3 / evaluate(model, samples).domains["all"].loss
+        model.lm_head.weight.copy_(reference.lm_head.weight * 3)
+    found = evaluate(model, samples, reference=reference).domains["all"]
+    assert found.loss > 1.5 * found.reference_loss > 1.5 * 710
+    assert found.lost == found.loss - found.reference_loss and found.lost_interval[0] < found.lost
+    assert found.perplexity == found.reference_perplexity == math.inf
+    assert found.perplexity_difference_interval is None
+    exact = DomainResult(9, 90, 800.0, 800.0 - 1e-9, 0.0, 1.0)
+    assert exact.loss == 800 and exact.lost == pytest.approx(1e-9, rel=1e-3)
+    near = DomainResult(9, 90, 0.5 + 1e-9, 0.5, 0.0, 1.0)
+    assert near.lost == pytest.approx(1e-9, rel=1e-3)
+    evaluation = Evaluation({"a": exact, "b": near})
+    assert "inf" in evaluation.summary()
+    values = evaluation.to_dict()
+    assert values["a"]["perplexity"] is None and values["a"]["loss"] == 800.0
+    assert values["b"]["perplexity"] == math.exp(0.5 + 1e-9)
+    comparison = Comparison({"m": ModelResult(evaluation), "r": ModelResult(reference_of(evaluation))}, "r")
+    path = comparison.save(tmp_path / "found.json")
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert Comparison.load(path) == comparison
+    assert comparison.models["r"].evaluation.domains["a"].loss == exact.reference_loss
+
+
+def test_files_of_before_are_read() -> None:
+    before = {
+        "samples": 8,
+        "tokens": 80,
+        "perplexity": 20.0,
+        "reference_perplexity": 10.0,
+        "kl_divergence": 0.5,
+        "top1_agreement": 0.75,
+        "lost_interval": [0.5, 0.9],
+        "perplexity_difference_interval": [8, 12],
+        "lost": math.log(2),
+    }
+    values = {"format_version": 1, "reference": None, "models": {"m": {"domains": {"d": before}}}}
+    found = Comparison.from_dict(values).models["m"].evaluation.domains["d"]
+    assert found.loss == math.log(20) and found.reference_loss == math.log(10)
+    now = found.to_dict()
+    assert set(now) - set(before) == {"loss", "reference_loss"} and set(before) <= set(now)
+    for name, value in before.items():
+        expected = tuple(value) if isinstance(value, list) else value
+        assert now[name] == pytest.approx(expected), name
+    for name, value in (("perplexity", None), ("perplexity", math.inf), ("perplexity", -1), ("lost_interval", [1])):
+        with pytest.raises(RequestError, match="the evaluation is damaged"):
+            Comparison.from_dict({**values, "models": {"m": {"domains": {"d": {**before, name: value}}}}})
+
+
+def test_equal_texts_and_many_texts_have_intervals() -> None:
+    from optimum_moe_prune.evaluation.losses import _intervals
+
+    assert _intervals(np.full((9, 2), 3.0), np.full(9, 2.0), seed=0) == ((0, 0), (0, 0))
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(10, 500, 10_000).astype(float)
+    losses = np.column_stack([2.1 * tokens, 2.0 * tokens]) + rng.normal(size=(10_000, 2))
+    began = time.perf_counter()
+    lost, difference = _intervals(losses, tokens, seed=0)
+    assert time.perf_counter() - began < 20
+    assert lost == pytest.approx((0.1, 0.1), abs=1e-3) and lost[0] < lost[1]
+    assert difference == pytest.approx([math.exp(2.1) - math.exp(2)] * 2, abs=0.01)
 
 
 def test_generation_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:

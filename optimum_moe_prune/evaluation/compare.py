@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several models measured side by side: losses on held-out texts, benchmark tasks, speed."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Union
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from ..checkpoints.source import Source
+from ..compat import text_config
+from ..errors import RequestError, RunError
+from ..models.memory import Compute
+from ..provenance import versions
+from .comparison import Comparison, ModelResult, reference_of
+from .losses import Evaluation, evaluate
+from .speed import measure_generation
+from .tasks import check_tasks, run_tasks
+
+logger = logging.getLogger(__name__)
+
+AnyModel = Union[str, os.PathLike, Source, PreTrainedModel]  # noqa: UP007 - evaluated on Python 3.10 as well
+"""A model's folder or Hub id, how it is reached, or the model itself."""
+
+
+def compare(
+    models: AnyModel | Sequence[AnyModel],
+    data: CalibrationInput | None = None,
+    *,
+    reference: AnyModel | None = None,
+    tasks: Sequence[str] = (),
+    speed: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 8,
+    max_length: int = 2048,
+    new_tokens: int = 64,
+    compute: Compute = Compute(),
+    seed: int = 0,
+    **task_settings: Any,
+) -> Comparison:
+    """Evaluate models, one of them in memory at a time beside the reference.
+
+    Args:
+        models: Folders, Hub ids or loaded models, one or several.
+        data: Held-out texts, as :func:`~optimum_moe_prune.evaluate.evaluate` takes them; the first model's tokenizer
+            reads them for all.
+        reference: The model to compare with, usually the unpruned one.
+        tasks: Tasks of lm-evaluation-harness to run on each, the reference included.
+        speed: Whether to measure generation and peak memory, each model in a process of its own; a loaded model has
+            none.
+        tokenizer: In place of those that come with the models.
+        batch_size: Samples, or prompts, in a forward pass.
+        max_length: Tokens of a sample at most.
+        new_tokens: Tokens to generate, for the speed.
+        compute: Precision and device of models that are loaded here.
+        seed: Of the resamples behind intervals, and of tasks.
+        task_settings: Further arguments of :func:`~optimum_moe_prune.tasks.run_tasks`: ``include``, ``limit``,
+            ``num_fewshot``, ``allow_code``, ``apply_chat_template`` ...
+
+    Returns:
+        Results by name: the last part of a model's folder or id, with a number where that is taken.
+
+    Raises:
+        RequestError: Before a model is loaded: if there is nothing to evaluate on, a model is named twice, data,
+            tasks or models cannot be used, or the vocabularies differ.
+        RunError: If a model's loss or output is NaN, or a task's data cannot be read.
+    """
+    several = [models] if isinstance(models, (str, os.PathLike, Source, PreTrainedModel)) else models
+    compared = [_source(model) for model in several]
+    original = None if reference is None else _source(reference)
+    every = [*compared, *([] if original is None else [original])]
+    _check(every, data, tasks, speed, batch_size, new_tokens, task_settings)
+    texts = None if data is None else held_out(every[0], data, tokenizer, max_length)
+
+    def loaded(model: Source | PreTrainedModel) -> PreTrainedModel:
+        if not isinstance(model, Source):
+            return model
+        settings = {"dtype": compute.dtype, "device_map": compute.device, **model.for_transformers}
+        return AutoModelForCausalLM.from_pretrained(model.name_or_path, **settings)
+
+    def result(source: Source | PreTrainedModel, model: PreTrainedModel, evaluation: Evaluation | None) -> ModelResult:
+        settings = {"batch_size": batch_size, "seed": seed, **task_settings}
+        scores = run_tasks(model, tokenizer or _tokenizer(source), tasks, **settings) if tasks else None
+        return ModelResult.of(model, evaluation, scores)
+
+    labels = _labels(every)
+    results = {label: ModelResult() for label in labels}
+    if texts is not None or tasks:
+        last, other = None, None if original is None else loaded(original)
+        for label, source in zip(labels, compared, strict=False):
+            model = loaded(source)
+            if texts is not None:
+                last = evaluate(model, texts, reference=other, batch_size=batch_size, seed=seed)
+            results[label] = result(source, model, last)
+            del model
+            gc.collect()
+        if original is not None and other is not None:
+            results[labels[-1]] = result(original, other, None if last is None else reference_of(last))
+        del other
+        gc.collect()  # before other processes need the memory
+    for label, source in zip(labels, every, strict=True):
+        if speed and isinstance(source, Source):
+            try:
+                generation = measure_generation(source, new_tokens=new_tokens, compute=compute)
+                results[label] = replace(results[label], generation=generation)
+            except RunError as error:  # what was evaluated before is not lost for it
+                logger.warning("%s", error)
+    settings: dict[str, Any] = {}
+    if texts is not None:
+        settings = {"text": ", ".join(texts.sources), "samples_fingerprint": texts.fingerprint[:12]}
+        settings["max_length"] = max_length
+    first = every[0]
+    settings["dtype"] = compute.dtype if isinstance(first, Source) else str(first.dtype).removeprefix("torch.")
+    settings["device"] = compute.device if isinstance(first, Source) else str(first.device)
+    known = versions()
+    settings |= {name: known[name] for name in ("transformers", "torch") if name in known}
+    return Comparison(results, None if original is None else labels[-1], settings)
+
+
+def held_out(
+    model: Source | PreTrainedModel,
+    data: CalibrationInput,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 2048,
+) -> CalibrationSet:
+    """Texts as samples for a model, by its tokenizer.
+
+    Raises:
+        RequestError: If they, or the model, cannot be read, or a token id is outside its vocabulary.
+    """
+    config = _config(model)
+    if tokenizer is None and not isinstance(data, CalibrationSet):
+        tokenizer = _tokenizer(model)
+    samples = CalibrationSet.build(data, tokenizer, max_length=sample_length(max_length, config))
+    samples.check_vocabulary(text_config(config).vocab_size)
+    return samples
+
+
+def _check(
+    models: Sequence[Source | PreTrainedModel],
+    data: CalibrationInput | None,
+    tasks: Sequence[str],
+    speed: bool,
+    batch_size: int,
+    new_tokens: int,
+    task_settings: Mapping[str, Any],
+) -> None:
+    """Refuse what can be refused before a model is loaded."""
+    if not models:
+        raise RequestError("no model is named.")
+    if twice := [model for model in models if models.count(model) > 1]:
+        raise RequestError(f"{_name(twice[0])} is named twice.")
+    for name, value, least in (("batch_size", batch_size, 1), ("new_tokens", new_tokens, 2)):
+        if value < least:
+            raise RequestError(f"{name} is {value}; it must be at least {least}.")
+    if data is None and not tasks and not speed:
+        raise RequestError("there is nothing to evaluate on; name texts (data), tasks, or speed.")
+    if speed and not all(isinstance(model, Source) for model in models):
+        raise RequestError("speed is measured in a process of its own; name folders or ids in place of loaded models.")
+    inspect.signature(run_tasks).bind_partial(**task_settings)  # a setting that is none
+    if tasks:
+        check_tasks(tasks, task_settings.get("include", ()), task_settings.get("allow_code", False))
+    sizes = [text_config(_config(model)).vocab_size for model in models]
+    if data is not None and len(set(sizes)) > 1:
+        told = ", ".join(f"{_name(model)} {size}" for model, size in zip(models, sizes, strict=True))
+        raise RequestError(f"models of different vocabularies cannot be compared on the same tokens: {told}.")
+
+
+def _source(model: AnyModel) -> Source | PreTrainedModel:
+    return Source(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
+
+
+def _config(model: Source | PreTrainedModel) -> Any:
+    return model.load_config() if isinstance(model, Source) else model.config
+
+
+def _name(model: Source | PreTrainedModel) -> str:
+    return model.name_or_path or type(model).__name__
+
+
+def _tokenizer(model: Source | PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    if isinstance(model, Source):
+        return model.load_tokenizer()
+    return Source(model.name_or_path).load_tokenizer() if model.name_or_path else None
+
+
+def _labels(models: Sequence[Source | PreTrainedModel]) -> list[str]:
+    """A short name for each model, as results are published by: its last part, with a number where that is taken."""
+    labels: list[str] = []
+    for path in map(_name, models):
+        name = label = Path(path).resolve().name if Path(path).exists() else path.rpartition("/")[2]
+        number = 2
+        while label in labels:
+            label, number = f"{name} ({number})", number + 1
+        labels.append(label)
+    return labels
