@@ -11,7 +11,7 @@ from hub_server import served
 from huggingface_hub import HfApi, constants
 from transformers import MixtralConfig
 
-from optimum_moe_prune.checkpoints.source import commit_of
+from optimum_moe_prune import Source
 from optimum_moe_prune.compat import cached_commit, cached_file, commit_of_config, http_error, set_commit_of_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -52,9 +52,9 @@ def test_the_commit_is_where_the_cache_says_it(tmp_path: Path) -> None:
     assert cached_commit("gpt2", in_cache(tmp_path / "cache", "gpt2")) == COMMIT
     below = tmp_path / "snapshots" / ("f" * 40) / "cache"
     assert cached_commit("some/model", in_cache(below)) == COMMIT
-    assert commit_of("some/model", {"cache_dir": below, "local_files_only": True}) == COMMIT
+    assert Source("some/model", cache_dir=below).commit() == COMMIT
     assert cached_commit("some/model", in_cache(tmp_path / "named", commit="main")) is None
-    assert commit_of("some/model", {"cache_dir": tmp_path / "named", "local_files_only": True}) is None
+    assert Source("some/model", cache_dir=tmp_path / "named").commit() is None
     assert cached_commit("some/model", Path("/data/snapshots") / COMMIT / "model" / "config.json") is None
     assert cached_commit("other/model", in_cache(tmp_path / "another")) is None
 

@@ -58,4 +58,5 @@ def execute(command: type[Command], args: argparse.Namespace) -> int:
 
 def as_flags(message: str) -> str:
     """A message of the library, which speaks of arguments, in the words of the command line."""
-    return re.sub(r"\b([a-z_]+)=True\b", lambda match: f"--{match[1].replace('_', '-')}", message)
+    message = re.sub(r"\b(overwrite|restart|standalone|stream|allow_code)=True\b", r"--\1", message)
+    return re.sub(r"\b(device|dtype)='([^']*)'", r"--\1 \2", message).replace("allow_code", "allow-code")

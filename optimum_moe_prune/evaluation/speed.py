@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation speed and peak memory of a checkpoint, in a process of its own: ``python -m optimum_moe_prune.evaluation.speed``.
+"""Generation speed and peak memory of a checkpoint, in a process of its own.
 
 A process of its own, because memory is counted for a whole process and what one model had taken would be counted for
 the next.

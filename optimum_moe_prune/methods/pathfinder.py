@@ -33,7 +33,7 @@ What the paper leaves open, and what is done here:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -212,9 +212,7 @@ def on_best_paths(
     paths = []  # of each sample (m, L)
     best = [np.full(count, -np.inf) for count in counts]
     total = [np.zeros(count) for count in counts]
-    for number in progress(range(len(weights)), "finding paths", unit="sample"):
-        v = [np.zeros(count) for count in counts] if nodes is None else [layer[number] for layer in nodes]
-        e = [np.zeros(pair) for pair in itertools.pairwise(counts)] if edges is None else edges(number)
+    for number, (v, e) in enumerate(_sample_graphs(stats, nodes, edges)):
         paths.append(k_best_paths(v, e, num_paths)[1].astype(np.int32))
         for column, marginal in enumerate(max_marginals(v, e)):
             best[column] = np.maximum(best[column], marginal)
@@ -246,6 +244,32 @@ def on_best_paths(
         )
     budget.findings.update(paths_per_sample=grown, experts_on_paths=on_paths, samples=len(paths))
     return choose_ranked(keys, budget)
+
+
+def best_paths(stats: CalibrationStats, budget: Budget, options: PathOptions, num_paths: int) -> Iterator[np.ndarray]:
+    """The best paths of each sample: the expert of each MoE layer on each path ``(m, L)``, the best path first.
+
+    Args:
+        stats: The samples and layers.
+        budget: Its findings get the entropy of the importance.
+        options: Of ``pathfinder``, ``importance`` or ``transition``: they say which factors a path is weighed by.
+        num_paths: The most paths of a sample; fewer come where there are fewer.
+    """
+    nodes = log_importance(stats, budget, options.tau) if isinstance(options, ImportanceOptions) else None
+    edges = log_transitions(stats, options.transitions) if isinstance(options, TransitionOptions) else None
+    for v, e in _sample_graphs(stats, nodes, edges):
+        yield k_best_paths(v, e, num_paths)[1]
+
+
+def _sample_graphs(
+    stats: CalibrationStats, nodes: Sequence[np.ndarray] | None, edges: Callable[[int], list[np.ndarray]] | None
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """For each sample the log weights of its nodes ``(E_l,)`` and edges ``(E_l, E_{l+1})``; see ``on_best_paths``."""
+    counts = [count for _, count in sorted(stats.num_experts.items())]
+    for number in progress(range(len(stats.samples)), "finding paths", unit="sample"):
+        v = [np.zeros(count) for count in counts] if nodes is None else [layer[number] for layer in nodes]
+        e = [np.zeros(pair) for pair in itertools.pairwise(counts)] if edges is None else edges(number)
+        yield v, e
 
 
 def _sample_weights(stats: CalibrationStats) -> np.ndarray:

@@ -55,7 +55,7 @@ class Compute:
             try:
                 torch.empty(0, device=self.device)
             except (RuntimeError, AssertionError) as error:
-                raise RequestError(f"device {self.device} cannot be used: {str(error).splitlines()[0]}") from error
+                raise RequestError(f"device={self.device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
     def settled(self, layout: Layout, streamed_before: bool | None = None) -> Compute:
         """The same with a device that is there, and a decision about streaming.

@@ -9,14 +9,14 @@ class of ours random.
 
 from __future__ import annotations
 
+import inspect
 import json
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from ..architectures import unequal
 from ..architectures.table import architecture_of
-from ..architectures.unequal import FILE_STEM
 from ..compat import causal_lm_class
 from ..errors import RequestError
 
@@ -95,10 +95,10 @@ def write_standalone(folder: str | Path, config: Any) -> Path:
         layer_list=spec.layers.rpartition(".")[2],
         counted=repr((*(f"{spec.experts}.{name}" for name in spec.expert_tensors), *spec.router_tensors)),
     )
-    path = Path(folder) / f"{FILE_STEM}.py"
-    path.write_text((files(__package__) / "unequal.py").read_text(encoding="utf-8") + classes, encoding="utf-8")
+    path = Path(folder) / f"{unequal.FILE_STEM}.py"
+    path.write_text(inspect.getsource(unequal) + classes, encoding="utf-8")
     config_file = Path(folder) / "config.json"
     values = json.loads(config_file.read_text(encoding="utf-8"))
-    values.setdefault("auto_map", {})["AutoModelForCausalLM"] = f"{FILE_STEM}.Unequal{causal}"
+    values.setdefault("auto_map", {})["AutoModelForCausalLM"] = f"{unequal.FILE_STEM}.Unequal{causal}"
     config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return path

@@ -118,9 +118,14 @@ def test_tasks_have_their_settings(folders: list[Path], monkeypatch: pytest.Monk
 
 
 def test_how_a_source_is_reached() -> None:
-    assert Source("me/model").hub == {}
+    assert Source("me/model").for_transformers == {}
     source = Source("me/model", revision="main", token=False, cache_dir="/tmp/x", trust_remote_code=True)
-    assert source.hub == {"revision": "main", "token": False, "cache_dir": "/tmp/x", "trust_remote_code": True}
+    assert source.for_transformers == {
+        "revision": "main",
+        "token": False,
+        "cache_dir": "/tmp/x",
+        "trust_remote_code": True,
+    }
 
 
 def test_the_config_of_the_text_part() -> None:

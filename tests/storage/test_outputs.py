@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_moe_prune import CalibrationStats, PruningPlan, RequestError
-from optimum_moe_prune.checkpoints.source import other_files
+from optimum_moe_prune import CalibrationStats, PruningPlan, RequestError, Source
 from optimum_moe_prune.names import PLAN_NAME, STATS_NAME
 from optimum_moe_prune.storage.folders import written_folder
 from optimum_moe_prune.storage.outputs import is_output
@@ -97,4 +96,4 @@ def test_earlier_outputs_inside_a_models_folder_are_left_out_and_nothing_else(tm
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / STATS_NAME).write_text('{"mean": 1}')
     (tmp_path / "tokenizer.json").touch()
-    assert other_files(tmp_path, {}) == ["notes/stats.json", "tokenizer.json"]
+    assert Source(str(tmp_path)).other_files() == ["notes/stats.json", "tokenizer.json"]

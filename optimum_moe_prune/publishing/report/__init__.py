@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report: one HTML file that shows what a plan retains, why, how far a model can be pruned and what was lost.
 
-``data`` and ``measured`` turn what is given into plain arrays, ``explain`` finds Mosaic's clusters and Pathfinder's
-paths again, ``maps``, ``grids``, ``graphs`` and ``curves`` make figures of them, ``canvas`` draws these, ``sections``,
-``why``, ``outcome`` and ``origin`` say how to read them, and ``page`` is the HTML.
+``data`` and ``explain`` take statistics and plans apart, ``maps``, ``charts`` and ``graphs`` draw them (with what
+``drawing`` has for all figures), ``sections`` and ``measured`` put figures and tables together, and
+``page.html.jinja`` is the page with all its text.
 """
 
 from __future__ import annotations
@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
-from ...storage.files import write_bytes, write_text
+from ...storage.files import check_file, write_bytes, write_text
+from .drawing import FORMATS, Gallery, require_matplotlib, style
 
 if TYPE_CHECKING:
+    from ...evaluation.comparison import Comparison
+    from ...evaluation.losses import Evaluation
     from ...plan import PruningPlan
+    from ...planning.sensitivity import Sensitivity
     from ...statistics.stats import CalibrationStats
+
+GENERATOR = "optimum-moe-prune report"
+"""Marks a file as a report of this package."""
 
 
 def write_report(
@@ -25,8 +32,8 @@ def write_report(
     *,
     stats: CalibrationStats | None = None,
     plans: Iterable[PruningPlan] | Mapping[str, PruningPlan] = (),
-    sensitivity: Any = None,
-    evaluation: Any = None,
+    sensitivity: Sensitivity | Mapping[str, Any] | None = None,
+    evaluation: Comparison | Evaluation | Mapping[str, Any] | None = None,
     title: str | None = None,
     overwrite: bool = False,
     pictures: str | Path | None = None,
@@ -40,9 +47,8 @@ def write_report(
         target: The file to write.
         stats: Shows which domains the experts serve, and why Mosaic and Pathfinder chose as they did.
         plans: What was chosen; a mapping names them, else they are called by method and sparsity.
-        sensitivity: What it costs to prune each layer and the whole model: a mapping in the form of the file of
-            ``optimum-cli moe-prune sensitivity``, or an object with ``to_dict()``.
-        evaluation: What was lost: a mapping in the form of ``evaluate --json``, or an object with ``to_dict()``.
+        sensitivity: What it costs to prune each layer and the whole model; also as the plain values of its file.
+        evaluation: What was lost: models side by side, or the results of one; also as the plain values of the file.
         title: Of the page.
         overwrite: Replace an earlier report, and earlier pictures.
         pictures: A folder for the figures as files of their own; made if absent.
@@ -56,83 +62,107 @@ def write_report(
             else is in the way of a file.
         RunError: If a file cannot be written.
     """
-    from .canvas import FORMATS, Gallery, require_matplotlib
-    from .data import named, reduce_stats
-    from .measured import read_evaluation, read_sensitivity
-    from .origin import origin_section, overview
-    from .outcome import evaluation_section, sensitivity_section, size_section
-    from .page import page
-    from .sections import domain_section, retained_section, score_section
-    from .why import mosaic_section, paths_section
-    from .words import model_name
+    from ...planning.sensitivity import Sensitivity
+    from . import measured, sections
+    from .data import named
+    from .text import model_name
 
     target, folder = Path(target), None if pictures is None else Path(pictures)
     formats = (formats,) if isinstance(formats, str) else tuple(formats)
     if unknown := [form for form in formats if form not in FORMATS]:
         raise RequestError(f"format {unknown[0]!r} is not known. Known: {', '.join(FORMATS)}.")
-    _check_target(target, overwrite)
+    check_file(target, target.suffix, overwrite, _check_is_report)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; name a folder for the pictures.")
     chosen = named(plans)
     if stats is None and not chosen and sensitivity is None and evaluation is None:
         raise RequestError("there is nothing to report; give statistics, plans, sensitivities or an evaluation.")
     require_matplotlib()
-    costs = None if sensitivity is None else read_sensitivity(sensitivity)
-    results = None if evaluation is None else read_evaluation(evaluation)
-
-    gallery = Gallery(formats if folder is not None else ())
-    reduced = None if stats is None else reduce_stats(stats)
-    sections = [
-        evaluation_section(results, gallery),
-        sensitivity_section(costs, gallery),
-        retained_section(chosen, gallery),
-        size_section(chosen, results, gallery),
-    ]
-    if stats is not None and reduced is not None:
-        sections.append(domain_section(stats, reduced, chosen, gallery))
-    sections += [
-        score_section(stats, reduced, chosen, gallery),
-        mosaic_section(stats, chosen, gallery),
-        paths_section(stats, chosen, gallery),
-        origin_section(stats, chosen),
-    ]
+    costs = Sensitivity.from_dict(sensitivity) if isinstance(sensitivity, Mapping) else sensitivity
+    results = _comparison(evaluation)
     if title is None:
-        facts = [stats.model if stats is not None else None, *(plan.made_for for plan in chosen.values())]
-        facts.append(costs.model if costs is not None else None)
+        facts = [{} if stats is None else stats.model, *(plan.made_for for plan in chosen.values())]
+        facts.append({} if costs is None else costs.model)
         name = next(filter(None, map(model_name, facts)), None)
         title = f"Pruning report: {name}" if name else "Pruning report"
-    text = page(title, overview(stats, chosen, costs, results), sections)
+
+    gallery = Gallery(formats if folder is not None else ())
+    with style():
+        text = _rendered(
+            title=title,
+            overview=measured.overview(stats, chosen, costs, results),
+            quality=measured.quality(results, gallery),
+            sensitivity=measured.sensitivity(costs, gallery),
+            retained=sections.retained(chosen, gallery),
+            sizes=measured.sizes(results),
+            domains=sections.domains(stats, chosen, gallery),
+            scores=sections.scores(stats, chosen, gallery),
+            mosaic=sections.mosaic(stats, chosen, gallery),
+            paths=sections.paths(stats, chosen, gallery),
+            origin=measured.origin(stats, chosen),
+        )
     if folder is not None:
         _write_pictures(folder, gallery.files, overwrite)
     return write_text(target, text)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Raise unless the report may be written there.
+def _comparison(given: Comparison | Evaluation | Mapping[str, Any] | None) -> Comparison | None:
+    """Evaluated models side by side, also from the results of one, or from the plain values of a file.
 
     Raises:
-        RequestError: If something is there that is no earlier report, or may not be replaced.
+        RequestError: If it is damaged or empty.
     """
-    from .page import GENERATOR
+    from ...evaluation.comparison import Comparison, ModelResult, reference_of
+    from ...evaluation.losses import Evaluation
 
-    if target.is_dir():
-        raise RequestError(f"{target} is a folder; name a file, as report.html.")
-    if not target.exists():
-        return
-    if not overwrite:
-        raise RequestError(f"{target} exists; name another file, or allow replacing it (overwrite=True).")
-    with target.open("rb") as file:
-        if GENERATOR.encode() not in file.read(2000):
-            raise RequestError(f"{target} is no report of this package and is not replaced; name another file.")
+    if isinstance(given, Evaluation):
+        models = {"model": ModelResult(given), "reference": ModelResult(reference_of(given))}
+        given = Comparison(models, "reference" if models["reference"].evaluation.domains else None)
+    found = Comparison.from_dict(given) if isinstance(given, Mapping) else given
+    if found is not None and not found.models:
+        raise RequestError("the evaluation is damaged: there are no models.")
+    return found
+
+
+def _rendered(**content: Any) -> str:
+    """The page."""
+    import jinja2
+
+    from .text import plain
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if hasattr(value, "__html__") else plain(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.jinja").render(generator=GENERATOR, **content)
+    return page[page.index("<!DOCTYPE") :]
+
+
+def _check_is_report(path: Path) -> None:
+    """Raise unless a file is an earlier report.
+
+    Raises:
+        RequestError: If it is something else.
+    """
+    is_report = False
+    if path.is_file():
+        with path.open("rb") as file:
+            is_report = GENERATOR.encode() in file.read(2000)
+    if not is_report:
+        raise RequestError(f"{path} is no report of this package and is not replaced; name another file.")
 
 
 def _write_pictures(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
     """Write pictures, each beside its target and renamed into place."""
     there = [name for name in files if (folder / name).exists()]
     if there and not overwrite:
-        raise RequestError(f"{folder / there[0]} exists; name another folder, or allow replacing it (overwrite=True).")
+        raise RequestError(f"{folder / there[0]} exists; name another folder, or allow replacing it (--overwrite).")
     for name, content in files.items():
         write_bytes(folder / name, content)
 
 
-__all__ = ["write_report"]
+__all__ = ["require_matplotlib", "write_report"]

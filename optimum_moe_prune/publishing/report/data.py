@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics and plans as small plain arrays.
+"""Statistics and plans as small arrays.
 
-Statistics are read layer by layer and reduced at once: what stays is a number for each domain, layer and expert.
-
-Shapes: D domains, L MoE layers, E experts of the largest layer; what a smaller layer lacks is NaN.
+Shapes: D domains, L MoE layers, E experts of the largest layer, P plans; what a smaller layer lacks is NaN.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,99 +15,65 @@ from ...errors import RequestError
 from ...methods import get_method
 from ...plan import PruningPlan
 from ...progress import progress
-from ...statistics.stats import CalibrationStats, LayerStats, Need
-from .words import plain
-
-Plans = Mapping[str, PruningPlan]
+from ...statistics.stats import CalibrationStats, Need
 
 SCORES = ("reap", "frequency")
-"""Scores that are shown where a plan has none of its own, the best first."""
+"""Methods whose scores are shown where a plan has none of its own, the best first."""
 
 
-@dataclass(frozen=True)
-class Reduced:
-    """What a report shows of the statistics.
-
-    Attributes:
-        layers: Numbers of the MoE layers.
-        num_experts: Experts of each.
-        top_k: Experts used per token.
-        domains: Names, in the order of the alphabet.
-        tokens: Tokens of each domain.
-        routed: Tokens of the domain that were routed to the expert ``(D, L, E)``; None if not gathered.
-        error: Squared error of the layer with this expert alone, over the tokens of the domain, as a share of the
-            squared output of the layer ``(D, L, E)``; None if not gathered.
-        scores: Scores ``(L, E)`` of the methods of ``SCORES`` whose needs were gathered.
-    """
-
-    layers: tuple[int, ...]
-    num_experts: tuple[int, ...]
-    top_k: int
-    domains: tuple[str, ...]
-    tokens: tuple[int, ...]
-    routed: np.ndarray | None
-    error: np.ndarray | None
-    scores: dict[str, np.ndarray]
-
-    @property
-    def routing(self) -> np.ndarray | None:
-        """Share of the domain's routing that goes to each expert ``(D, L, E)``: 1 over the experts of a layer."""
-        if self.routed is None:
-            return None
-        total = np.nansum(self.routed, axis=2, keepdims=True)
-        return np.divide(self.routed, total, out=0 * self.routed, where=total > 0)
-
-
-def reduce_stats(stats: CalibrationStats) -> Reduced:
-    """Statistics by domain, layer and expert."""
-    layers = tuple(sorted(stats.layers))
-    domains = stats.domains
-    member = np.array([[sample.domain == domain for sample in stats.samples] for domain in domains], dtype=np.float64)
-    shape = (len(domains), len(layers), max(stats.num_experts.values()))
-    has_routing = bool(domains) and Need.ROUTING in stats.needs
-    has_error = bool(domains) and Need.SINGLE_ERROR in stats.needs
-    routed, error = np.full(shape, np.nan), np.full(shape, np.nan)
-    for row, index in enumerate(progress(layers, "reading the statistics", unit="layer")):
-        layer = stats.layers[index]
-        columns = slice(layer.num_experts)
-        if has_routing:
-            routed[:, row, columns] = member @ _by_sample(layer, "routed_tokens")
-        if has_error:
-            wrong = member @ _by_sample(layer, "single_error")
-            output = member @ _by_sample(layer, "output_energy")
-            error[:, row, columns] = np.divide(wrong, output, out=np.full_like(wrong, np.nan), where=output > 0)
-    return Reduced(
-        layers=layers,
-        num_experts=tuple(stats.num_experts[index] for index in layers),
-        top_k=stats.model["top_k"],
-        domains=tuple(domains),
-        tokens=tuple(domains.values()),
-        routed=routed if np.isfinite(routed).any() else None,
-        error=error if np.isfinite(error).any() else None,
-        scores=_scores(stats) if domains else {},
-    )
-
-
-def _by_sample(layer: LayerStats, name: str) -> np.ndarray:
-    return layer.tensors[name].double().numpy()
-
-
-def _scores(stats: CalibrationStats) -> dict[str, np.ndarray]:
-    found = {}
-    for name in SCORES:
-        method = get_method(name)
-        options = method.options()
-        if method.needs(options) <= stats.needs and method.scores is not None:
-            found[name] = padded(method.scores(stats, options))
-    return found
-
-
-def padded(values: Mapping[int, Sequence[float] | np.ndarray]) -> np.ndarray:
-    """Values ``(E,)`` by layer as one array ``(L, E)``, layers in rising order."""
+def by_layer(values: Mapping[int, Sequence[float] | np.ndarray]) -> np.ndarray:
+    """Values ``(E,)`` of each layer as one array ``(L, E)``, layers in rising order."""
     table = np.full((len(values), max(map(len, values.values()))), np.nan)
     for row, (_, line) in enumerate(sorted(values.items())):
         table[row, : len(line)] = line
     return table
+
+
+def by_domain(stats: CalibrationStats, *names: str) -> list[np.ndarray]:
+    """Sums over the samples of each domain, ``(D, L, E)`` for each per-sample statistic."""
+    member = np.array([[s.domain == domain for s in stats.samples] for domain in stats.domains], dtype=np.float64)
+    shape = len(member), len(stats.layers), max(stats.num_experts.values())
+    sums = [np.full(shape, np.nan) for _ in names]
+    for row, (_, layer) in enumerate(progress(sorted(stats.layers.items()), "reading the statistics", unit="layer")):
+        for table, name in zip(sums, names, strict=True):
+            table[:, row, : layer.num_experts] = member @ layer.tensors[name].double().numpy()
+    return sums
+
+
+def routing_share(stats: CalibrationStats) -> np.ndarray | None:
+    """Share of each domain's routing that goes to each expert ``(D, L, E)``; None if it was not gathered."""
+    if not stats.samples or Need.ROUTING not in stats.needs:
+        return None
+    (routed,) = by_domain(stats, "routed_tokens")
+    total = np.nansum(routed, axis=2, keepdims=True)
+    return np.divide(routed, total, out=0 * routed, where=total > 0)
+
+
+def single_error(stats: CalibrationStats) -> np.ndarray | None:
+    """Squared error of a layer with one expert alone, as a share of its squared output ``(D, L, E)``."""
+    if not stats.samples or Need.SINGLE_ERROR not in stats.needs:
+        return None
+    error, output = by_domain(stats, "single_error", "output_energy")
+    share = np.divide(error, output, out=np.full_like(error, np.nan), where=output > 0)
+    return share if np.isfinite(share).any() else None
+
+
+def known_scores(stats: CalibrationStats) -> dict[str, np.ndarray]:
+    """Scores ``(L, E)`` of those methods of ``SCORES`` whose statistics were gathered."""
+    scores = {}
+    for name in SCORES if stats.samples else ():
+        method = get_method(name)
+        options = method.options()
+        if method.scores is not None and method.needs(options) <= stats.needs:
+            scores[name] = by_layer(method.scores(stats, options))
+    return scores
+
+
+def relative(values: np.ndarray) -> np.ndarray:
+    """Scores ``(L, E)`` in units of the mean magnitude of their layer; 1 where all of a layer are 0."""
+    known = np.isfinite(values)
+    mean = np.where(known, np.abs(values), 0).sum(1, keepdims=True) / np.maximum(known.sum(1, keepdims=True), 1)
+    return np.divide(values, mean, out=np.where(known, 1.0, np.nan), where=known & (mean > 0))
 
 
 # ------------------------------------------------------------------------------------------- plans
@@ -121,48 +85,31 @@ def named(plans: Iterable[PruningPlan] | Mapping[str, PruningPlan]) -> dict[str,
     Raises:
         RequestError: If something is no plan.
     """
-    if isinstance(plans, Mapping):
-        pairs = [(plain(name), plan) for name, plan in plans.items()]
-    else:
-        if isinstance(plans, PruningPlan):
-            plans = [plans]
-        pairs = [("", plan) for plan in plans]
-    found: dict[str, PruningPlan] = {}
-    for given, plan in pairs:
+    if isinstance(plans, PruningPlan):
+        plans = [plans]
+    given = plans.items() if isinstance(plans, Mapping) else (("", plan) for plan in plans)
+    unique: dict[str, PruningPlan] = {}
+    for key, plan in given:
         if not isinstance(plan, PruningPlan):
             raise RequestError(f"plans must be PruningPlan objects, and one is a {type(plan).__name__}.")
-        name = given or f"{plain(plan.method)}, {plan.sparsity:.0%} pruned"
-        number, base = 2, name
-        while name in found:
-            name, number = f"{base} ({number})", number + 1
-        found[name] = plan
-    return found
+        name = str(key) or f"{plan.method}, {plan.sparsity:.0%} pruned"
+        names = (name if n == 1 else f"{name} ({n})" for n in itertools.count(1))
+        unique[next(free for free in names if free not in unique)] = plan
+    return unique
 
 
 def retained_grid(plan: PruningPlan) -> np.ndarray:
     """1 for a retained expert, 0 for a pruned one ``(L, E)``."""
-    grid = padded({layer: np.zeros(count) for layer, count in plan.original_num_experts.items()})
+    grid = by_layer({layer: np.zeros(count) for layer, count in plan.original_num_experts.items()})
     for row, (_, experts) in enumerate(sorted(plan.retained.items())):
         grid[row, list(experts)] = 1
     return grid
 
 
 def score_grid(plan: PruningPlan) -> np.ndarray | None:
-    """The plan's scores ``(L, E)``, NaN in layers without; None where it has none at all."""
-    if not plan.scores:
-        return None
-    return padded(
-        {layer: plan.scores.get(layer, np.full(n, np.nan)) for layer, n in plan.original_num_experts.items()}
-    )
-
-
-def relative(values: np.ndarray) -> np.ndarray:
-    """Scores ``(L, E)`` in units of the mean magnitude of their layer; 1 where all of a layer are 0."""
-    there = np.isfinite(values)
-    mean = np.abs(np.where(there, values, 0)).sum(axis=1, keepdims=True) / np.maximum(
-        there.sum(axis=1, keepdims=True), 1
-    )
-    return np.divide(values, mean, out=np.where(there, 1.0, np.nan), where=there & (mean > 0))
+    """The plan's own scores ``(L, E)``, NaN in layers without; None where it has none."""
+    unknown = {layer: np.full(count, np.nan) for layer, count in plan.original_num_experts.items()}
+    return by_layer({**unknown, **plan.scores}) if plan.scores else None
 
 
 def mismatch(plan: PruningPlan, stats: CalibrationStats) -> str | None:
@@ -175,13 +122,12 @@ def mismatch(plan: PruningPlan, stats: CalibrationStats) -> str | None:
     return None
 
 
-def coverage(plan: PruningPlan, reduced: Reduced) -> np.ndarray | None:
+def coverage(plan: PruningPlan, routing: np.ndarray) -> np.ndarray:
     """Share of each domain's routing, in the original model, that went to retained experts ``(L, D)``."""
-    routing = reduced.routing
-    return None if routing is None else np.nansum(routing * retained_grid(plan), axis=2).T
+    return np.nansum(routing * retained_grid(plan), axis=2).T
 
 
-def overlap(plans: Plans) -> np.ndarray:
+def overlap(plans: Mapping[str, PruningPlan]) -> np.ndarray:
     """For each pair of plans the share of the first one's experts that the second retains too ``(P, P)``."""
     sets = [{(layer, e) for layer, experts in plan.retained.items() for e in experts} for plan in plans.values()]
     return np.array([[len(a & b) / len(a) for b in sets] for a in sets])

@@ -1,210 +1,152 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps with layers down and experts across, one cell each. Darker is more."""
+"""Maps with layers down and experts, domains or numbers of experts across. Darker is more."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...plan import PruningPlan
-from .canvas import (
-    INK,
-    MUTED,
-    PRUNED,
-    RETAINED,
-    TALLEST,
-    TEXT,
-    TINY,
-    WIDTH,
-    Sheet,
-    bar_of_colours,
-    label_map,
-    paint,
-    write_in_cells,
-)
-from .data import Plans, Reduced, retained_grid
-from .words import SMALL, fitting, number, text_width
+from ...planning.sensitivity import ALL, MethodSensitivity
+from .drawing import PRUNED, RETAINED, TINY, WIDTH, Gallery, Picture, every, legend, paint, sheet, write_in_cells
+from .text import number, short
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_LEFT, _TITLE, _NUMBERS, _BELOW = 0.5, 0.2, 0.17, 0.22  # inches: layers left of a map; title, experts above; below
-
-
-def _row_height(layers: int, most: float, total: float) -> float:
-    """The height of a row, in inches: so much at most, and so much for all rows together while they can be told."""
-    return min(most, max(total / layers, 0.03))
-
-
-# ------------------------------------------------------------------------------------------- retained experts
-
-
-def pages(plans: Plans) -> list[list[str]]:
-    """Names of the plans that each figure of :func:`retained` shows: as many as fit on a page, all of them in turn."""
-    per_row, _, height = _retained_shape(plans)
-    per_figure = per_row * max(1, int(TALLEST / height))
-    names = list(plans)
-    return [names[start : start + per_figure] for start in range(0, len(names), per_figure)]
-
-
-def _retained_shape(plans: Plans) -> tuple[int, float, float]:
-    """How many maps stand side by side, the height of their rows, and their own with all around them."""
-    experts = max(max(plan.original_num_experts.values()) for plan in plans.values())
-    layers = max(len(plan.retained) for plan in plans.values())
-    row = _row_height(layers, 0.22, 4.6)
-    side_by_side = 3 if experts <= 9 else 2 if experts <= 20 else 1
-    return min(len(plans), side_by_side), row, _TITLE + _NUMBERS + layers * row + _BELOW
-
-
-def retained(plans: Plans) -> Figure:
-    """Which experts each plan retains, and beside each map how many of every layer.
-
-    The grid of each map can be read back from its image: 1 retained, 0 pruned, masked where there is no expert.
-    """
-    from matplotlib.patches import Patch
-
-    per_row, row_height, height = _retained_shape(plans)
-    legend, panel = 0.3, WIDTH / per_row
-    sheet = Sheet(legend + math.ceil(len(plans) / per_row) * height)
-    handles = [Patch(color=RETAINED, label="retained"), Patch(color=PRUNED, label="pruned")]
-    sheet.legend(handles, _LEFT, handlelength=1.0, handleheight=1.0)
-    for place, (name, plan) in enumerate(plans.items()):
-        row, column = divmod(place, per_row)
-        _retained_panel(sheet, name, plan, (column * panel + _LEFT, legend + row * height), panel - _LEFT, row_height)
-    return sheet.figure
-
-
-def _retained_panel(
-    sheet: Sheet, name: str, plan: PruningPlan, corner: tuple[float, float], width: float, row_height: float
-) -> None:
-    """One map, in inches: its upper left corner with the title, and the width there is for it and its bars."""
-    from matplotlib.colors import ListedColormap
-
-    grid = retained_grid(plan)
-    layers, experts = grid.shape
-    bars, gap, after = (0.75, 0.1, 0.35) if width > 3 else (0.4, 0.08, 0.3)
-    cell = min(0.24, (width - bars - gap - after) / experts), row_height
-    left, top = corner[0], corner[1] + _TITLE + _NUMBERS
-    sheet.text(left, corner[1], fitting(name, width - 0.2, TEXT, bold=True), fontweight="bold")
-    kept = f"{np.nansum(grid):.0f} of {np.isfinite(grid).sum()} experts"
-    wide = experts * cell[0] + gap + bars + after - 0.1
-    if text_width([name], TEXT, bold=True) + text_width([kept], TINY) + 0.1 < wide:
-        sheet.text(left + wide, corner[1] + 0.02, kept, ha="right", fontsize=TINY, color=MUTED)
-    axes = sheet.axes(left, top, experts * cell[0], layers * cell[1])
-    paint(axes, grid, cell, cmap=ListedColormap([PRUNED, RETAINED]), vmin=0, vmax=1)
-    label_map(axes, cell, sorted(plan.retained), experts)
-
-    counts = np.nansum(grid, axis=1)
-    beside = sheet.axes(left + experts * cell[0] + gap, top, bars, layers * cell[1], sharey=axes)
-    beside.barh(range(layers), counts, height=0.7, color=RETAINED)
-    beside.set_xlim(0, experts)
-    beside.xaxis.tick_top()
-    beside.tick_params(left=False, labelleft=False, length=0, pad=2, labelsize=TINY)
-    for side in beside.spines.values():
-        side.set_visible(False)
-    if cell[1] >= 0.125:
-        beside.set_xticks([])
-        for row, count in enumerate(counts):
-            beside.text(count + 0.03 * experts / bars, row, f"{count:.0f}", va="center_baseline", fontsize=TINY)
-    else:
-        beside.set_xticks([0, experts // 2, experts])
-        beside.grid(axis="x")
-        beside.set_axisbelow(True)
-
-
-# ------------------------------------------------------------------------------------------- by domain
-
-_SCALE = 0.75  # inches for the colours above all maps
-
-
-def domain_pages(reduced: Reduced) -> list[list[int]]:
-    """Positions of the domains that each figure shows: as many as fit on a page, all of them in turn."""
-    columns, _, block = _domain_shape(reduced)
-    per_figure = columns * max(1, int((TALLEST - _SCALE) / block))
-    count = len(reduced.domains)
-    return [list(range(start, min(start + per_figure, count))) for start in range(0, count, per_figure)]
-
-
-def _domain_shape(reduced: Reduced) -> tuple[int, float, float]:
-    """How many maps stand side by side, the height of their rows, and their own with all around them."""
-    row = _row_height(len(reduced.layers), 0.2, 2.0)
-    columns = min(len(reduced.domains), 3 if max(reduced.num_experts) <= 9 else 2)
-    return columns, row, _TITLE + _NUMBERS + len(reduced.layers) * row + _BELOW
-
-
-def routing(reduced: Reduced, positions: Sequence[int]) -> Figure:
-    """Share of each domain's routing that goes to each expert, in percent: one map for each domain."""
-    assert reduced.routing is not None
-    values = 100 * reduced.routing
-    top = _largest(values)
-    ticks = [(top, f"{number(top, 2)}%")]
-    for value in (50.0, 20.0, 10.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.1, 0.0):
-        if math.sqrt(value / top) < math.sqrt(ticks[0][0] / top) - 0.12:  # room for the one before
-            ticks.insert(0, (value, f"{value:g}%"))
-    even = 100 / reduced.num_experts[0] if len(set(reduced.num_experts)) == 1 else None
-    label = "share of the domain's routing"
-    # Shares are crowded near 0: as in a map of rain, the scale follows their square roots.
-    return _by_domain(values, reduced, positions, _Scale(label, top, 0.5, ticks, "{:.0f}", even))
-
-
-def single_error(reduced: Reduced, positions: Sequence[int]) -> Figure:
-    """Relative error of a layer left with one expert, for each domain: one map for each."""
-    assert reduced.error is not None
-    top = min(_largest(reduced.error), max(2.0, float(np.nanpercentile(reduced.error, 98))))
-    step = next(s for s in (0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, top) if top / s <= 8)
-    ticks = [(v, f"{v:g}") for v in np.arange(0, top * (1 + 1e-9), step).tolist()]
-    label = "squared error with this expert alone / squared output of the layer"
-    return _by_domain(reduced.error, reduced, positions, _Scale(label, top, 1.0, ticks, "{:.1f}"))
-
-
-def _largest(values: np.ndarray) -> float:
-    return float(np.nanmax(values)) or 1.0
 
 
 @dataclass(frozen=True)
-class _Scale:
-    """The colours of maps by domain: their label, end, power and ticks, how values are written, and a mark."""
+class Map:
+    """One map ``(rows, columns)``, NaN where there is nothing, and the lengths of bars beside its rows."""
 
-    label: str
-    top: float
-    power: float
-    ticks: list[tuple[float, str]]
-    form: str
-    even: float | None = None
+    title: str
+    layers: Sequence[int]
+    columns: Sequence[str]
+    values: np.ndarray
+    counts: np.ndarray | None = None
 
 
-def _by_domain(values: np.ndarray, reduced: Reduced, positions: Sequence[int], scale: _Scale) -> Figure:
-    """One map ``(L, E)`` for each domain, all on one scale."""
+def draw_all(
+    gallery: Gallery, name: str, what: str, maps: Sequence[Map], make: Callable[..., Figure], *args: Any
+) -> list[Picture]:
+    """Pictures of maps, each of as many as fit on a printed page; ``make`` is one of the functions below."""
+    many = 6 if max(map(_height, maps)) < 2.6 else 2
+    pages = [maps[start : start + many] for start in range(0, len(maps), many)]
+    titles = ("; ".join(m.title for m in page) for page in pages)
+    alts = [f"{what}: {shown}. The table has the numbers." for shown in titles]
+    return [gallery.draw(f"{name}-{n}", alts[n - 1], make, page, *args) for n, page in enumerate(pages, 1)]
+
+
+def _height(m: Map) -> float:
+    """Inches of a map: all rows take little together, as long as they can be told apart."""
+    rows = len(m.layers)
+    return rows * min(0.2, max((2.4 if m.counts is None else 4.2) / rows, 0.035))
+
+
+def _draw(maps: Sequence[Map], norm: Any, what: str, words: Callable[[float], str] | None, cmap: Any = None) -> Any:
+    """Maps side by side, with the values written in where there is room: the figure, its axes and the last image."""
+    columns = max(m.values.shape[1] for m in maps)
+    per_row = 3 if columns <= 12 else 1 if columns > 24 and maps[0].counts is not None else 2
+    width, height = WIDTH / per_row - 0.6, max(map(_height, maps))
+    names = max(len(name) for m in maps for name in m.columns)
+    numbered = maps[0].columns[0].isdigit()
+    upright = not numbered and 0.07 * names > width / columns
+    lines = math.ceil(len(maps) / per_row)
+    figure = sheet(0.7 + lines * (height + 0.62 + 0.07 * names * upright))
+    panels = figure.subplots(lines, per_row, squeeze=False).ravel()
+    for axes, m in zip(panels, maps, strict=False):
+        image = paint(axes, m.values, norm, (width, height), cmap)
+        rows = every(m.layers, int(height / 0.13))
+        axes.set_yticks(rows, [str(m.layers[row]) for row in rows])
+        places = every(range(len(m.columns)), int(width / 0.22) if numbered else len(m.columns))
+        axes.set_xticks(places, [m.columns[n] for n in places], rotation=90 * upright)
+        axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("top")
+        axes.tick_params(labelsize=TINY)
+        axes.set(xlabel=what, ylabel="layer", title=short(m.title, 72 // per_row))
+        if m.counts is not None:
+            _draw_bars(axes, m.counts, columns, height / len(m.layers) >= 0.125)
+        texts = [words(float(v)) for v in m.values[np.isfinite(m.values)]] if words else [""]
+        if words and height / len(m.layers) >= 0.14 and width / columns >= 0.055 * max(map(len, texts)) + 0.03:
+            write_in_cells(axes, image, words, TINY - 0.5)
+    for axes in panels[len(maps) :]:
+        axes.remove()
+    return figure, panels[: len(maps)].tolist(), image
+
+
+def _draw_bars(axes: Axes, counts: np.ndarray, most: int, written: bool) -> None:
+    beside = axes.inset_axes((1.03, 0, 0.28, 1), sharey=axes)
+    bars = beside.barh(range(len(counts)), counts, height=0.7, color=RETAINED)
+    beside.spines[:].set_visible(False)
+    beside.tick_params(left=False, labelleft=False, length=0, pad=2, labelsize=TINY)
+    beside.xaxis.tick_top()
+    beside.xaxis.set_label_position("top")
+    beside.set(xlabel="retained", xlim=(0, 1.4 * most), xticks=[] if written else [0, most])
+    if written:
+        beside.bar_label(bars, padding=2, fontsize=TINY)
+
+
+def retained(maps: Sequence[Map]) -> Figure:
+    """Which experts are retained (1) and pruned (0), and beside each map how many of every layer."""
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.patches import Patch
+
+    cmap = ListedColormap([PRUNED, RETAINED]).with_extremes(bad="white")
+    figure = _draw(maps, Normalize(0, 1), "expert", None, cmap)[0]
+    legend(figure, [Patch(color=RETAINED, label="retained"), Patch(color=PRUNED, label="pruned")], handlelength=1.0)
+    return figure
+
+
+def shares(maps: Sequence[Map], low: float, top: float, label: str, what: str, power: float = 1.0) -> Figure:
+    """Percentages or relative errors from ``low`` to ``top`` (what is beyond is as dark), ``what`` across.
+
+    A ``power`` of 0.5 is for values that are crowded near 0: as in a map of rain, the scale follows their roots.
+    """
     from matplotlib.colors import PowerNorm
 
-    layers, experts = values.shape[1:]
-    columns, row_height, block = _domain_shape(reduced)
-    panel = WIDTH / columns
-    cell = min(0.3, (panel - _LEFT - 0.1) / experts), row_height
-    sheet = Sheet(_SCALE + math.ceil(len(positions) / columns) * block)
-    norm = PowerNorm(scale.power, vmin=0, vmax=scale.top, clip=True)
-    for place, position in enumerate(positions):
-        row, column = divmod(place, columns)
-        left, above = column * panel + _LEFT, _SCALE + row * block
-        size = experts * cell[0], layers * cell[1]
-        tokens = f"{reduced.tokens[position]:,} tokens"
-        room = max(size[0], 1.2) - 0.1 - text_width([tokens], TINY)
-        name = fitting(reduced.domains[position], room, TEXT, bold=True)
-        sheet.text(left, above, name, fontweight="bold")
-        sheet.text(left + max(size[0], 1.2), above + 0.02, tokens, ha="right", fontsize=TINY, color=MUTED)
-        axes = sheet.axes(left, above + _TITLE + _NUMBERS, *size)
-        image = paint(axes, values[position], cell, norm=norm)
-        label_map(axes, cell, reduced.layers, experts)
-        if cell[0] >= 0.19 and cell[1] >= 0.14:
-            write_in_cells(axes, image, values[position], scale.form.format, TINY if cell[0] > 0.25 else TINY - 0.5)
-    bar = bar_of_colours(sheet, image, (_LEFT, 0.26, 3.4, 0.12), scale.label, scale.ticks)
-    if scale.even is not None:
-        above_bar = bar.ax.get_xaxis_transform()
-        bar.ax.plot([scale.even], [1.1], "v", color=INK, markersize=4.5, clip_on=False, transform=above_bar)
-        words = f"\N{BLACK DOWN-POINTING TRIANGLE} where all experts are used alike: {number(scale.even)}%"
-        sheet.text(_LEFT + 3.65, 0.25, words, fontsize=SMALL)
-    return sheet.figure
+    words = "{:.0f}".format if label.endswith("%") else "{:.1f}".format
+    figure, panels, image = _draw(maps, PowerNorm(power, vmin=low, vmax=top, clip=True), what, words)
+    beyond = "max" if max(float(np.nanmax(m.values)) for m in maps) > top * (1 + 1e-9) else "neither"
+    _scale(figure, panels, image, label, extend=beyond)
+    return figure
+
+
+def _scale(figure: Figure, panels: Sequence[Axes], image: Any, label: str, **options: Any) -> None:
+    """A scale of colours above all maps."""
+    place: dict[str, Any] = {"location": "top", "anchor": (0.0, 0.0), "shrink": 0.5, "aspect": 30, "format": "%g"}
+    bar = figure.colorbar(image, ax=panels, **place, **options)
+    bar.set_label(label, loc="left")
+    bar.outline.set_visible(False)
+    bar.minorticks_off()
+    bar.ax.tick_params(labelsize=TINY, length=2, pad=1.5)
+
+
+def cost_map(title: str, measured: MethodSensitivity) -> Map:
+    """What it costs to prune each layer alone, by experts retained; NaN where it was not measured."""
+    layers = sorted(measured.layers)
+    counts = sorted({count for layer in measured.layers.values() for count in layer.kl}, reverse=True)
+    costs = [[measured.layers[n].kl.get(count, {}).get(ALL, math.nan) for count in counts] for n in layers]
+    return Map(title, layers, list(map(str, counts)), np.array(costs))
+
+
+def costs(maps: Sequence[Map]) -> Figure:
+    """Divergence when one layer alone is pruned, by layer and experts retained."""
+    from matplotlib.colors import LogNorm
+
+    values = np.concatenate([m.values.ravel() for m in maps])
+    positive = values[values > 0]
+    high = float(positive.max()) if len(positive) else 1.0
+    # Four powers of ten are as much as colours tell apart; what is smaller costs nothing.
+    low = min(max(float(positive.min(initial=high)), high / 1e4), high / 10)
+    figure, panels, image = _draw(maps, LogNorm(low, high, clip=True), "experts retained", _cost)
+    _scale(figure, panels, image, "KL(original || pruned) of the next token, nats per token")
+    return figure
+
+
+def _cost(value: float) -> str:
+    """A cost in few characters; the table has more."""
+    return number(value, 2) if value >= 0.0995 else f"{value:.3f}" if value >= 0.0005 else "0"

@@ -1,232 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measurements as plain arrays: sensitivities and evaluations, which may come from files that a person has edited."""
+"""The sections about measurements: what was lost, how large the models are, how far the model can be pruned.
+
+And what the page begins and ends with: the facts at a glance, and what everything was made from.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
+from ...evaluation.comparison import Comparison, ModelResult
+from ...planning.sensitivity import ALL, MethodSensitivity, Sensitivity
+from ...statistics.stats import CalibrationStats
+from . import charts, maps
+from .drawing import Gallery
+from .sections import Content, Plans, Table, in_words
+from .text import MISSING, described, extent, listed, model_name, number, spans
 
-from ...errors import RequestError
-from .words import plain
-
-ALL = "all"
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LayerCurves:
-    """What it costs to prune one layer alone, by one method.
-
-    Attributes:
-        method: The method.
-        layers: Layers that were measured.
-        original: Experts of each.
-        counts: Numbers of retained experts, falling.
-        kl: By domain, nats per token ``(layers, counts)``; NaN where nothing was measured.
-    """
-
-    method: str
-    layers: tuple[int, ...]
-    original: tuple[int, ...]
-    counts: tuple[int, ...]
-    kl: dict[str, np.ndarray]
+_DOMAINS = 12  # of one figure
 
 
-@dataclass(frozen=True)
-class ModelCurve:
-    """What it costs to prune the whole model, by one method and allocation.
-
-    Attributes:
-        method: The method.
-        allocation: How the budget was spread over the layers.
-        sparsity: Shares of experts removed, rising.
-        kl: By domain, nats per token ``(sparsities,)``; NaN where nothing was measured.
-    """
-
-    method: str
-    allocation: str
-    sparsity: np.ndarray
-    kl: dict[str, np.ndarray]
-
-    @property
-    def label(self) -> str:
-        """Method and allocation."""
-        return f"{self.method}, {self.allocation}"
+def _domain(name: str) -> str:
+    return "all domains" if name == ALL else name
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """Everything that was measured about a model.
-
-    Attributes:
-        model: Facts about it.
-        tokens: Tokens by domain.
-        domains: Names, ``"all"`` first.
-        layers: For each method.
-        curves: For each method and allocation.
-    """
-
-    model: dict[str, Any]
-    tokens: dict[str, int]
-    domains: tuple[str, ...]
-    layers: tuple[LayerCurves, ...]
-    curves: tuple[ModelCurve, ...]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One evaluated model.
-
-    Attributes:
-        label: What it is called.
-        domains: Its figures by domain, ``"all"`` last.
-        parameters: How many, if known.
-        bytes: Of its tensors, if known.
-        generation: Speed and memory of generation.
-        tasks: Metrics by task.
-    """
-
-    label: str
-    domains: dict[str, dict[str, Any]]
-    parameters: int | None
-    bytes: int | None
-    generation: dict[str, float]
-    tasks: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Evaluated models, the reference first if there is one."""
-
-    models: tuple[Judged, ...]
-    reference: Judged | None
-
-    @property
-    def others(self) -> tuple[Judged, ...]:
-        """All but the reference."""
-        return tuple(model for model in self.models if model is not self.reference)
-
-    @property
-    def domains(self) -> list[str]:
-        """Domains of any model, ``"all"`` last."""
-        names = dict.fromkeys(name for model in self.models for name in model.domains)
-        return sorted(names, key=lambda name: name == ALL)
-
-
-def read_sensitivity(values: Any) -> Sensitivity:
-    """Sensitivities from a mapping, or an object that gives one by ``to_dict()``.
-
-    Raises:
-        RequestError: If they are damaged or of a newer format.
-    """
-    return _read(values, "sensitivity", _sensitivity)
-
-
-def read_evaluation(values: Any) -> Evaluation:
-    """An evaluation from a mapping, or an object that gives one by ``to_dict()``.
-
-    Raises:
-        RequestError: If it is damaged or of a newer format.
-    """
-    return _read(values, "evaluation", _evaluation)
-
-
-def _read(values: Any, what: str, read: Callable[[Mapping[str, Any]], T]) -> T:
-    if not isinstance(values, Mapping):
-        values = values.to_dict() if hasattr(values, "to_dict") else values
-    try:
-        if not isinstance(values, Mapping):
-            raise TypeError(f"a {type(values).__name__}")
-        if (version := values.get("format_version")) != 1:
-            raise RequestError(f"the {what} has format version {version!r}; this package reads up to 1.")
-        return read(values)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        if isinstance(error, RequestError):
-            raise
-        raise RequestError(f"the {what} is damaged: {error!r}.") from error
-
-
-def _sensitivity(values: Mapping[str, Any]) -> Sensitivity:
-    layers, curves = [], []
-    domains = dict.fromkeys([ALL])
-    for name, found in values["methods"].items():
-        method = plain(name)
-        by_layer = sorted((int(layer), entry) for layer, entry in (found.get("layers") or {}).items())
-        measured = [(n, {int(c): _numbers(e["kl"]) for c, e in entry["counts"].items()}) for n, entry in by_layer]
-        names = dict.fromkeys(d for _, counts in measured for kl in counts.values() for d in kl)
-        counts = sorted({count for _, line in measured for count in line}, reverse=True)
-        if counts:
-            tables = {
-                d: np.array([[line.get(c, {}).get(d, math.nan) for c in counts] for _, line in measured])
-                for d in names
-            }
-            original = tuple(int(entry["original_num_experts"]) for _, entry in by_layer)
-            layers.append(LayerCurves(method, tuple(n for n, _ in measured), original, tuple(counts), tables))
-        points: dict[str, list[tuple[float, dict[str, float]]]] = {}
-        for point in found.get("model") or ():
-            points.setdefault(plain(point["allocation"]), []).append((float(point["sparsity"]), _numbers(point["kl"])))
-        for allocation, line in points.items():
-            line.sort(key=lambda point: point[0])
-            names |= dict.fromkeys(d for _, kl in line for d in kl)
-            tables = {d: np.array([kl.get(d, math.nan) for _, kl in line]) for d in names}
-            curves.append(ModelCurve(method, allocation, np.array([s for s, _ in line]), tables))
-        domains |= names
-    tokens = values.get("samples", {}).get("tokens_by_domain") or {}
-    return Sensitivity(
-        model=dict(values.get("model") or {}),
-        tokens={plain(domain): int(count) for domain, count in tokens.items()},
-        domains=tuple(domains),
-        layers=tuple(layers),
-        curves=tuple(curves),
+def quality(comparison: Comparison | None, gallery: Gallery) -> Content | None:
+    """Perplexity by domain before and after, and tasks."""
+    if comparison is None:
+        return None
+    tasks = comparison.parts()[2]
+    models = charts.judged(comparison)
+    words = "; ".join(
+        f"{name}: {', '.join(f'{_domain(d)} {number(r.perplexity)}' for d, r in model.evaluation.domains.items())}"
+        for name, model in models.items()
     )
-
-
-def _evaluation(values: Mapping[str, Any]) -> Evaluation:
-    models = {label: _judged(label, found) for label, found in values["models"].items()}
-    if not models:
-        raise ValueError("there are no models")
-    reference = values.get("reference")
-    if reference is not None and reference not in models:
-        raise ValueError(f"the reference {reference!r} is not among the models")
-    chosen = None if reference is None else models[reference]
-    others = [model for model in models.values() if model is not chosen]
-    return Evaluation(tuple([*([] if chosen is None else [chosen]), *others]), chosen)
-
-
-def _judged(label: str, found: Mapping[str, Any]) -> Judged:
-    domains = {}
-    for name, values in (found.get("domains") or {}).items():
-        figures: dict[str, Any] = _numbers(values)
-        if not figures.get("perplexity", 0) > 0:
-            raise ValueError(f"domain {name!r} of {label!r} has no perplexity")
-        if (before := figures.get("reference_perplexity", 0)) > 0:
-            figures.setdefault("lost", math.log(figures["perplexity"] / before))
-        for key in ("lost_interval", "perplexity_difference_interval"):
-            if values.get(key) is not None:
-                low, high = map(float, values[key])
-                figures[key] = (low, high)
-        domains[plain(name)] = figures
-    parameters, size = found.get("parameters"), found.get("bytes")
-    tasks = {plain(task): _numbers(metrics) for task, metrics in (found.get("tasks") or {}).items()}
-    return Judged(
-        label=plain(label),
-        domains=domains,
-        parameters=None if parameters is None else int(parameters),
-        bytes=None if size is None else int(size),
-        generation=_numbers(found.get("generation") or {}),
-        tasks=tasks,
-    )
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The values that are numbers, by plain names."""
+    domains = charts.domains_of(comparison) if models else []
+    figures = [
+        gallery.draw(f"perplexity-{n}", f"Perplexity by domain. {words}", charts.perplexities, comparison, some)
+        for n, some in enumerate(_parts(domains), 1)
+    ]
+    if not figures and len(tasks) < 2:
+        return None
+    against = f", against {comparison.reference}" if comparison.compared and comparison.reference else ""
+    shown = [result for model in models.values() for result in model.evaluation.domains.values()]
     return {
-        plain(name): float(value)
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        "figures": figures,
+        "tables": [Table.of(f"{name}{against}", model.evaluation.table()) for name, model in models.items()],
+        "tasks": Table.of("Results of tasks, ± one standard error", tasks, words=(0, 1)),
+        "compared": bool(comparison.compared) and any(result.lost is not None for result in shown),
+        "intervals": any(result.lost_interval is not None for result in shown),
     }
+
+
+def _parts(domains: list[str]) -> list[list[str]]:
+    return [domains[start : start + _DOMAINS] for start in range(0, len(domains), _DOMAINS)]
+
+
+def sizes(comparison: Comparison | None) -> Content | None:
+    """Parameters, bytes, memory and speed of the evaluated models."""
+    rows = [] if comparison is None else comparison.parts()[1]
+    if comparison is None or len(rows) < 2:
+        return None
+    before = None if comparison.reference is None else comparison.models[comparison.reference].parameters
+    counts = [comparison.models[row[0]].parameters for row in rows[1:]]
+    left = [f"{count / before:.0%}" if count and before else MISSING for count in counts]
+    rows = [[*row, share] for row, share in zip(rows, ["parameters left", *left], strict=True)]
+    prompts = {model.generation.prompt_tokens for model in comparison.models.values() if model.generation}
+    table = Table.of("Size and speed of the evaluated models", rows)
+    return {"table": table, "prompts": ", ".join(map(str, sorted(prompts)))}
+
+
+def sensitivity(measured: Sensitivity | None, gallery: Gallery) -> Content | None:
+    """What it costs to prune each layer, and the whole model."""
+    if measured is None:
+        return None
+    points = [(method, point) for method, found in measured.methods.items() for point in found.model]
+    layered = {name: m for name, m in measured.methods.items() if any(layer.kl for layer in m.layers.values())}
+    costs = [kl for found in layered.values() for layer in found.layers.values() for kl in layer.kl.values()]
+    domains = list(dict.fromkeys(d for kl in [*(p.kl for _, p in points), *costs] for d in kl if d != ALL))
+    content: dict[str, Any] = {"whole": None, "by_domain": [], "layers": [], "layer_tables": {}}
+    if points:
+        words = "; ".join(f"{m}, {p.allocation}, {p.sparsity:.0%} {number(p.kl[ALL], 2)}" for m, p in points)
+        alt = "Divergence against the share of experts removed"
+        content["whole"] = gallery.draw("model-costs", f"{alt}. {words}.", charts.model_costs, measured, [ALL])
+        content["by_domain"] = [
+            gallery.draw(
+                f"model-costs-by-domain-{n}", f"{alt}, for each of {words}.", charts.model_costs, measured, some
+            )
+            for n, some in enumerate(_parts(domains) if len(domains) > 1 else [], 1)
+            for words in [f"the domains {', '.join(some)}"]
+        ]
+        rows = [
+            [f"{p.sparsity:.0%}", m, p.allocation, *(number(p.kl.get(d)) for d in [ALL, *domains])] for m, p in points
+        ]
+        head = ["removed", "method", "allocation", "all domains", *domains]
+        content["table"] = Table("KL divergence, nats per token", head, rows, words=(0, 1, 2))
+        content["not_positive"] = any(cost <= 0 for _, point in points for cost in point.kl.values())
+    shown = [maps.cost_map(name, found) for name, found in layered.items()]
+    if shown:
+        content["layers"] = maps.draw_all(
+            gallery, "layer-costs", "Cost by layer and retained experts", shown, maps.costs
+        )
+        content["dearest"] = [_dearest(name, found) for name, found in layered.items()]
+    for name, found in layered.items():
+        rows = []
+        for n, layer in sorted(found.layers.items()):
+            for count, kl in sorted(layer.kl.items(), reverse=True):
+                removed = f"{1 - count / layer.original_num_experts:.0%}"
+                rows.append([str(n), str(count), removed, *(number(kl.get(d)) for d in [ALL, *domains])])
+        head = ["layer", "retained", "removed", "all domains", *domains]
+        caption = f"KL divergence when one layer is pruned by {name}, nats per token"
+        content["layer_tables"][name] = Table(caption, head, rows)
+    return content
+
+
+def _dearest(name: str, measured: MethodSensitivity) -> str:
+    """The layer that costs the most where the fewest experts are retained, in words."""
+    fewest = min(count for layer in measured.layers.values() for count in layer.kl)
+    costs = {n: layer.kl.get(fewest, {}).get(ALL, -math.inf) for n, layer in sorted(measured.layers.items())}
+    layer = max(costs, key=lambda n: costs[n])
+    return f"{name}: with {fewest} experts layer {layer} costs the most, {number(costs[layer], 2)} nats"
+
+
+# ------------------------------------------------------------------------------------------- facts
+
+
+def overview(
+    stats: CalibrationStats | None, plans: Plans, measured: Sensitivity | None, comparison: Comparison | None
+) -> Table | None:
+    """The facts at the beginning of the page."""
+    rows: list[list[str]] = []
+    facts: Mapping[str, Any] = {} if measured is None else measured.model
+    if stats is not None:
+        facts = stats.model
+        rows.append(["shape", _shape(stats.num_experts, facts["top_k"], facts.get("dense_layers"))])
+    elif plans:
+        first = next(iter(plans.values()))
+        facts = first.made_for
+        rows.append(["shape", _shape(first.original_num_experts, first.top_k, facts.get("dense_layers"))])
+    if name := model_name(facts):
+        rows.insert(0, ["model", name])
+    if stats is not None and stats.samples:
+        rows.append(["calibration", f"{len(stats.samples):,} samples, {_tokens(stats.domains)}"])
+    if measured is not None and measured.tokens_by_domain:
+        rows.append(["sensitivity", _tokens(measured.tokens_by_domain)])
+    rows += [["plan", f"{name}: {in_words(plan)}"] for name, plan in plans.items()]
+    if comparison is not None:
+        rows += [["result", words] for words in (_verdict(*item) for item in comparison.compared.items()) if words]
+    return Table("At a glance", [], rows) if rows else None
+
+
+def _shape(num_experts: Mapping[int, int], top_k: int, dense: Any) -> str:
+    words = (
+        f"{len(num_experts)} MoE layers of {extent(num_experts.values())} experts, of which each token uses {top_k}"
+    )
+    layers = sorted(layer for layer in dense if isinstance(layer, int)) if isinstance(dense, list) else []
+    return f"{words}; layers without experts: {spans(layers)}" if layers else words
+
+
+def _tokens(domains: Mapping[str, int]) -> str:
+    return f"{sum(domains.values()):,} tokens ({', '.join(f'{domain} {n:,}' for domain, n in domains.items())})"
+
+
+def _verdict(name: str, model: ModelResult) -> str | None:
+    """What a model lost on all domains, and on which the most."""
+    words = []
+    results = model.evaluation.domains
+    if ALL in results and results[ALL].reference_perplexity is not None:
+        before = number(results[ALL].reference_perplexity)
+        words.append(f"perplexity {number(results[ALL].perplexity)}, before {before}")
+    lost = {domain: r.lost for domain, r in results.items() if domain != ALL and r.lost is not None}
+    if lost:
+        domain = max(lost, key=lambda d: (lost[d], d))
+        words.append(f"the most lost on {domain}, {lost[domain]:.3f} nats per token")
+    return f"{name}: {'; '.join(words)}" if words else None
+
+
+def origin(stats: CalibrationStats | None, plans: Plans) -> Content | None:
+    """What everything was made from."""
+    if stats is None and not plans:
+        return None
+    table = None
+    if stats is not None:
+        rows = [
+            ["model type", described(stats.model.get("model_type"))],
+            ["router weights, sha256", described(stats.model.get("fingerprint"))],
+            ["revision", described(stats.model.get("revision"))],
+            ["samples, sha256", stats.fingerprint],
+            ["gathered", listed(sorted(map(str, stats.needs)))],
+            ["tokens kept for statistics per token", f"{len(stats.token_sample):,}"],
+            *([key.replace("_", " "), described(value)] for key, value in sorted(stats.provenance.items())),
+        ]
+        table = Table("Statistics", [], rows)
+    recipes = []
+    for name, plan in plans.items():
+        rows = [["made", described(plan.provenance.get("made"))]]
+        findings = plan.provenance.get("findings") or {}
+        rows += [[str(key).replace("_", " "), described(value)] for key, value in findings.items()]
+        recipe = json.dumps(plan.config, indent=2, ensure_ascii=False, default=str)
+        recipes.append({"name": name, "table": Table(f"Findings: {name}", [], rows), "recipe": recipe})
+    return {"table": table, "recipes": recipes}

@@ -1,262 +1,310 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections about plans and statistics: what is retained, which domains the experts serve, and the scores."""
+"""The sections about plans and statistics: their figures and tables, from which the template makes HTML.
+
+Every function gives what the section of its name shows, as the template reads it, or nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ...errors import RequestError
 from ...methods import get_method, list_methods
 from ...plan import PruningPlan
 from ...statistics.stats import CalibrationStats
-from . import curves, grids, maps
-from .canvas import Gallery
-from .data import Plans, Reduced, coverage, mismatch, overlap, relative, retained_grid, score_grid
-from .page import Html, Section, details, element, figure, items, join, note, paragraph, table
-from .words import number, plain, span, spans
+from . import charts, graphs, maps
+from .data import coverage, known_scores, mismatch, overlap, relative, retained_grid, routing_share, score_grid
+from .data import single_error as relative_error
+from .drawing import Gallery, Picture
+from .explain import PATH_METHODS, MosaicLayer, Recipe, mosaic_layers, path_graph, recipe_of
+from .text import MISSING, extent, listed, number, short, spans
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+Plans = Mapping[str, PruningPlan]
+Content = dict[str, Any]
 
 _NAMED = 3  # experts of a domain that tables name
+_OPEN_LAYERS = 8  # so many layers are shown open
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names its rows; without a head, facts in two columns.
+
+    Columns of ``words`` are set to the left; the others are numbers, set to the right.
+    """
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    words: Collection[int] = (0,)
+
+    @classmethod
+    def of(cls, caption: str, rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> Table | None:
+        """From rows whose first is the head; None if there are no others."""
+        return cls(caption, rows[0], rows[1:], words) if len(rows) > 1 else None
+
+
+def in_words(plan: PruningPlan) -> str:
+    """How many experts a plan retains."""
+    kept, total = sum(plan.num_experts.values()), sum(plan.original_num_experts.values())
+    removed = f"{total - kept:,} ({plan.sparsity:.1%}) removed"
+    return f"{kept:,} of {total:,} experts retained, {extent(plan.num_experts.values())} in a layer; {removed}"
 
 
 # ------------------------------------------------------------------------------------------- retained experts
 
 
-def retained_section(plans: Plans, gallery: Gallery) -> Section:
+def retained(plans: Plans, gallery: Gallery) -> Content | None:
     """Which experts each plan retains."""
-    section = Section("retained", "Retained experts")
     if not plans:
-        return section
-    for n, names in enumerate(maps.pages(plans), 1):
-        shown = {name: plans[name] for name in names}
-        alt = "; ".join(f"{name}: {_in_words(plan)}" for name, plan in shown.items())
-        picture = gallery.draw(f"retained-{n}", f"Maps of the retained experts. {alt}.", maps.retained, shown)
-        section.add(
-            figure(
-                picture,
-                "One row for each MoE layer, the first layer on top; one column for each expert, as the original "
-                "model numbers it. Dark experts are retained, pale ones pruned; where there is nothing, the layer has "
-                "no such expert. The bars count the retained experts of each layer. Experts of different layers have "
-                "nothing but the number in common.",
-            )
-        )
-    if methods := sorted({plan.method for plan in plans.values()} & set(list_methods())):
-        section.add(items(join([_code(method), ": ", *_method_words(method)]) for method in methods))
-    shapes = [plan.original_num_experts for plan in plans.values()]
-    if len(plans) > 1 and all(shape == shapes[0] for shape in shapes):
-        rows = [[name, *(f"{share:.0%}" for share in line)] for name, line in zip(plans, overlap(plans), strict=True)]
+        return None
+    shown = []
+    for name, plan in plans.items():
+        grid = retained_grid(plan)
+        shown.append(maps.Map(name, sorted(plan.retained), _numbers(grid), grid, np.nansum(grid, axis=1)))
+    figures = maps.draw_all(gallery, "retained", "Retained experts by layer", shown, maps.retained)
+    rows = [
+        [layer, *(_retained_of(plan, layer) for plan in plans.values())]
+        for layer in sorted({layer for plan in plans.values() for layer in plan.retained})
+    ]
+    table = Table("Retained experts by layer", ["layer", *plans], rows, words=range(len(plans) + 1))
+    shared = None
+    if len(plans) > 1 and len({tuple(sorted(p.original_num_experts.items())) for p in plans.values()}) == 1:
+        rows = [[name, *(f"{share:.0%}" for share in row)] for name, row in zip(plans, overlap(plans), strict=True)]
         head = ["of the experts that this plan retains", *plans]
-        section.add(table(head, rows, caption="Share that the other plans retain as well"))
-    for name, plan in plans.items():
-        lines = [
-            [layer, f"{len(e)} of {plan.original_num_experts[layer]}", spans(e)]
-            for layer, e in sorted(plan.retained.items())
-        ]
-        caption = f"Retained experts by layer: {name}"
-        listed = table(["layer", "retained", "experts"], lines, caption=caption, words=(0, 1, 2))
-        section.add(details(f"The same as a table: {name}", listed))
-    if remarks := _remarks(plans):
-        section.add(paragraph("Noted when the plans were made:"), items(remarks))
-    return section
+        shared = Table("Share that the other plans retain as well", head, rows)
+    notes = {name: plan.provenance.get("notes") for name, plan in plans.items()}
+    remarks = [f"{name}: {note}" for name, found in notes.items() if isinstance(found, list) for note in found]
+    methods = [get_method(name) for name in sorted({plan.method for plan in plans.values()} & set(list_methods()))]
+    return {"figures": figures, "table": table, "shared": shared, "methods": methods, "remarks": remarks}
 
 
-def _remarks(plans: Plans) -> list[str]:
-    """What the plans say of themselves, each remark once with the plans it is about."""
-    about: dict[str, list[str]] = {}
-    for name, plan in plans.items():
-        notes = plan.provenance.get("notes")
-        for remark in notes if isinstance(notes, list) else []:
-            about.setdefault(plain(remark), []).append(name)
-    return [f"{remark} ({'; '.join(names)})" if len(names) < len(plans) else remark for remark, names in about.items()]
+def _numbers(grid: np.ndarray) -> list[str]:
+    """The experts that the columns of a map ``(L, E)`` are."""
+    return list(map(str, range(grid.shape[1])))
 
 
-def _in_words(plan: PruningPlan) -> str:
-    kept, total = sum(plan.num_experts.values()), sum(plan.original_num_experts.values())
-    return f"{kept} of {total} experts retained, {span(plan.num_experts.values())} in a layer"
-
-
-def _method_words(name: str) -> list[str]:
-    """What a method does and where it was published, as a link where that is on arXiv."""
-    method = get_method(name)
-    before, found, after = plain(method.source).partition("arXiv ")
-    paper, comma, rest = after.partition(",")
-    if not found or not paper.replace(".", "").isdigit():
-        return [f"{method.summary} ({method.source})."]
-    link = element("a", f"arXiv {paper}", href=f"https://arxiv.org/abs/{paper}")
-    return [f"{method.summary} ({before}", link, f"{comma}{rest})."]
+def _retained_of(plan: PruningPlan, layer: int) -> str:
+    experts = plan.retained.get(layer)
+    return MISSING if experts is None else f"{len(experts)} of {plan.original_num_experts[layer]}: {spans(experts)}"
 
 
 # ------------------------------------------------------------------------------------------- domains
 
 
-def domain_section(stats: CalibrationStats, reduced: Reduced, plans: Plans, gallery: Gallery) -> Section:
+def domains(stats: CalibrationStats | None, plans: Plans, gallery: Gallery) -> Content | None:
     """Which domains each expert serves, and what the plans keep of them."""
-    section = Section("domains", "Which domains the experts serve")
-    if not reduced.domains:
-        return section
-    if len(reduced.domains) == 1:
-        section.add(note("All samples are of one domain. Calibration texts that name their domains show more."))
-    if reduced.routed is not None:
-        _routing_part(section, reduced, gallery)
-        _coverage_part(section, stats, reduced, plans, gallery)
-    if reduced.error is not None:
-        _error_part(section, reduced, gallery)
-    else:
-        section.add(
-            note(
-                "The error of single experts is not among these statistics; calibrate with ",
-                _code("--method all"),
-                " to gather it.",
-            )
-        )
-    return section
+    if stats is None or not stats.domains:
+        return None
+    content: Content = {"only_one": len(stats.domains) == 1, "top_k": stats.model["top_k"], "even": None}
+    content |= {"routing": None, "coverage": None, "error": None}
+    routing, error = routing_share(stats), relative_error(stats)
+    if routing is not None:
+        counts = set(stats.num_experts.values())
+        content["even"] = f"{number(100 / counts.pop())}%" if len(counts) == 1 else None
+        scale = 0.0, 100 * float(np.nanmax(routing)) or 1.0, "share of the domain's routing, %", "expert", 0.5
+        figures = _by_domain("routing", "Share of the routing", 100 * routing, scale, stats, gallery)
+        caption = f"The {_NAMED} most used experts of each domain, with their shares of the domain's routing"
+        content["routing"] = figures, _leaders(stats, -routing, lambda v: f"{-v:.0%}", caption)
+        content["coverage"] = _coverage(stats, routing, plans, gallery)
+    if error is not None:
+        top = min(float(np.nanmax(error)), max(2.0, float(np.nanpercentile(error, 98)))) or 1.0
+        scale = 0.0, top, "squared error with this expert alone / squared output of the layer", "expert", 1.0
+        figures = _by_domain("single-error", "Error of each expert alone", error, scale, stats, gallery)
+        caption = f"The {_NAMED} experts with the least error of each domain, and that error"
+        content["error"] = figures, _leaders(stats, error, lambda v: number(v, 2), caption)
+    return content
 
 
-def _code(text: str) -> Html:
-    return element("code", text)
+def _by_domain(
+    name: str, what: str, values: np.ndarray, scale: tuple[Any, ...], stats: CalibrationStats, gallery: Gallery
+) -> list[Picture]:
+    """Maps of values ``(D, L, E)``, one one for each domain; ``scale`` as in ``maps.shares``."""
+    layers = sorted(stats.layers)
+    shown = [maps.Map(d, layers, _numbers(grid), grid) for d, grid in zip(stats.domains, values, strict=True)]
+    return maps.draw_all(gallery, name, f"{what}, by layer and expert, for each domain", shown, maps.shares, *scale)
 
 
-def _pages(
-    name: str, what: str, make: Callable[..., Figure], reduced: Reduced, gallery: Gallery, *caption: str
-) -> list[Html]:
-    """One figure for every dozen domains."""
-    found = []
-    for n, positions in enumerate(maps.domain_pages(reduced), 1):
-        shown = ", ".join(reduced.domains[p] for p in positions)
-        alt = f"{what}, a map of layers and experts for each of the domains {shown}. The table below has the numbers."
-        found.append(figure(gallery.draw(f"{name}-{n}", alt, make, reduced, positions), *caption))
-    return found
-
-
-def _routing_part(section: Section, reduced: Reduced, gallery: Gallery) -> None:
-    section.add(element("h3", "Routing"))
-    caption = (
-        f"Of the {reduced.top_k} experts that each token of a domain is sent to: the percentage that each expert "
-        "receives, so that every row adds up to 100. Darker is more. An expert that is dark in one domain and pale in "
-        "the others serves that domain; one that is pale in all is hardly used."
-    )
-    section.add(*_pages("routing", "Share of the routing", maps.routing, reduced, gallery, caption))
-    assert reduced.routing is not None
-    listed = _leaders(reduced, -reduced.routing, lambda v: f"{-v:.0%}")
-    title = f"The {_NAMED} most used experts of each domain, with their shares of the domain's routing"
-    section.add(
-        details("The same as a table", table(["layer", *reduced.domains], listed, caption=title, words=_all(reduced)))
-    )
-
-
-def _error_part(section: Section, reduced: Reduced, gallery: Gallery) -> None:
-    section.add(element("h3", "Error of single experts"))
-    caption = (
-        "How far the output of a layer is from what it was when one expert does all the work: the squared difference "
-        "over the tokens of the domain, divided by the squared output. 0: the expert alone gives the same output. 1: "
-        "no better than no output. Pale experts can stand in for the others on that domain."
-    )
-    section.add(*_pages("single-error", "Error of each expert alone", maps.single_error, reduced, gallery, caption))
-    assert reduced.error is not None
-    listed = _leaders(reduced, reduced.error, lambda v: number(v, 2))
-    title = f"The {_NAMED} experts with the least error of each domain, and that error"
-    section.add(
-        details("The same as a table", table(["layer", *reduced.domains], listed, caption=title, words=_all(reduced)))
-    )
-
-
-def _all(reduced: Reduced) -> range:
-    return range(len(reduced.domains) + 1)
-
-
-def _leaders(reduced: Reduced, keys: np.ndarray, words: Callable[[float], str]) -> list[list[str]]:
-    """For each layer and domain the experts with the lowest keys, and these in words."""
+def _leaders(stats: CalibrationStats, keys: np.ndarray, words: Callable[[float], str], caption: str) -> Table:
+    """For each layer and domain the experts with the lowest keys ``(D, L, E)``, and these in words."""
     rows = []
-    for row, layer in enumerate(reduced.layers):
-        cells = []
-        for table_ in keys:
-            line = table_[row, : reduced.num_experts[row]]
-            order = np.argsort(line, kind="stable")[:_NAMED]
-            cells.append(", ".join(f"{e} ({words(float(line[e]))})" for e in order))
-        rows.append([str(layer), *cells])
-    return rows
+    for row, (layer, count) in enumerate(sorted(stats.num_experts.items())):
+        lines = [table[row, :count] for table in keys]
+        firsts = [np.argsort(line, kind="stable")[:_NAMED] for line in lines]
+        cells = [listed(f"{e} ({words(float(line[e]))})" for e in f) for line, f in zip(lines, firsts, strict=True)]
+        rows.append([layer, *cells])
+    return Table(caption, ["layer", *stats.domains], rows, words=range(len(keys) + 1))
 
 
-def _coverage_part(
-    section: Section, stats: CalibrationStats, reduced: Reduced, plans: Plans, gallery: Gallery
-) -> None:
+def _coverage(
+    stats: CalibrationStats, routing: np.ndarray, plans: Plans, gallery: Gallery
+) -> tuple[list[Picture], Table] | None:
     """How much of each domain's routing the plans keep."""
-    tables = {name: coverage(plan, reduced) for name, plan in plans.items() if mismatch(plan, stats) is None}
-    kept = {name: t for name, t in tables.items() if t is not None}
+    kept = {name: coverage(plan, routing) for name, plan in plans.items() if mismatch(plan, stats) is None}
     if not kept:
-        return
-    section.add(element("h3", "What the plans keep of it"))
-    for n, names in enumerate(grids.coverage_pages(list(kept), reduced), 1):
-        means = "; ".join(f"{name}: {kept[name].mean():.0%} on average" for name in names)
-        alt = f"Share of each domain's routing that went to retained experts, by layer. {means}."
-        picture = gallery.draw(f"coverage-{n}", alt, grids.coverage, names, [kept[name] for name in names], reduced)
-        section.add(
-            figure(
-                picture,
-                "Of the places among a token's experts, how many went in the original model to experts that the plan "
-                "retains. Darker is more. Where a domain is paler than the others, it loses more of its experts than "
-                "they do. Tokens of pruned experts go to others afterwards, so this is a warning, not a loss.",
-            )
-        )
+        return None
+    layers, names = sorted(stats.layers), list(stats.domains)
+    low = 10 * math.floor(min(100 * min(float(table.min()) for table in kept.values()), 90) / 10)
+    label = "share of the domain's routing that went to retained experts, %"
+    columns = [short(name, 16) for name in names]
+    shown = [maps.Map(name, layers, columns, 100 * table) for name, table in kept.items()]
+    what = "Share of each domain's routing that went to retained experts, by layer"
+    figures = maps.draw_all(gallery, "coverage", what, shown, maps.shares, low, 100, label, "domain")
     rows = []
-    for name, values in kept.items():
-        layer, domain = np.unravel_index(int(values.argmin()), values.shape)
-        least = f"{values.min():.0%} (layer {reduced.layers[layer]}, {reduced.domains[domain]})"
-        rows.append([name, *(f"{v:.1%}" for v in values.mean(axis=0)), least])
-    head = ["plan", *reduced.domains, "least in any layer"]
-    section.add(table(head, rows, caption="Share of the routing that went to retained experts, mean of the layers"))
+    for name, table in kept.items():
+        layer, domain = np.unravel_index(int(table.argmin()), table.shape)
+        worst = f"{table.min():.0%} (layer {layers[layer]}, {names[domain]})"
+        rows.append([name, *(f"{share:.1%}" for share in table.mean(axis=0)), worst])
+    caption = "Share of the routing that went to retained experts, mean of the layers"
+    return figures, Table(caption, ["plan", *names, "least in any layer"], rows)
 
 
 # ------------------------------------------------------------------------------------------- scores
 
 
-def score_section(stats: CalibrationStats | None, reduced: Reduced | None, plans: Plans, gallery: Gallery) -> Section:
+def scores(stats: CalibrationStats | None, plans: Plans, gallery: Gallery) -> list[Content]:
     """How the scores are spread, and where each plan cut them; for a plan without scores those of another method."""
-    section = Section("scores", "Scores of the experts")
-    known = {} if reduced is None else reduced.scores
+    known = {} if stats is None else known_scores(stats)
     stand_in = next(iter(known), None)
+    parts: list[Content] = []
     for n, (name, plan) in enumerate(plans.items(), 1):
         values, label = score_grid(plan), plan.method
-        words: list[str] = ["The scores that this plan was made by."]
         if values is None:
             if stand_in is None or stats is None or mismatch(plan, stats) is not None:
                 continue
             values, label = known[stand_in], stand_in
-            words = [
-                _code(plan.method),
-                " chooses sets of experts and gives no scores, so its choice is shown on those",
-            ]
-            words += [
-                " of ",
-                _code(stand_in),
-                ". A retained expert far down is one that this score would have pruned.",
-            ]
-        args = values, retained_grid(plan), sorted(plan.retained), label
-        picture = gallery.draw(f"scores-{n}", _score_alt(name, values), curves.scores, *args)
-        section.add(element("h3", name), figure(picture, *words))
-    if not plans and reduced is not None:
-        for name, values in known.items():
-            picture = gallery.draw(
-                f"scores-{name}", _score_alt(name, values), curves.scores, values, None, reduced.layers, name
-            )
-            section.add(element("h3", name), figure(picture, *_method_words(name)))
-    if section.blocks:
-        section.blocks.insert(0, _SCORES)
-    return section
-
-
-_SCORES = paragraph(
-    "One mark for each expert; higher is more worth keeping, and 1 is the mean of the layer. Where all marks of a "
-    "layer lie close together, no expert stands out; a long tail below is experts that hardly matter. Where the scale "
-    "is logarithmic, scores of 0 stand on its lower edge."
-)
+        shown = values, retained_grid(plan), sorted(plan.retained), label
+        figure = gallery.draw(f"scores-{n}", _score_alt(name, values), charts.scores, *shown)
+        parts.append({"name": name, "figure": figure, "method": plan.method, "label": label, "own": bool(plan.scores)})
+    for label, values in known.items():
+        if plans or stats is None:
+            break
+        args = values, None, sorted(stats.layers), label
+        figure = gallery.draw(f"scores-{label}", _score_alt(label, values), charts.scores, *args)
+        parts.append({"name": label, "figure": figure, "about": get_method(label)})
+    return parts
 
 
 def _score_alt(name: str, values: np.ndarray) -> str:
     times = relative(values)
     low, high = number(float(np.nanmin(times)), 2), number(float(np.nanmax(times)), 2)
     return f"{name}: scores of the experts by layer, from {low} to {high} times the mean of the layer."
+
+
+# ------------------------------------------------------------------------------------------- why plans are as they are
+
+
+def mosaic(stats: CalibrationStats | None, plans: Plans, gallery: Gallery) -> list[Content]:
+    """The clusters of every Mosaic plan."""
+    return _explained(("mosaic",), _clusters, stats, plans, gallery)
+
+
+def paths(stats: CalibrationStats | None, plans: Plans, gallery: Gallery) -> list[Content]:
+    """The best paths of every Pathfinder plan."""
+    return _explained(PATH_METHODS, _paths, stats, plans, gallery)
+
+
+def _explained(
+    methods: tuple[str, ...],
+    explain: Callable[[str, PruningPlan, Recipe, Gallery, int], Content],
+    stats: CalibrationStats | None,
+    plans: Plans,
+    gallery: Gallery,
+) -> list[Content]:
+    """What explains each plan of some methods, or why nothing does."""
+    parts: list[Content] = []
+    for n, (name, plan) in enumerate(plans.items(), 1):
+        if plan.method not in methods:
+            continue
+        if stats is None:
+            problem = "The statistics that the plan was made from show why it chose so; none were given."
+            parts.append({"name": name, "problem": problem})
+            continue
+        try:
+            parts.append({"name": name, "problem": None, **explain(name, plan, recipe_of(plan, stats), gallery, n)})
+        except RequestError as error:
+            parts.append({"name": name, "problem": f"This cannot be shown: {str(error).rstrip('.')}."})
+    return parts
+
+
+def _clusters(name: str, plan: PruningPlan, recipe: Recipe, gallery: Gallery, n: int) -> Content:
+    found = list(mosaic_layers(plan, recipe))
+    quality = [layer.silhouette for layer in found if layer.silhouette is not None]
+    rows = [
+        [
+            layer.layer,
+            len(layer.generalists) + len(layer.representatives),
+            listed(layer.generalists),
+            len(layer.shares) or MISSING,
+            MISSING if layer.silhouette is None else f"{layer.silhouette:.2f}",
+            f"{layer.shares[0]:.0%}" if len(layer.shares) else MISSING,
+            _runs([len(members) for members in layer.members.values()]),
+        ]
+        for layer in found
+    ]
+    head = ["layer", "retained", "generalists", "domains", "silhouette", "largest domain", "experts in each cluster"]
+    return {
+        "different": spans(layer.layer for layer in found if not layer.agrees),
+        "arbitrary": spans(layer.layer for layer in found if layer.cut == 0),
+        "quality": f"{min(quality):.2f} to {max(quality):.2f}" if quality else None,
+        "table": Table(f"Clusters by layer: {name}", head, rows, words=(0, 2, 6)),
+        "layers": [_cluster_layer(layer, n, gallery) for layer in found if layer.clusters is not None],
+        "open": len(recipe.budget.original) <= _OPEN_LAYERS,
+    }
+
+
+def _runs(sizes: Sequence[int]) -> str:
+    """Falling sizes as text: ``4, 2, 3 x 1``."""
+    counts = {size: sizes.count(size) for size in sizes}
+    return listed(f"{many} \N{MULTIPLICATION SIGN} {size}" if many > 1 else size for size, many in counts.items())
+
+
+def _cluster_layer(found: MosaicLayer, n: int, gallery: Gallery) -> Content:
+    assert found.clusters is not None
+    count, experts = len(found.members), found.clusters.experts
+    alt = (
+        f"Layer {found.layer}: tree of {len(experts)} experts, cut into {count} clusters, whose representatives are "
+        f"{listed(found.representatives)}. The table below has the members."
+    )
+    score = dict(zip(experts, found.clusters.scores.tolist(), strict=True))
+    rows = [
+        [first, f"{score[first]:.2f}", listed(f"{e} ({score[e]:.2f})" for e in members if e != first)]
+        for first, members in found.members.items()
+    ]
+    head = ["retained", "variability, bits", "pruned experts of its cluster (variability)"]
+    what = f", generalist{'s' * (len(found.generalists) > 1)} {listed(found.generalists)}" if found.generalists else ""
+    return {
+        "summary": f"Layer {found.layer}: {count} cluster{'s' * (count > 1)}{what}",
+        "figure": gallery.draw(f"mosaic-{n}-layer-{found.layer:02d}", alt, graphs.clusters, found),
+        "table": Table(f"Clusters of layer {found.layer}", head, rows, words=(0, 2)),
+    }
+
+
+def _paths(name: str, plan: PruningPlan, recipe: Recipe, gallery: Gallery, n: int) -> Content:
+    graph, samples = path_graph(plan, recipe), len(recipe.stats.samples)
+    layers = list(zip(sorted(plan.retained), graph.nodes, strict=True))
+    on_paths = {(layer, e) for layer, node in layers for e in node.nonzero()[0]}
+    both = sum((layer, e) in on_paths for layer, experts in plan.retained.items() for e in experts)
+    alt = (
+        f"{name}: the best paths of {samples} samples through {len(layers)} layers. {len(on_paths)} experts are on "
+        f"paths, {both} of them retained."
+    )
+    rows = []
+    for layer, node in layers:
+        order = np.argsort(-node, kind="stable")[:5]
+        most = listed(f"{e} ({node[e] / max(1, samples):.0%})" for e in order if node[e])
+        rows.append([layer, int((node > 0).sum()), len(plan.retained[layer]), most])
+    head = ["layer", "experts on paths", "retained", "on the paths of the most samples"]
+    return {
+        "figure": gallery.draw(f"paths-{n}", alt, graphs.paths, plan, graph, samples),
+        "best": "best path" if graph.paths_per_sample == 1 else f"{graph.paths_per_sample} best paths",
+        "trimmed": graph.trimmed,
+        "most_edges": graphs.MOST_EDGES if any((edge > 0).sum() > graphs.MOST_EDGES for edge in graph.edges) else None,
+        "counts": (len(on_paths), both, sum(plan.num_experts.values())),
+        "table": Table(f"Experts on the best paths by layer: {name}", head, rows, words=(0, 3)),
+    }

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text and numbers as figures and page show them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any
+
+MISSING = "\N{EN DASH}"
+"""Stands where there is no number."""
+
+
+def plain(text: str) -> str:
+    """Text without what is no character: control codes, halves of surrogates, changes of direction."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def short(text: Any, most: int = 24) -> str:
+    """At most ``most`` characters of a text, on one line."""
+    text = " ".join(plain(str(text)).split())
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with so many significant digits, and no exponent where it can be read without."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if -4 <= size < digits:
+        return f"{value:.{digits - 1 - size}f}"
+    return f"{value:,.0f}" if 0 <= size < 7 else f"{value:.{digits - 1}e}"
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Rising numbers as text: ``0-3, 5``, with hyphens at which lines are not broken."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(
+        str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}\N{NON-BREAKING HYPHEN}{b}" for a, b in parts
+    )
+
+
+def extent(values: Iterable[int]) -> str:
+    """The least and the largest of some numbers as text: ``4 to 6``, or ``4``."""
+    values = sorted(values)
+    return str(values[0]) if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Values as text, or the sign for none."""
+    return ", ".join(map(str, values)) or MISSING
+
+
+def described(value: Any) -> str:
+    """A JSON value in words."""
+    if isinstance(value, Mapping):
+        return listed(f"{key} {described(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return listed(map(described, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return MISSING if value is None else str(value)
+
+
+def model_name(facts: Mapping[str, Any]) -> str | None:
+    """What a model is called: its id on the Hub, or the name of its folder, whose place means nothing to others."""
+    if not facts.get("name_or_path"):
+        return None
+    name = str(facts["name_or_path"])
+    return name if facts.get("revision") else PurePath(name).name or name
