@@ -16,6 +16,10 @@ NEW_CARD_NAME = "README.new.md"
 REPORT_NAME = "report.html"
 REPORT_PICTURES = "report_pictures"
 
+STANDALONE_STEM = "modeling_unequal_moe"
+"""The code that loads a checkpoint whose layers differ without this package; ``architectures/unequal.py`` says it too,
+since it travels."""
+
 # How a budget is spread over the layers.
 UNIFORM = "uniform"
 GLOBAL = "global"

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
-
-
 _MOST_EXPERTS = 100_000  # beyond any model; keeps a damaged file from asking for all memory
 
 

@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 
 SINGLE_FILE = "model.safetensors"
-
-
 INDEX_FILE = "model.safetensors.index.json"
 
 

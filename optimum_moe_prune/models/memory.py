@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 
 _HEADROOM_BYTES = 2**30  # for activations and statistics
-
-
 _CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
 
 FORMAT_VERSION = 1
-
-
 ALL = "all"
 
 

@@ -33,8 +33,6 @@ from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerpr
 
 FORMAT_VERSION = 1
 TOKENS_NAME = "tokens.safetensors"
-
-
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

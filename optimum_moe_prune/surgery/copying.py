@@ -23,17 +23,9 @@ from ..errors import RunError
 from ..storage.tensor_files import TORCH_DTYPES, all_finite, header_bytes, reserve, write_all
 
 _BUFFER = 4 * 2**20  # bytes looked at, or copied by hand, at once
-
-
 _TOGETHER = 32 * 2**20  # bytes of neighbouring ranges that are copied in one piece
-
-
 _AT_ONCE = 4
-
-
 _SAMPLE = 4096  # bytes compared at each end of a range
-
-
 _NOT_HERE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 

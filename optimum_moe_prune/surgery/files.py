@@ -35,8 +35,6 @@ from .copying import _write_file
 from .standalone import write_standalone
 
 MAX_SHARD_SIZE = "5GB"
-
-
 _OWN_FILES = (PLAN_NAME, CONFIG_NAME, CARD_NAME, REPORT_NAME, EVALUATION_NAME, "config.json", f"{FILE_STEM}.py")
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import KINDS, aligned, load, make_texts, make_tokenizer, save_checkpoint
 
-from optimum_moe_prune import MoEPruner, MoEPrunerConfig
+from optimum_moe_prune import MoEPruner, MoEPrunerConfig, names
+from optimum_moe_prune.architectures import unequal
 
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -117,3 +118,7 @@ def test_equal_layers_need_no_code(tmp_path: Path) -> None:
     pruner.save_pretrained(tmp_path / "out", standalone=True)
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_the_file_that_travels_knows_its_name() -> None:
+    assert unequal.FILE_STEM == names.STANDALONE_STEM
