@@ -188,7 +188,9 @@ def unfinished(folder: Path) -> tuple[dict[str, Any], int] | None:
         if not isinstance(of, dict) or not is_integer(finished) or finished < 0:
             raise ValueError(f"finished {finished!r}")
     except (RequestError, KeyError, ValueError) as error:
-        raise RequestError(f"the unfinished calibration in {folder} is damaged: {error}. {advice}") from error
+        raise RequestError(
+            f"the unfinished calibration in {folder} is damaged: {str(error).rstrip('.')}. {advice}"
+        ) from error
     return of, finished
 
 

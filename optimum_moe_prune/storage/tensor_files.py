@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import RequestError
+from .files import sync
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -33,12 +34,17 @@ TORCH_DTYPES = {
     "I64": torch.int64,
 }
 """Of the format's names of dtypes, those whose values are looked at here."""
-
-
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
 _HEADER_ALIGNMENT = 64
+
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of tensors by name."""
+
+
+def shapes_bytes(shapes: Shapes) -> int:
+    """Bytes of all tensors of such shapes."""
+    return sum(dtype.itemsize * math.prod(shape) for shape, dtype in shapes.values())
 
 
 @dataclass(frozen=True)
@@ -149,13 +155,18 @@ class MappedTensors(Mapping[str, Tensor]):
         path: Where the file was made or opened.
     """
 
-    def __init__(self, path: Path, file: int, entries: Mapping[str, TensorEntry]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         self.path = path
-        self._file = file
-        self._tensors = _mapped(file, entries)
+        self._tensors = {}
+        with open(path, "r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)  # the tensors keep it alive
+        for name, entry in entries.items():
+            dtype, count = TORCH_DTYPES[entry.dtype], math.prod(entry.shape)
+            flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.begin) if count else torch.empty(0)
+            self._tensors[name] = flat.to(dtype).view(entry.shape)
 
     @classmethod
-    def create(cls, path: str | os.PathLike, shapes: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> MappedTensors:
+    def create(cls, path: str | os.PathLike, shapes: Shapes) -> MappedTensors:
         """Make a file with tensors of zeros.
 
         The disk space is taken at once, since writing to a mapped file on a full disk would end the process.
@@ -168,23 +179,13 @@ class MappedTensors(Mapping[str, Tensor]):
             OSError: If the disk is full.
         """
         largest_first = sorted(shapes.items(), key=lambda item: -item[1][1].itemsize)  # so that all are aligned
-        layout = {
-            name: (_NAMES[dtype], tuple(shape), dtype.itemsize * math.prod(shape))
-            for name, (shape, dtype) in largest_first
-        }
-        header = header_bytes(layout)
-        position, entries = len(header), {}
-        for name, (dtype_name, shape, nbytes) in layout.items():
-            entries[name] = TensorEntry(dtype_name, shape, position, position + nbytes)
-            position += nbytes
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            reserve(file, position)
-            write_all(file, header)
-            return cls(Path(path), file, entries)
-        except BaseException:
-            os.close(file)
-            raise
+        header = header_bytes(
+            {n: (_NAMES[dtype], shape, dtype.itemsize * math.prod(shape)) for n, (shape, dtype) in largest_first}
+        )
+        with open(path, "wb", buffering=0) as file:
+            reserve(file.fileno(), len(header) + shapes_bytes(shapes))
+            write_all(file.fileno(), header)
+        return cls(Path(path), parse_entries(json.loads(header[8:]), len(header)))
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> MappedTensors:
@@ -197,12 +198,7 @@ class MappedTensors(Mapping[str, Tensor]):
         unknown = {entry.dtype for entry in entries.values()} - set(TORCH_DTYPES)
         if unknown:
             raise RequestError(f"{path} is damaged: it holds {min(unknown)}.")
-        file = os.open(path, os.O_RDWR)
-        try:
-            return cls(Path(path), file, entries)
-        except BaseException:
-            os.close(file)
-            raise
+        return cls(Path(path), entries)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -215,11 +211,7 @@ class MappedTensors(Mapping[str, Tensor]):
 
     def sync(self) -> None:
         """Return when everything written so far is on disk."""
-        os.fsync(self._file)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_tensors"):  # else whoever opened the file closes it
-            os.close(self._file)
+        sync(self.path)
 
 
 def write_all(file: int, data: bytes) -> None:
@@ -241,18 +233,6 @@ def reserve(file: int, size: int) -> None:
         os.truncate(file, size)
 
 
-def _mapped(file: int, entries: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
-    """Tensors over a file's own pages; they keep the mapping alive."""
-    memory = mmap.mmap(file, 0)
-    tensors = {}
-    for name, entry in entries.items():
-        dtype = TORCH_DTYPES[entry.dtype]
-        count = math.prod(entry.shape)
-        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.begin) if count else torch.empty(0)
-        tensors[name] = flat.to(dtype).view(entry.shape)
-    return tensors
-
-
 def all_finite(values: Tensor) -> bool:
     """Whether all values are finite, without a mask of their size."""
     if values.numel() == 0:
@@ -261,12 +241,3 @@ def all_finite(values: Tensor) -> bool:
         values = values.float()
     low, high = torch.aminmax(values)
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype of tensors by name."""
-
-
-def shapes_bytes(shapes: Shapes) -> int:
-    """Bytes of all tensors of such shapes."""
-    return sum(dtype.itemsize * math.prod(shape) for shape, dtype in shapes.values())

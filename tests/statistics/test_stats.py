@@ -44,6 +44,14 @@ def test_saved_statistics_come_back_to_the_bit(stats: CalibrationStats, tmp_path
         assert build_plan(loaded, config).retained == build_plan(stats, config).retained
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_folders_of_earlier_versions_are_read_and_written_as_they_were(name: str, tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "data" / f"statistics_{name}"
+    CalibrationStats.load(folder).save(tmp_path / "again")
+    for file in folder.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 @pytest.mark.parametrize("max_tokens", [60, 8192])
 def test_merged_parts_equal_the_whole(kind: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
     texts = make_texts(14)
