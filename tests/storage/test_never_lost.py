@@ -508,7 +508,7 @@ def test_another_request_is_refused_and_named(
     ]
     for message, change in changes:
         asked = {"calibration": samples, "needs": needs, **how, **change}
-        with pytest.raises(RequestError, match=rf"of something else: {message}.*begin anew \(--restart\)"):
+        with pytest.raises(RequestError, match=rf"of something else: {message}.*begin anew \(restart=True\)"):
             calibrated(layout, asked.pop("calibration"), asked.pop("needs"), **asked)
     os.utime(folder / "model.safetensors")
     with pytest.raises(
@@ -548,7 +548,7 @@ def test_damaged_progress(content: str, folder: Path, samples: CalibrationSet, t
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "progress.json").write_text(content)
-    with pytest.raises(RequestError, match=r"(?i)begin anew \(--restart\)"):
+    with pytest.raises(RequestError, match=r"(?i)begin anew \(restart=True\)"):
         calibrated(layout_of(folder), samples, {Need.ROUTING}, folder=kept)
     calibrated(layout_of(folder), samples, {Need.ROUTING}, folder=kept, restart=True)
 
@@ -560,7 +560,7 @@ def test_more_finished_than_there_is(folder: Path, samples: CalibrationSet, tmp_
         progress = json.loads((how["folder"] / "progress.json").read_text())
         for finished in (99, -1, True, "1"):
             (how["folder"] / "progress.json").write_text(json.dumps({**progress, "finished": finished}))
-            with pytest.raises(RequestError, match=r"is damaged.*Begin anew \(--restart\)"):
+            with pytest.raises(RequestError, match=r"is damaged.*Begin anew \(restart=True\)"):
                 calibrated(layout_of(folder), samples, {Need.ROUTING}, **how)
 
 

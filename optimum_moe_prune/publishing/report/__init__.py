@@ -160,7 +160,7 @@ def _write_pictures(folder: Path, files: Mapping[str, bytes], overwrite: bool) -
     """Write pictures, each beside its target and renamed into place."""
     there = [name for name in files if (folder / name).exists()]
     if there and not overwrite:
-        raise RequestError(f"{folder / there[0]} exists; name another folder, or allow replacing it (--overwrite).")
+        raise RequestError(f"{folder / there[0]} exists; name another folder, or allow replacing it (overwrite=True).")
     for name, content in files.items():
         write_bytes(folder / name, content)
 
