@@ -334,7 +334,7 @@ class MoEPruner:
         if calibration is not None or domain_weights is not None or plan is None:
             config = self._recipe()
             blocks = moe_blocks(model)
-            budget_for(config, {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k)
+            budget_for(config, {block.layer: block.num_experts for block in blocks}, blocks[0].routing)
 
             def nothing() -> CalibrationStats:
                 counts = {block.layer: block.num_experts for block in blocks}
@@ -458,7 +458,7 @@ class MoEPruner:
     ) -> PruningPlan:
         """A plan for the bound checkpoint, when everything that can be refused before a calibration is looked at."""
         config = self._recipe()
-        budget = budget_for(config, layout.num_experts, layout.spec.routing(layout.config).top_k)
+        budget = budget_for(config, layout.num_experts, layout.spec.routing(layout.config))
         uniform = isinstance(budget, UniformBudget) and len(set(budget.num_experts.values())) == 1
         check_request(layout, uniform, standalone)
         share = budget.total / sum(layout.num_experts.values())

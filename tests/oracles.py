@@ -21,6 +21,7 @@ from optimum_moe_prune import (
     MoEPrunerConfig,
     PruningPlan,
 )
+from optimum_moe_prune.architectures.routers import SoftmaxTopK
 from optimum_moe_prune.calibration.in_memory import empty_stats
 from optimum_moe_prune.checkpoints.checkpoint import Checkpoint
 from optimum_moe_prune.checkpoints.layout import Layout, find_layout
@@ -28,6 +29,11 @@ from optimum_moe_prune.checkpoints.source import load_model_config
 from optimum_moe_prune.commands.cli import main
 from optimum_moe_prune.models.blocks import MoEBlock, model_facts, moe_blocks
 from optimum_moe_prune.planning.build import build_plan
+
+
+def softmax_rule(top_k: int) -> SoftmaxTopK:
+    """A router as Mixtral's."""
+    return SoftmaxTopK(top_k, renormalise=True, cast_weights=False)
 
 
 def expert_output(block: MoEBlock, expert: int, x: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ def sensitivity_command(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if weights is not None:
         check_domain_weights(samples.samples, weights)
     for config in configs:
-        check_grid(config, layout.num_experts, layout.spec.routing(layout.config).top_k, counts)
+        check_grid(config, layout.num_experts, layout.spec.routing(layout.config), counts)
     needs = frozenset().union(*(plan_needs(config) for config in configs))
     how: dict[str, Any] = {"dtype": args.dtype, "device": args.device, "stream": args.stream, "restart": args.restart}
     with working_on(args.output):

@@ -214,11 +214,11 @@ def _replace(owner: nn.Module, name: str, value: Tensor) -> None:
         setattr(owner, name, value)
 
 
-def moe_layers(model_config: Any) -> tuple[dict[int, int], int]:
-    """Experts in each MoE layer, and the experts used per token, from a config alone (a model without weights)."""
+def moe_layers(model_config: Any) -> tuple[dict[int, int], RoutingRule]:
+    """Experts in each MoE layer and the rule of their routers, from a config alone (a model without weights)."""
     with torch.device("meta"):
         blocks = moe_blocks(AutoModelForCausalLM.from_config(model_config))
-    return {block.layer: block.num_experts for block in blocks}, blocks[0].routing.top_k
+    return {block.layer: block.num_experts for block in blocks}, blocks[0].routing
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ...errors import RequestError
 from ...methods import BY_SENSITIVITY, mosaic, pathfinder
 from ...methods.budget import Budget, UniformBudget
 from ...methods.clustering import silhouette
-from ...methods.paths import k_best_paths
+from ...methods.path_selection import best_paths
 from ...methods.variability import generalists
 from ...plan import PruningPlan
 from ...planning.build import budget_for, plan_needs, protected_experts
@@ -139,7 +139,7 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
     except (AttributeError, TypeError) as error:
         raise RequestError("the domain weights in the plan cannot be read.") from error
     protect, _ = protected_experts(weighted, config)
-    budget = budget_for(config, weighted.num_experts, plan.top_k, protect)
+    budget = budget_for(config, weighted.num_experts, weighted.routing, protect)
     return Recipe(config, weighted, budget if config.allocates != BY_SENSITIVITY else _by_layer(plan, budget))
 
 
@@ -147,7 +147,7 @@ def _by_layer(plan: PruningPlan, budget: Budget) -> UniformBudget:
     """The budget of a plan whose sets were measured layer by layer: the numbers that it retains."""
     counts = {layer: len(plan.retained[layer]) for layer in budget.original}
     return UniformBudget(
-        budget.original, sum(counts.values()), budget.floor, budget.protected, budget.seed, num_experts=counts
+        budget.original, sum(counts.values()), budget.rule, budget.protected, budget.seed, num_experts=counts
     )
 
 
@@ -194,16 +194,13 @@ def path_graph(plan: PruningPlan, recipe: Recipe) -> PathGraph:
     grown = found if type(found) is int and 0 <= found <= options.num_paths else 1
     importance = transitions = None
     if plan.method != "transition":
-        importance = pathfinder.log_importance(stats, recipe.budget, options.tau)
+        importance = pathfinder.log_importance(stats, options.tau)
     if plan.method != "importance":
         transitions = pathfinder.log_transitions(stats, options.transitions)
     nodes = [np.zeros(count, dtype=np.int64) for count in counts]
     edges = [np.zeros(pair, dtype=np.int64) for pair in itertools.pairwise(counts)]
     best = [np.zeros_like(edge) for edge in edges]
-    for sample in progress(range(len(stats.samples)), "finding paths again", unit="sample"):
-        v = [np.zeros(count) for count in counts] if importance is None else [layer[sample] for layer in importance]
-        e = [np.zeros(edge.shape) for edge in edges] if transitions is None else transitions(sample)
-        paths = k_best_paths(v, e, max(1, grown))[1]
+    for paths in best_paths(stats, importance, transitions, max(1, grown)):
         for column, node in enumerate(nodes):
             node[np.unique(paths[:, column])] += 1
         for column, edge in enumerate(edges):
