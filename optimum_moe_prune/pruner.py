@@ -340,7 +340,7 @@ class MoEPruner:
         plan = self.pruning_plan
         if calibration is not None or domain_weights is not None or plan is None:
             blocks = moe_blocks(model)
-            budget_for(self._recipe(), {b.layer: b.num_experts for b in blocks}, blocks[0].rule.top_k)
+            budget_for(self._recipe(), {b.layer: b.num_experts for b in blocks}, blocks[0].rule)
             plan = self._plan(model, calibration, domain_weights, Workspace(), {})
         self.model, self._applied_plan = apply_plan(plan, model), plan
         return self.model
@@ -392,7 +392,7 @@ class MoEPruner:
         workspace = Workspace.beside(output_dir, restart)
         with working_on(output_dir):
             if plan is None:
-                budget = budget_for(self._recipe(), layout.num_experts, layout.spec.routing(layout.config).top_k)
+                budget = budget_for(self._recipe(), layout.num_experts, layout.spec.routing(layout.config))
                 check_output(layout, budget, output_dir, standalone)
                 plan = self._plan(layout, calibration, domain_weights, workspace, compute)
             apply_to_checkpoint(

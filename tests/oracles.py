@@ -23,6 +23,7 @@ from optimum_moe_prune import (
     PruningPlan,
     Sensitivity,
 )
+from optimum_moe_prune.architectures.routers import SoftmaxTopK
 from optimum_moe_prune.calibration.calibrate import calibrate, no_calibration
 from optimum_moe_prune.checkpoints.layout import Layout, open_layout
 from optimum_moe_prune.commands import main
@@ -31,6 +32,11 @@ from optimum_moe_prune.models.blocks import MoEBlock, moe_blocks
 from optimum_moe_prune.models.memory import Compute
 from optimum_moe_prune.planning.build import build_plan
 from optimum_moe_prune.storage.workspace import Workspace
+
+
+def softmax_rule(top_k: int) -> SoftmaxTopK:
+    """A router as Mixtral's."""
+    return SoftmaxTopK(top_k, renormalise=True, cast_weights=False)
 
 
 def expert_output(block: MoEBlock, expert: int, x: Tensor) -> Tensor:

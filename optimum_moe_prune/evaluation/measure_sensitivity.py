@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures.routers import RoutingRule
 from ..calibration.calibrate import Model, calibrate, layout_of, no_calibration
 from ..calibration.samples import CalibrationSet
 from ..checkpoints.layout import identity
 from ..config import MoEPrunerConfig
 from ..errors import RequestError, RunError
 from ..methods import BY_SENSITIVITY, get_method
-from ..methods.budget import UniformBudget, checked_layers
+from ..methods.budget import UniformBudget, allowed_counts, checked_layers
 from ..models.blocks import fingerprint, moe_blocks
 from ..models.checks import check_model
 from ..models.layerwise import LayerByLayer
@@ -98,7 +99,7 @@ def measure_sensitivity(
     if domain_weights is not None:
         check_domain_weights(samples.samples, domain_weights)
     for recipe in recipes:
-        check_grid(recipe, counts_now, rule.top_k, counts)
+        check_grid(recipe, counts_now, rule, counts)
     if stats is None:
         stats = _statistics(model if layout is None else layout, samples, recipes, compute, workspace)
         samples = samples.take(recipes[0].sensitivity_samples)
@@ -329,15 +330,14 @@ def _layer_sets(
         raise RequestError(f"method {method.name!r} needs a calibration; give calibration texts.")
     stats.require(config.needs, method.name)
     protect, _ = protected_experts(stats, config)
-    top_k = stats.model["top_k"]
-    grid = check_grid(config, stats.num_experts, top_k, counts, protect)
+    grid = check_grid(config, stats.num_experts, stats.routing, counts, protect)
     layers = {layer: stats.num_experts[layer] for layer in grid}
     protected = {layer: tuple(sorted(protect.get(layer, ()))) for layer in layers}
     sets: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in layers}
     for count in sorted({count for values in grid.values() for count in values}):
         num_experts = {layer: count if count in grid[layer] else layers[layer] for layer in layers}
         budget = UniformBudget(
-            layers, sum(num_experts.values()), top_k, protected, config.seed, num_experts=num_experts
+            layers, sum(num_experts.values()), stats.routing, protected, config.seed, num_experts=num_experts
         )
         try:
             if method.check is not None:
@@ -345,7 +345,7 @@ def _layer_sets(
         except RequestError as error:
             logger.warning("%s: %d experts a layer are not measured: %s", method.name, count, error)
             continue
-        retained, _ = method.select(stats, budget, options)
+        retained = method.select(stats, budget, options).retained
         for layer in layers:
             if count in grid[layer]:
                 sets[layer].append(retained[layer])
@@ -355,7 +355,7 @@ def _layer_sets(
 def check_grid(
     config: MoEPrunerConfig,
     num_experts: Mapping[int, int],
-    top_k: int,
+    rule: RoutingRule,
     counts: Sequence[int] | None = None,
     protect: Mapping[int, Iterable[int]] | None = None,
 ) -> dict[int, list[int]]:
@@ -364,7 +364,7 @@ def check_grid(
     Args:
         config: The recipe.
         num_experts: Experts in each MoE layer.
-        top_k: Experts used per token.
+        rule: How the routers choose.
         counts: Those asked for; by default all, or twelve of them.
         protect: In place of the recipe's own.
 
@@ -378,30 +378,32 @@ def check_grid(
     layers, protected = checked_layers(
         num_experts, {layer: tuple(experts) for layer, experts in protect.items()}, config.skip_layers
     )
-    fewest = {layer: max(top_k, len(protected[layer])) for layer in layers}
-    grid = {layer: _grid(fewest[layer], count, counts) for layer, count in layers.items()}
+    grid = {
+        layer: _grid(allowed_counts(rule, count, len(protected[layer]))[:-1], counts)
+        for layer, count in layers.items()
+    }
     measurable = {count for values in grid.values() for count in values}
     if not measurable:
         raise RequestError(
             "no number of experts can be measured"
             + (f" of {', '.join(map(str, counts))}" if counts else "")
-            + f"; each layer keeps at least the {top_k} that every token uses and those protected, and at most one "
-            "less than it has."
+            + f"; each layer keeps at least the {rule.fewest} that every token uses and those protected, and at most "
+            "one less than it has."
         )
     if left_out := sorted(set(counts or ()) - measurable):
         logger.warning("%s experts in a layer cannot be measured and are left out.", ", ".join(map(str, left_out)))
     return grid
 
 
-def _grid(fewest: int, num_experts: int, counts: Sequence[int] | None) -> list[int]:
-    """Numbers of experts to measure in a layer: those asked for, or evenly spaced from the number there is down.
+def _grid(allowed: Sequence[int], counts: Sequence[int] | None) -> list[int]:
+    """Numbers of experts to measure in a layer: of those allowed the ones asked for, or evenly spaced ones.
 
     Evenly from above, so that they add up to round budgets.
     """
     if counts is not None:
-        return sorted({count for count in counts if fewest <= count < num_experts})
-    step = -(-(num_experts - fewest) // MOST_COUNTS) if num_experts > fewest else 1
-    return sorted({*range(num_experts - step, fewest, -step), fewest} - {num_experts})
+        return sorted(set(counts) & set(allowed))
+    step = max(1, -(-len(allowed) // MOST_COUNTS))
+    return sorted({*allowed[-step::-step], *allowed[:1]})
 
 
 def _whole_plans(

@@ -6,10 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from ..architectures.routers import RoutingRule
 from ..errors import RequestError, RunError
 
 
@@ -20,25 +22,25 @@ class Budget:
     Attributes:
         original: Experts of each layer of the budget. Skipped layers are absent: they keep all.
         total: Experts to retain, in all these layers together.
-        floor: Experts to retain in each layer, at least: ``top_k``.
+        rule: How the routers choose: says which numbers of experts a layer can keep.
         protected: Experts that are retained in any case, by layer; every layer of ``original`` has an entry.
         seed: For methods that draw.
-        notes: What was done otherwise than asked for.
-        findings: What a method found on its way and is worth keeping with the plan, as plain values.
     """
 
     original: dict[int, int]
     total: int
-    floor: int
+    rule: RoutingRule
     protected: dict[int, tuple[int, ...]]
     seed: int = 0
-    notes: list[str] = field(default_factory=list)
-    findings: dict[str, Any] = field(default_factory=dict)
 
-    def note(self, text: str) -> None:
-        """Remember that something else was done than asked for; said once, and kept with the plan."""
-        if text not in self.notes:
-            self.notes.append(text)
+    @property
+    def floor(self) -> int:
+        """Experts to retain in each layer, at least."""
+        return self.rule.fewest
+
+    def allowed(self, layer: int) -> list[int]:
+        """The numbers of experts that a layer can keep, the protected ones among them; rising, the last is all."""
+        return allowed_counts(self.rule, self.original[layer], len(self.protected[layer]))
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,17 @@ class UniformBudget(Budget):
     num_experts: dict[int, int] = field(default_factory=dict)
 
 
+def allowed_counts(rule: RoutingRule, num_experts: int, protected: int = 0) -> list[int]:
+    """The numbers of experts that a layer of ``num_experts`` can keep: those its rule allows, and all.
+
+    Args:
+        rule: The routing rule.
+        num_experts: Experts in the layer.
+        protected: How many of them are retained in any case.
+    """
+    return [*(count for count in range(max(protected, 1), num_experts) if rule.allows(count)), num_experts]
+
+
 def num_removed(sparsity: float, num_experts: int) -> int:
     """Experts that a sparsity removes from ``num_experts``, rounded half up."""
     return math.floor(sparsity * num_experts + 0.5)
@@ -59,7 +72,7 @@ def num_removed(sparsity: float, num_experts: int) -> int:
 
 def uniform_budget(
     original: Mapping[int, int],
-    top_k: int,
+    rule: RoutingRule,
     *,
     num_experts: int | None = None,
     sparsity: float | None = None,
@@ -71,7 +84,7 @@ def uniform_budget(
 
     Args:
         original: Experts in each MoE layer.
-        top_k: Experts used per token.
+        rule: How the routers choose.
         num_experts: Experts to retain in each layer; or
         sparsity: the fraction to remove.
         protect: Experts that must be retained, by layer.
@@ -82,48 +95,47 @@ def uniform_budget(
         RequestError: Naming what was asked, what is true and what can be asked instead.
     """
     layers, protected = _layers(original, (num_experts, sparsity), sparsity, protect, skip_layers)
-    if all(total == top_k for total in layers.values()):
+    smaller = {layer: allowed_counts(rule, total)[:-1] for layer, total in layers.items()}
+    if not any(smaller.values()):
         layer, total = next(iter(layers.items()))
-        raise RequestError(f"every token uses all {total} experts of layer {layer}: none can be removed.")
+        why = "every token uses" if total <= rule.top_k else "the router needs"
+        raise RequestError(f"{why} all {total} experts of layer {layer}: none can be removed.")
     counts = {}
     for layer, total in layers.items():
         # A layer may stay whole if others shrink: that is how unequal layers become equal.
         if num_experts is not None:
             count, asked = num_experts, f"num_experts={num_experts}"
-            allowed = f"Ask for {top_k} to {max(total - 1, top_k)}"
+            offer = f"Ask for {_numbers(smaller[layer] or [total])}"
             whole = total == count < max(layers.values())
         else:
             assert sparsity is not None
             removed = num_removed(sparsity, total)
             count, asked = total - removed, f"sparsity={sparsity} removes {removed} of {total} experts, which"
-            allowed = f"Ask for a sparsity of {1 / total:.4g} to {(total - top_k) / total:.4g}"
+            offer = f"Ask for a sparsity of {_numbers(smaller[layer] or [total], total)}"
             whole = False
         if len(set(layers.values())) > 1:
-            allowed += f", or leave layer {layer} as it is (skip_layers)"
+            offer += f", or leave layer {layer} as it is (skip_layers)"
         if count > total:
-            raise RequestError(f"{asked} asks for more experts than layer {layer} has ({total}). {allowed}.")
+            raise RequestError(f"{asked} asks for more experts than layer {layer} has ({total}). {offer}.")
         if count == total and not whole:
             raise RequestError(
-                f"{asked} leaves layer {layer} with all its {total} experts: nothing to prune. {allowed}."
+                f"{asked} leaves layer {layer} with all its {total} experts: nothing to prune. {offer}."
             )
-        if count < top_k:
-            raise RequestError(
-                f"{asked} leaves layer {layer} with {max(count, 0)} experts, and every token uses {top_k}. {allowed}."
-            )
+        if count not in smaller[layer] and not whole:
+            why = f"every token uses {rule.top_k}" if count < rule.top_k else "its router does not allow that number"
+            raise RequestError(f"{asked} leaves layer {layer} with {max(count, 0)} experts, and {why}. {offer}.")
         if len(protected[layer]) > count:
             raise RequestError(
                 f"protect names {len(protected[layer])} experts of layer {layer}, and the budget keeps {count}; "
                 "protect fewer or keep more."
             )
         counts[layer] = count
-    budget = UniformBudget(layers, sum(counts.values()), top_k, protected, seed, num_experts=counts)
-    _note_rounding(budget, sparsity)
-    return budget
+    return UniformBudget(layers, sum(counts.values()), rule, protected, seed, num_experts=counts)
 
 
 def global_budget(
     original: Mapping[int, int],
-    top_k: int,
+    rule: RoutingRule,
     *,
     num_experts: int | None = None,
     sparsity: float | None = None,
@@ -136,7 +148,7 @@ def global_budget(
 
     Args:
         original: Experts in each MoE layer.
-        top_k: Experts used per token; every layer keeps at least that many.
+        rule: How the routers choose; every layer keeps as many experts as it allows.
         num_experts: Experts to retain in each layer, on average; or
         sparsity: the fraction of all experts to remove; or
         total_experts: the experts to retain in all layers together. Skipped layers do not count in any of the three.
@@ -157,27 +169,38 @@ def global_budget(
         assert sparsity is not None
         total, asked = everything - num_removed(sparsity, everything), f"sparsity={sparsity}"
     asked = f"{asked} keeps {total} of the {everything} experts in {len(layers)} layers"
-    floors = {layer: max(min(top_k, count), len(protected[layer])) for layer, count in layers.items()}
-    least = sum(floors.values())
+    allowed = {layer: allowed_counts(rule, count, len(protected[layer])) for layer, count in layers.items()}
+    least = sum(counts[0] for counts in allowed.values())
     if least == everything:
         raise RequestError("every expert is used by every token or protected: none can be removed.")
+    steps = {after - before for counts in allowed.values() for before, after in pairwise(counts)}
+    if len(steps) > 1:
+        raise RequestError(
+            "the numbers of experts that the routers allow in a layer do not lie evenly: a budget for the whole model "
+            "cannot be spread over them; use allocation 'uniform'."
+        )
+    totals = range(least, everything, steps.pop())
     if num_experts is not None:
-        low, high = -(-least // len(layers)), (everything - 1) // len(layers)
-        allowed = f"Ask for {low} to {high}." if low <= high else "Ask for a sparsity instead."
+        means = [mean for mean in range(1, max(layers.values())) if mean * len(layers) in totals]
+        offer = f"Ask for {_numbers(means)}." if means else "Ask for a sparsity instead."
     elif total_experts is not None:
-        allowed = f"Ask for {least} to {everything - 1}."
+        offer = f"Ask for {_numbers(totals)}."
     else:
-        allowed = f"Ask for a sparsity of {1 / everything:.4g} to {(everything - least) / everything:.4g}."
+        offer = f"Ask for a sparsity of {_numbers(totals, everything)}."
     if total >= everything:
-        raise RequestError(f"{asked}: nothing to prune. {allowed}")
+        raise RequestError(f"{asked}: nothing to prune. {offer}")
     if total < least:
         raise RequestError(
-            f"{asked}, and each layer keeps at least the {top_k} that every token uses and those protected, together "
-            f"{least}. {allowed}"
+            f"{asked}, and each layer keeps at least the {rule.fewest} that every token uses and those protected, "
+            f"together {least}. {offer}"
         )
-    budget = Budget(layers, total, top_k, protected, seed)
-    _note_rounding(budget, sparsity)
-    return budget
+    if total not in totals:
+        below = total - (total - least) % totals.step
+        raise RequestError(
+            f"{asked}, and the numbers that the routers allow in a layer add up to {below} or {below + totals.step}. "
+            f"{offer}"
+        )
+    return Budget(layers, total, rule, protected, seed)
 
 
 def _layers(
@@ -229,10 +252,18 @@ def checked_layers(
     return {layer: original[layer] for layer in protected}, protected
 
 
-def _note_rounding(budget: Budget, sparsity: float | None) -> None:
+def rounding_note(budget: Budget, sparsity: float | None) -> str | None:
+    """What is to be said where whole experts cannot make up a sparsity exactly."""
     done = 1 - budget.total / sum(budget.original.values())
-    if sparsity is not None and abs(sparsity - done) > 1e-9:
-        budget.note(f"sparsity {sparsity} rounds to {done:.4g}")
+    return None if sparsity is None or abs(sparsity - done) <= 1e-9 else f"sparsity {sparsity} rounds to {done:.4g}"
+
+
+def _numbers(counts: Sequence[int], total: int | None = None) -> str:
+    """Numbers of experts as text; with ``total`` the sparsities that leave them."""
+    texts = [str(n) if total is None else f"{(total - n) / total:.4g}" for n in counts][:: 1 if total is None else -1]
+    if counts[-1] - counts[0] == len(counts) - 1:
+        return f"{texts[0]} to {texts[-1]}"
+    return ", ".join(texts if len(texts) <= 8 else [*texts[:3], "...", texts[-1]])
 
 
 def choose(scores: Mapping[int, np.ndarray], budget: Budget) -> dict[int, tuple[int, ...]]:
@@ -263,12 +294,15 @@ def choose(scores: Mapping[int, np.ndarray], budget: Budget) -> dict[int, tuple[
 def choose_ranked(keys: Mapping[int, Sequence[Any]], budget: Budget) -> dict[int, tuple[int, ...]]:
     """Spread a budget over the layers: in each the protected and best ones up to the floor, then the best of all.
 
+    Where the routers allow only some numbers of experts in a layer, the next ones are taken together, in the order of
+    the best of them.
+
     Args:
         keys: For each layer of the budget a sort key per expert, lowest = keep first, comparable between layers. Ties
             go to the lower expert and only then to the lower layer, which would favour early layers.
         budget: How many. A uniform budget takes the best of each layer.
     """
-    retained, rest = {}, []
+    retained, steps = {}, []
     for layer, count in budget.original.items():
         protected, key = budget.protected[layer], keys[layer]
         order = sorted((expert not in protected, key[expert], expert) for expert in range(count))
@@ -276,11 +310,18 @@ def choose_ranked(keys: Mapping[int, Sequence[Any]], budget: Budget) -> dict[int
         if isinstance(budget, UniformBudget):
             retained[layer] = experts[: budget.num_experts[layer]]
         else:
-            first = max(budget.floor, len(protected))
-            retained[layer] = experts[:first]
-            rest += [(key[expert], expert, layer) for expert in experts[first:]]
-    for _, expert, layer in sorted(rest)[: budget.total - sum(map(len, retained.values()))]:
-        retained[layer].append(expert)
+            allowed = budget.allowed(layer)
+            retained[layer] = experts[: allowed[0]]
+            more = [
+                experts[low:high] for low, high in pairwise(allowed)
+            ]  # one expert each, where the rule has no gaps
+            steps += [(key[step[0]], step[0], layer, step) for step in more]
+    left = budget.total - sum(map(len, retained.values()))
+    for _, _, layer, step in sorted(steps):
+        if left < len(step):
+            break
+        retained[layer] += step
+        left -= len(step)
     return {layer: tuple(sorted(experts)) for layer, experts in retained.items()}
 
 

@@ -7,7 +7,8 @@ A baseline of REAP, arXiv 2510.13999.
 """
 
 from ..statistics.stats import CalibrationStats, Need
-from .registry import NoOptions, Scores, register_method
+from .registry import NoOptions, register_method
+from .selection import Scores
 
 
 @register_method(

@@ -14,6 +14,7 @@ elimination.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +22,9 @@ from ..errors import RequestError
 from ..progress import progress
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
-from .registry import Retained, register_method
+from .registry import register_method
 from .replay_search import Replay
+from .selection import Selection
 
 Search = Literal["auto", "exhaustive", "greedy"]
 
@@ -60,12 +62,31 @@ class SearchOptions:
     needs={Need.ROUTING, Need.GRAM},
     options=SearchOptions,
 )
-def enumeration(stats: CalibrationStats, budget: UniformBudget, options: SearchOptions) -> Retained:
-    """Retained experts ``{layer: experts}``."""
-    return {
+def enumeration(stats: CalibrationStats, budget: UniformBudget, options: SearchOptions) -> Selection:
+    """The retained experts."""
+    retained = {
         index: best_set(stats.layers[index], index, count, budget, options)
         for index, count in progress(budget.num_experts.items(), "enumerating", unit="layer")
     }
+    return Selection(retained, notes=search_notes(budget.num_experts, budget, options))
+
+
+def num_sets(index: int, size: int, budget: UniformBudget) -> int:
+    """The sets of ``size`` experts of a layer that hold the protected ones."""
+    protected = len(budget.protected[index])
+    return math.comb(budget.original[index] - protected, size - protected)
+
+
+def search_notes(sizes: Mapping[int, int], budget: UniformBudget, options: SearchOptions) -> tuple[str, ...]:
+    """What is to be said of searches for sets of these sizes, by layer: where not all sets are tried."""
+    if options.search != "auto":
+        return ()
+    searches = {(num_sets(index, size, budget), size): None for index, size in sizes.items()}
+    return tuple(
+        f"{sets} sets of {size} experts are more than max_sets={options.max_sets}; eliminated greedily"
+        for sets, size in searches
+        if sets > options.max_sets
+    )
 
 
 def best_set(
@@ -79,7 +100,7 @@ def best_set(
     required = budget.protected[index]
     if size == len(required):
         return required
-    sets = math.comb(layer.num_experts - len(required), size - len(required))
+    sets = num_sets(index, size, budget)
     if options.search == "exhaustive" and sets > MOST_SETS:
         raise RequestError(
             f"search='exhaustive' would try {sets} sets of {size} experts in layer {index}; the most is {MOST_SETS}. "
@@ -89,6 +110,4 @@ def best_set(
     replay = Replay(tensors["logits"], tensors["gram"], layer.routing, layer.token_sample, layer.sample_weights)
     if options.search == "exhaustive" or (options.search == "auto" and sets <= options.max_sets):
         return replay.best_set(size, required)
-    if options.search == "auto":
-        budget.note(f"{sets} sets of {size} experts are more than max_sets={options.max_sets}; eliminated greedily")
     return replay.eliminate(size, required)

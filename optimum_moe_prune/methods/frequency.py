@@ -7,7 +7,8 @@ with :math:`X_e` the tokens that have :math:`e` among their top K. A baseline of
 """
 
 from ..statistics.stats import CalibrationStats, Need
-from .registry import NoOptions, Scores, register_method
+from .registry import NoOptions, register_method
+from .selection import Scores
 
 
 @register_method(

@@ -7,8 +7,10 @@ An ablation of MoE Pathfinder, arXiv 2512.18425 ("IS"): the weight of a path is 
 
 from ..statistics.stats import CalibrationStats, Need
 from .budget import Budget
-from .pathfinder import GLOBAL_FIRST, ImportanceOptions, log_importance, on_best_paths
-from .registry import Retained, register_method
+from .path_selection import on_best_paths
+from .pathfinder import GLOBAL_FIRST, ImportanceOptions, log_importance
+from .registry import register_method
+from .selection import Selection
 
 
 @register_method(
@@ -24,6 +26,6 @@ from .registry import Retained, register_method
     options=ImportanceOptions,
     allocations=GLOBAL_FIRST,
 )
-def importance(stats: CalibrationStats, budget: Budget, options: ImportanceOptions) -> Retained:
-    """Retained experts ``{layer: experts}``."""
-    return on_best_paths(stats, budget, log_importance(stats, budget, options.tau), None, options.num_paths)
+def importance(stats: CalibrationStats, budget: Budget, options: ImportanceOptions) -> Selection:
+    """The retained experts."""
+    return on_best_paths(stats, budget, log_importance(stats, options.tau), None, options.num_paths)

@@ -40,8 +40,9 @@ from ..progress import progress
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
 from .clustering import kmeans, silhouette
-from .registry import Retained, register_method
-from .variability import GeneralistOptions, check, generalists, variability_scores
+from .registry import register_method
+from .selection import Selection
+from .variability import GeneralistOptions, check, generalist_notes, generalists, variability_scores
 
 _MOST_DOMAINS = 16  # the most that num_domains="auto" tries
 
@@ -89,23 +90,24 @@ def needs(options: Options) -> frozenset[Need]:
     options=Options,
     check=check,
 )
-def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> Retained:
-    """Retained experts ``{layer: experts}``."""
+def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> Selection:
+    """The retained experts."""
     retained = {}
-    few = []
+    by_logs = []
     for index in progress(budget.num_experts, "mosaic", unit="layer"):
         first = generalists(stats.layers[index], index, budget, options)
         clusters = budget.num_experts[index] - len(first)
         found = cluster_layer(stats.layers[index], first, clusters, budget.seed, options) if clusters else None
         retained[index] = tuple(sorted([*first, *(found.representatives if found else ())]))
         if found is not None and found.vectors.shape[1] < 3:
-            few.append(index)
-    if few:
-        budget.note(
+            by_logs.append(index)
+    notes = generalist_notes(budget, options)
+    if by_logs:
+        notes += (
             "mosaic: with fewer than 3 domains ranks say almost nothing, so experts are compared by log errors in "
-            f"{len(few)} of {len(retained)} layers; num_domains sets the number of domains"
+            f"{len(by_logs)} of {len(retained)} layers; num_domains sets the number of domains",
         )
-    return retained
+    return Selection(retained, notes=notes)
 
 
 @dataclass(frozen=True)

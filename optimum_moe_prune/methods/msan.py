@@ -7,7 +7,8 @@ An expert without routed tokens scores 0. arXiv 2606.15716.
 """
 
 from ..statistics.stats import CalibrationStats, Need
-from .registry import NoOptions, Scores, per_routed_token, register_method
+from .registry import NoOptions, per_routed_token, register_method
+from .selection import Scores
 
 
 @register_method(

@@ -32,24 +32,22 @@ What the paper leaves open, and what is done here:
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from scipy.special import log_softmax
 
-from ..progress import progress
 from ..statistics.stats import CalibrationStats, Need
-from .budget import Budget, choose_ranked
-from .paths import k_best_paths, max_marginals
-from .registry import Retained, register_method
+from .budget import Budget
+from .path_selection import on_best_paths
+from .registry import register_method
+from .selection import Selection
 
 Transitions = Literal["mean", "conditional"]
 GLOBAL_FIRST = ("global", "uniform")
 MOST_PATHS = 10_000
-_DIGITS = 9  # participation and path weights are compared to so many decimals, beyond are rounding errors
 
 
 @dataclass(frozen=True)
@@ -126,30 +124,21 @@ def needs(options: Options) -> frozenset[Need]:
     options=Options,
     allocations=GLOBAL_FIRST,
 )
-def pathfinder(stats: CalibrationStats, budget: Budget, options: Options) -> Retained:
-    """Retained experts ``{layer: experts}``."""
-    importance = log_importance(stats, budget, options.tau)
+def pathfinder(stats: CalibrationStats, budget: Budget, options: Options) -> Selection:
+    """The retained experts."""
+    importance = log_importance(stats, options.tau)
     return on_best_paths(stats, budget, importance, log_transitions(stats, options.transitions), options.num_paths)
 
 
-def log_importance(stats: CalibrationStats, budget: Budget, tau: float) -> list[np.ndarray]:
-    """Logarithms of the importance of each expert for each sample ``(S, E)``, by MoE layer.
-
-    The mean entropy of the importance in each layer, as a share of the largest possible, goes to the budget's
-    findings: near 1 it tells experts apart no more.
-    """
-    found = []
-    shares = {}
-    for index, layer in sorted(stats.layers.items()):
+def log_importance(stats: CalibrationStats, tau: float) -> list[np.ndarray]:
+    """Logarithms of the importance of each expert for each sample ``(S, E)``, by MoE layer."""
+    importance = []
+    for _, layer in sorted(stats.layers.items()):
         error = np.sqrt(layer.tensors["single_error"].double().numpy())
         output = np.sqrt(layer.tensors["output_energy"].double().numpy())
         relative = np.divide(error, output, out=np.zeros_like(error), where=output > 0)
-        importance = log_softmax(-relative / tau, axis=1)
-        entropy = -(np.exp(importance) * importance).sum(axis=1)
-        shares[str(index)] = round(float(entropy.mean() / np.log(max(2, layer.num_experts))), 4)
-        found.append(importance)
-    budget.findings["importance_entropy"] = shares
-    return found
+        importance.append(log_softmax(-relative / tau, axis=1))
+    return importance
 
 
 def log_transitions(stats: CalibrationStats, transitions: Transitions) -> Callable[[int], list[np.ndarray]]:
@@ -169,12 +158,12 @@ def log_transitions(stats: CalibrationStats, transitions: Transitions) -> Callab
     together = [layer.tensors["coactivation"].numpy() for layer in layers[1:]]
 
     def of_sample(sample: int) -> list[np.ndarray]:
-        found = []
+        transitions = []
         for a, p, n, c in zip(strength, probability, routed, together, strict=True):
             count = n[sample][:, None]
             mean = _log(c[sample] / np.maximum(count, 1))
-            found.append(a[sample][:, None] + np.where(count > 0, mean, p[sample]))
-        return found
+            transitions.append(a[sample][:, None] + np.where(count > 0, mean, p[sample]))
+        return transitions
 
     return of_sample
 
@@ -188,113 +177,3 @@ def _log(values: np.ndarray) -> np.ndarray:
     """Logarithms; minus infinity for 0, without a warning."""
     with np.errstate(divide="ignore"):
         return np.log(values)
-
-
-def on_best_paths(
-    stats: CalibrationStats,
-    budget: Budget,
-    nodes: Sequence[np.ndarray] | None,
-    edges: Callable[[int], list[np.ndarray]] | None,
-    num_paths: int,
-) -> Retained:
-    """The experts on the best paths of each sample, as many as the budget keeps.
-
-    Args:
-        stats: The samples and layers.
-        budget: How many; its findings tell how the paths fitted into it.
-        nodes: Log weights ``(S, E_l)`` of each MoE layer's experts; None for 0.
-        edges: Gives the log weights ``(E_l, E_{l+1})`` between adjacent MoE layers for a sample; None for 0.
-        num_paths: The most paths of a sample.
-    """
-    layers = sorted(stats.layers)
-    counts = [stats.num_experts[layer] for layer in layers]
-    weights = _sample_weights(stats)
-    paths = []  # of each sample (m, L)
-    best = [np.full(count, -np.inf) for count in counts]
-    total = [np.zeros(count) for count in counts]
-    for number, (v, e) in enumerate(_sample_graphs(stats, nodes, edges)):
-        paths.append(k_best_paths(v, e, num_paths)[1].astype(np.int32))
-        for column, marginal in enumerate(max_marginals(v, e)):
-            best[column] = np.maximum(best[column], marginal)
-            total[column] += weights[number] * np.exp(marginal)
-    if without := sum(len(p) == 0 for p in paths):
-        budget.note(f"{without} of {len(paths)} samples have no path: all meet an expert of activity or probability 0")
-
-    entry = {layer: _first_path(paths, column, counts[column]) for column, layer in enumerate(layers)}
-    grown = _grown(entry, budget, num_paths)
-    looked_at = min(grown + 1, num_paths)
-    keys = {}
-    for column, layer in enumerate(layers):
-        participation = np.zeros(counts[column])
-        for sample_paths, weight in zip(paths, weights, strict=True):
-            np.add.at(participation, sample_paths[:looked_at, column], weight)
-        order = zip(
-            (entry[layer] >= grown).tolist(),
-            (-participation.round(_DIGITS)).tolist(),
-            (-best[column].round(_DIGITS)).tolist(),
-            (-total[column].round(_DIGITS)).tolist(),
-            strict=True,
-        )
-        keys[layer] = list(order)
-    on_paths = sum(int((entry[layer] < max(grown, 1)).sum()) for layer in budget.original)
-    if not grown:
-        budget.note(
-            f"the single best paths of {len(paths)} samples use {on_paths} experts, more than the budget of "
-            f"{budget.total} holds: the experts on the most of them are kept"
-        )
-    budget.findings.update(paths_per_sample=grown, experts_on_paths=on_paths, samples=len(paths))
-    return choose_ranked(keys, budget)
-
-
-def best_paths(stats: CalibrationStats, budget: Budget, options: PathOptions, num_paths: int) -> Iterator[np.ndarray]:
-    """The best paths of each sample: the expert of each MoE layer on each path ``(m, L)``, the best path first.
-
-    Args:
-        stats: The samples and layers.
-        budget: Its findings get the entropy of the importance.
-        options: Of ``pathfinder``, ``importance`` or ``transition``: they say which factors a path is weighed by.
-        num_paths: The most paths of a sample; fewer come where there are fewer.
-    """
-    nodes = log_importance(stats, budget, options.tau) if isinstance(options, ImportanceOptions) else None
-    edges = log_transitions(stats, options.transitions) if isinstance(options, TransitionOptions) else None
-    for v, e in _sample_graphs(stats, nodes, edges):
-        yield k_best_paths(v, e, num_paths)[1]
-
-
-def _sample_graphs(
-    stats: CalibrationStats, nodes: Sequence[np.ndarray] | None, edges: Callable[[int], list[np.ndarray]] | None
-) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
-    """For each sample the log weights of its nodes ``(E_l,)`` and edges ``(E_l, E_{l+1})``; see ``on_best_paths``."""
-    counts = [count for _, count in sorted(stats.num_experts.items())]
-    for number in progress(range(len(stats.samples)), "finding paths", unit="sample"):
-        v = [np.zeros(count) for count in counts] if nodes is None else [layer[number] for layer in nodes]
-        e = [np.zeros(pair) for pair in itertools.pairwise(counts)] if edges is None else edges(number)
-        yield v, e
-
-
-def _sample_weights(stats: CalibrationStats) -> np.ndarray:
-    """What each sample counts ``(S,)``: 1, or an equal part of its domain's weight; 1 on average."""
-    domains = [sample.domain for sample in stats.samples]
-    if stats.domain_weights is None:
-        return np.ones(len(domains))
-    share = np.array([stats.domain_weights[domain] / domains.count(domain) for domain in domains])
-    return share / share.mean()
-
-
-def _first_path(paths: Sequence[np.ndarray], column: int, count: int) -> np.ndarray:
-    """The rank, from 0, of the first path of any sample through each expert of a layer; infinity for none."""
-    first = np.full(count, np.inf)
-    for sample_paths in paths:
-        np.minimum.at(first, sample_paths[:, column], np.arange(len(sample_paths)))
-    return first
-
-
-def _grown(entry: dict[int, np.ndarray], budget: Budget, num_paths: int) -> int:
-    """The most paths of each sample whose experts, with the protected and the floor, fit into the budget; or 0."""
-    size = np.zeros(num_paths, dtype=np.int64)
-    for layer in budget.original:
-        others = np.delete(entry[layer], list(budget.protected[layer]))
-        ranks = np.sort(others)
-        held = np.searchsorted(ranks, np.arange(num_paths), side="right") + len(budget.protected[layer])
-        size += np.maximum(held, budget.floor)
-    return int((size <= budget.total).sum())

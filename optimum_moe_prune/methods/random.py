@@ -8,7 +8,8 @@ import numpy as np
 
 from ..statistics.stats import CalibrationStats
 from .budget import Budget, choose
-from .registry import ALLOCATIONS, NoOptions, Retained, register_method
+from .registry import ALLOCATIONS, NoOptions, register_method
+from .selection import Selection
 
 
 @register_method(
@@ -20,9 +21,10 @@ from .registry import ALLOCATIONS, NoOptions, Retained, register_method
     needs=frozenset(),
     allocations=ALLOCATIONS,
 )
-def random(stats: CalibrationStats, budget: Budget, options: NoOptions) -> Retained:
-    """Retained experts ``{layer: experts}``."""
-    return choose({layer: _draw(count, [budget.seed, layer]) for layer, count in budget.original.items()}, budget)
+def random(stats: CalibrationStats, budget: Budget, options: NoOptions) -> Selection:
+    """The retained experts."""
+    draws = {layer: _draw(count, [budget.seed, layer]) for layer, count in budget.original.items()}
+    return Selection(choose(draws, budget))
 
 
 def _draw(count: int, seed: list[int]) -> np.ndarray:

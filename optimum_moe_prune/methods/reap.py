@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..statistics.stats import CalibrationStats, Need
-from .registry import Scores, per_routed_token, register_method
+from .registry import per_routed_token, register_method
+from .selection import Scores
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ..errors import RequestError, RunError, nearest_first
 from ..names import BY_SENSITIVITY, GLOBAL, UNIFORM
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import Budget, UniformBudget, choose
+from .selection import Retained, Scores, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,6 @@ ENTRY_POINTS = "optimum_moe_prune.methods"
 
 ALLOCATIONS = (UNIFORM, GLOBAL)
 """What a method does itself; by measured divergences goes every method that takes a number for each layer."""
-
-Scores = dict[int, np.ndarray]
-Retained = dict[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Method:
         formula: What it calculates, in words, for model cards.
         check: ``(budget, options) -> None``: raises what can be refused before any work.
         scores: ``(stats, options) -> {layer: (E,)}``, higher = keep; or
-        retained: ``(stats, budget, options) -> {layer: experts}``.
+        retained: ``(stats, budget, options) -> {layer: experts}``, or a ``Selection``.
     """
 
     name: str
@@ -67,24 +65,30 @@ class Method:
     formula: str = ""
     check: Callable[[Any, Any], None] | None = None
     scores: Callable[[CalibrationStats, Any], Scores] | None = None
-    retained: Callable[[CalibrationStats, Any, Any], Retained] | None = None
+    retained: Callable[[CalibrationStats, Any, Any], Retained | Selection] | None = None
 
     @property
     def takes(self) -> tuple[str, ...]:
         """The allocations that can be asked for."""
         return (*self.allocations, BY_SENSITIVITY) if "uniform" in self.allocations else self.allocations
 
-    def select(self, stats: CalibrationStats, budget: Budget, options: Any) -> tuple[Retained, Scores | None]:
-        """The retained experts of each layer of the budget, sorted, and the scores where the method has them."""
+    def select(self, stats: CalibrationStats, budget: Budget, options: Any) -> Selection:
+        """The method's answer.
+
+        Raises:
+            RunError: If it does not keep to the budget.
+        """
         if self.scores is not None:
             scores = self.scores(stats, options)
-            return choose(scores, budget), scores
+            return Selection(choose(scores, budget), scores)
         assert self.retained is not None
-        retained = self.retained(stats, budget, options)
+        answer = self.retained(stats, budget, options)
+        selection = answer if isinstance(answer, Selection) else Selection(answer)
+        retained = selection.retained
         for layer in budget.original:
             experts = retained.get(layer, ())
             fixed = budget.num_experts[layer] if isinstance(budget, UniformBudget) else None
-            enough = len(experts) >= budget.floor if fixed is None else len(experts) == fixed
+            enough = len(experts) in budget.allowed(layer) if fixed is None else len(experts) == fixed
             if not enough or not set(budget.protected[layer]) <= set(experts):
                 count = f"{budget.floor} or more" if fixed is None else fixed
                 raise RunError(
@@ -94,7 +98,7 @@ class Method:
         total = sum(len(retained[layer]) for layer in budget.original)
         if total != budget.total:
             raise RunError(f"method {self.name!r} retains {total} experts, and the budget keeps {budget.total}.")
-        return retained, None
+        return selection
 
 
 _METHODS: dict[str, Method] = {}

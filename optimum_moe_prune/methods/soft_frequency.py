@@ -8,7 +8,8 @@ top K. SEER-MoE, arXiv 2404.05089.
 """
 
 from ..statistics.stats import CalibrationStats, Need
-from .registry import NoOptions, Scores, register_method
+from .registry import NoOptions, register_method
+from .selection import Scores
 
 
 @register_method(

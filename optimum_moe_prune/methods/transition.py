@@ -7,8 +7,10 @@ An ablation of MoE Pathfinder, arXiv 2512.18425 ("TI"): the weight of a path is 
 
 from ..statistics.stats import CalibrationStats
 from .budget import Budget
-from .pathfinder import GLOBAL_FIRST, TransitionOptions, log_transitions, on_best_paths, transition_needs
-from .registry import Retained, register_method
+from .path_selection import on_best_paths
+from .pathfinder import GLOBAL_FIRST, TransitionOptions, log_transitions, transition_needs
+from .registry import register_method
+from .selection import Selection
 
 
 @register_method(
@@ -24,6 +26,6 @@ from .registry import Retained, register_method
     options=TransitionOptions,
     allocations=GLOBAL_FIRST,
 )
-def transition(stats: CalibrationStats, budget: Budget, options: TransitionOptions) -> Retained:
-    """Retained experts ``{layer: experts}``."""
+def transition(stats: CalibrationStats, budget: Budget, options: TransitionOptions) -> Selection:
+    """The retained experts."""
     return on_best_paths(stats, budget, None, log_transitions(stats, options.transitions), options.num_paths)

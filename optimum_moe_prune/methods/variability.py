@@ -18,8 +18,9 @@ from ..errors import RequestError
 from ..progress import progress
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
-from .enumeration import SearchOptions, best_set
-from .registry import Retained, register_method
+from .enumeration import SearchOptions, best_set, search_notes
+from .registry import register_method
+from .selection import Selection
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,17 @@ def check(budget: UniformBudget, options: GeneralistOptions) -> None:
 
 def generalists(layer: LayerStats, index: int, budget: UniformBudget, options: GeneralistOptions) -> tuple[int, ...]:
     """The generalists of a layer, the protected experts among them; more of them if more are protected."""
-    return best_set(layer, index, max(options.num_generalists, len(budget.protected[index])), budget, options)
+    return best_set(layer, index, num_generalists(index, budget, options), budget, options)
+
+
+def num_generalists(index: int, budget: UniformBudget, options: GeneralistOptions) -> int:
+    """How many generalists a layer has."""
+    return max(options.num_generalists, len(budget.protected[index]))
+
+
+def generalist_notes(budget: UniformBudget, options: GeneralistOptions) -> tuple[str, ...]:
+    """What is to be said of the search for generalists."""
+    return search_notes({i: num_generalists(i, budget, options) for i in budget.num_experts}, budget, options)
 
 
 @register_method(
@@ -85,8 +96,8 @@ def generalists(layer: LayerStats, index: int, budget: UniformBudget, options: G
     options=GeneralistOptions,
     check=check,
 )
-def variability(stats: CalibrationStats, budget: UniformBudget, options: GeneralistOptions) -> Retained:
-    """Retained experts ``{layer: experts}``."""
+def variability(stats: CalibrationStats, budget: UniformBudget, options: GeneralistOptions) -> Selection:
+    """The retained experts."""
     retained = {}
     for index, count in progress(budget.num_experts.items(), "variability", unit="layer"):
         layer = stats.layers[index]
@@ -94,4 +105,4 @@ def variability(stats: CalibrationStats, budget: UniformBudget, options: General
         order = np.argsort(-variability_scores(layer), kind="stable").tolist()
         ranked = [expert for expert in order if expert not in first]
         retained[index] = tuple(sorted([*first, *ranked[: count - len(first)]]))
-    return retained
+    return Selection(retained, notes=generalist_notes(budget, options))

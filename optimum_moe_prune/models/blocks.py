@@ -220,11 +220,11 @@ def _replace(owner: nn.Module, name: str, value: Tensor) -> None:
         setattr(owner, name, value)
 
 
-def moe_layers(model_config: Any) -> tuple[dict[int, int], int]:
-    """Experts in each MoE layer, and the experts used per token, from a config alone (a model without weights)."""
+def moe_layers(model_config: Any) -> tuple[dict[int, int], RoutingRule]:
+    """Experts in each MoE layer and the rule of their routers, from a config alone (a model without weights)."""
     with torch.device("meta"):
         blocks = moe_blocks(AutoModelForCausalLM.from_config(model_config))
-    return {block.layer: block.num_experts for block in blocks}, blocks[0].rule.top_k
+    return {block.layer: block.num_experts for block in blocks}, blocks[0].rule
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     blocks = moe_blocks(model)
     return {
         "model_type": blocks[0].spec.model_type,
-        "top_k": blocks[0].rule.top_k,
+        "top_k": blocks[0].rule,
         "fingerprint": fingerprint(blocks),
         "dense_layers": dense_layers(model),
         "name_or_path": name_of_config(model.config),

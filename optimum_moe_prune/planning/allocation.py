@@ -9,12 +9,13 @@ import numpy as np
 
 from ..errors import RequestError
 from ..methods.budget import Budget
-from .sensitivity import ALL, Divergence, MethodSensitivity, Retained
+from ..methods.selection import Selection
+from .sensitivity import ALL, Divergence, MethodSensitivity
 
 
 def allocate(
     measured: MethodSensitivity, budget: Budget, domain_weights: Mapping[str, float] | None = None
-) -> Retained:
+) -> Selection:
     """The measured sets, one for each layer, whose divergences have the least sum under a budget.
 
     Exact, by dynamic programming over the layers: ``L`` layers, ``C`` numbers of experts measured in each and a budget
@@ -27,7 +28,7 @@ def allocate(
 
     Returns:
         The retained experts of each layer of the budget. Their number may be below the budget where the numbers
-        measured do not add up to it; ``budget.notes`` says so. ``budget.findings`` has the sum.
+        measured do not add up to it; a note says so. The findings have the sum.
 
     Raises:
         RequestError: If the sensitivity lacks a layer, or no numbers measured fit the budget.
@@ -39,8 +40,8 @@ def allocate(
         entry = measured.layers.get(layer)
         if entry is None or entry.original_num_experts != original:
             raise RequestError(f"the sensitivity says nothing of layer {layer} with its {original} experts.")
-        fewest = max(budget.floor, len(budget.protected[layer]))
-        cost = {count: _cost(kl, domain_weights) for count, kl in entry.kl.items() if fewest <= count < original}
+        allowed = set(budget.allowed(layer)) - {original}
+        cost = {count: _cost(kl, domain_weights) for count, kl in entry.kl.items() if count in allowed}
         cost[original] = 0.0
         before, least = least, np.full_like(least, np.inf)
         taken[layer] = np.zeros(len(least), dtype=np.int64)
@@ -62,13 +63,15 @@ def allocate(
         everything = tuple(range(budget.original[layer]))
         retained[layer] = measured.layers[layer].retained[count] if count < len(everything) else everything
         left -= count
-    if total < budget.total:
-        budget.note(
-            f"{total} experts are retained, {budget.total - total} fewer than the budget allows: the numbers measured "
-            "do not add up to it, or more would not help"
-        )
-    budget.findings["sum of divergences"] = round(float(least[total]), 6)
-    return dict(sorted(retained.items()))
+    note = (
+        f"{total} experts are retained, {budget.total - total} fewer than the budget allows: the numbers measured do "
+        "not add up to it, or more would not help"
+    )
+    return Selection(
+        dict(sorted(retained.items())),
+        notes=(note,) if total < budget.total else (),
+        findings={"sum of divergences": round(float(least[total]), 6)},
+    )
 
 
 def _cost(kl: Divergence, domain_weights: Mapping[str, float] | None) -> float:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.routers import RoutingRule
 from ..errors import RequestError
 from ..methods import BY_SENSITIVITY, get_method
-from ..methods.budget import Budget, global_budget, uniform_budget
+from ..methods.budget import Budget, global_budget, rounding_note, uniform_budget
 from ..methods.super_experts import super_experts
 from ..plan import PruningPlan
 from ..statistics.stats import CalibrationStats
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 def budget_for(
     config: MoEPrunerConfig,
     original: Mapping[int, int],
-    top_k: int,
+    rule: RoutingRule,
     protect: Mapping[int, Iterable[int]] | None = None,
 ) -> Budget:
     """The budget that a recipe sets for a model.
@@ -34,7 +35,7 @@ def budget_for(
     Args:
         config: The recipe.
         original: Experts in each MoE layer.
-        top_k: Experts used per token.
+        rule: How its routers choose.
         protect: In place of the recipe's own.
 
     Raises:
@@ -50,9 +51,9 @@ def budget_for(
         "seed": config.seed,
     }
     if config.allocates == "uniform":
-        budget: Budget = uniform_budget(original, top_k, **settings)
+        budget: Budget = uniform_budget(original, rule, **settings)
     else:
-        budget = global_budget(original, top_k, total_experts=config.total_experts, **settings)
+        budget = global_budget(original, rule, total_experts=config.total_experts, **settings)
     if method.check is not None and config.allocates != BY_SENSITIVITY:  # there what is refused was not measured
         method.check(budget, config.options())
     return budget
@@ -108,11 +109,10 @@ def quiet_plan(
     stats = stats.with_domain_weights(domain_weights)
     protect, said = protected_experts(stats, config)
     original = stats.num_experts
-    budget = budget_for(config, original, stats.model["top_k"], protect)
-    if said is not None:
-        budget.note(said)
+    budget = budget_for(config, original, stats.routing, protect)
+    notes = [rounding_note(budget, config.sparsity), said]
     if dense := stats.model.get("dense_layers"):
-        budget.note(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
+        notes.append(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
     if config.allocates == BY_SENSITIVITY:
         if sensitivity is None:
             raise RequestError(
@@ -125,9 +125,10 @@ def quiet_plan(
                 "the sensitivity was measured with experts chosen by another calibration than these statistics are "
                 "of; measure it with the same (sensitivity --stats), or plan with those it was measured with."
             )
-        chosen, scores = allocate(measured, budget, domain_weights), None
+        selection = allocate(measured, budget, domain_weights)
     else:
-        chosen, scores = method.select(stats, budget, options)
+        selection = method.select(stats, budget, options)
+    chosen, scores = selection.retained, selection.scores
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
     provenance: dict[str, Any] = {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -140,8 +141,8 @@ def quiet_plan(
             "kept_tokens": len(stats.token_sample),
             **stats.provenance,
         },
-        "notes": budget.notes,
-        "findings": budget.findings,
+        "notes": list(dict.fromkeys(note for note in (*notes, *selection.notes) if note)),  # each is said once
+        "findings": dict(selection.findings),
     }
     if sensitivity is not None and config.allocates == BY_SENSITIVITY:
         provenance["sensitivity"] = {"tokens_by_domain": sensitivity.tokens_by_domain, **sensitivity.provenance}

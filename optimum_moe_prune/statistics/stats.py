@@ -102,6 +102,11 @@ class CalibrationStats:
         return {index: layer.num_experts for index, layer in self.layers.items()}
 
     @property
+    def routing(self) -> RoutingRule:
+        """How the routers choose, in every layer alike."""
+        return next(iter(self.layers.values())).routing
+
+    @property
     def domains(self) -> dict[str, int]:
         """Tokens of each domain."""
         tokens: dict[str, int] = {}

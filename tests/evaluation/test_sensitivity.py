@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import aligned, assert_equal_states, make_model, make_texts, make_tokenizer
-from oracles import sensitivity_of
+from oracles import sensitivity_of, softmax_rule
 from transformers import PreTrainedModel
 
 from optimum_moe_prune import (
@@ -216,7 +216,8 @@ def test_the_allocation_is_the_best_one(seed: int) -> None:
     total = int(rng.integers(sum(map(min, counts)), sum(sizes)))
     weights = None if seed % 3 else {"a": 3.0, "b": 1.0}
     budget = dataclasses.replace(
-        global_budget(dict(enumerate(sizes)), 2, total_experts=total), protected={0: (0, 1), 1: (), 2: (), 3: ()}
+        global_budget(dict(enumerate(sizes)), softmax_rule(2), total_experts=total),
+        protected={0: (0, 1), 1: (), 2: (), 3: ()},
     )
 
     def cost(layer: int, count: int) -> float:
@@ -229,26 +230,26 @@ def test_the_allocation_is_the_best_one(seed: int) -> None:
     fitting = [c for c in itertools.product(*choices) if sum(c) <= total]
     best = min(sum(cost(i, n) for i, n in enumerate(c)) for c in fitting)
     most = max(sum(c) for c in fitting if math.isclose(sum(cost(i, n) for i, n in enumerate(c)), best, abs_tol=1e-12))
-    retained = allocate(measured, budget, weights)
-    numbers = [len(retained[layer]) for layer in range(4)]
+    selection = allocate(measured, budget, weights)
+    numbers = [len(selection.retained[layer]) for layer in range(4)]
     assert tuple(numbers) in fitting
     assert sum(cost(i, n) for i, n in enumerate(numbers)) == pytest.approx(best, abs=1e-12)
-    assert budget.findings["sum of divergences"] == pytest.approx(best, abs=1e-6)
+    assert selection.findings["sum of divergences"] == pytest.approx(best, abs=1e-6)
     if weights is None:  # whole numbers: ties are exact
         assert sum(numbers) == most
-    assert any("fewer than the budget" in note for note in budget.notes) == (sum(numbers) < total)
+    assert any("fewer than the budget" in note for note in selection.notes) == (sum(numbers) < total)
 
 
 def test_budgets_that_what_was_measured_cannot_keep() -> None:
     measured = costs(np.random.default_rng(0), [6, 6], [[4, 5], [4, 5]])
     with pytest.raises(RequestError, match="the budget keeps 7 experts, fewer than the smallest numbers measured"):
-        allocate(measured, global_budget({0: 6, 1: 6}, 2, total_experts=7))
+        allocate(measured, global_budget({0: 6, 1: 6}, softmax_rule(2), total_experts=7))
     with pytest.raises(RequestError, match="says nothing of layer 2 with its 6 experts"):
-        allocate(measured, global_budget({0: 6, 2: 6}, 2, total_experts=9))
+        allocate(measured, global_budget({0: 6, 2: 6}, softmax_rule(2), total_experts=9))
     with pytest.raises(RequestError, match="not measured on domain 'c'"):
-        allocate(measured, global_budget({0: 6, 1: 6}, 2, total_experts=9), {"c": 1})
-    protected = global_budget({0: 6, 1: 6}, 2, total_experts=9, protect={0: (0, 1, 2, 3, 4)})
-    assert [len(experts) for experts in allocate(measured, protected).values()] == [5, 4]
+        allocate(measured, global_budget({0: 6, 1: 6}, softmax_rule(2), total_experts=9), {"c": 1})
+    protected = global_budget({0: 6, 1: 6}, softmax_rule(2), total_experts=9, protect={0: (0, 1, 2, 3, 4)})
+    assert [len(experts) for experts in allocate(measured, protected).retained.values()] == [5, 4]
 
 
 # ------------------------------------------------------------------------------------------- the measurement

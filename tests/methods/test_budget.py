@@ -3,15 +3,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from oracles import softmax_rule
 
 from optimum_moe_prune import RequestError, RunError
-from optimum_moe_prune.methods.budget import choose, choose_ranked, global_budget, num_removed, uniform_budget
+from optimum_moe_prune.architectures.routers import SoftmaxTopK
+from optimum_moe_prune.methods.budget import (
+    allowed_counts,
+    choose,
+    choose_ranked,
+    global_budget,
+    num_removed,
+    rounding_note,
+    uniform_budget,
+)
 
 LAYERS = {0: 8, 1: 8, 3: 8}
+
+
+@dataclass(frozen=True)
+class InFours(SoftmaxTopK):
+    """A router whose layers keep a multiple of four experts, as one that chooses among equal groups would."""
+
+    @property
+    def fewest(self) -> int:
+        return 4
+
+    def allows(self, num_experts: int) -> bool:
+        return num_experts % 4 == 0
+
+
+IN_FOURS = InFours(2, True, False)
 
 
 @pytest.mark.parametrize(
@@ -23,7 +50,7 @@ def test_sparsity_rounds_half_up(sparsity: float, experts: int, removed: int) ->
 
 
 def test_skipped_layers_are_outside_the_budget() -> None:
-    budget = uniform_budget(LAYERS, 2, sparsity=0.5, skip_layers=[1], protect={3: [7, 2]})
+    budget = uniform_budget(LAYERS, softmax_rule(2), sparsity=0.5, skip_layers=[1], protect={3: [7, 2]})
     assert budget.num_experts == {0: 4, 3: 4}
     assert budget.protected == {0: (), 3: (2, 7)}
 
@@ -57,37 +84,38 @@ def test_skipped_layers_are_outside_the_budget() -> None:
 )
 def test_impossible_requests_are_refused(request_: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        uniform_budget(LAYERS, 2, **request_)
+        uniform_budget(LAYERS, softmax_rule(2), **request_)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (60, 4), (7, 3), (128, 8), (2, 1), (512, 10)])
 def test_the_range_a_refusal_names_is_right(experts: int, top_k: int) -> None:
     with pytest.raises(RequestError) as refused:
-        uniform_budget({0: experts}, top_k, sparsity=1e-6)
+        uniform_budget({0: experts}, softmax_rule(top_k), sparsity=1e-6)
     least, most = re.search(r"Ask for a sparsity of (\S+) to (\S+)\.$", str(refused.value)).groups()
-    assert uniform_budget({0: experts}, top_k, sparsity=float(least)).num_experts == {0: experts - 1}
-    assert uniform_budget({0: experts}, top_k, sparsity=float(most)).num_experts == {0: top_k}
+    assert uniform_budget({0: experts}, softmax_rule(top_k), sparsity=float(least)).num_experts == {0: experts - 1}
+    assert uniform_budget({0: experts}, softmax_rule(top_k), sparsity=float(most)).num_experts == {0: top_k}
 
 
 def test_where_every_expert_is_used_none_can_go() -> None:
     with pytest.raises(RequestError, match="every token uses all 4 experts of layer 0: none can be removed"):
-        uniform_budget({0: 4}, 4, num_experts=3)
+        uniform_budget({0: 4}, softmax_rule(4), num_experts=3)
 
 
 def test_rounding_is_kept() -> None:
-    assert uniform_budget(LAYERS, 2, sparsity=0.3).notes == ["sparsity 0.3 rounds to 0.25"]
-    assert uniform_budget(LAYERS, 2, sparsity=0.25).notes == []
+    budget = uniform_budget(LAYERS, softmax_rule(2), sparsity=0.3)
+    assert rounding_note(budget, 0.3) == "sparsity 0.3 rounds to 0.25"
+    assert rounding_note(budget, 0.25) is None and rounding_note(budget, None) is None
 
 
 def test_ties_go_to_the_lower_index_and_protection_comes_first() -> None:
     scores = {0: np.array([1.0, 3.0, 1.0, 3.0, 0.0])}
-    assert choose(scores, uniform_budget({0: 5}, 2, num_experts=3)) == {0: (0, 1, 3)}
-    assert choose(scores, uniform_budget({0: 5}, 2, num_experts=3, protect={0: [4]})) == {0: (1, 3, 4)}
+    assert choose(scores, uniform_budget({0: 5}, softmax_rule(2), num_experts=3)) == {0: (0, 1, 3)}
+    assert choose(scores, uniform_budget({0: 5}, softmax_rule(2), num_experts=3, protect={0: [4]})) == {0: (1, 3, 4)}
 
 
 def test_scores_that_are_not_finite_are_named() -> None:
     with pytest.raises(RunError, match="layer 0: expert 1 has no finite score"):
-        choose({0: np.array([1.0, np.nan, 2.0])}, uniform_budget({0: 3}, 1, num_experts=2))
+        choose({0: np.array([1.0, np.nan, 2.0])}, uniform_budget({0: 3}, softmax_rule(1), num_experts=2))
 
 
 # ------------------------------------------------------------------------------------------- one budget for all layers
@@ -107,7 +135,7 @@ def test_scores_that_are_not_finite_are_named() -> None:
     ],
 )
 def test_a_global_budget_counts_over_all_layers(request_: dict[str, object], total: int) -> None:
-    budget = global_budget(LAYERS, 2, **request_)
+    budget = global_budget(LAYERS, softmax_rule(2), **request_)
     assert budget.total == total and budget.floor == 2
     assert set(budget.original) == set(LAYERS) - set(request_.get("skip_layers", []))
 
@@ -138,18 +166,18 @@ def test_a_global_budget_counts_over_all_layers(request_: dict[str, object], tot
 )
 def test_impossible_global_requests_are_refused(request_: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        global_budget(LAYERS, 2, **request_)
+        global_budget(LAYERS, softmax_rule(2), **request_)
 
 
 @pytest.mark.parametrize(("layers", "top_k"), [({0: 8, 1: 8}, 2), ({0: 60, 5: 60, 7: 12}, 4), ({0: 3, 1: 2}, 1)])
 def test_the_range_a_global_refusal_names_is_right(layers: dict[int, int], top_k: int) -> None:
     with pytest.raises(RequestError) as refused:
-        global_budget(layers, top_k, sparsity=1e-6)
+        global_budget(layers, softmax_rule(top_k), sparsity=1e-6)
     least, most = re.search(r"Ask for a sparsity of (\S+) to (\S+)\.$", str(refused.value)).groups()
-    assert global_budget(layers, top_k, sparsity=float(least)).total == sum(layers.values()) - 1
-    assert global_budget(layers, top_k, sparsity=float(most)).total == top_k * len(layers)
+    assert global_budget(layers, softmax_rule(top_k), sparsity=float(least)).total == sum(layers.values()) - 1
+    assert global_budget(layers, softmax_rule(top_k), sparsity=float(most)).total == top_k * len(layers)
     with pytest.raises(RequestError, match="none can be removed"):
-        global_budget(dict.fromkeys(layers, top_k), top_k, num_experts=top_k)
+        global_budget(dict.fromkeys(layers, top_k), softmax_rule(top_k), num_experts=top_k)
 
 
 def test_global_choice_equals_a_straight_loop() -> None:
@@ -158,7 +186,7 @@ def test_global_choice_equals_a_straight_loop() -> None:
         layers = {0: 6, 2: 9, 3: 4}
         scores = {layer: np.round(rng.gamma(1.0, size=count), 1) * 10**layer for layer, count in layers.items()}
         protect = {2: [int(rng.integers(9))]} if trial % 2 else {}
-        budget = global_budget(layers, 2, num_experts=int(rng.integers(2, 6)), protect=protect)
+        budget = global_budget(layers, softmax_rule(2), num_experts=int(rng.integers(2, 6)), protect=protect)
         found = choose(scores, budget)
         relative = {layer: values / values.mean() for layer, values in scores.items()}
         expected = {}
@@ -179,12 +207,111 @@ def test_global_choice_equals_a_straight_loop() -> None:
 
 def test_global_ties_favour_no_layer() -> None:
     equal = {layer: np.zeros(8) for layer in LAYERS}
-    kept = choose(equal, global_budget(LAYERS, 2, sparsity=0.5))
+    kept = choose(equal, global_budget(LAYERS, softmax_rule(2), sparsity=0.5))
     assert kept == {0: (0, 1, 2, 3), 1: (0, 1, 2, 3), 3: (0, 1, 2, 3)}
 
 
 def test_ranks_of_several_numbers_are_compared_in_order() -> None:
     keys = {0: [(0, 5.0), (1, 1.0), (0, 1.0), (1, 0.5)], 1: [(0, 2.0), (1, 9.0), (0, 2.0), (1, 0.7)]}
-    assert choose_ranked(keys, global_budget({0: 4, 1: 4}, 1, num_experts=2)) == {0: (0, 2), 1: (0, 2)}
-    assert choose_ranked(keys, global_budget({0: 4, 1: 4}, 1, sparsity=0.375)) == {0: (0, 2, 3), 1: (0, 2)}
-    assert choose_ranked(keys, uniform_budget({0: 4, 1: 4}, 1, num_experts=3)) == {0: (0, 2, 3), 1: (0, 2, 3)}
+    assert choose_ranked(keys, global_budget({0: 4, 1: 4}, softmax_rule(1), num_experts=2)) == {0: (0, 2), 1: (0, 2)}
+    assert choose_ranked(keys, global_budget({0: 4, 1: 4}, softmax_rule(1), sparsity=0.375)) == {
+        0: (0, 2, 3),
+        1: (0, 2),
+    }
+    assert choose_ranked(keys, uniform_budget({0: 4, 1: 4}, softmax_rule(1), num_experts=3)) == {
+        0: (0, 2, 3),
+        1: (0, 2, 3),
+    }
+
+
+def test_a_budget_cannot_be_written_into() -> None:
+    budget = uniform_budget(LAYERS, softmax_rule(2), sparsity=0.5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        budget.total = 3
+    assert not {"notes", "findings", "note"} & set(dir(budget))
+
+
+# ------------------------------------------------------------------------------------------- rules that leave gaps
+
+
+def test_the_numbers_that_a_rule_allows() -> None:
+    assert allowed_counts(softmax_rule(2), 5) == [2, 3, 4, 5]
+    assert allowed_counts(softmax_rule(2), 5, protected=4) == [4, 5]
+    assert allowed_counts(softmax_rule(2), 2) == allowed_counts(softmax_rule(3), 2) == [2]
+    assert allowed_counts(IN_FOURS, 14) == [4, 8, 12, 14]
+    assert allowed_counts(IN_FOURS, 14, protected=5) == [8, 12, 14]
+    budget = uniform_budget({0: 16, 2: 16}, IN_FOURS, num_experts=8, protect={2: range(5)})
+    assert budget.floor == 4 and budget.allowed(0) == [4, 8, 12, 16] and budget.allowed(2) == [8, 12, 16]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"num_experts": 6}, "num_experts=6 leaves layer 0 with 6 experts, and its router does not allow that number. "
+            "Ask for 4, 8, 12."),
+        ({"num_experts": 3}, "leaves layer 0 with 3 experts, and its router does not allow that number. Ask for 4, 8"),
+        ({"num_experts": 1}, "leaves layer 0 with 1 experts, and every token uses 2. Ask for 4, 8, 12."),
+        ({"sparsity": 0.4}, "sparsity=0.4 removes 6 of 16 experts, which leaves layer 0 with 10 experts, and its "
+            "router does not allow that number. Ask for a sparsity of 0.25, 0.5, 0.75."),
+    ],
+)  # fmt: skip
+def test_a_number_that_the_rule_does_not_allow_is_refused(request_: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        uniform_budget({0: 16}, IN_FOURS, **request_)
+    for sparsity in (0.25, 0.5, 0.75):
+        assert uniform_budget({0: 16}, IN_FOURS, sparsity=sparsity).total == 16 * (1 - sparsity)
+    with pytest.raises(RequestError, match="the router needs all 4 experts of layer 0: none can be removed"):
+        uniform_budget({0: 4}, IN_FOURS, num_experts=2)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"total_experts": 22}, "total_experts=22 keeps 22 of the 40 experts in 3 layers, and the numbers that the "
+            "routers allow in a layer add up to 20 or 24. Ask for 16, 20, 24, 28, 32, 36."),
+        ({"total_experts": 13}, "each layer keeps at least the 4 that every token uses and those protected, together "
+            "16. Ask for 16, 20, "),
+        ({"sparsity": 0.42}, "sparsity=0.42 keeps 23 of the 40 experts in 3 layers, and the numbers that the routers "
+            "allow in a layer add up to 20 or 24. Ask for a sparsity of 0.1, 0.2, 0.3, 0.4, 0.5, 0.6."),
+        ({"num_experts": 9}, "add up to 24 or 28. Ask for 8, 12."),
+        ({"total_experts": 40}, "nothing to prune. Ask for 16, "),
+    ],
+)  # fmt: skip
+def test_a_total_that_the_rule_does_not_allow_is_refused(request_: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
+        global_budget({0: 16, 1: 8, 2: 16}, IN_FOURS, protect={0: range(6)}, **request_)
+
+
+def test_many_numbers_are_not_all_listed() -> None:
+    with pytest.raises(RequestError, match=re.escape("Ask for 8, 12, 16, ..., 124.")):
+        global_budget({0: 64, 1: 64}, IN_FOURS, total_experts=2)
+    with pytest.raises(RequestError, match=re.escape("Ask for a sparsity of 0.1, 0.2, 0.3, ..., 0.9.")):
+        uniform_budget({0: 40}, IN_FOURS, sparsity=0.01)
+
+
+def test_numbers_that_do_not_lie_evenly_cannot_be_spread() -> None:
+    with pytest.raises(RequestError, match=r"do not lie evenly.* use allocation 'uniform'"):
+        global_budget({0: 16, 1: 10}, IN_FOURS, total_experts=16)
+
+
+def test_a_choice_over_all_layers_keeps_what_the_rule_allows() -> None:
+    rng = np.random.default_rng(1)
+    layers = {0: 16, 1: 8, 2: 16}
+    for total in range(16, 40, 4):
+        scores = {layer: rng.gamma(1.0, size=count) for layer, count in layers.items()}
+        budget = global_budget(layers, IN_FOURS, total_experts=total, protect={0: range(6)})
+        kept = choose(scores, budget)
+        sizes = {layer: len(experts) for layer, experts in kept.items()}
+        assert sum(sizes.values()) == total and all(sizes[layer] in budget.allowed(layer) for layer in layers)
+        # The next four of a layer go in by the best of them, so no step left out begins better than one taken.
+        relative = {layer: -values / values.mean() for layer, values in scores.items()}
+        taken, left = [], []
+        for layer, count in layers.items():
+            first = [*range(6)] if layer == 0 else []
+            order = [*first, *sorted(set(range(count)) - set(first), key=lambda e, v=relative[layer]: v[e])]
+            assert set(kept[layer]) == set(order[: sizes[layer]])
+            steps = [relative[layer][order[low]] for low in budget.allowed(layer)[:-1]]
+            done = budget.allowed(layer).index(sizes[layer])
+            taken += steps[:done]
+            left += steps[done:]
+        assert not taken or not left or max(taken) <= min(left)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
-from oracles import straight_loop
+from oracles import softmax_rule, straight_loop
 from scipy.stats import rankdata, spearmanr
 
 from optimum_moe_prune import (
@@ -27,10 +27,11 @@ from optimum_moe_prune import (
 from optimum_moe_prune import methods as methods_package
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.methods import get_method, make_options, registry
-from optimum_moe_prune.methods.budget import uniform_budget
+from optimum_moe_prune.methods.budget import UniformBudget, uniform_budget
 from optimum_moe_prune.methods.enumeration import SearchOptions, best_set
 from optimum_moe_prune.methods.mosaic import _standardised, cut, performance_vectors, token_domains, ward_tree
 from optimum_moe_prune.methods.replay import reconstruction_loss, squared_errors
+from optimum_moe_prune.methods.selection import Selection
 from optimum_moe_prune.methods.variability import variability_scores
 from optimum_moe_prune.models.blocks import moe_blocks
 from optimum_moe_prune.planning.build import build_plan
@@ -354,6 +355,30 @@ def test_a_method_of_ones_own(stats: CalibrationStats, monkeypatch: pytest.Monke
         registry.register_method("own", kind="set", summary="", source="", needs=frozenset())
 
 
+def test_a_set_of_ones_own_may_come_with_what_is_to_be_said(
+    stats: CalibrationStats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    before = build_plan(stats, MoEPrunerConfig(method="random", num_experts=4)).provenance["notes"]
+    register = registry.register_method("guest", kind="set", summary="", source="", needs=frozenset())
+    register(lambda stats, budget, options: {layer: (0, 1, 2, 3) for layer in budget.num_experts})
+    config = MoEPrunerConfig(method="guest", num_experts=4)
+    plan = build_plan(stats, config)
+    assert set(plan.retained.values()) == {(0, 1, 2, 3)} and plan.scores is None
+    assert plan.provenance["notes"] == before and plan.provenance["findings"] == {}
+
+    def answer(stats: CalibrationStats, budget: UniformBudget, options: object) -> Selection:
+        scores = {layer: np.arange(count, 0.0, -1.0) for layer, count in stats.num_experts.items()}
+        retained = {layer: (0, 1, 2, 3) for layer in budget.num_experts}
+        return Selection(retained, scores, ("first", "second", "first"), {"rounds": 3})
+
+    register(answer)
+    plan = build_plan(stats, config)
+    assert set(plan.retained.values()) == {(0, 1, 2, 3)} and plan.scores[0][0] == stats.num_experts[0]
+    assert plan.provenance["notes"] == [*before, "first", "second"]
+    assert plan.provenance["findings"] == {"rounds": 3}
+
+
 def test_a_set_that_does_not_keep_to_the_budget_is_refused(
     stats: CalibrationStats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,7 +391,7 @@ def test_a_set_that_does_not_keep_to_the_budget_is_refused(
 
 
 def test_a_search_without_end_is_refused(stats: CalibrationStats) -> None:
-    budget = uniform_budget({0: 40}, 2, num_experts=20)
+    budget = uniform_budget({0: 40}, softmax_rule(2), num_experts=20)
     layer = replace(stats.layers[0], num_experts=40)
     with pytest.raises(RequestError, match="would try 137846528820 sets of 20 experts in layer 0"):
         best_set(layer, 0, 20, budget, SearchOptions(search="exhaustive"))
@@ -427,5 +452,5 @@ def test_super_experts_are_found_and_kept(samples: CalibrationSet) -> None:
 
 
 def test_budget_is_what_methods_see() -> None:
-    budget = uniform_budget({0: 8, 2: 8}, 2, sparsity=0.25, seed=4)
+    budget = uniform_budget({0: 8, 2: 8}, softmax_rule(2), sparsity=0.25, seed=4)
     assert budget.num_experts == {0: 6, 2: 6} and budget.protected == {0: (), 2: ()} and budget.seed == 4

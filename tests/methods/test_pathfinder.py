@@ -17,7 +17,8 @@ from oracles import straight_loop
 from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig, Need, RequestError
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.methods.budget import global_budget
-from optimum_moe_prune.methods.pathfinder import _sample_weights, log_importance, log_transitions, on_best_paths
+from optimum_moe_prune.methods.path_selection import entropy_shares, on_best_paths, sample_weights
+from optimum_moe_prune.methods.pathfinder import log_importance, log_transitions
 from optimum_moe_prune.planning.build import build_plan
 
 NEEDS = {Need.ROUTING, Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.COACTIVATION}
@@ -59,8 +60,7 @@ def factors(kind: str, samples: CalibrationSet, sample: int, tau: float, conditi
 def test_factors_are_those_of_the_formulas(
     kind: str, stats: CalibrationStats, samples: CalibrationSet, conditional: bool
 ) -> None:
-    budget = global_budget(stats.num_experts, stats.model["top_k"], sparsity=0.3)
-    nodes = log_importance(stats, budget, tau=0.4)
+    nodes = log_importance(stats, tau=0.4)
     edges = log_transitions(stats, "conditional" if conditional else "mean")
     for sample in (0, 5):
         importance, transitions = factors(kind, samples, sample, 0.4, conditional)
@@ -71,7 +71,12 @@ def test_factors_are_those_of_the_formulas(
     for layer, values in zip(sorted(stats.layers), nodes, strict=True):
         p = np.exp(values)
         entropy = -(p * np.log(p)).sum(1).mean() / math.log(p.shape[1])
-        assert budget.findings["importance_entropy"][str(layer)] == pytest.approx(entropy, abs=1e-4)
+        assert entropy_shares([layer], [values]) == {str(layer): pytest.approx(entropy, abs=1e-4)}
+    config = MoEPrunerConfig(method="importance", sparsity=0.3, method_options={"tau": 0.4})
+    found = build_plan(stats, config).provenance["findings"]["importance_entropy"]
+    assert found == entropy_shares(sorted(stats.layers), nodes)
+    without = build_plan(stats, replace(config, method="transition", method_options={}))
+    assert "importance_entropy" not in without.provenance["findings"]
 
 
 def brute_force(
@@ -133,8 +138,8 @@ def test_the_choice_is_that_of_listing_all_paths(
     if method == "conditional":
         method, options["transitions"] = "pathfinder", "conditional"
     plan = build_plan(stats, MoEPrunerConfig(method=method, sparsity=sparsity, method_options=options))
-    budget = global_budget(stats.num_experts, stats.model["top_k"], sparsity=sparsity)
-    nodes = log_importance(stats, budget, tau=0.2)
+    budget = global_budget(stats.num_experts, stats.routing, sparsity=sparsity)
+    nodes = log_importance(stats, tau=0.2)
     edges = log_transitions(stats, options.get("transitions", "mean"))
     weights = []
     for sample in range(len(stats.samples)):
@@ -181,8 +186,7 @@ def test_a_layer_that_gives_nothing_leaves_experts_equal() -> None:
         model.model.layers[1].mlp.experts.down_proj.zero_()
     samples = CalibrationSet.build(make_texts(), make_tokenizer())
     stats = collect(model, samples, NEEDS)
-    budget = global_budget(stats.num_experts, 2, sparsity=0.5)
-    np.testing.assert_allclose(np.exp(log_importance(stats, budget, tau=0.1)[1]), 1 / 8)
+    np.testing.assert_allclose(np.exp(log_importance(stats, tau=0.1)[1]), 1 / 8)
     # A factor that is the same for all says nothing: the others decide as if it were not there.
     plan = build_plan(stats, MoEPrunerConfig(method="transition", sparsity=0.5))
     assert not any("no path" in note for note in plan.provenance["notes"])
@@ -220,11 +224,11 @@ def test_domains_of_equal_weight_count_the_same_whatever_their_lengths() -> None
     records = [r for r in long if r["domain"] == "low"] + [r for r in short if r["domain"] == "high"]
     stats = collect(make_model(), CalibrationSet.build(records, make_tokenizer()), NEEDS)
     for weights in ({"low": 1.0, "high": 1.0}, {"low": 3.0, "high": 1.0}):
-        found = _sample_weights(stats.with_domain_weights(weights))
+        found = sample_weights(stats.with_domain_weights(weights))
         mass = {d: found[[s.domain == d for s in stats.samples]].sum() for d in weights}
         assert mass["low"] / mass["high"] == pytest.approx(weights["low"] / weights["high"])
         assert found.mean() == pytest.approx(1.0)
-    assert (_sample_weights(stats) == 1).all()
+    assert (sample_weights(stats) == 1).all()
 
 
 def test_domains_count_with_their_weights() -> None:
@@ -233,10 +237,10 @@ def test_domains_count_with_their_weights() -> None:
     config = MoEPrunerConfig(method="pathfinder", sparsity=0.5, method_options={"num_paths": 1})
     for domain in ("low", "high"):
         weights = {"low": 1e-6, "high": 1e-6} | {domain: 1.0}
-        nodes = log_importance(stats, global_budget(stats.num_experts, 2, sparsity=0.5), tau=0.2)
+        nodes = log_importance(stats, tau=0.2)
         edges = log_transitions(stats, "mean")
-        budget = global_budget(stats.num_experts, 2, sparsity=0.5)
-        weighted = on_best_paths(stats.with_domain_weights(weights), budget, nodes, edges, 1)
+        budget = global_budget(stats.num_experts, stats.routing, sparsity=0.5)
+        weighted = on_best_paths(stats.with_domain_weights(weights), budget, nodes, edges, 1).retained
         assert weighted == build_plan(stats, config, weights).retained
         used = Counter(
             (column, int(node))

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import RequestError
-from ...methods import BY_SENSITIVITY
+from ...methods import BY_SENSITIVITY, pathfinder
 from ...methods.budget import Budget, UniformBudget
 from ...methods.clustering import silhouette
 from ...methods.mosaic import Clusters, cluster_layer
-from ...methods.pathfinder import best_paths
+from ...methods.path_selection import best_paths
 from ...methods.variability import generalists
 from ...plan import PruningPlan
 from ...planning.build import budget_for, protected_experts
@@ -126,10 +126,10 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
         weighted = stats.with_domain_weights(weights)
     except (AttributeError, TypeError) as error:
         raise RequestError("the domain weights in the plan cannot be read.") from error
-    budget = budget_for(config, weighted.num_experts, plan.top_k, protected_experts(weighted, config)[0])
+    budget = budget_for(config, weighted.num_experts, weighted.routing, protected_experts(weighted, config)[0])
     if config.allocates == BY_SENSITIVITY:  # whose sets were measured layer by layer: the numbers that it retains
         counts = {layer: len(plan.retained[layer]) for layer in budget.original}
-        fixed = budget.original, sum(counts.values()), budget.floor, budget.protected, budget.seed
+        fixed = budget.original, sum(counts.values()), budget.rule, budget.protected, budget.seed
         budget = UniformBudget(*fixed, num_experts=counts)
     return Recipe(config.options(), weighted, budget)
 
@@ -165,7 +165,11 @@ def path_graph(plan: PruningPlan, recipe: Recipe) -> PathGraph:
     grown = grown if type(grown) is int and 0 <= grown <= options.num_paths else 1
     nodes = [np.zeros(count, dtype=np.int64) for count in counts]
     edges = [np.zeros(pair, dtype=np.int64) for pair in itertools.pairwise(counts)]
-    for paths in best_paths(recipe.stats, recipe.budget, options, max(1, grown)):
+    importance = pathfinder.log_importance(recipe.stats, options.tau) if hasattr(options, "tau") else None
+    transitions = None
+    if hasattr(options, "transitions"):
+        transitions = pathfinder.log_transitions(recipe.stats, options.transitions)
+    for paths in best_paths(recipe.stats, importance, transitions, max(1, grown)):
         for column, node in enumerate(nodes):
             node[np.unique(paths[:, column])] += 1
         for column, edge in enumerate(edges):

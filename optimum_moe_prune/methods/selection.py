@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Scores = dict[int, np.ndarray]
+"""One number ``(E,)`` for each expert, by layer; higher = keep."""
+
+Retained = dict[int, tuple[int, ...]]
+"""Sorted ids of the experts that are kept, by layer."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The experts that a method keeps, and what is worth saying about them.
+
+    Attributes:
+        retained: By layer of the budget.
+        scores: What they were chosen by, where each expert has a number of its own.
+        notes: What was done otherwise than asked for; kept with the plan and said once.
+        findings: What was found on the way and is worth keeping with the plan, as plain JSON values.
+    """
+
+    retained: Retained
+    scores: Scores | None = None
+    notes: tuple[str, ...] = ()
+    findings: Mapping[str, Any] = field(default_factory=dict)
