@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .calibration.calibrate import calibrate, no_calibration
-from .calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from .calibration.samples import CalibrationInput, CalibrationSet
 from .checkpoints.layout import Layout, open_layout
 from .checkpoints.source import Source
 from .compat import commit_of_config
 from .config import MoEPrunerConfig
 from .errors import RequestError
+from .evaluation.choosing import choose_experts, statistics_for
 from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
 from .models.blocks import moe_blocks, moe_layers
 from .models.checks import check_model
@@ -207,17 +207,9 @@ class MoEPruner:
             calibration: Texts, files, records, a dataset or token tensors.
             model_config: Of the model they are for; by default of the bound one.
         """
-        config = self._recipe()
-        return CalibrationSet.build(
-            calibration,
-            None if isinstance(calibration, CalibrationSet) else self.tokenizer,
-            num_samples=config.num_samples,
-            max_length=sample_length(config.max_length, self.model_config if model_config is None else model_config),
-            sample_selection=config.sample_selection,
-            num_clusters=config.num_clusters,
-            pack=config.pack,
-            seed=config.seed,
-        )
+        config = self.model_config if model_config is None else model_config
+        tokenizer = None if isinstance(calibration, CalibrationSet) else self.tokenizer
+        return CalibrationSet.for_recipe(calibration, self._recipe(), tokenizer, config)
 
     def calibrate(
         self,
@@ -238,17 +230,9 @@ class MoEPruner:
         Returns:
             The statistics, also readable as ``stats``.
         """
-        config, model = self._recipe(), self.layout() if model is None else model
-        stats = calibrate(
-            model,
-            self.samples(_needed(calibration), model.config),
-            config,
-            batch_size=config.batch_size,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-            compute=Compute(**compute),
-            workspace=workspace,
-        )
+        model = self.layout() if model is None else model
+        samples = self.samples(_needed(calibration), model.config)
+        stats = statistics_for(self._recipe(), model, samples, Compute(**compute), workspace)
         self.stats, self.pruning_plan = self._with_commit(stats), None  # an earlier plan does not rest on these
         return self.stats
 
@@ -281,7 +265,7 @@ class MoEPruner:
         config, model = self._recipe(), self.layout() if model is None else model
         samples = self.samples(_needed(calibration), model.config)
         if self.stats is None:
-            self.stats = self._statistics(model, samples, domain_weights, workspace.part("calibration"), compute)
+            self.calibrate(model, samples, workspace=workspace.part("calibration"), **compute)
         self.sensitivity = measure_sensitivity(
             model,
             samples.take(config.sensitivity_samples),
@@ -488,43 +472,34 @@ class MoEPruner:
         workspace: Workspace,
         compute: dict[str, Any],
     ) -> PruningPlan:
-        """A plan from given statistics, from those of no calibration, from a calibration, or from the last one's."""
-        config = self._recipe()
+        """A plan from given statistics, from a calibration, or from the last one."""
+        recipe = self._recipe()
         texts = None if isinstance(calibration, CalibrationStats) else calibration
-        measures = config.allocates == BY_SENSITIVITY and not self._sensitivity_is_given
-        measures = measures and (texts is not None or self.sensitivity is None)
-        samples = None if texts is None or not (measures or config.needs) else self.samples(texts, model.config)
-        if isinstance(calibration, CalibrationStats):
-            self.stats = calibration
-        elif samples is not None or not config.needs:
-            self.stats = self._statistics(model, samples, domain_weights, workspace.part("calibration"), compute)
-        elif self.stats is None:
-            raise RequestError(f"method {config.method!r} needs a calibration; pass calibration=texts.")
-        if measures:
-            if samples is None:
-                raise RequestError(
-                    "allocation 'sensitivity' needs texts to measure on; pass calibration=texts, or set "
-                    "pruner.sensitivity to what was measured before."
-                )
-            self.measure_sensitivity(model, samples, domain_weights, sparsities=(), workspace=workspace, **compute)
-            self._sensitivity_is_given = False  # other texts are measured anew
-        return self.plan(domain_weights=domain_weights)
-
-    def _statistics(
-        self,
-        model: Model,
-        samples: CalibrationSet | None,
-        domain_weights: Mapping[str, float] | None,
-        workspace: Workspace,
-        compute: dict[str, Any],
-    ) -> CalibrationStats:
-        """Statistics of a calibration, or of none where the method needs none."""
-        config = self._recipe()
+        sensitivity = self.sensitivity if self._sensitivity_is_given or texts is None else None
+        measures = recipe.allocates == BY_SENSITIVITY and sensitivity is None
+        samples = None if texts is None or not (measures or recipe.needs) else self.samples(texts, model.config)
         if samples is not None and domain_weights is not None:
             check_domain_weights(samples.samples, domain_weights)
-        if samples is None or not config.needs:
-            return self._with_commit(no_calibration(model, config.seed))
-        return self.calibrate(model, samples, workspace=workspace, **compute)
+        way = Compute(**compute)
+        if isinstance(calibration, CalibrationStats):
+            self.stats = calibration
+        elif texts is not None or self.stats is None or not recipe.needs:
+            stats = statistics_for(recipe, model, samples, way, workspace.part("calibration"))
+            self.stats = self._with_commit(stats)
+        plan, sensitivity = choose_experts(
+            model,
+            recipe,
+            self.stats,
+            samples,
+            sensitivity,
+            domain_weights=domain_weights,
+            compute=way,
+            workspace=workspace.part("sensitivity"),
+        )
+        if measures:
+            self._sensitivity = sensitivity  # other texts are measured anew
+        self.pruning_plan = with_parent(plan, self._parent)
+        return self.pruning_plan
 
     def _with_commit(self, stats: CalibrationStats) -> CalibrationStats:
         """Statistics of a model in memory, with the commit of the repository this pruner is bound to."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..compat import text_config
-from ..config import SAMPLE_SELECTIONS, check_clusters
+from ..config import SAMPLE_SELECTIONS, MoEPrunerConfig, check_clusters
 from ..errors import RequestError
 from ..models.batches import Batch
 from ..statistics.samples import Sample, equal_shares, samples_fingerprint
@@ -149,6 +149,22 @@ class CalibrationSet:
             return representatives(ids, domains, num_samples, num_clusters, seed)
 
         return replace(cls._of_tokens(tokens, max_length, choose if kmeans else None), sources=sources)
+
+    @classmethod
+    def for_recipe(
+        cls, source: CalibrationInput, recipe: MoEPrunerConfig, tokenizer: Any, model_config: Any
+    ) -> CalibrationSet:
+        """As :meth:`build`, by the settings of a recipe and for a model of this config."""
+        return cls.build(
+            source,
+            tokenizer,
+            num_samples=recipe.num_samples,
+            max_length=sample_length(recipe.max_length, model_config),
+            sample_selection=recipe.sample_selection,
+            num_clusters=recipe.num_clusters,
+            pack=recipe.pack,
+            seed=recipe.seed,
+        )
 
     @classmethod
     def from_hub(cls, mixture: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> CalibrationSet:

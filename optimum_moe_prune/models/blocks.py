@@ -232,7 +232,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     blocks = moe_blocks(model)
     return {
         "model_type": blocks[0].spec.model_type,
-        "top_k": blocks[0].rule,
+        "top_k": blocks[0].rule.top_k,
         "fingerprint": fingerprint(blocks),
         "dense_layers": dense_layers(model),
         "name_or_path": name_of_config(model.config),

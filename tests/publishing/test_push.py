@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_moe_prune import MoEPruner, PruningPlan, RequestError, RunError
 from optimum_moe_prune.checkpoints.checkpoint import INDEX_FILE
-from optimum_moe_prune.checkpoints.source import stored_plan
+from optimum_moe_prune.checkpoints.source import Source
 from optimum_moe_prune.names import CONFIG_NAME, PLAN_NAME
 from optimum_moe_prune.publishing.hub import push_folder
 
@@ -186,8 +186,8 @@ def test_published_and_loaded_again(hub: Hub, outputs: Path, tmp_path: Path, nam
     assert commits(hub) == 2
     where: dict[str, Any] = {"revision": commit.oid, "cache_dir": tmp_path}
 
-    plan = stored_plan(REPO, where)
-    assert plan == PruningPlan.load(outputs / name) != stored_plan(REPO, {"cache_dir": tmp_path})
+    plan = Source(REPO, **where).stored_plan()
+    assert plan == PruningPlan.load(outputs / name) != Source(REPO, cache_dir=tmp_path).stored_plan()
     pruner = MoEPruner.from_pretrained(REPO, **where)
     assert pruner.pruning_plan == plan and (pruner.config is None) == (name == "unequal")
     mine = AutoModelForCausalLM.from_pretrained(outputs / name)
@@ -224,7 +224,7 @@ def test_a_branch_and_a_pull_request(hub: Hub, outputs: Path, tmp_path: Path) ->
     push_folder(outputs / "fewer", REPO, token="hf_writer", revision="other/half")
     assert published(hub) == before and commits(hub) == 1
     assert weights(outputs / "fewer") == [n for n in sorted(published(hub, "other/half")) if n.endswith("tensors")]
-    assert stored_plan(REPO, {"revision": "other/half", "cache_dir": tmp_path}) == PruningPlan.load(outputs / "fewer")
+    assert Source(REPO, "other/half", cache_dir=tmp_path).stored_plan() == PruningPlan.load(outputs / "fewer")
 
     push_folder(outputs / "unequal", REPO, token="hf_writer", revision="other/half")  # what is stale there
     assert [n for n in sorted(published(hub, "other/half")) if n.endswith("tensors")] == ["model.safetensors"]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From texts to a plan: calibrate what a recipe reads, measure where its allocation asks for it, and choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..calibration.calibrate import Model, calibrate, no_calibration
+from ..calibration.samples import CalibrationSet
+from ..config import MoEPrunerConfig
+from ..errors import RequestError
+from ..models.memory import Compute
+from ..names import BY_SENSITIVITY
+from ..plan import PruningPlan
+from ..planning.build import build_plan
+from ..planning.sensitivity import Sensitivity
+from ..statistics.stats import CalibrationStats
+from ..storage.workspace import Workspace
+from .measure_sensitivity import measure_sensitivity
+
+
+def choose_experts(
+    model: Model,
+    recipe: MoEPrunerConfig,
+    stats: CalibrationStats,
+    samples: CalibrationSet | None = None,
+    sensitivity: Sensitivity | None = None,
+    *,
+    domain_weights: Mapping[str, float] | None = None,
+    compute: Compute = Compute(),
+    workspace: Workspace = Workspace(),
+) -> tuple[PruningPlan, Sensitivity | None]:
+    """Choose the experts that a recipe retains of a model.
+
+    Args:
+        model: As for :func:`~optimum_moe_prune.calibration.calibrate.calibrate`.
+        recipe: Method, budget and calibration.
+        stats: Statistics of the model.
+        samples: To measure on, for ``allocation="sensitivity"``, unless there is a sensitivity.
+        sensitivity: What was measured before.
+        domain_weights: A share for each domain of the calibration; by default every token counts once.
+        compute: How a checkpoint is run.
+        workspace: Where unfinished work on a checkpoint is kept.
+
+    Returns:
+        The plan, and the sensitivity it was planned with where the recipe asks for one.
+
+    Raises:
+        RequestError: If the recipe needs texts and there are none, or the budget cannot be kept to.
+        RunError: If the model holds NaN or infinite values, or something cannot be written.
+    """
+    if recipe.allocates == BY_SENSITIVITY and sensitivity is None:
+        if samples is None:
+            raise RequestError(
+                "allocation 'sensitivity' needs texts to measure on; pass calibration=texts, or what was measured "
+                "before (sensitivity)."
+            )
+        sensitivity = measure_sensitivity(
+            model,
+            samples.take(recipe.sensitivity_samples),
+            [recipe],
+            stats,
+            domain_weights=domain_weights,
+            sparsities=(),
+            batch_size=recipe.batch_size,
+            compute=compute,
+            workspace=workspace,
+        )
+    return build_plan(stats, recipe, domain_weights, sensitivity), sensitivity
+
+
+def statistics_for(
+    recipe: MoEPrunerConfig,
+    model: Model,
+    samples: CalibrationSet | None,
+    compute: Compute = Compute(),
+    workspace: Workspace = Workspace(),
+) -> CalibrationStats:
+    """What a recipe's method reads: statistics of the samples, or of no calibration where it needs none.
+
+    Raises:
+        RequestError: If it needs samples and there are none.
+    """
+    if not recipe.needs:
+        return no_calibration(model, recipe.seed)
+    if samples is None:
+        raise RequestError(f"method {recipe.method!r} needs a calibration; pass calibration=texts.")
+    return calibrate(
+        model,
+        samples,
+        recipe,
+        batch_size=recipe.batch_size,
+        max_tokens=recipe.max_tokens,
+        seed=recipe.seed,
+        compute=compute,
+        workspace=workspace,
+    )
