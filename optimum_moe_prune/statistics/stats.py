@@ -31,6 +31,7 @@ from ..storage.folders import written_folder
 from ..storage.tensor_files import MappedTensors, Shapes
 from ..storage.values import read_json
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
+from .weights import sample_weights
 
 FORMAT_VERSION = 1
 
@@ -95,8 +96,11 @@ class LayerStats:
         num_experts: Routed experts in the layer.
         routing: How its router turns logits into weights.
         tensors: The statistics by name (``PER_SAMPLE``, ``PER_TOKEN``); read from disk when asked for, if loaded.
-        sample_weights: The weight of each sample ``(S,)`` float64.
+        sample_weights: The weight of each sample in sums over its tokens ``(S,)`` float64.
         token_sample: The sample of each kept token ``(N,)``.
+        kept_weights: The weight of each sample in sums over its kept tokens ``(S,)``; None for ``sample_weights``.
+        root_weights: The weight of each sample in sums of roots ``(S,)``; None for ``sample_weights``. What the three
+            are for says ``statistics.weights``.
     """
 
     num_experts: int
@@ -104,6 +108,8 @@ class LayerStats:
     tensors: Mapping[str, Tensor]
     sample_weights: Tensor
     token_sample: Tensor
+    kept_weights: Tensor | None = None
+    root_weights: Tensor | None = None
 
     def total(self, name: str) -> Tensor:
         """Weighted sum over samples of a per-sample statistic: ``(E,)`` float64."""
@@ -115,8 +121,14 @@ class LayerStats:
 
     @property
     def token_weights(self) -> Tensor:
-        """The weight of each kept token ``(N,)``: that of its sample."""
-        return self.sample_weights[self.token_sample.long()]
+        """The weight of each kept token ``(N,)``."""
+        weights = self.sample_weights if self.kept_weights is None else self.kept_weights
+        return weights[self.token_sample.long()]
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """The weight of each sample in the reconstruction loss ``(S,)``."""
+        return self.sample_weights if self.root_weights is None else self.root_weights
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,7 @@ class CalibrationStats:
             )
 
     def with_domain_weights(self, domain_weights: Mapping[str, float] | None) -> CalibrationStats:
-        """The same statistics with every domain's tokens counting for a given share.
+        """The same statistics with every domain counting for a given share, in every method (``statistics.weights``).
 
         Args:
             domain_weights: A positive number for each domain; only ratios matter. None counts every token once.
@@ -193,16 +205,18 @@ class CalibrationStats:
         Raises:
             RequestError: If a domain is missing or unknown, or a weight is not positive.
         """
-        if domain_weights is None:
-            weights = torch.ones(len(self.samples), dtype=torch.float64)
-        else:
+        sums, kept, roots = torch.ones(len(self.samples), dtype=torch.float64), None, None
+        if domain_weights is not None:
             check_domain_weights(self.samples, domain_weights)
-            tokens = self.domains
-            scale = sum(tokens.values()) / sum(domain_weights.values())
-            weights = torch.tensor(
-                [domain_weights[s.domain] * scale / tokens[s.domain] for s in self.samples], dtype=torch.float64
+            tokens = torch.tensor([sample.num_tokens for sample in self.samples])
+            num_kept = torch.bincount(self.token_sample.long(), minlength=len(self.samples)).double()
+            sums, kept, roots = (
+                sample_weights(self.samples, domain_weights, amount) for amount in (tokens, num_kept, num_kept.sqrt())
             )
-        layers = {index: replace(layer, sample_weights=weights) for index, layer in self.layers.items()}
+        layers = {
+            index: replace(layer, sample_weights=sums, kept_weights=kept, root_weights=roots)
+            for index, layer in self.layers.items()
+        }
         return replace(self, layers=layers, domain_weights=None if domain_weights is None else dict(domain_weights))
 
     # -- files
@@ -364,7 +378,7 @@ class CalibrationStats:
                             f"{parts[1].dtype} in the other; calibrate both in the same precision."
                         )
                     tensors[name] = torch.cat(parts)[picked]
-            layers[index] = replace(layer, tensors=tensors, sample_weights=weights, token_sample=token_sample)
+            layers[index] = LayerStats(layer.num_experts, layer.routing, tensors, weights, token_sample)
         provenance = {**self.provenance, "merged": [self.provenance, other.provenance]}
         return replace(
             self,

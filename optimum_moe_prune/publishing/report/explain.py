@@ -167,7 +167,9 @@ def mosaic_layers(plan: PruningPlan, recipe: Recipe) -> Iterator[MosaicLayer]:
             yield MosaicLayer(index, first, others, none, None, none, none, none, none, (), agrees)
             continue
         found = mosaic.cluster_layer(layer, first, clusters, budget.seed, options)
-        quality = silhouette(layer.tensors["inputs"].float().numpy(), found.domain, budget.seed)
+        quality = silhouette(
+            layer.tensors["inputs"].float().numpy(), found.domain, budget.seed, weights=layer.token_weights.numpy()
+        )
         share = np.bincount(found.domain, weights=layer.token_weights.numpy())
         order = np.argsort(-share, kind="stable")
         yield MosaicLayer(
