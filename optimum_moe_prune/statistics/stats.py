@@ -33,7 +33,10 @@ from ..storage.values import read_json
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
 from .weights import sample_weights
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+SINCE_FORMAT_2 = ("max_element",)
+"""Statistics that folders of format 1 lack."""
 
 
 class Need(str, enum.Enum):
@@ -55,14 +58,14 @@ PER_SAMPLE: dict[Need, tuple[str, ...]] = {
     # tokens with the expert among the chosen; sum of p over them; sums of p and of p log2 p over all tokens
     Need.ROUTING: ("routed_tokens", "routed_probability", "probability", "probability_log2"),
     # over the tokens routed to the expert: sums of ||f||, ||f||^2, g ||f|| with three readings of g, and the largest
-    # ||f||
+    # absolute element of f
     Need.ROUTED_NORMS: (
         "norm",
         "squared_norm",
         "norm_applied",
         "norm_probability",
         "norm_renormalised",
-        "max_norm",
+        "max_element",
     ),
     # sum over all tokens of ||f||
     Need.DENSE_NORMS: ("dense_norm",),
@@ -182,6 +185,12 @@ class CalibrationStats:
         """A hash of the calibration samples and their domains."""
         return samples_fingerprint(self.samples)
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """The names of the tensors of each layer."""
+        there = set(next(iter(self.layers.values())).tensors)
+        return tuple(name for name in tensor_names(self.needs) if name in there)
+
     def require(self, needs: Iterable[Need], method: str) -> None:
         """Raise unless everything in ``needs`` was gathered.
 
@@ -232,8 +241,9 @@ class CalibrationStats:
             RequestError: If the target is in the way.
             RunError: If something cannot be written.
         """
+        names = self._names
         header = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if names == tensor_names(self.needs) else 1,
             "model": self.model,
             "needs": sorted(map(str, self.needs)),
             "max_tokens": self.max_tokens,
@@ -248,7 +258,7 @@ class CalibrationStats:
         }
         with written_folder(folder, overwrite) as partial:
             for index, layer in self.layers.items():
-                _save_layer(layer.tensors, tensor_names(self.needs), partial / layer_file(index))
+                _save_layer(layer.tensors, names, partial / layer_file(index))
             tokens = {"sample": self.token_sample.contiguous(), "position": self.token_position.contiguous()}
             save_file(tokens, partial / "tokens.safetensors")
             (partial / "stats.json").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
@@ -271,9 +281,11 @@ class CalibrationStats:
                 f"{folder} has format version {version!r}; this package reads up to {FORMAT_VERSION}. Install a newer "
                 "one."
             )
+        lacking = SINCE_FORMAT_2 if version < 2 else ()
         try:
             samples = tuple(Sample(**sample) for sample in header["samples"])
             needs = frozenset(Need(need) for need in header["needs"])
+            names = tuple(name for name in tensor_names(needs) if name not in lacking)
             with safe_open(folder / "tokens.safetensors", framework="pt") as file:
                 token_sample, token_position = file.get_tensor("sample"), file.get_tensor("position")
             weights = torch.ones(len(samples), dtype=torch.float64)
@@ -281,7 +293,7 @@ class CalibrationStats:
                 int(index): LayerStats(
                     num_experts=entry["num_experts"],
                     routing=rule_from_dict(entry["routing"]),
-                    tensors=_LayerFile(folder / layer_file(int(index)), tensor_names(needs)),
+                    tensors=_LayerFile(folder / layer_file(int(index)), names),
                     sample_weights=weights,
                     token_sample=token_sample,
                 )
@@ -371,6 +383,8 @@ class CalibrationStats:
             tensors = {}
             for names, picked in ((PER_SAMPLE, torch.tensor(order)), (PER_TOKEN, rows)):
                 for name in tensor_names(self.needs, names):
+                    if name not in self._names or name not in other._names:
+                        continue  # of format 1
                     parts = [layer.tensors[name], theirs[name]]
                     if parts[0].dtype != parts[1].dtype:
                         raise RequestError(
@@ -476,6 +490,8 @@ class _LayerFile(Mapping[str, Tensor]):
                 needs, num_samples, num_tokens, num_experts, experts_before, hidden, torch.float32, torch.float32
             )
             for name, (shape, _) in shapes.items():
+                if name not in self._names:
+                    continue  # of a later format
                 if tuple(found[name].get_shape()) != shape:
                     raise ValueError(f"{self._path.name}: {name} has shape {found[name].get_shape()}, not {shape}")
                 if (dtype := found[name].get_dtype()) not in ("F64", "F32", "BF16", "F16"):
