@@ -115,10 +115,10 @@ def straight_loop(model: PreTrainedModel, samples: CalibrationSet) -> dict[int, 
                     row["norm_applied"][e] = w * norm
                     row["norm_probability"][e] = p[e] * norm
                     row["norm_renormalised"][e] = p[e] / p[chosen].sum() * norm
-                    largest[e] = norm
+                    largest[e] = y[e].abs().max()
                 for name, values in row.items():
                     tables.setdefault(name, torch.zeros(len(samples), experts, dtype=torch.float64))[number] += values
-                table = tables.setdefault("max_norm", torch.zeros(len(samples), experts, dtype=torch.float64))
+                table = tables.setdefault("max_element", torch.zeros(len(samples), experts, dtype=torch.float64))
                 table[number] = torch.maximum(table[number], largest)
                 gram = y @ y.T
                 triangle = torch.triu_indices(experts, experts)

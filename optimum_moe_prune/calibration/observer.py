@@ -37,6 +37,12 @@ Allocate = Callable[[int, Shapes], Mapping[str, Tensor]]
 """A layer's index and the shapes of its tensors -> the tensors, zeros or what an interrupted run had gathered."""
 
 
+def _sizes(y: Tensor) -> Tensor:
+    """Norm and largest absolute element of outputs ``(..., H)``: ``(2, ...)`` float32."""
+    orders = (2, math.inf)
+    return torch.stack([torch.linalg.vector_norm(y, ord=o, dim=-1, dtype=torch.float32) for o in orders])
+
+
 def _weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
     """The experts' output ``(T, H)`` from ``(T, K, H)`` and ``(T, K)``, rounded as transformers rounds."""
     return (y * weight[..., None]).sum(1).to(y.dtype)
@@ -216,13 +222,13 @@ class LayerObserver:
         top_k = chosen.shape[1]
         rows = x.repeat_interleave(top_k, dim=0)
         y = own(rows, chosen.reshape(-1, 1), torch.ones_like(weight).view(-1, 1)).view(len(x), top_k, -1)
-        self._norms(torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32), logits, chosen, weight)
+        self._norms(_sizes(y), logits, chosen, weight)
         return _weighted_sum(y, weight)
 
     def _dense(self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         """The block's output from the outputs of all experts, and the statistics that need them all."""
         outputs = []
-        chosen_norms = []
+        chosen_sizes = []
         size = max(1, _CHUNK_BYTES // (4 * self.num_experts * x.shape[1]))
         for rows in torch.arange(len(x), device=x.device).split(size):
             part, ids, w = x[rows], chosen[rows], weight[rows]
@@ -236,7 +242,7 @@ class LayerObserver:
             full = (routed * w[..., None].float()).sum(1)
             outputs.append(_weighted_sum(routed.to(x.dtype), w))
             if Need.ROUTED_NORMS in self.needs:
-                chosen_norms.append(torch.linalg.vector_norm(routed, dim=-1))
+                chosen_sizes.append(_sizes(routed))
             if Need.DENSE_NORMS in self.needs:
                 self._add("dense_norm", torch.linalg.vector_norm(y, dim=-1), rows)
             if Need.SINGLE_ERROR in self.needs:
@@ -250,14 +256,14 @@ class LayerObserver:
             if Need.GRAM in self.needs:
                 self._keep_gram(y, rows)
         if Need.ROUTED_NORMS in self.needs:
-            self._norms(torch.cat(chosen_norms), logits, chosen, weight)
+            self._norms(torch.cat(chosen_sizes, dim=1), logits, chosen, weight)
         return torch.cat(outputs)
 
-    def _norms(self, norm: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor) -> None:
-        """Sums over the tokens routed to each expert; ``norm``, ``chosen`` and ``weight`` are ``(T, K)``."""
-        if not bool(torch.isfinite(norm).all()):
+    def _norms(self, sizes: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor) -> None:
+        """Sums and maxima over the tokens routed to each expert; ``chosen`` and ``weight`` are ``(T, K)``."""
+        if not bool(torch.isfinite(sizes).all()):
             raise RunError(f"layer {self.block.layer}: an expert's output is NaN or infinite.")
-        norm = norm.double()
+        norm, largest = sizes.double()
         p = self.rule.probabilities(logits).gather(1, chosen)
         self._add_chosen("norm", chosen, norm)
         self._add_chosen("squared_norm", chosen, norm.square())
@@ -265,7 +271,7 @@ class LayerObserver:
         self._add_chosen("norm_probability", chosen, norm * p)
         self._add_chosen("norm_renormalised", chosen, norm * p / p.sum(1, keepdim=True))
         slot = self.current.sample[:, None] * self.num_experts + chosen.cpu()
-        self.tensors["max_norm"].view(-1).scatter_reduce_(0, slot.flatten(), norm.cpu().flatten(), "amax")
+        self.tensors["max_element"].view(-1).scatter_reduce_(0, slot.flatten(), largest.cpu().flatten(), "amax")
 
     def _keep_gram(self, y: Tensor, rows: Tensor) -> None:
         """Keep upper triangles of Gram matrices, in float32 or better whatever the process allows elsewhere."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import silhouette_score
+from sklearn.metrics import silhouette_samples
 
 _SILHOUETTE_ROWS = 2000
 
@@ -21,9 +21,17 @@ def kmeans(points: Any, count: int, seed: int, *, weights: np.ndarray | None = N
         return KMeans(count, n_init=n_init, random_state=seed).fit(points, sample_weight=weights)
 
 
-def silhouette(points: Any, label: np.ndarray, seed: int) -> float:
-    """Mean silhouette of a seeded choice of at most 2,000 rows; minus infinity where these form no clusters."""
+def silhouette(points: Any, label: np.ndarray, seed: int, *, weights: np.ndarray | None = None) -> float:
+    """Mean silhouette of a seeded choice of at most 2,000 rows; minus infinity where these form no clusters.
+
+    Args:
+        points: Rows, dense or sparse.
+        label: The cluster of each row.
+        seed: Of the choice.
+        weights: What each row counts in the mean; 1 by default.
+    """
     rows = np.random.default_rng(seed).permutation(len(label))[:_SILHOUETTE_ROWS]
     if not 1 < len(set(label[rows].tolist())) < len(rows):
         return float("-inf")
-    return float(silhouette_score(points[rows], label[rows]))
+    each = silhouette_samples(points[rows], label[rows])
+    return float(np.average(each, weights=None if weights is None else weights[rows]))

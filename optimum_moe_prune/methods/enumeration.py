@@ -107,7 +107,7 @@ def best_set(
             "Use search='greedy'."
         )
     tensors = layer.tensors
-    replay = Replay(tensors["logits"], tensors["gram"], layer.routing, layer.token_sample, layer.sample_weights)
+    replay = Replay(tensors["logits"], tensors["gram"], layer.routing, layer.token_sample, layer.loss_weights)
     if options.search == "exhaustive" or (options.search == "auto" and sets <= options.max_sets):
         return replay.best_set(size, required)
     return replay.eliminate(size, required)

@@ -160,7 +160,7 @@ def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: i
     """Domain of each kept token ``(N,)``, numbered from 0 without gaps, by K-Means on the block's inputs.
 
     Args:
-        layer: The layer; its tokens count with the weights of their samples.
+        layer: The layer; its tokens count with their weights.
         num_domains: The number of clusters, or ``"auto"``: of 2 to 16, the one with the best silhouette on a seeded
             sample.
         seed: For K-Means and the sample.
@@ -172,7 +172,7 @@ def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: i
     best, best_score = np.zeros(len(inputs), dtype=np.int64), -np.inf
     for count in range(2, min(_MOST_DOMAINS, len(inputs) - 1) + 1):
         labels = _kmeans(inputs, weights, count, seed)
-        score = silhouette(inputs, labels, seed)
+        score = silhouette(inputs, labels, seed, weights=weights)
         if score > best_score:
             best, best_score = labels, score
     return best

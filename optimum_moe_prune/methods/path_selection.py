@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..progress import progress
+from ..statistics import weights as domain_weights
 from ..statistics.stats import CalibrationStats
 from .budget import Budget, choose_ranked
 from .paths import k_best_paths, max_marginals
@@ -135,12 +137,11 @@ def marginals(
 
 
 def sample_weights(stats: CalibrationStats) -> np.ndarray:
-    """What each sample counts ``(S,)``: 1, or an equal part of its domain's weight; 1 on average."""
-    domains = [sample.domain for sample in stats.samples]
+    """What each sample counts ``(S,)``: 1, or an equal part of its domain's share; 1 on average."""
+    voices = torch.ones(len(stats.samples))
     if stats.domain_weights is None:
-        return np.ones(len(domains))
-    share = np.array([stats.domain_weights[domain] / domains.count(domain) for domain in domains])
-    return share / share.mean()
+        return voices.double().numpy()
+    return domain_weights.sample_weights(stats.samples, stats.domain_weights, voices).numpy()
 
 
 def first_path(paths: Sequence[np.ndarray], column: int, num_experts: int) -> np.ndarray:

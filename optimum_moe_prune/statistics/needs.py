@@ -33,14 +33,14 @@ PER_SAMPLE: dict[Need, tuple[str, ...]] = {
     # tokens with the expert among the chosen; sum of p over them; sums of p and of p log2 p over all tokens
     Need.ROUTING: ("routed_tokens", "routed_probability", "probability", "probability_log2"),
     # over the tokens routed to the expert: sums of ||f||, ||f||^2, g ||f|| with three readings of g, and the largest
-    # ||f||
+    # absolute element of f
     Need.ROUTED_NORMS: (
         "norm",
         "squared_norm",
         "norm_applied",
         "norm_probability",
         "norm_renormalised",
-        "max_norm",
+        "max_element",
     ),
     # sum over all tokens of ||f||
     Need.DENSE_NORMS: ("dense_norm",),
@@ -52,6 +52,9 @@ PER_SAMPLE: dict[Need, tuple[str, ...]] = {
 }
 """Tensors ``(S, E)`` in float64 where nothing else is said, by need."""
 
+
+IN_FORMAT_1 = {"max_element": "max_norm"}
+"""What folders of format 1 lack, and what they hold in its place: the largest norm, which nothing reads."""
 
 PER_TOKEN: dict[Need, tuple[str, ...]] = {
     Need.ROUTING: ("logits",),  # (N, E), dtype of the router's logits

@@ -28,10 +28,11 @@ from ..storage.files import write_json
 from ..storage.folders import written_folder
 from ..storage.values import check_version, read_json
 from .files import LayerFile, MergedTensors, layer_file, save_layer, tensor_shapes
-from .needs import PER_SAMPLE, PER_TOKEN, Need, layer_shapes, tensor_names
+from .needs import IN_FORMAT_1, PER_SAMPLE, PER_TOKEN, Need, layer_shapes, tensor_names
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
+from .weights import sample_weights
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENS_NAME = "tokens.safetensors"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,8 +45,11 @@ class LayerStats:
         num_experts: Routed experts in the layer.
         routing: How its router turns logits into weights.
         tensors: The statistics by name (``PER_SAMPLE``, ``PER_TOKEN``); read from disk when asked for, if loaded.
-        sample_weights: The weight of each sample ``(S,)`` float64.
+        sample_weights: The weight of each sample in sums over its tokens ``(S,)`` float64.
         token_sample: The sample of each kept token ``(N,)``.
+        kept_weights: The weight of each sample in sums over its kept tokens ``(S,)``; None for ``sample_weights``.
+        root_weights: The weight of each sample in sums of roots ``(S,)``; None for ``sample_weights``. What the three
+            are for says ``statistics.weights``.
     """
 
     num_experts: int
@@ -53,6 +57,8 @@ class LayerStats:
     tensors: Mapping[str, Tensor]
     sample_weights: Tensor
     token_sample: Tensor
+    kept_weights: Tensor | None = None
+    root_weights: Tensor | None = None
 
     def total(self, name: str) -> Tensor:
         """Weighted sum over samples of a per-sample statistic: ``(E,)`` float64."""
@@ -64,8 +70,14 @@ class LayerStats:
 
     @property
     def token_weights(self) -> Tensor:
-        """The weight of each kept token ``(N,)``: that of its sample."""
-        return self.sample_weights[self.token_sample.long()]
+        """The weight of each kept token ``(N,)``."""
+        weights = self.sample_weights if self.kept_weights is None else self.kept_weights
+        return weights[self.token_sample.long()]
+
+    @property
+    def loss_weights(self) -> Tensor:
+        """The weight of each sample in the reconstruction loss ``(S,)``."""
+        return self.sample_weights if self.root_weights is None else self.root_weights
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,13 @@ class CalibrationStats:
         return next(iter(self.layers.values())).routing
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors of each layer; those of an earlier format are not all today's."""
+        there = set(next(iter(self.layers.values())).tensors)
+        names = (name if name in there else IN_FORMAT_1.get(name) for name in tensor_names(self.needs))
+        return tuple(name for name in names if name is not None)
+
+    @property
     def domains(self) -> dict[str, int]:
         """Tokens of each domain."""
         tokens: dict[str, int] = {}
@@ -134,7 +153,7 @@ class CalibrationStats:
             )
 
     def with_domain_weights(self, domain_weights: Mapping[str, float] | None) -> CalibrationStats:
-        """The same statistics with every domain's tokens counting for a given share.
+        """The same statistics with every domain counting for a given share, in every method (``statistics.weights``).
 
         Args:
             domain_weights: A positive number for each domain; only ratios matter. None counts every token once.
@@ -142,16 +161,18 @@ class CalibrationStats:
         Raises:
             RequestError: If a domain is missing or unknown, or a weight is not positive.
         """
-        if domain_weights is None:
-            weights = torch.ones(len(self.samples), dtype=torch.float64)
-        else:
+        sums, kept, roots = torch.ones(len(self.samples), dtype=torch.float64), None, None
+        if domain_weights is not None:
             check_domain_weights(self.samples, domain_weights)
-            tokens = self.domains
-            scale = sum(tokens.values()) / sum(domain_weights.values())
-            weights = torch.tensor(
-                [domain_weights[s.domain] * scale / tokens[s.domain] for s in self.samples], dtype=torch.float64
+            tokens = torch.tensor([sample.num_tokens for sample in self.samples])
+            num_kept = torch.bincount(self.token_sample.long(), minlength=len(self.samples)).double()
+            sums, kept, roots = (
+                sample_weights(self.samples, domain_weights, amount) for amount in (tokens, num_kept, num_kept.sqrt())
             )
-        layers = {index: replace(layer, sample_weights=weights) for index, layer in self.layers.items()}
+        layers = {
+            index: replace(layer, sample_weights=sums, kept_weights=kept, root_weights=roots)
+            for index, layer in self.layers.items()
+        }
         return replace(self, layers=layers, domain_weights=None if domain_weights is None else dict(domain_weights))
 
     # -- files
@@ -170,7 +191,7 @@ class CalibrationStats:
             RunError: If something cannot be written.
         """
         header = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.names == tensor_names(self.needs) else 1,
             "model": self.model,
             "needs": sorted(map(str, self.needs)),
             "max_tokens": self.max_tokens,
@@ -186,7 +207,7 @@ class CalibrationStats:
         merged = [layer.tensors.files() for layer in self.layers.values() if isinstance(layer.tensors, MergedTensors)]
         with written_folder(folder, overwrite, sorted(set().union(*merged))) as partial:
             for index, layer in self.layers.items():
-                save_layer(layer.tensors, tensor_names(self.needs), partial / layer_file(index))
+                save_layer(layer.tensors, self.names, partial / layer_file(index))
             tokens = {"sample": self.token_sample.contiguous(), "position": self.token_position.contiguous()}
             save_file(tokens, partial / TOKENS_NAME)
             write_json(partial / STATS_NAME, header)
@@ -207,6 +228,8 @@ class CalibrationStats:
         try:
             samples = tuple(Sample(**sample) for sample in header["samples"])
             needs = frozenset(Need(need) for need in header["needs"])
+            earlier = IN_FORMAT_1 if header["format_version"] < 2 else {}
+            names = tuple(earlier.get(name, name) for name in tensor_names(needs))
             with safe_open(folder / TOKENS_NAME, framework="pt") as file:
                 token_sample, token_position = file.get_tensor("sample"), file.get_tensor("position")
             weights = torch.ones(len(samples), dtype=torch.float64)
@@ -214,7 +237,7 @@ class CalibrationStats:
                 int(index): LayerStats(
                     num_experts=entry["num_experts"],
                     routing=rule_from_dict(entry["routing"]),
-                    tensors=LayerFile(folder / layer_file(int(index)), tensor_names(needs)),
+                    tensors=LayerFile(folder / layer_file(int(index)), names),
                     sample_weights=weights,
                     token_sample=token_sample,
                 )
@@ -254,7 +277,7 @@ class CalibrationStats:
             hidden = there["inputs"][0][-1] if "inputs" in there else 0
             counts = (len(self.samples), len(kept), layer.num_experts, before, hidden)
             shapes = layer_shapes(self.needs, *counts, logits_dtype=torch.float32, inputs_dtype=torch.float32)
-            for name, (shape, _) in shapes.items():
+            for name, (shape, _) in zip(self.names, shapes.values(), strict=True):
                 if there[name][0] != shape or there[name][1] not in _DTYPES:
                     raise ValueError(f"layer {index}: {name} has shape and dtype {there[name]}, not {shape}")
             before = layer.num_experts
@@ -292,6 +315,7 @@ class CalibrationStats:
         rows = dict.fromkeys(tensor_names(self.needs, PER_SAMPLE), torch.tensor(order, dtype=torch.int64))
         kept = _kept_rows(parts, token_sample, token_position, order)
         rows.update(dict.fromkeys(tensor_names(self.needs, PER_TOKEN), kept))
+        rows = {name: picked for name, picked in rows.items() if all(name in part.names for part in parts)}
         weights = torch.ones(len(samples), dtype=torch.float64)
         layers = {}
         for index, layer in self.layers.items():
@@ -301,9 +325,8 @@ class CalibrationStats:
                 for other in shapes:
                     dtypes = shapes[0][name][1], other[name][1]
                     self._check_same(name, *dtypes, "; calibrate both in the same precision")
-            layers[index] = replace(
-                layer, tensors=MergedTensors(tensors, rows), sample_weights=weights, token_sample=token_sample
-            )
+            merged = MergedTensors(tensors, rows)
+            layers[index] = LayerStats(layer.num_experts, layer.routing, merged, weights, token_sample)
         return replace(
             self,
             samples=samples,

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,9 +33,11 @@ from optimum_moe_prune.methods.enumeration import SearchOptions, best_set
 from optimum_moe_prune.methods.mosaic import _standardised, cut, performance_vectors, token_domains, ward_tree
 from optimum_moe_prune.methods.replay import reconstruction_loss, squared_errors
 from optimum_moe_prune.methods.selection import Selection
+from optimum_moe_prune.methods.super_experts import super_experts
 from optimum_moe_prune.methods.variability import variability_scores
 from optimum_moe_prune.models.blocks import moe_blocks
 from optimum_moe_prune.planning.build import build_plan
+from optimum_moe_prune.statistics.stats import LayerStats
 
 ALL = [
     "ean",
@@ -441,7 +444,7 @@ def test_super_experts_are_found_and_kept(samples: CalibrationSet) -> None:
     rare = int(frequency.argmin())
     assert frequency[rare] > 0
     with torch.no_grad():
-        blocks[1].expert_tensors["down_proj"][rare] *= 300
+        blocks[1].expert_tensors["down_proj"][rare, 5] *= 300  # one channel
     plain = MoEPrunerConfig(method="frequency", num_experts=3)
     protected = MoEPrunerConfig(method="frequency", num_experts=3, protect_super_experts=True)
     stats = collect(model, samples, {Need.ROUTING, Need.ROUTED_NORMS})
@@ -449,6 +452,52 @@ def test_super_experts_are_found_and_kept(samples: CalibrationSet) -> None:
     plan = build_plan(stats, protected)
     assert rare in plan.retained[1]
     assert plan.provenance["notes"] == [f"super experts protected: layer 1: {rare}"]
+
+
+def with_largest(*layers: np.ndarray) -> CalibrationStats:
+    """Statistics in which the largest elements of the experts' outputs are these, each in one of two samples."""
+    halves = [np.stack([values * (np.arange(len(values)) % 2 == sample) for sample in (0, 1)]) for values in layers]
+    nothing = torch.zeros(0, dtype=torch.int64)
+    weights = torch.ones(2, dtype=torch.float64)
+    made = {
+        index: LayerStats(
+            values.shape[1], softmax_rule(1), {"max_element": torch.from_numpy(values)}, weights, nothing
+        )
+        for index, values in enumerate(halves)
+    }
+    return CalibrationStats({}, (), made, frozenset(), nothing, nothing, 0, 0)
+
+
+def test_super_experts_meet_all_three_conditions() -> None:
+    ordinary = 1 + np.random.default_rng(0).random(400)
+
+    def layer(values: dict[int, float], scale: float = 1.0) -> np.ndarray:
+        found = ordinary * scale
+        found[list(values)] = list(values.values())
+        return found
+
+    # Of 800 experts the four largest are above the 99.5th percentile, which is the fifth largest here.
+    found = super_experts(with_largest(layer({7: 900.0, 8: 800.0, 9: 700.0}), layer({1: 1000.0, 2: 650.0, 3: 600.0})))
+    assert found == {0: (7, 8, 9), 1: (1,)}
+    # 90 and 100 are among the four largest and far above their layer's median, but not above a tenth of the largest.
+    assert super_experts(with_largest(layer({7: 1000.0, 8: 101.0}), layer({1: 100.0, 2: 90.0}))) == {0: (7, 8), 1: ()}
+    # In the second layer most experts are large: 900 is not ten times their median.
+    found = super_experts(with_largest(layer({7: 1000.0}), layer({1: 900.0, 2: 901.0}, scale=100)))
+    assert found == {0: (7,), 1: ()}
+
+
+def test_super_experts_are_not_recognised_by_format_1(stats: CalibrationStats, tmp_path: Path) -> None:
+    config = MoEPrunerConfig(method="reap", num_experts=4, protect_super_experts=True)
+    layers = {
+        i: replace(layer, tensors={n: t for n, t in layer.tensors.items() if n != "max_element"})
+        for i, layer in stats.layers.items()
+    }
+    old = replace(stats, layers=layers)
+    for statistics in (old, CalibrationStats.load(old.save(tmp_path / "old"))):
+        with pytest.raises(RequestError, match="which statistics of format 1 do not hold"):
+            build_plan(statistics, config)
+        found = build_plan(statistics, replace(config, protect_super_experts=False))
+        assert found.retained == build_plan(stats, replace(config, protect_super_experts=False)).retained
 
 
 def test_budget_is_what_methods_see() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_texts
+from conftest import make_model, make_texts, make_tokenizer
 from oracles import assert_same
 from transformers import PreTrainedTokenizerBase
 
@@ -123,6 +123,34 @@ def test_merging_holds_one_tensor_at_a_time_in_memory(tmp_path: Path) -> None:
     assert loaded.layers[7].tensors["gram"].shape == (3 * tokens, shape[1])
 
 
+def test_format_1_is_read_saved_and_merged(samples: CalibrationSet, tmp_path: Path) -> None:
+    """It lacks the largest elements of outputs; what is made of it lacks them too, and stays format 1."""
+    stored = Path(__file__).resolve().parent.parent / "data" / "statistics_mixtral"
+    assert json.loads((stored / "stats.json").read_text())["format_version"] == 1
+    old = CalibrationStats.load(stored)
+    again = CalibrationStats.load(old.save(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "stats.json").read_text())["format_version"] == 1
+    for index, layer in old.layers.items():
+        assert "norm_applied" in set(layer.tensors) and "max_element" not in set(layer.tensors)
+        assert set(again.layers[index].tensors) == set(layer.tensors)
+        assert all(torch.equal(again.layers[index].tensors[name], tensor) for name, tensor in layer.tensors.items())
+
+    model, tokenizer = make_model(), make_tokenizer()
+    one, two = (
+        collect(model, CalibrationSet.build(t, tokenizer), set(Need)) for t in (make_texts(3), make_texts(4, seed=9))
+    )
+    assert json.loads((one.save(tmp_path / "new") / "stats.json").read_text())["format_version"] == 2
+    layers = {
+        i: replace(layer, tensors={n: t for n, t in layer.tensors.items() if n != "max_element"})
+        for i, layer in two.layers.items()
+    }
+    for merged in (one.merge(replace(two, layers=layers)), replace(two, layers=layers).merge(one)):
+        whole = one.merge(two)
+        for index, layer in merged.layers.items():
+            assert set(whole.layers[index].tensors) - set(layer.tensors) == {"max_element"}
+        assert_same(merged, whole, rtol=0)
+
+
 def test_what_does_not_belong_together_is_not_merged(
     samples: CalibrationSet, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -191,7 +219,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 def test_a_newer_format_is_refused(saved: Path) -> None:
     edit(saved, format_version=99)
-    with pytest.raises(RequestError, match="format version 99; this package reads up to 1"):
+    with pytest.raises(RequestError, match="format version 99; this package reads up to 2"):
         CalibrationStats.load(saved)
 
 
