@@ -160,10 +160,13 @@ class PruningPlan:
         from .checkpoints.layout import open_layout
         from .checkpoints.source import Source
         from .publishing.outputs import apply_to_checkpoint
+        from .surgery.checks import check_plan_for_config
 
         names = ("revision", "token", "cache_dir", "trust_remote_code")
-        layout = open_layout(Source.of(source, **{name: options.pop(name) for name in names if name in options}))
-        return apply_to_checkpoint(self, layout, target, **options)
+        read = Source.of(source, **{name: options.pop(name) for name in names if name in options})
+        config = read.load_config()
+        check_plan_for_config(self, config)
+        return apply_to_checkpoint(self, open_layout(read, config), target, **options)
 
     def export(self, format: str = "json") -> str:
         """The plan as other tools read it (``publishing.export``); the format ``"json"`` says everything.

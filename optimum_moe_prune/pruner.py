@@ -122,7 +122,8 @@ class MoEPruner:
         if config is None and stored is not None:
             pruner.pruning_plan = stored
             try:
-                pruner.config = MoEPrunerConfig.from_pretrained(source.name_or_path, **source.for_files, **overrides)
+                recipe = MoEPrunerConfig.from_pretrained(source.name_or_path, **source.for_files, **overrides)
+                pruner.config = recipe if recipe.has_budget else None  # a plan made by hand has no recipe
             except RequestError as error:
                 if overrides:
                     raise
@@ -192,11 +193,7 @@ class MoEPruner:
         Raises:
             RequestError: If there is none, or its files are damaged.
         """
-        if source is not None and str(source) != self.name_or_path:
-            return open_layout(source if self.source is None else replace(self.source, name_or_path=str(source)))
-        if self.source is None:
-            raise RequestError("this pruner is not bound to a checkpoint; pass source=, or the model itself.")
-        return open_layout(self.source, self.model_config)
+        return open_layout(*self._source_and_config(source))
 
     # -- the verbs
 
@@ -208,8 +205,7 @@ class MoEPruner:
             model_config: Of the model they are for; by default of the bound one.
         """
         config = self.model_config if model_config is None else model_config
-        tokenizer = None if isinstance(calibration, CalibrationSet) else self.tokenizer
-        return CalibrationSet.for_recipe(calibration, self._recipe(), tokenizer, config)
+        return CalibrationSet.for_recipe(calibration, self._recipe(), lambda: self.tokenizer, config)
 
     def calibrate(
         self,
@@ -231,7 +227,7 @@ class MoEPruner:
             The statistics, also readable as ``stats``.
         """
         model = self.layout() if model is None else model
-        samples = self.samples(_needed(calibration), model.config)
+        samples = self._samples_for(model, _needed(calibration))
         stats = statistics_for(self._recipe(), model, samples, Compute(**compute), workspace)
         self.stats, self.pruning_plan = self._with_commit(stats), None  # an earlier plan does not rest on these
         return self.stats
@@ -263,7 +259,7 @@ class MoEPruner:
             The sensitivity, also readable as ``sensitivity``; ``allocation="sensitivity"`` plans with it.
         """
         config, model = self._recipe(), self.layout() if model is None else model
-        samples = self.samples(_needed(calibration), model.config)
+        samples = self._samples_for(model, _needed(calibration))
         if self.stats is None:
             self.calibrate(model, samples, workspace=workspace.part("calibration"), **compute)
         self.sensitivity = measure_sensitivity(
@@ -369,10 +365,11 @@ class MoEPruner:
         name = self.name_or_path if source is None else os.fspath(source)
         check_target(output_dir, overwrite, [name])
         shard_bytes(max_shard_size)
-        layout = self.layout(source)
+        read, model_config = self._source_and_config(source)
         plan = None if calibration is not None or domain_weights is not None else self.pruning_plan
         if plan is not None:
-            check_plan_for_config(plan, layout.config)
+            check_plan_for_config(plan, model_config)
+        layout = open_layout(read, model_config)
         workspace = Workspace.beside(output_dir, restart)
         with working_on(output_dir):
             if plan is None:
@@ -464,6 +461,22 @@ class MoEPruner:
             raise RequestError("this pruner has no recipe; pass config=MoEPrunerConfig(method=..., num_experts=...).")
         return self.config
 
+    def _source_and_config(self, source: Source | str | os.PathLike | None) -> tuple[Source, Any]:
+        """A checkpoint, by default the bound one, and its config."""
+        if source is None or str(source) == self.name_or_path:
+            if self.source is None:
+                raise RequestError("this pruner is not bound to a checkpoint; pass source=, or the model itself.")
+            return self.source, self.model_config
+        found = Source.of(source) if self.source is None else replace(self.source, name_or_path=str(source))
+        return found, found.load_config()
+
+    def _samples_for(self, model: Model, calibration: CalibrationInput) -> CalibrationSet:
+        """As :meth:`samples`, by the tokenizer of the model that they are for."""
+        source = model.checkpoint.source if isinstance(model, Layout) else self.source
+        if source is None or source.name_or_path == self.name_or_path or self._given_tokenizer is not None:
+            return self.samples(calibration, model.config)
+        return CalibrationSet.for_recipe(calibration, self._recipe(), source.load_tokenizer, model.config)
+
     def _plan(
         self,
         model: Model,
@@ -477,7 +490,7 @@ class MoEPruner:
         texts = None if isinstance(calibration, CalibrationStats) else calibration
         sensitivity = self.sensitivity if self._sensitivity_is_given or texts is None else None
         measures = recipe.allocates == BY_SENSITIVITY and sensitivity is None
-        samples = None if texts is None or not (measures or recipe.needs) else self.samples(texts, model.config)
+        samples = None if texts is None or not (measures or recipe.needs) else self._samples_for(model, texts)
         if samples is not None and domain_weights is not None:
             check_domain_weights(samples.samples, domain_weights)
         way = Compute(**compute)

@@ -335,10 +335,23 @@ def test_keys_of_newer_versions_are_ignored_with_a_warning(caplog: pytest.LogCap
     assert "are not known to this version and are ignored: from_the_future" in caplog.text
 
 
+def test_a_recipe_needs_a_budget_only_for_a_plan(folder: Path) -> None:
+    recipe = MoEPrunerConfig(method="frequency")
+    pruner = MoEPruner.from_pretrained(folder, recipe)
+    message = "exactly one of num_experts .* sparsity .* and total_experts .* given: none"
+    with pytest.raises(RequestError, match=message):
+        pruner.prune_checkpoint(folder.with_name("out"), calibration=TEXTS)
+    with pytest.raises(RequestError, match=message):
+        pruner.prune(load(folder), TEXTS)
+    stats = pruner.calibrate(calibration=TEXTS)
+    with pytest.raises(RequestError, match=message):
+        pruner.plan(stats)
+    assert MoEPruner(MoEPrunerConfig.from_dict(recipe.to_dict(), sparsity=0.5)).plan(stats).sparsity > 0.3
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "exactly one of num_experts .* sparsity .* and total_experts .* given: none"),
         ({"num_experts": 4, "sparsity": 0.5}, "given: num_experts and sparsity"),
         ({"num_experts": 4, "total_experts": 9, "method": "reap"}, "given: num_experts and total_experts"),
         ({"total_experts": 12}, "total_experts is for allocations 'global' and 'sensitivity'"),

@@ -152,12 +152,14 @@ class CalibrationSet:
 
     @classmethod
     def for_recipe(
-        cls, source: CalibrationInput, recipe: MoEPrunerConfig, tokenizer: Any, model_config: Any
+        cls, source: CalibrationInput, recipe: MoEPrunerConfig, tokenizer: Callable[[], Any], model_config: Any
     ) -> CalibrationSet:
         """As :meth:`build`, by the settings of a recipe and for a model of this config."""
+        if isinstance(source, CalibrationSet):
+            return source
         return cls.build(
             source,
-            tokenizer,
+            tokenizer(),
             num_samples=recipe.num_samples,
             max_length=sample_length(recipe.max_length, model_config),
             sample_selection=recipe.sample_selection,

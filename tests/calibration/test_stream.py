@@ -141,7 +141,7 @@ def test_the_way_is_chosen_by_memory(
         with caplog.at_level(logging.WARNING):
             stats = calibrated(layout, samples, {Need.ROUTING})
         assert stats.provenance["streamed"] is streamed
-        assert ("so one layer is held at a time (--stream)" in caplog.text) is streamed
+        assert ("so one layer is held at a time (stream=True)" in caplog.text) is streamed
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a whole model"))
         assert calibrated(layout, samples, {Need.ROUTING}, stream=True).provenance["streamed"]
         monkeypatch.undo()

@@ -541,7 +541,7 @@ def test_no_hub_at_all(hub: Hub, outputs: Path, monkeypatch: pytest.MonkeyPatch)
 def test_through_the_pruner_and_the_command_line(
     hub: Hub, outputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from optimum_moe_prune.commands.cli import main
+    from optimum_moe_prune.commands import main
 
     shutil.copytree(outputs / "equal", tmp_path / "out")
     pruner = MoEPruner.from_pretrained(tmp_path / "out")

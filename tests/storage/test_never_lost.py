@@ -83,7 +83,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 from transformers.utils import logging
 from optimum_moe_prune import pruner
 from optimum_moe_prune.calibration import calibrate, in_memory as collect, streamed
-from optimum_moe_prune.commands import cli
+from optimum_moe_prune import commands as cli
 logging.disable_progress_bar()
 collect.GROUP_SECONDS = 0  # every batch is a group
 for line in sys.stdin:
