@@ -4,74 +4,96 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import RequestError
 from ..methods.budget import Budget
-from ..methods.selection import Selection
 from .sensitivity import ALL, Divergence, MethodSensitivity
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many experts each layer keeps.
+
+    Attributes:
+        num_experts: By layer of the budget; together its total.
+        divergence: The sum of the layers' divergences.
+        interpolated: The layers whose number was not measured; their divergence lies between measured ones.
+    """
+
+    num_experts: dict[int, int]
+    divergence: float
+    interpolated: tuple[int, ...]
 
 
 def allocate(
     measured: MethodSensitivity, budget: Budget, domain_weights: Mapping[str, float] | None = None
-) -> Selection:
-    """The measured sets, one for each layer, whose divergences have the least sum under a budget.
+) -> Allocation:
+    """The numbers of experts whose divergences have the least sum, with exactly the budget's total.
 
-    Exact, by dynamic programming over the layers: ``L`` layers, ``C`` numbers of experts measured in each and a budget
-    of ``B`` experts take ``O(L B C)``. Ties go to more experts.
+    A number that was not measured costs what lies on the line between its measured neighbours; all experts of a layer
+    cost nothing, and below the smallest number measured nothing is known. Exact for these costs, by dynamic
+    programming over the layers: ``L`` layers of ``E`` experts and a budget of ``B`` take ``O(L B E)``. Of equal sums
+    the one wins that keeps more experts in later layers.
 
     Args:
-        measured: Of the method. A layer may also keep all its experts, at no loss.
-        budget: The most experts to retain in all layers together, and the fewest in each.
+        measured: Of the method.
+        budget: The experts to retain in all layers together, and what each layer can keep.
         domain_weights: A share for each domain; by default every token counts once.
 
-    Returns:
-        The retained experts of each layer of the budget. Their number may be below the budget where the numbers
-        measured do not add up to it; a note says so. The findings have the sum.
-
     Raises:
-        RequestError: If the sensitivity lacks a layer, or no numbers measured fit the budget.
+        RequestError: If the sensitivity lacks a layer or domain, or numbers that it speaks of do not add up to the
+            budget.
     """
-    least = np.full(budget.total + 1, np.inf)  # the least sum that so many experts can have
-    least[0] = 0
+    least = np.full(budget.total + 1, np.inf)  # the least sum that so many experts of the layers so far can have
+    least[0] = 0.0
     taken: dict[int, np.ndarray] = {}
-    for layer, original in budget.original.items():
-        entry = measured.layers.get(layer)
-        if entry is None or entry.original_num_experts != original:
-            raise RequestError(f"the sensitivity says nothing of layer {layer} with its {original} experts.")
-        allowed = set(budget.allowed(layer)) - {original}
-        cost = {count: _cost(kl, domain_weights) for count, kl in entry.kl.items() if count in allowed}
-        cost[original] = 0.0
+    fewest = 0
+    for layer in budget.original:
+        costs = _costs(measured, budget, layer, domain_weights)
+        fewest += min(costs)
         before, least = least, np.full_like(least, np.inf)
-        taken[layer] = np.zeros(len(least), dtype=np.int64)
-        for count in sorted(cost, reverse=True):
+        taken[layer] = np.zeros(len(least), dtype=np.int32)
+        for count, cost in sorted(costs.items(), reverse=True):
             if count <= budget.total:
-                sums = before[: len(before) - count] + cost[count]
+                sums = before[: len(before) - count] + cost
                 better = sums < least[count:]
                 least[count:][better] = sums[better]
                 taken[layer][count:][better] = count
-    if not np.isfinite(least).any():
+    if not np.isfinite(least[-1]):
+        if budget.total < fewest:
+            raise RequestError(
+                f"the budget keeps {budget.total} experts, fewer than the smallest numbers measured add up to "
+                f"({fewest}); measure smaller ones (counts), or keep more."
+            )
+        nearest = int(np.flatnonzero(np.isfinite(least))[-1])
         raise RequestError(
-            f"the budget keeps {budget.total} experts, fewer than the smallest numbers measured add up to; measure "
-            "smaller ones (--counts)."
+            f"the budget keeps {budget.total} experts, and the numbers that layers can keep do not add up to it; ask "
+            f"for a total of {nearest}."
         )
-    left = total = int(np.flatnonzero(least == least.min())[-1])
-    retained = {}
+    left, counts = budget.total, {}
     for layer in reversed(budget.original):
-        count = int(taken[layer][left])
-        everything = tuple(range(budget.original[layer]))
-        retained[layer] = measured.layers[layer].retained[count] if count < len(everything) else everything
-        left -= count
-    note = (
-        f"{total} experts are retained, {budget.total - total} fewer than the budget allows: the numbers measured do "
-        "not add up to it, or more would not help"
-    )
-    return Selection(
-        dict(sorted(retained.items())),
-        notes=(note,) if total < budget.total else (),
-        findings={"sum of divergences": round(float(least[total]), 6)},
-    )
+        counts[layer] = int(taken[layer][left])
+        left -= counts[layer]
+    counts = dict(sorted(counts.items()))
+    known = {layer: {*measured.layers[layer].kl, original} for layer, original in budget.original.items()}
+    interpolated = tuple(layer for layer, count in counts.items() if count not in known[layer])
+    return Allocation(counts, float(least[-1]), interpolated)
+
+
+def _costs(
+    measured: MethodSensitivity, budget: Budget, layer: int, domain_weights: Mapping[str, float] | None
+) -> dict[int, float]:
+    """The divergence of a layer for each number of experts it can keep, as far as measuring went."""
+    entry, original = measured.layers.get(layer), budget.original[layer]
+    if entry is None or entry.original_num_experts != original:
+        raise RequestError(f"the sensitivity says nothing of layer {layer} with its {original} experts.")
+    known = {count: _cost(kl, domain_weights) for count, kl in sorted(entry.kl.items()) if count < original}
+    known[original] = 0.0
+    counts = [count for count in budget.allowed(layer) if count >= min(known)]
+    return dict(zip(counts, np.interp(counts, list(known), list(known.values())).tolist(), strict=True))
 
 
 def _cost(kl: Divergence, domain_weights: Mapping[str, float] | None) -> float:

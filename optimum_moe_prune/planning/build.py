@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
 from ..methods import BY_SENSITIVITY, get_method
-from ..methods.budget import Budget, global_budget, rounding_note, uniform_budget
+from ..methods.budget import Budget, UniformBudget, global_budget, rounding_note, uniform_budget
+from ..methods.selection import Selection
 from ..methods.super_experts import super_experts
 from ..plan import PruningPlan
 from ..statistics.stats import CalibrationStats
@@ -114,18 +115,7 @@ def quiet_plan(
     if dense := stats.model.get("dense_layers"):
         notes.append(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
     if config.allocates == BY_SENSITIVITY:
-        if sensitivity is None:
-            raise RequestError(
-                "allocation 'sensitivity' needs what was measured of the model; measure it first (optimum-cli "
-                "moe-prune sensitivity), and give the result (--sensitivity FILE)."
-            )
-        measured = sensitivity.of(config, stats.model, domain_weights)
-        if sensitivity.provenance.get("calibration") != stats.fingerprint and config.needs:
-            raise RequestError(
-                "the sensitivity was measured with experts chosen by another calibration than these statistics are "
-                "of; measure it with the same (sensitivity --stats), or plan with those it was measured with."
-            )
-        selection = allocate(measured, budget, domain_weights)
+        selection = _selected_by_sensitivity(stats, config, budget, sensitivity)
     else:
         selection = method.select(stats, budget, options)
     chosen, scores = selection.retained, selection.scores
@@ -156,3 +146,47 @@ def quiet_plan(
         config=config.to_dict(),
         provenance=provenance,
     )
+
+
+def _selected_by_sensitivity(
+    stats: CalibrationStats, config: MoEPrunerConfig, budget: Budget, sensitivity: Sensitivity | None
+) -> Selection:
+    """The sets of a method for the numbers of experts that measured divergences give: those measured, else chosen now.
+
+    Raises:
+        RequestError: If nothing was measured, or it was measured otherwise.
+    """
+    if sensitivity is None:
+        raise RequestError(
+            "allocation 'sensitivity' needs what was measured of the model; measure it first (optimum-cli moe-prune "
+            "sensitivity), and give the result (--sensitivity FILE)."
+        )
+    measured = sensitivity.of(config, stats.model, stats.domain_weights)
+    if sensitivity.provenance.get("calibration") != stats.fingerprint and config.needs:
+        raise RequestError(
+            "the sensitivity was measured with experts chosen by another calibration than these statistics are of; "
+            "measure it with the same (sensitivity --stats), or plan with those it was measured with."
+        )
+    allocation = allocate(measured, budget, stats.domain_weights)
+    counts = allocation.num_experts
+    retained = {
+        layer: measured.layers[layer].retained.get(count, tuple(range(count))) for layer, count in counts.items()
+    }
+    findings: dict[str, Any] = {"sum of divergences": round(allocation.divergence, 6)}
+    notes: tuple[str, ...] = ()
+    if allocation.interpolated:
+        method, options = get_method(config.method), config.options()
+        exact = UniformBudget(
+            budget.original, budget.total, budget.rule, budget.protected, budget.seed, num_experts=counts
+        )
+        if method.check is not None:
+            method.check(exact, options)
+        selection = method.select(stats, exact, options)
+        retained |= {layer: selection.retained[layer] for layer in allocation.interpolated}
+        number = len(allocation.interpolated)
+        notes = (
+            *selection.notes,
+            f"the sum of divergences is an estimate: in {number} of {len(counts)} layers the number of experts lies "
+            "between measured ones",
+        )
+    return Selection(retained, notes=notes, findings=findings)

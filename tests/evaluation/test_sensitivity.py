@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import aligned, assert_equal_states, make_model, make_texts, make_tokenizer
-from oracles import sensitivity_of, softmax_rule
+from oracles import sensitivity_of
 from transformers import PreTrainedModel
 
 from optimum_moe_prune import (
@@ -33,12 +31,9 @@ from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.evaluation import divergence as divergence_module
 from optimum_moe_prune.evaluation.divergence import divergences
 from optimum_moe_prune.evaluation.losses import evaluate
-from optimum_moe_prune.methods.budget import global_budget
 from optimum_moe_prune.models.blocks import moe_blocks
 from optimum_moe_prune.models.layerwise import LayerByLayer
-from optimum_moe_prune.planning.allocation import allocate
 from optimum_moe_prune.planning.build import build_plan
-from optimum_moe_prune.planning.sensitivity import LayerSensitivity, MethodSensitivity
 
 MOSAIC = MoEPrunerConfig(method="mosaic", sparsity=0.5)
 
@@ -180,7 +175,7 @@ def test_a_restricted_block_is_the_pruned_block(kind: str) -> None:
     block.module.config = model.config
     hidden = torch.randn(2, 7, 32)
     retained = tuple(range(1, block.num_experts, 2))
-    retained = (0, *retained) if len(retained) < block.routing.top_k else retained
+    retained = (0, *retained) if len(retained) < block.rule.top_k else retained
     state = {name: tensor.clone() for name, tensor in block.module.state_dict().items()}
     with torch.no_grad():
         whole = block.module(hidden)
@@ -194,62 +189,6 @@ def test_a_restricted_block_is_the_pruned_block(kind: str) -> None:
         block.retain(retained)
         torch.testing.assert_close(found, block.module(hidden), rtol=1e-6, atol=1e-7)
     assert not torch.allclose(found, whole)
-
-
-# ------------------------------------------------------------------------------------------- the allocation
-
-
-def costs(rng: np.random.Generator, sizes: list[int], counts: list[list[int]]) -> MethodSensitivity:
-    layers = {}
-    for layer, (size, measured) in enumerate(zip(sizes, counts, strict=True)):
-        kl = {c: {"all": float(rng.integers(0, 20)), "a": float(rng.random()), "b": 1.0} for c in measured}
-        layers[layer] = LayerSensitivity(size, {c: tuple(range(c)) for c in measured}, kl)
-    return MethodSensitivity({}, layers)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_allocation_is_the_best_one(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(3, 8, size=4).tolist()
-    counts = [sorted(set(rng.integers(2, size, size=3).tolist())) for size in sizes]
-    measured = costs(rng, sizes, counts)
-    total = int(rng.integers(sum(map(min, counts)), sum(sizes)))
-    weights = None if seed % 3 else {"a": 3.0, "b": 1.0}
-    budget = dataclasses.replace(
-        global_budget(dict(enumerate(sizes)), softmax_rule(2), total_experts=total),
-        protected={0: (0, 1), 1: (), 2: (), 3: ()},
-    )
-
-    def cost(layer: int, count: int) -> float:
-        if count == sizes[layer]:
-            return 0.0
-        kl = measured.layers[layer].kl[count]
-        return kl["all"] if weights is None else (3 * kl["a"] + kl["b"]) / 4
-
-    choices = [[*of_layer, size] for of_layer, size in zip(counts, sizes, strict=True)]
-    fitting = [c for c in itertools.product(*choices) if sum(c) <= total]
-    best = min(sum(cost(i, n) for i, n in enumerate(c)) for c in fitting)
-    most = max(sum(c) for c in fitting if math.isclose(sum(cost(i, n) for i, n in enumerate(c)), best, abs_tol=1e-12))
-    selection = allocate(measured, budget, weights)
-    numbers = [len(selection.retained[layer]) for layer in range(4)]
-    assert tuple(numbers) in fitting
-    assert sum(cost(i, n) for i, n in enumerate(numbers)) == pytest.approx(best, abs=1e-12)
-    assert selection.findings["sum of divergences"] == pytest.approx(best, abs=1e-6)
-    if weights is None:  # whole numbers: ties are exact
-        assert sum(numbers) == most
-    assert any("fewer than the budget" in note for note in selection.notes) == (sum(numbers) < total)
-
-
-def test_budgets_that_what_was_measured_cannot_keep() -> None:
-    measured = costs(np.random.default_rng(0), [6, 6], [[4, 5], [4, 5]])
-    with pytest.raises(RequestError, match="the budget keeps 7 experts, fewer than the smallest numbers measured"):
-        allocate(measured, global_budget({0: 6, 1: 6}, softmax_rule(2), total_experts=7))
-    with pytest.raises(RequestError, match="says nothing of layer 2 with its 6 experts"):
-        allocate(measured, global_budget({0: 6, 2: 6}, softmax_rule(2), total_experts=9))
-    with pytest.raises(RequestError, match="not measured on domain 'c'"):
-        allocate(measured, global_budget({0: 6, 1: 6}, softmax_rule(2), total_experts=9), {"c": 1})
-    protected = global_budget({0: 6, 1: 6}, softmax_rule(2), total_experts=9, protect={0: (0, 1, 2, 3, 4)})
-    assert [len(experts) for experts in allocate(measured, protected).retained.values()] == [5, 4]
 
 
 # ------------------------------------------------------------------------------------------- the measurement
