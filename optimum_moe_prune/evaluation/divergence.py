@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from ..models.layerwise import LayerByLayer
 from ..progress import progress_bar
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes
+from ..storage.workspace import Workspace
 
 Retained = Mapping[int, tuple[int, ...]]
 
@@ -55,9 +55,8 @@ def divergences(
     plans: Sequence[Retained],
     *,
     batch_size: int = 8,
-    folder: Path | None = None,
-    of: Mapping[str, Any] | None = None,
-    restart: bool = False,
+    work: Mapping[str, Any] | None = None,
+    workspace: Workspace = Workspace(),
 ) -> Tensor:
     """``KL(original || pruned)`` of the next-token distributions, summed over the predicted tokens of each sample.
 
@@ -69,9 +68,8 @@ def divergences(
         calibration: The samples to measure on.
         plans: For each plan the retained experts by layer; a layer that is not named keeps all.
         batch_size: Samples in a forward pass, at most; fewer where the vocabulary is large.
-        folder: Where finished batches (on disk: layers) are kept; a later call for the same continues.
-        of: What else decides about the numbers, as nested plain values: a later call for something else is refused.
-        restart: Begin anew, whatever the folder holds.
+        work: What else decides about the numbers, as nested plain values: a later call for something else is refused.
+        workspace: Where finished batches (on disk: layers) are kept; a later call for the same continues.
 
     Returns:
         ``(P, S)`` float64, in nats.
@@ -85,13 +83,13 @@ def divergences(
     passes = _passes(runner, batches, plans) if runner.streams else [list(range(len(plans)))]
     written = [[[layer, list(experts)] for layer, experts in sorted(plan.items())] for plan in plans]
     identity = {
-        **(of or {}),
+        **(work or {}),
         "samples": calibration.fingerprint,
         "batches": [list(batch.input_ids.shape) for batch in batches],
         "passes": len(passes),
         "plans": f"{len(plans)} with hash {hashlib.sha256(json.dumps(written).encode()).hexdigest()[:12]}",
     }
-    store = Store(folder, identity, restart, what="measurement")
+    store = Store(workspace.folder, identity, workspace.restart, what="measurement")
     try:
         shapes: Shapes = {"kl": ((len(plans), len(calibration)), torch.float64)}
         sums = store.tensors(_RESULT, shapes, keep=store.finished > 0)["kl"]

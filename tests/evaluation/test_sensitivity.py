@@ -26,6 +26,7 @@ from optimum_moe_prune import (
     RequestError,
     RunError,
     Sensitivity,
+    Workspace,
 )
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.evaluation import divergence as divergence_module
@@ -136,11 +137,15 @@ def test_from_disk_the_same(
     torch.testing.assert_close(divergences(runner, samples, plans, batch_size=5), expected, rtol=1e-5, atol=1e-8)
     whole = divergences(open_runner(pruner.layout(), Compute(stream=stream)), samples, plans, batch_size=5)
     kept = open_runner(pruner.layout(), Compute(stream=stream))
-    assert torch.equal(divergences(kept, samples, plans, batch_size=5, folder=tmp_path / "store"), whole)
+    assert torch.equal(divergences(kept, samples, plans, batch_size=5, workspace=Workspace(tmp_path / "store")), whole)
     assert not list((tmp_path / "store").glob("states_*"))
     monkeypatch.setattr(divergence_module, "_DISK_BYTES", 1)  # each plan in a pass of its own
     passes = divergences(
-        open_runner(pruner.layout(), Compute(stream=stream)), samples, plans, batch_size=5, folder=tmp_path / "passes"
+        open_runner(pruner.layout(), Compute(stream=stream)),
+        samples,
+        plans,
+        batch_size=5,
+        workspace=Workspace(tmp_path / "passes"),
     )
     torch.testing.assert_close(passes, whole, rtol=1e-6, atol=1e-9)
 

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sensitivity measures: the sets of each layer alone, and whole plans over sparsities."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from ..architectures.routers import RoutingRule
+from ..config import MoEPrunerConfig
+from ..errors import RequestError
+from ..methods import BY_SENSITIVITY, get_method
+from ..methods.budget import UniformBudget, allowed_counts, checked_layers
+from ..planning.build import protected_experts, quiet_plan
+from ..planning.sensitivity import Retained, Sensitivity
+from ..statistics.stats import CalibrationStats
+
+logger = logging.getLogger(__name__)
+
+SPARSITIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+"""Of whole models, by default; those that a model has too few experts for are left out."""
+MOST_COUNTS = 12
+"""Numbers of experts measured in a layer, by default; all of them where there are no more."""
+
+
+def layer_sets(
+    stats: CalibrationStats, config: MoEPrunerConfig, counts: Sequence[int] | None
+) -> dict[int, list[tuple[int, ...]]]:
+    """The sets of experts to measure in each layer, fewest first."""
+    method, options = get_method(config.method), config.options()
+    if config.needs and not stats.samples:
+        raise RequestError(f"method {method.name!r} needs a calibration; give calibration texts.")
+    stats.require(config.needs, method.name)
+    protect, _ = protected_experts(stats, config)
+    grid = check_grid(config, stats.num_experts, stats.routing, counts, protect)
+    layers = {layer: stats.num_experts[layer] for layer in grid}
+    protected = {layer: tuple(sorted(protect.get(layer, ()))) for layer in layers}
+    sets: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in layers}
+    for count in sorted({count for values in grid.values() for count in values}):
+        num_experts = {layer: count if count in grid[layer] else layers[layer] for layer in layers}
+        budget = UniformBudget(
+            layers, sum(num_experts.values()), stats.routing, protected, config.seed, num_experts=num_experts
+        )
+        try:
+            if method.check is not None:
+                method.check(budget, options)
+        except RequestError as error:
+            logger.warning("%s: %d experts a layer are not measured: %s", method.name, count, error)
+            continue
+        retained = method.select(stats, budget, options).retained
+        for layer in layers:
+            if count in grid[layer]:
+                sets[layer].append(retained[layer])
+    return sets
+
+
+def check_grid(
+    config: MoEPrunerConfig,
+    num_experts: Mapping[int, int],
+    rule: RoutingRule,
+    counts: Sequence[int] | None = None,
+    protect: Mapping[int, Iterable[int]] | None = None,
+) -> dict[int, list[int]]:
+    """Numbers of experts to measure, by layer.
+
+    Args:
+        config: The recipe.
+        num_experts: Experts in each MoE layer.
+        rule: How the routers choose.
+        counts: Those asked for; by default all, or twelve of them.
+        protect: In place of the recipe's own.
+
+    Raises:
+        RequestError: If the method takes no number for each layer, the recipe names a layer or expert that is not
+            there, or none can be measured.
+    """
+    if BY_SENSITIVITY not in get_method(config.method).takes:
+        raise RequestError(f"method {config.method!r} takes no number of experts for each layer; it is not measured.")
+    protect = config.protect if protect is None else protect
+    layers, protected = checked_layers(
+        num_experts, {layer: tuple(experts) for layer, experts in protect.items()}, config.skip_layers
+    )
+    grid = {
+        layer: _grid(allowed_counts(rule, count, len(protected[layer]))[:-1], counts)
+        for layer, count in layers.items()
+    }
+    measurable = {count for values in grid.values() for count in values}
+    if not measurable:
+        raise RequestError(
+            "no number of experts can be measured"
+            + (f" of {', '.join(map(str, counts))}" if counts else "")
+            + f"; each layer keeps at least the {rule.fewest} that every token uses and those protected, and at most "
+            "one less than it has."
+        )
+    if left_out := sorted(set(counts or ()) - measurable):
+        logger.warning("%s experts in a layer cannot be measured and are left out.", ", ".join(map(str, left_out)))
+    return grid
+
+
+def _grid(allowed: Sequence[int], counts: Sequence[int] | None) -> list[int]:
+    """Numbers of experts to measure in a layer: of those allowed the ones asked for, or evenly spaced ones.
+
+    Evenly from above, so that they add up to round budgets.
+    """
+    if counts is not None:
+        return sorted(set(counts) & set(allowed))
+    step = max(1, -(-len(allowed) // MOST_COUNTS))
+    return sorted({*allowed[-step::-step], *allowed[:1]})
+
+
+def whole_plans(
+    stats: CalibrationStats,
+    config: MoEPrunerConfig,
+    domain_weights: Mapping[str, float] | None,
+    sparsities: Sequence[float],
+) -> list[tuple[str, float, Retained]]:
+    """Allocation, sparsity and experts of the plans that a method makes of its own."""
+    plans = []
+    level = logging.INFO if tuple(sparsities) == SPARSITIES else logging.WARNING  # whoever asked for it is told
+    for allocation in sorted(get_method(config.method).allocations, reverse=True):
+        for sparsity in sparsities:
+            try:
+                plan = quiet_plan(stats, _at(config, allocation, sparsity), domain_weights)
+            except RequestError as error:
+                logger.log(
+                    level, "%s, %s: sparsity %g is not measured: %s", config.method, allocation, sparsity, error
+                )
+                continue
+            plans.append((allocation, sparsity, plan.retained))
+    return plans
+
+
+def allocated_plans(
+    stats: CalibrationStats, config: MoEPrunerConfig, sensitivity: Sensitivity, sparsities: Sequence[float]
+) -> list[tuple[str, float, Retained]]:
+    """Allocation, sparsity and experts of the plans that follow from the layers' divergences."""
+    plans = []
+    for sparsity in sparsities:
+        try:
+            plan = quiet_plan(stats, _at(config, BY_SENSITIVITY, sparsity), sensitivity.domain_weights, sensitivity)
+        except RequestError as error:
+            logger.info("%s, by sensitivity: sparsity %g is not measured: %s", config.method, sparsity, error)
+            continue
+        plans.append((BY_SENSITIVITY, sparsity, plan.retained))
+    return plans
+
+
+def _at(config: MoEPrunerConfig, allocation: str, sparsity: float) -> MoEPrunerConfig:
+    return replace(config, num_experts=None, total_experts=None, sparsity=sparsity, allocation=allocation)
