@@ -20,7 +20,10 @@ What the paper leaves open, and what is done here:
   ``ward="distances"`` is the literal one: Ward's recurrence on the distances :math:`1 - S_{perf}`, which squares them
   once more.
 - With fewer than 3 domains ranks say almost nothing (two domains rank either way round, one not at all); Ward then
-  runs on :math:`\log v`, standardised over the experts in each domain.
+  runs on :math:`\log v`, standardised over the experts in each domain. An error of 0, or so small that it is rounding
+  (below :math:`10^{-10}` of the domain's largest), counts as the domain's smallest real one: it tells that the expert
+  is the best there, but by how many orders of magnitude is chance, and as a logarithm it would outweigh all
+  differences between the others.
 - The tree is cut by merge order, so there are always exactly :math:`r - m` clusters.
 - Protected experts count as generalists.
 - Ties go to the lower expert index; domains without tokens are left out.
@@ -45,6 +48,7 @@ from .selection import Selection
 from .variability import GeneralistOptions, check, generalist_notes, generalists, variability_scores
 
 _MOST_DOMAINS = 16  # the most that num_domains="auto" tries
+_ROUNDING = 1e-10  # of a domain's largest error: float32 outputs agree to 1e-7 at best, and errors are squares
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,13 @@ def cluster_layer(layer: LayerStats, first: tuple[int, ...], clusters: int, seed
 def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: int) -> np.ndarray:
     """Domain of each kept token ``(N,)``, numbered from 0 without gaps, by K-Means on the block's inputs.
 
+    K-Means starts once. Measured on both small models, 8,192 tokens a layer: the best of ten starts has an inertia
+    lower by 0.3% to 0.8%, takes 6 to 20 times as long (146 to 1,108 ms a layer), and the pruned models are no better
+    for it. Nats lost with 1, 3, 5 and 10 starts, means of three seeds: Mixtral, 25% removed, 0.807, 0.816, 0.797,
+    0.797, and 50%, 2.27, 2.03, 2.03, 2.03; Qwen2-MoE 0.073, 0.099, 0.085, 0.088 and 0.330, 0.401, 0.415, 0.359. The
+    retained sets of a layer agree between two of six seeds in 40%, 79%, 74%, 90%, and 86%, 86%, 84%, 89% of cases;
+    12%, 8%, 7%, 8%, and 4%, 3%, 3%, 9%.
+
     Args:
         layer: The layer; its tokens count with their weights.
         num_domains: The number of clusters, or ``"auto"``: of 2 to 16, the one with the best silhouette on a seeded
@@ -201,8 +212,7 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
     if len(vectors) == 1:
         return np.zeros((0, 4))
     if vectors.shape[1] < 3:
-        logs = np.log(np.maximum(vectors, np.finfo(np.float64).tiny))
-        return linkage(_standardised(logs, axis=0), method="ward")
+        return linkage(_standardised(np.log(_real_errors(vectors)), axis=0), method="ward")
     standard = _standardised(rankdata(vectors, axis=1), axis=1)
     if ward == "ranks":
         return linkage(standard, method="ward")
@@ -215,6 +225,13 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
 def cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:
     """Cluster of each expert ``(C,)``, exactly ``num_clusters`` of them, by the order of merges."""
     return cut_tree(tree, n_clusters=num_clusters)[:, 0] if len(tree) else np.zeros(1, dtype=np.int64)
+
+
+def _real_errors(vectors: np.ndarray) -> np.ndarray:
+    """Errors ``(C, D)``, those that are 0 or rounding raised to the domain's smallest real one; 1 if none is."""
+    real = vectors > _ROUNDING * vectors.max(axis=0)
+    smallest = np.where(real, vectors, np.inf).min(axis=0)
+    return np.maximum(vectors, np.where(real.any(axis=0), smallest, 1.0))
 
 
 def _standardised(values: np.ndarray, axis: int) -> np.ndarray:
