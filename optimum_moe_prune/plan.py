@@ -164,9 +164,8 @@ class PruningPlan:
 
         names = ("revision", "token", "cache_dir", "trust_remote_code")
         read = Source.of(source, **{name: options.pop(name) for name in names if name in options})
-        config = read.load_config()
-        check_plan_for_config(self, config)
-        return apply_to_checkpoint(self, open_layout(read, config), target, **options)
+        check_plan_for_config(self, read.config)
+        return apply_to_checkpoint(self, open_layout(read), target, **options)
 
     def export(self, format: str = "json") -> str:
         """The plan as other tools read it (``publishing.export``); the format ``"json"`` says everything.

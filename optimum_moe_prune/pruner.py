@@ -83,9 +83,7 @@ class MoEPruner:
         self._sensitivity_is_given = False
         self._applied_plan: PruningPlan | None = None
         self._parent: PruningPlan | None = None  # the plan that made the bound model, if it is the one to prune
-        self._given_tokenizer = tokenizer
         self._tokenizer = tokenizer
-        self._model_config: Any = None
 
     @classmethod
     def from_pretrained(
@@ -153,9 +151,8 @@ class MoEPruner:
             RequestError: If there is no model, or its architecture is not known.
         """
         source = Source.of(name_or_path, **settings)
-        pruner = cls(plan=with_parent(plan, source.stored_plan()), source=source)
-        pruner.model_config  # noqa: B018  # refuses what is no model
-        return pruner
+        source.config  # noqa: B018  # refuses what is no model
+        return cls(plan=with_parent(plan, source.stored_plan()), source=source)
 
     # -- what it is bound to
 
@@ -166,17 +163,13 @@ class MoEPruner:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's tokenizer, loaded when first asked for; None where there is none."""
-        if self._tokenizer is None and self.source is not None:
-            self._tokenizer = self.source.load_tokenizer()
-        return self._tokenizer
+        """The one that was given, or the bound model's; None where there is none."""
+        return self.source.tokenizer if self._tokenizer is None and self.source is not None else self._tokenizer
 
     @property
     def model_config(self) -> Any:
-        """The config of the bound model, read when first asked for; None where there is none."""
-        if self._model_config is None and self.source is not None:
-            self._model_config = self.source.load_config()
-        return self._model_config
+        """The config of the bound model; None where there is none."""
+        return None if self.source is None else self.source.config
 
     @property
     def sensitivity(self) -> Sensitivity | None:
@@ -193,7 +186,7 @@ class MoEPruner:
         Raises:
             RequestError: If there is none, or its files are damaged.
         """
-        return open_layout(*self._source_and_config(source))
+        return open_layout(self._source(source))
 
     # -- the verbs
 
@@ -365,11 +358,11 @@ class MoEPruner:
         name = self.name_or_path if source is None else os.fspath(source)
         check_target(output_dir, overwrite, [name])
         shard_bytes(max_shard_size)
-        read, model_config = self._source_and_config(source)
+        read = self._source(source)
         plan = None if calibration is not None or domain_weights is not None else self.pruning_plan
         if plan is not None:
-            check_plan_for_config(plan, model_config)
-        layout = open_layout(read, model_config)
+            check_plan_for_config(plan, read.config)
+        layout = open_layout(read)
         workspace = Workspace.beside(output_dir, restart)
         with working_on(output_dir):
             if plan is None:
@@ -424,7 +417,7 @@ class MoEPruner:
             recipe=None if self.config is None else self.config.to_dict(),
             source=self.source,
             source_config=self.model_config,
-            tokenizer=self._given_tokenizer,
+            tokenizer=self._tokenizer,
             overwrite=overwrite,
             standalone=standalone,
         )
@@ -461,21 +454,20 @@ class MoEPruner:
             raise RequestError("this pruner has no recipe; pass config=MoEPrunerConfig(method=..., num_experts=...).")
         return self.config
 
-    def _source_and_config(self, source: Source | str | os.PathLike | None) -> tuple[Source, Any]:
-        """A checkpoint, by default the bound one, and its config."""
-        if source is None or str(source) == self.name_or_path:
-            if self.source is None:
-                raise RequestError("this pruner is not bound to a checkpoint; pass source=, or the model itself.")
-            return self.source, self.model_config
-        found = Source.of(source) if self.source is None else replace(self.source, name_or_path=str(source))
-        return found, found.load_config()
+    def _source(self, source: Source | str | os.PathLike | None) -> Source:
+        """A checkpoint, by default the bound one."""
+        if self.source is not None:
+            return self.source if source is None else self.source.at(str(source))
+        if source is None:
+            raise RequestError("this pruner is not bound to a checkpoint; pass source=, or the model itself.")
+        return Source.of(source)
 
     def _samples_for(self, model: Model, calibration: CalibrationInput) -> CalibrationSet:
         """As :meth:`samples`, by the tokenizer of the model that they are for."""
         source = model.checkpoint.source if isinstance(model, Layout) else self.source
-        if source is None or source.name_or_path == self.name_or_path or self._given_tokenizer is not None:
+        if source is None or source.name_or_path == self.name_or_path or self._tokenizer is not None:
             return self.samples(calibration, model.config)
-        return CalibrationSet.for_recipe(calibration, self._recipe(), source.load_tokenizer, model.config)
+        return CalibrationSet.for_recipe(calibration, self._recipe(), lambda: source.tokenizer, model.config)
 
     def _plan(
         self,

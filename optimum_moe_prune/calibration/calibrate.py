@@ -70,7 +70,7 @@ def calibrate(
     layout = layout_of(model)
     config = model.config if layout is None else layout.config  # type: ignore[union-attr]
     if not isinstance(samples, CalibrationSet) and tokenizer is None and layout is not None:
-        tokenizer = layout.checkpoint.source.load_tokenizer()
+        tokenizer = layout.checkpoint.source.tokenizer
     calibration = CalibrationSet.build(samples, tokenizer, max_length=sample_length(max_length, config))
     if layout is None:
         return collect(model, calibration, gathered, **settings)  # type: ignore[arg-type]

@@ -120,20 +120,15 @@ def model_dtype(config: Any, checkpoint: Checkpoint, dtype: str | torch.dtype = 
     return getattr(torch, own) if isinstance(own, str) else own
 
 
-def open_layout(source: Source | str | os.PathLike, config: Any = None) -> Layout:
-    """Where the files of a model hold experts and routers; checked.
-
-    Args:
-        source: The model. Of one on the Hub all files are those of one commit.
-        config: Its config, where it was read before.
+def open_layout(source: Source | str | os.PathLike) -> Layout:
+    """Where the files of a model hold experts and routers; checked. On the Hub all files are those of one commit.
 
     Raises:
         RequestError: If there is none, its architecture is not known, or its files are damaged.
     """
     source = Source.of(source)
-    config = source.load_config() if config is None else config
-    commit = commit_of_config(config)
-    return find_layout(Checkpoint.open(replace(source, revision=commit) if commit else source), config)
+    commit = commit_of_config(source.config)
+    return find_layout(Checkpoint.open(replace(source, revision=commit) if commit else source), source.config)
 
 
 def find_layout(checkpoint: Checkpoint, config: Any) -> Layout:

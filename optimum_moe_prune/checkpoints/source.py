@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,10 @@ class Source:
     def of(cls, source: Source | str | os.PathLike, **settings: Any) -> Source:
         """A source as it is, or the one of a folder or Hub id with these settings."""
         return source if isinstance(source, Source) else cls(os.fspath(source), **settings)
+
+    def at(self, name_or_path: str | os.PathLike) -> Source:
+        """Another model, reached in the same way."""
+        return self if str(name_or_path) == self.name_or_path else replace(self, name_or_path=os.fspath(name_or_path))
 
     @property
     def is_local(self) -> bool:
@@ -127,8 +132,9 @@ class Source:
 
     # -- what they say
 
-    def load_config(self) -> Any:
-        """The config of the model, whose architecture must be known.
+    @functools.cached_property
+    def config(self) -> Any:
+        """The config of the model, whose architecture must be known; read once.
 
         Raises:
             RequestError: If there is no model, or it is not a known Mixture-of-Experts model.
@@ -150,8 +156,9 @@ class Source:
         set_commit_of_config(config, self.commit())  # transformers no longer says which one it was
         return config
 
-    def load_tokenizer(self) -> Any:
-        """The model's tokenizer, or None (and a log line says why)."""
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None (and a log line says why); loaded once."""
         from transformers import AutoTokenizer
 
         try:
@@ -164,11 +171,6 @@ class Source:
         """The plan in a checkpoint that this package made, or None."""
         stored = self.find(PLAN_NAME)
         return None if stored is None else PruningPlan.load(stored)
-
-    def pinned(self) -> Source:
-        """The same source at the commit that it is at now."""
-        commit = self.commit()
-        return self if commit is None else replace(self, revision=commit)
 
 
 def _is_hidden(name: str) -> bool:

@@ -66,7 +66,7 @@ class SensitivityCommand(Command):
         pruner = MoEPruner(configs[0], source=flags.source_of(args))
         layout = pruner.layout()
         samples = calibration_samples(args, pruner)
-        workspace = Workspace.beside(args.output, args.restart)
+        workspace = Workspace.beside(args.output, args.restart).part("sensitivity")
         with working_on(args.output):
             measured = measure_sensitivity(
                 layout,
@@ -81,6 +81,5 @@ class SensitivityCommand(Command):
                 workspace=workspace,
             )
             measured.save(args.output)
-            for part in ("calibration", "sensitivity"):
-                workspace.part(part).clear()
+            workspace.clear()
         return f"{measured.summary()}\n{args.output}", {"output": args.output, **measured.to_dict()}

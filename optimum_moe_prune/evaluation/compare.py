@@ -179,7 +179,7 @@ def _source(model: AnyModel) -> Source | PreTrainedModel:
 
 
 def _config(model: Source | PreTrainedModel) -> Any:
-    return model.load_config() if isinstance(model, Source) else model.config
+    return model.config
 
 
 def _name(model: Source | PreTrainedModel) -> str:
@@ -188,8 +188,8 @@ def _name(model: Source | PreTrainedModel) -> str:
 
 def _tokenizer(model: Source | PreTrainedModel) -> PreTrainedTokenizerBase | None:
     if isinstance(model, Source):
-        return model.load_tokenizer()
-    return Source(model.name_or_path).load_tokenizer() if model.name_or_path else None
+        return model.tokenizer
+    return Source(model.name_or_path).tokenizer if model.name_or_path else None
 
 
 def _labels(models: Sequence[Source | PreTrainedModel]) -> list[str]:

@@ -87,7 +87,7 @@ def measure_sensitivity(
         num_experts, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].rule
     else:
         num_experts, rule = layout.num_experts, layout.spec.routing(layout.config)
-    if domain_weights is not None:
+    if domain_weights is not None and stats is None:  # else the statistics know the domains
         check_domain_weights(samples.samples, domain_weights)
     for recipe in recipes:
         check_grid(recipe, num_experts, rule, counts)
