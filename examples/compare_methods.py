@@ -14,9 +14,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from optimum_moe_prune import MoEPruner, MoEPrunerConfig, Need
-from optimum_moe_prune.calibration.in_memory import collect
-from optimum_moe_prune.evaluation.losses import evaluate
+from optimum_moe_prune import MoEPruner, MoEPrunerConfig, calibrate, evaluate
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "small_models"))
@@ -33,7 +31,7 @@ args = parser.parse_args()
 texts = make_corpus({"train": 10, "heldout": 6})
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
 pruner = MoEPruner.from_pretrained(args.model, config=MoEPrunerConfig(sparsity=args.sparsity))
-stats = collect(model, pruner.samples(args.calibration or texts["train"]), set(Need))
+stats = calibrate(model, pruner.samples(args.calibration or texts["train"]), "all")
 heldout = pruner.samples(args.heldout or texts["heldout"])
 
 print(f"{'method':<16}{'KL (nats)':>10}{'lost (nats)':>12}  95% interval     experts by layer")

@@ -3,13 +3,14 @@
 
     python examples/quickstart.py [--model examples/small_models/qwen2_moe] [--draws 3] [--output FOLDER]
     python examples/quickstart.py --sensitivity --methods mosaic enumeration reap soft_frequency
+    python examples/quickstart.py --draws 3 --sensitivity --write examples/small_models/RESULTS.md
 
 Needs no network: the model is one of this repository's, and the text is made on the spot by
 ``small_models/corpus.py``, for calibration from the split the model was trained on, for judging from the held-out one.
 The table shows, for each domain, by how many nats per token the loss rises, and how many experts each layer retains
 (of the first draw). Rows marked "global" spread the same number of experts unequally over the layers. One row is
 calibrated on a single general domain, all others on a mixture. With --sensitivity there are rows of plans that spread
-the same number by divergences measured on 24 of the calibration samples.
+the same number by divergences measured on 24 of the calibration samples. --write puts the tables into a Markdown file.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ from optimum_moe_prune import (
     MoEPrunerConfig,
     Need,
     Sensitivity,
+    calibrate,
+    evaluate,
     list_methods,
+    measure_sensitivity,
 )
-from optimum_moe_prune.calibration.in_memory import collect
-from optimum_moe_prune.evaluation.losses import evaluate
-from optimum_moe_prune.evaluation.measure_sensitivity import measure_sensitivity
 from optimum_moe_prune.methods import get_method
-from optimum_moe_prune.models.layerwise import LayerByLayer
 from optimum_moe_prune.planning.build import build_plan
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "small_models"))
 import corpus  # noqa: E402
+from blocks import markdown, write_block  # noqa: E402
 
 GENERAL = "docs"
 CALIBRATION_SAMPLES = 120  # of a draw: 20 of each domain, or all of the general one
@@ -113,7 +114,7 @@ def calibrated(
     model: PreTrainedModel, texts: list[dict[str, str]], needs: set[Need], tokenizer: object
 ) -> tuple[CalibrationStats, float]:
     began = time.perf_counter()
-    stats = collect(model, CalibrationSet.build(texts, tokenizer, max_length=CONTEXT), needs)
+    stats = calibrate(model, texts, needs, tokenizer=tokenizer, max_length=CONTEXT)
     return stats, time.perf_counter() - began
 
 
@@ -128,9 +129,9 @@ def sensitivities(
     found = []
     for number, (draws_texts, (stats, _)) in enumerate(zip(texts, calibrations, strict=True)):
         samples = CalibrationSet.build(draws_texts, tokenizer, max_length=CONTEXT).take(MEASURED_SAMPLES)
-        configs = [MoEPrunerConfig(method=method, sparsity=0.5, seed=number) for method in methods]
+        recipes = [MoEPrunerConfig(method=method, seed=number) for method in methods]
         began = time.perf_counter()
-        found.append(measure_sensitivity(LayerByLayer(model), samples, stats, configs, sparsities=()))
+        found.append(measure_sensitivity(model, samples, recipes, stats, sparsities=()))
         print(f"  measured draw {number} in {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return found
 
@@ -207,6 +208,25 @@ def print_table(rows: dict[float, list[Row]], draws: int) -> None:
     )
 
 
+def tables(rows: dict[float, list[Row]], draws: int) -> str:
+    """The tables in Markdown, with the command that made them."""
+    parts = []
+    for sparsity, table in rows.items():
+        lines = []
+        for row in sorted(table, key=lambda r: r.mean):
+            values = row.by_domain()
+            counts = " ".join(map(str, row.experts)) if len(set(row.experts)) > 1 else f"{row.experts[0]} each"
+            numbers = [row.mean, max(values), *values]
+            name, _, note = row.name.partition(", ")
+            shown = f"`{name}`" + (f", {note}" if note else "")
+            lines.append([shown, *(f"{number:.2f}" for number in numbers), counts])
+        parts.append(f"{sparsity:.0%} of the experts removed, mean of {draws} draws:")
+        parts.append(markdown(["method", "mean", "worst", *corpus.DOMAINS, "experts of each layer"], lines))
+    command = " ".join(argument for argument in sys.argv[1:] if not argument.startswith(tempfile.gettempdir()))
+    parts.append(f"    python examples/quickstart.py {command}")
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=HERE / "small_models" / "mixtral")
@@ -216,6 +236,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1, help="disjoint calibration draws to average over (default 1)")
     parser.add_argument("--methods", nargs="+", default=list_methods(), help="to compare (default all)")
     parser.add_argument("--sensitivity", action="store_true", help="also spread experts by measured divergences")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE.md", help="put the tables into this file's block of the model"
+    )
     arguments = parser.parse_args()
     disable_progress_bar()
     logging.getLogger("optimum_moe_prune").setLevel(logging.ERROR)
@@ -247,6 +270,9 @@ def main() -> None:
         print("Comparing the methods ...", flush=True)
         rows = compare(model, tokenizer, text, heldout, arguments.draws, arguments.methods, arguments.sensitivity)
         print_table(rows, arguments.draws)
+        if arguments.write:
+            name = arguments.model.resolve().name
+            write_block(arguments.write, f"quickstart {name}", tables(rows, arguments.draws))
 
 
 if __name__ == "__main__":

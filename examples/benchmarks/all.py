@@ -2,6 +2,7 @@
 """Every benchmark, one after another, and one table of what was measured beside its bar.
 
     python examples/benchmarks/all.py [--scale 0.08] [--folder DIR] [--only paths startup] [--quick]
+        [--write examples/benchmarks/README.md]
 
 They need a machine with nothing else to do. The exit code is 1 where a bar is missed. ``--quick`` shrinks all shapes
 until the scripts take seconds: it shows that they run, and its numbers mean nothing.
@@ -19,6 +20,9 @@ from typing import Any
 from common import report
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from blocks import markdown, write_block  # noqa: E402
+
 NAMES = ("startup", "paths", "selection", "calibration", "memory", "surgery", "large")
 SMALL_MODEL = "--hidden 128 --width 128 --layers 2"
 QUICK = {
@@ -51,6 +55,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.08, help="of the large checkpoint")
     parser.add_argument("--folder", type=Path, help="on the disk to use; a temporary one by default")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table into this file's block")
     parser.add_argument("--quick", action="store_true", help="shapes that only show that the scripts run")
     a = parser.parse_args()
     rows: list[dict[str, object]] = []
@@ -72,6 +77,10 @@ def main() -> None:
                 rows.append({**cells, "in": result["measured"], "bar": row[result["bar"]], "met": row["met"]})
         if not well:
             rows.append({"what": f"{name}.py failed", "measured": "", "in": "", "bar": "", "met": False})
+    if a.write is not None:
+        head = ["what", "measured", "in", "bar", "met"]
+        lines = [[f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in head] for row in rows]
+        write_block(a.write, "all benchmarks", markdown(head, lines))
     report("all benchmarks", rows, settings, "measured")
     if not all(row["met"] for row in rows):
         sys.exit(1)

@@ -49,9 +49,10 @@ from optimum_moe_prune import CalibrationStats, MoEPruner, MoEPrunerConfig, Prun
 from optimum_moe_prune.calibration.streamed import collect_streamed
 from optimum_moe_prune.checkpoints.layout import model_dtype
 from optimum_moe_prune.models.skeleton import Skeleton
-from optimum_moe_prune.planning.build import build_plan, plan_needs
-from optimum_moe_prune.storage.folders import working_on
-from optimum_moe_prune.storage.growing import Store, calibration_folder
+from optimum_moe_prune.planning.build import build_plan
+from optimum_moe_prune.storage.folders import partial_folder, working_on
+from optimum_moe_prune.storage.growing import Store
+from optimum_moe_prune.storage.workspace import Workspace
 
 _LAYERS = 24
 _MULTIPLIED = (torch.bfloat16, torch.float32)
@@ -129,10 +130,11 @@ def calibrate(
         layout = pruner.layout()
         skeleton = Skeleton(layout, model_dtype(layout.config, layout.checkpoint), device)
         how: dict[str, Any] = {"max_tokens": _KEPT, "read_ahead": read_ahead}
-        store = Store(calibration_folder(target))
-        stats = collect_streamed(skeleton, samples, plan_needs(recipe(retained)), **how, store=store)
+        workspace = Workspace.beside(target).part("calibration")
+        store = Store(workspace.folder)
+        stats = collect_streamed(skeleton, samples, recipe(retained).needs, **how, store=store)
         stats.save(target)
-        shutil.rmtree(calibration_folder(target))
+        workspace.clear()
     told: dict[str, Any] = {
         "least used": min(int((x.total("routed_tokens") > 0).sum()) for x in stats.layers.values())
     }
@@ -201,7 +203,7 @@ def run(a: argparse.Namespace, folder: Path) -> None:
     shards = checkpoint_shards(config)
     whole, layer = shards_bytes(shards), shards_bytes([shards[1]])
     largest = max(2 * math.prod(shape) for shard in shards for shape in shard.values())
-    fresh(stats, calibration_folder(stats), pruned, copied)
+    fresh(stats, partial_folder(stats), pruned, copied)
     made.unlink(missing_ok=True)
     less = tensor_bytes(config, ".mlp.experts.") * (1 - a.keep_experts / config.num_experts)
     per_token = 2 * config.num_experts * (config.num_experts + 4) + 2 * config.hidden_size

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..errors import RequestError, RunError
 from .files import sync, write_json
-from .folders import check_space, partial_folder
+from .folders import check_space
 from .tensor_files import MappedTensors, Shapes, shapes_bytes
 from .values import check_version, is_integer, read_json
 
@@ -192,16 +191,6 @@ def unfinished(folder: Path) -> tuple[dict[str, Any], int] | None:
             f"the unfinished calibration in {folder} is damaged: {str(error).rstrip('.')}. {advice}"
         ) from error
     return of, finished
-
-
-def calibration_folder(target: str | os.PathLike) -> Path:
-    """Where the calibration of an output is kept until the output is there."""
-    return partial_folder(target) / "calibration"
-
-
-def sensitivity_folder(target: str | os.PathLike) -> Path:
-    """Where the measurement of a sensitivity is kept until the output is there."""
-    return partial_folder(target) / "sensitivity"
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> Iterator[str]:

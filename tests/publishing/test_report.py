@@ -33,7 +33,7 @@ from optimum_moe_prune import (
     RequestError,
     RunError,
 )
-from optimum_moe_prune.architectures.routers import Routing
+from optimum_moe_prune.architectures.routers import SoftmaxTopK
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.evaluation.comparison import Comparison
 from optimum_moe_prune.methods import pathfinder
@@ -603,7 +603,7 @@ def synthetic(layers: int, experts: int) -> CalibrationStats:
         tensors["output_energy"] = torch.ones(len(entries), experts, dtype=torch.float64)
         tensors["inputs"] = torch.randn(96, 8, generator=random)
         tensors["token_single_error"] = torch.rand(96, experts, generator=random)
-        made[layer] = LayerStats(experts, Routing(2, True, False), tensors, weights, token_sample)
+        made[layer] = LayerStats(experts, SoftmaxTopK(2, True, False), tensors, weights, token_sample)
     needs = {Need.ROUTING, Need.ROUTED_NORMS, Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.INPUTS}
     model = {"model_type": "mixtral", "top_k": 2, "fingerprint": "random"}
     return CalibrationStats(model, entries, made, frozenset(needs), token_sample, token_position, 96, 0)
