@@ -19,7 +19,7 @@ from ..errors import RequestError, RunError
 from .files import sync, write_json
 from .folders import check_space, partial_folder
 from .tensor_files import MappedTensors, Shapes, shapes_bytes
-from .values import check_version, is_integer, read_json
+from .values import Json, Values, check_version, is_integer, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Store:
     def __init__(
         self,
         folder: Path | None = None,
-        of: Mapping[str, Any] | None = None,
+        of: Values | None = None,
         restart: bool = False,
         what: str = "calibration",
     ) -> None:
@@ -172,7 +172,7 @@ class Store:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def unfinished(folder: Path) -> tuple[dict[str, Any], int] | None:
+def unfinished(folder: Path) -> tuple[Json, int] | None:
     """What the unfinished calibration in a folder is of, and how many steps are finished; None if there is none.
 
     Raises:
@@ -204,7 +204,7 @@ def sensitivity_folder(target: str | os.PathLike) -> Path:
     return partial_folder(target) / "sensitivity"
 
 
-def _differences(there: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> Iterator[str]:
+def _differences(there: Values, now: Values, inside: str = "") -> Iterator[str]:
     """What differs between two nested mappings, one by one."""
     for name in sorted(set(there) | set(now)):
         old, new = there.get(name), now.get(name)
