@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+ModelConfig = Any
+"""A ``PreTrainedConfig``: its keys differ from model to model, so none can be typed."""
+
 LOADING_HOOK = "_finalize_model_loading"
 """The last step of ``from_pretrained``, a static method of ``PreTrainedModel``, before gaps are filled with random
 weights (transformers 5.14 to 5.24)."""
@@ -26,7 +29,7 @@ PER_LAYER_WARNER = "transformers.integrations.heterogeneity.configuration_utils"
 # ------------------------------------------------------------------------------------------- configs
 
 
-def text_config(config: Any) -> Any:
+def text_config(config: ModelConfig) -> Any:
     """The config of a model's text part: its own, or the one inside the config of a model that sees or hears as well.
 
     Args:
@@ -35,12 +38,12 @@ def text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
-def name_of_config(config: Any) -> str | None:
+def name_of_config(config: ModelConfig) -> str | None:
     """The folder or Hub id a config was read from, or None (``PreTrainedConfig._name_or_path`` is private)."""
     return config._name_or_path or None
 
 
-def commit_of_config(config: Any) -> str | None:
+def commit_of_config(config: ModelConfig) -> str | None:
     """The commit on the Hub of the model a config is of, or None.
 
     Why: ``PreTrainedConfig._commit_hash`` is private. transformers fills it in up to 5.22 and not since 5.23; all of
@@ -49,7 +52,7 @@ def commit_of_config(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
-def set_commit_of_config(config: Any, commit: str | None) -> None:
+def set_commit_of_config(config: ModelConfig, commit: str | None) -> None:
     """Remember the commit that a config is of, as transformers does up to 5.22; see :func:`commit_of_config`."""
     config._commit_hash = commit
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .errors import RequestError, nearest_first
 from .names import BY_SENSITIVITY, CONFIG_NAME, GLOBAL, UNIFORM
 from .storage.files import write_text
-from .storage.values import is_integer, read_json
+from .storage.values import Json, Values, is_integer, read_json
 
 if TYPE_CHECKING:
     import os
@@ -83,7 +82,7 @@ class MoEPrunerConfig:
         "model, spread by measured divergences (default: the method's own way)",
         "A",
     )
-    method_options: dict[str, Any] = _setting({}, "an option of the method; may be repeated", "K=V")
+    method_options: Json = _setting({}, "an option of the method; may be repeated", "K=V")
     protect: dict[int, tuple[int, ...]] = _setting({}, "experts to retain in any case; may be repeated", "LAYER:E,E")
     skip_layers: tuple[int, ...] = _setting((), "layers that keep all their experts", "L,L")
     protect_super_experts: bool = _setting(False, "retain experts with extreme outputs")
@@ -192,7 +191,7 @@ class MoEPrunerConfig:
 
     # -- plain values and files
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As plain JSON values."""
         values = dataclasses.asdict(self)
         values["protect"] = {str(layer): list(experts) for layer, experts in sorted(self.protect.items())}
@@ -200,7 +199,7 @@ class MoEPrunerConfig:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> MoEPrunerConfig:
+    def from_dict(cls, values: Values, **overrides: Any) -> MoEPrunerConfig:
         """From plain values; keys that this version does not know are left out with a warning.
 
         Args:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import numpy as np
 from .errors import RequestError
 from .names import PLAN_NAME
 from .storage.files import write_json
-from .storage.values import check_version, is_integer, read_json
+from .storage.values import Json, Values, check_version, is_integer, read_json
 
 if TYPE_CHECKING:
     import os
@@ -45,8 +44,8 @@ class PruningPlan:
     retained: dict[int, tuple[int, ...]]
     original_num_experts: dict[int, int]
     scores: dict[int, tuple[float, ...]] | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
+    config: Json = field(default_factory=dict)
+    provenance: Json = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check()
@@ -96,14 +95,14 @@ class PruningPlan:
         return 1 - sum(self.num_experts.values()) / sum(self.original_num_experts.values())
 
     @property
-    def made_for(self) -> dict[str, Any]:
+    def made_for(self) -> Json:
         """The model it was made for: ``fingerprint``, ``name_or_path``, ``revision`` ..., where known."""
         return self.provenance.get("model") or {}
 
     @property
-    def lineage(self) -> list[dict[str, Any]]:
+    def lineage(self) -> list[Json]:
         """``made_for`` of this plan and of those before it, where its model had been pruned before; the last first."""
-        models: list[dict[str, Any]] = []
+        models: list[Json] = []
         provenance: Any = self.provenance
         while isinstance(provenance, dict):  # of the earlier plans nothing was checked
             model, parent = provenance.get("model"), provenance.get("parent")
@@ -179,7 +178,7 @@ class PruningPlan:
 
     # -- files
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As plain JSON values."""
         scores = self.scores or {}
         return {
@@ -201,7 +200,7 @@ class PruningPlan:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PruningPlan:
+    def from_dict(cls, values: Values) -> PruningPlan:
         """From plain values.
 
         Raises:

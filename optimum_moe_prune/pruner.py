@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .calibration.samples import CalibrationInput, CalibrationSet
 from .checkpoints.layout import Layout, open_layout
 from .checkpoints.source import Source
-from .compat import commit_of_config
+from .compat import ModelConfig, commit_of_config
 from .config import MoEPrunerConfig
 from .errors import RequestError
 from .evaluation.choosing import choose_experts, statistics_for
@@ -31,6 +31,7 @@ from .publishing.outputs import apply_to_checkpoint, save_pruned
 from .statistics.samples import check_domain_weights
 from .statistics.stats import CalibrationStats
 from .storage.folders import check_target, working_on
+from .storage.values import Json
 from .storage.workspace import Workspace
 from .surgery.checks import check_output, check_plan_for_config
 from .surgery.files import MAX_SHARD_SIZE, shard_bytes
@@ -190,7 +191,7 @@ class MoEPruner:
 
     # -- the verbs
 
-    def samples(self, calibration: CalibrationInput, model_config: Any = None) -> CalibrationSet:
+    def samples(self, calibration: CalibrationInput, model_config: ModelConfig = None) -> CalibrationSet:
         """The calibration samples that the recipe's settings make of a calibration.
 
         Args:
@@ -475,7 +476,7 @@ class MoEPruner:
         calibration: Calibration | None,
         domain_weights: Mapping[str, float] | None,
         workspace: Workspace,
-        compute: dict[str, Any],
+        compute: Json,
     ) -> PruningPlan:
         """A plan from given statistics, from a calibration, or from the last one."""
         recipe = self._recipe()

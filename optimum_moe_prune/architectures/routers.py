@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import RequestError
+from ..storage.values import Json, Values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,7 +185,7 @@ class RoutingRule(ABC):
             return f"experts are given weights up to {difference.max():.3g} away from those by the rule"
         return ""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As plain JSON values, for :func:`rule_from_dict`."""
         return {"kind": self.kind, **asdict(self)}  # type: ignore[call-overload]  # every rule is a dataclass
 
@@ -242,12 +243,12 @@ class SoftmaxTopK(RoutingRule, kind="softmax"):
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.double().softmax(dim=-1)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Without its kind: so statistics have been written from the beginning."""
         return asdict(self)
 
 
-def rule_from_dict(values: Mapping[str, Any]) -> RoutingRule:
+def rule_from_dict(values: Values) -> RoutingRule:
     """A rule from plain values, as statistics hold it.
 
     Raises:

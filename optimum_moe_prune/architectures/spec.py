@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..compat import text_config
+from ..compat import ModelConfig, text_config
 from .routers import RoutingRule, SoftmaxTopK
 
 
@@ -74,19 +74,19 @@ class MoESpec:
         """The names under which checkpoint files may hold the block."""
         return tuple(dict.fromkeys((self.file_block or self.block, self.block)))
 
-    def is_unequal(self, config: Any) -> bool:
+    def is_unequal(self, config: ModelConfig) -> bool:
         """Whether a model's layers have different numbers of experts (``per_layer_config``)."""
         from .unequal import is_unequal  # it needs torch
 
         return is_unequal(text_config(config), self.count_key)
 
-    def num_experts(self, config: Any, layer: int) -> int:
+    def num_experts(self, config: ModelConfig, layer: int) -> int:
         """Routed experts of a decoder layer, should it be sparse."""
         from .unequal import count_of_layer
 
         return count_of_layer(text_config(config), self.count_key, layer)
 
-    def routing(self, config: Any) -> RoutingRule:
+    def routing(self, config: ModelConfig) -> RoutingRule:
         """The rule of this architecture's router, with the settings of one model."""
         config, renormalise = text_config(config), self.renormalise
         if self.rule is not None:

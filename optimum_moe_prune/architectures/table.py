@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..compat import ModelConfig
 from ..errors import RequestError, nearest_first
 from .mixtral import MIXTRAL
 from .qwen2_moe import QWEN2_MOE
@@ -41,7 +42,7 @@ def all_architectures() -> list[MoESpec]:
     return list(_ROWS.values())
 
 
-def architecture_of(config: Any) -> MoESpec:
+def architecture_of(config: ModelConfig) -> MoESpec:
     """The row for a model's config.
 
     Args:

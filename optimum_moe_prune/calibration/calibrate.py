@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union
 
 from ..checkpoints.layout import Layout, identity, open_layout
 from ..checkpoints.source import Source
@@ -18,6 +18,7 @@ from ..models.memory import Compute, load_model, open_skeleton
 from ..provenance import versions
 from ..statistics.stats import CalibrationStats, Need
 from ..storage.growing import Store, unfinished
+from ..storage.values import Json
 from ..storage.workspace import Workspace
 from .in_memory import collect, empty_stats
 from .samples import CalibrationInput, CalibrationSet, sample_length
@@ -65,7 +66,7 @@ def calibrate(
             workspace holds unfinished work on something else.
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
-    settings: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
+    settings: Json = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
     gathered = needs_of(needs)
     layout = layout_of(model)
     config = model.config if layout is None else layout.config  # type: ignore[union-attr]

@@ -7,13 +7,13 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..architectures.routers import RoutingRule
-from ..compat import text_config
+from ..compat import ModelConfig, text_config
 from ..models.blocks import model_facts, moe_blocks
 from ..models.checks import check_finite, check_model, evaluating, input_device, vocabulary
 from ..progress import progress
@@ -23,6 +23,7 @@ from ..statistics.needs import PER_SAMPLE, Need, layer_shapes, tensor_names
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
+from ..storage.values import Json
 from .observer import Current, LayerObserver
 from .samples import CalibrationSet
 
@@ -41,7 +42,7 @@ def collect(
     batch_size: int = 8,
     max_tokens: int = 8192,
     seed: int = 0,
-    provenance: dict[str, Any] | None = None,
+    provenance: Json | None = None,
     store: Store | None = None,
 ) -> CalibrationStats:
     """Run a model over the calibration samples once and gather statistics of its MoE layers.
@@ -125,14 +126,14 @@ def collect(
 
 
 def assemble(
-    facts: dict[str, Any],
+    facts: Json,
     calibration: CalibrationSet,
     current: Current,
     layers: dict[int, LayerStats],
     needs: frozenset[Need],
     max_tokens: int,
     seed: int,
-    provenance: dict[str, Any],
+    provenance: Json,
 ) -> CalibrationStats:
     """The statistics of a calibration that went through all layers."""
     return CalibrationStats(
@@ -155,7 +156,9 @@ def assemble(
     )
 
 
-def statistics_bytes(num_experts: Mapping[int, int], needs: frozenset[Need], current: Current, config: Any) -> int:
+def statistics_bytes(
+    num_experts: Mapping[int, int], needs: frozenset[Need], current: Current, config: ModelConfig
+) -> int:
     """Bytes of the statistics of all layers, with float32 where the model's own dtype is kept."""
     total, before = 0, 0
     for count in num_experts.values():
@@ -169,7 +172,7 @@ def statistics_bytes(num_experts: Mapping[int, int], needs: frozenset[Need], cur
 
 
 def empty_stats(
-    facts: dict[str, Any], num_experts: Mapping[int, int], routing: RoutingRule, *, seed: int = 0
+    facts: Json, num_experts: Mapping[int, int], routing: RoutingRule, *, seed: int = 0
 ) -> CalibrationStats:
     """Statistics of no calibration at all, for methods that need none.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Union
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor
 
-from ..compat import text_config
+from ..compat import ModelConfig, text_config
 from ..config import SAMPLE_SELECTIONS, MoEPrunerConfig, check_clusters
 from ..errors import RequestError
 from ..models.batches import Batch
 from ..statistics.samples import Sample, equal_shares, samples_fingerprint
+from ..storage.values import Values
 from .representatives import NumClusters, representatives
 from .texts import HubMixture, _check_unicode, _Record, _records, _sources, hub_records
 
@@ -37,7 +38,7 @@ CalibrationInput = Union[
     PathLike,
     Sequence[str],
     Sequence[PathLike],
-    Sequence[Mapping[str, Any]],
+    Sequence[Values],
     Tensor,
     Sequence[Tensor],
     "Dataset",
@@ -152,7 +153,7 @@ class CalibrationSet:
 
     @classmethod
     def for_recipe(
-        cls, source: CalibrationInput, recipe: MoEPrunerConfig, tokenizer: Callable[[], Any], model_config: Any
+        cls, source: CalibrationInput, recipe: MoEPrunerConfig, tokenizer: Callable[[], Any], model_config: ModelConfig
     ) -> CalibrationSet:
         """As :meth:`build`, by the settings of a recipe and for a model of this config."""
         if isinstance(source, CalibrationSet):
@@ -268,7 +269,7 @@ class CalibrationSet:
         return -(-len(self) // batch_size)
 
 
-def sample_length(max_length: int, config: Any) -> int:
+def sample_length(max_length: int, config: ModelConfig) -> int:
     """``max_length``, or what the model was made for (``max_position_embeddings``) where that is shorter."""
     longest = getattr(text_config(config), "max_position_embeddings", None)
     return min(max_length, longest) if isinstance(longest, int) and longest > 1 else max_length

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ..statistics.needs import Need
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
+from ..storage.values import Json
 from .in_memory import assemble, statistics_bytes
 from .observer import Current, LayerObserver, Routed
 from .samples import CalibrationSet
@@ -37,7 +37,7 @@ def collect_streamed(
     batch_size: int = 8,
     max_tokens: int = 8192,
     seed: int = 0,
-    provenance: dict[str, Any] | None = None,
+    provenance: Json | None = None,
     store: Store | None = None,
     read_ahead: bool = True,
 ) -> CalibrationStats:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..storage.values import Json
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def _file_records(path: Path) -> Iterator[_Record]:
 _HUB_PART = re.compile(r"^(?P<name>[^\[\](),:]+)(\[(?P<config>[^\]]+)\])?(\((?P<split>[^)]+)\))?(:(?P<count>\d+))?$")
 
 
-def hub_records(mixture: str, usable: int | None = None, everything: bool = True) -> list[dict[str, Any]]:
+def hub_records(mixture: str, usable: int | None = None, everything: bool = True) -> list[Json]:
     """Records of a mixture (:class:`HubMixture`).
 
     Args:
@@ -184,7 +185,7 @@ def hub_records(mixture: str, usable: int | None = None, everything: bool = True
     Raises:
         RequestError: If the mixture cannot be read, a number is missing, or the ``[datasets]`` extra.
     """
-    parts: list[dict[str, Any]] = []
+    parts: list[Json] = []
     for text in mixture.split(","):
         match = _HUB_PART.match(text.strip())
         if match is None:

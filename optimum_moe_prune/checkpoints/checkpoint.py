@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from ..errors import RequestError, RunError
 from ..storage.tensor_files import TORCH_DTYPES, TensorEntry, all_finite, read_header
-from ..storage.values import read_json
+from ..storage.values import Json, read_json
 from .source import Source
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ class Checkpoint:
     source: Source
     tensors: dict[str, SourceTensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
-    index_metadata: dict[str, Any] = field(default_factory=dict)
+    index_metadata: Json = field(default_factory=dict)
     _entries: dict[str, dict[str, TensorEntry]] = field(default_factory=dict, repr=False)
     _stamps: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -207,7 +206,7 @@ class Checkpoint:
     def reader(self) -> Iterator[Callable[[str], Tensor]]:
         """A function from names to tensors, mapped from their files; files stay open inside the ``with``."""
         with contextlib.ExitStack() as stack:
-            opened: dict[str, Any] = {}
+            opened: Json = {}
 
             def read(name: str) -> Tensor:
                 file = self.tensors[name].file
@@ -227,7 +226,7 @@ class Checkpoint:
 
     # -- helpers
 
-    def _index(self) -> tuple[dict[str, str], dict[str, Any]]:
+    def _index(self) -> tuple[dict[str, str], Json]:
         path = self.source.find(INDEX_FILE)
         if path is None:
             raise RequestError(

@@ -20,9 +20,10 @@ import torch
 from ..architectures.fingerprint import fingerprint_of
 from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_of
-from ..compat import commit_of_config, name_of_config, text_config
+from ..compat import ModelConfig, commit_of_config, name_of_config, text_config
 from ..errors import RequestError
 from ..storage.tensor_files import TORCH_DTYPES
+from ..storage.values import Json
 from .checkpoint import Checkpoint
 from .source import Source
 
@@ -58,7 +59,7 @@ class Layout:
 
     checkpoint: Checkpoint
     spec: MoESpec
-    config: Any
+    config: ModelConfig
     layers: dict[int, MoELayer] = field(default_factory=dict)
     outside: list[str] = field(default_factory=list)
 
@@ -98,7 +99,7 @@ class Layout:
             for index, layer in sorted(self.layers.items())
         )
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """What statistics and plans remember of the model they were made for (as ``collect.model_facts``)."""
         return {
             "model_type": self.spec.model_type,
@@ -110,7 +111,7 @@ class Layout:
         }
 
 
-def model_dtype(config: Any, checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") -> torch.dtype:
+def model_dtype(config: ModelConfig, checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") -> torch.dtype:
     """The dtype transformers loads a checkpoint in: the one asked for, or the config's, or that of its tensors."""
     if dtype != "auto":
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -131,7 +132,7 @@ def open_layout(source: Source | str | os.PathLike) -> Layout:
     return find_layout(Checkpoint.open(replace(source, revision=commit) if commit else source), source.config)
 
 
-def find_layout(checkpoint: Checkpoint, config: Any) -> Layout:
+def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     """Sort a checkpoint's tensors and check that every expert and router is there, in the shape the config says.
 
     Args:
@@ -280,7 +281,7 @@ def _is_plain(names: Any, checkpoint: Checkpoint) -> bool:
     return all(TORCH_DTYPES.get(checkpoint.tensors[name].dtype) is not None for name in names)
 
 
-def identity(layout: Layout) -> dict[str, Any]:
+def identity(layout: Layout) -> Json:
     """What makes a checkpoint the same one: its files and routers, or its commit on the Hub."""
     checkpoint = layout.checkpoint
     if not checkpoint.is_local:

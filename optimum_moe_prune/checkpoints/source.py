@@ -17,6 +17,7 @@ from ..errors import RequestError
 from ..names import PLAN_NAME
 from ..plan import PruningPlan
 from ..storage.outputs import MARKERS, marker_fault
+from ..storage.values import Json
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +75,13 @@ class Source:
         return Path(self.name_or_path).is_dir()
 
     @property
-    def for_files(self) -> dict[str, Any]:
+    def for_files(self) -> Json:
         """What functions that fetch files take."""
         given = {"revision": self.revision, "token": self.token, "cache_dir": self.cache_dir}
         return {key: value for key, value in given.items() if value is not None}
 
     @property
-    def for_transformers(self) -> dict[str, Any]:
+    def for_transformers(self) -> Json:
         """What ``from_pretrained`` takes."""
         return {**self.for_files, **({"trust_remote_code": True} if self.trust_remote_code else {})}
 

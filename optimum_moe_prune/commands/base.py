@@ -8,13 +8,14 @@ import json
 import re
 import sys
 import traceback
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
 
 from ..errors import MoEPruneError, RequestError
+from ..storage.values import Json
 
-Result = tuple[str, dict[str, Any]]
+Result = tuple[str, Json]
 """What is printed for people, and with ``--json``."""
 
 

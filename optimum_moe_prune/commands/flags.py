@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
+from ..storage.values import Json
 
 if TYPE_CHECKING:
     from ..checkpoints.source import Source
@@ -43,7 +44,7 @@ def add_settings(group: Any, names: Iterable[str]) -> None:
         kind = str(setting.type).split(" ")[0]
         default = setting.default
         shown = f" (default {default})" if type(default) in (int, str) else ""
-        options: dict[str, Any] = {"dest": name, "help": setting.metadata["help"] + shown, "default": None}
+        options: Json = {"dest": name, "help": setting.metadata["help"] + shown, "default": None}
         if kind == "bool":
             group.add_argument(flag, action="store_true", **options)
             continue

@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import MoEPruneError, RequestError, RunError
+from ..storage.values import Json
 from . import flags
 from .base import Result
 
@@ -117,7 +118,7 @@ def _finish(args: argparse.Namespace, pruner: MoEPruner, plan: PruningPlan, fold
     from ..publishing.card import write_card
 
     text, comparison = "", None
-    values: dict[str, Any] = {}
+    values: Json = {}
     if args.evaluate:
         from ..evaluation.compare import compare
 

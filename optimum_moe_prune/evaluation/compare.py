@@ -7,7 +7,7 @@ import gc
 import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
@@ -20,6 +20,7 @@ from ..compat import text_config
 from ..errors import RequestError, RunError
 from ..models.memory import Compute
 from ..provenance import versions
+from ..storage.values import Json, Values
 from .comparison import Comparison, ModelResult, reference_of
 from .losses import Evaluation, evaluate
 from .speed import measure_generation
@@ -113,7 +114,7 @@ def compare(
                 results[label] = replace(results[label], generation=generation)
             except RunError as error:  # what was evaluated before is not lost for it
                 logger.warning("%s", error)
-    settings: dict[str, Any] = {}
+    settings: Json = {}
     if texts is not None:
         settings = {"text": ", ".join(texts.sources), "samples_fingerprint": texts.fingerprint[:12]}
         settings["max_length"] = max_length
@@ -151,7 +152,7 @@ def _check(
     speed: bool,
     batch_size: int,
     new_tokens: int,
-    task_settings: Mapping[str, Any],
+    task_settings: Values,
 ) -> None:
     """Refuse what can be refused before a model is loaded."""
     if not models:

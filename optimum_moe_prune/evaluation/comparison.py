@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
 from ..storage.files import write_text
-from ..storage.values import check_version, read_json
+from ..storage.values import Json, Values, check_version, read_json
 from .losses import DomainResult, Evaluation, aligned
 from .speed import Generation
 
@@ -46,9 +45,9 @@ class ModelResult:
         count, nbytes = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
         return cls(evaluation or Evaluation(), count, nbytes, tasks=tasks or {})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As plain JSON values; what was not measured is left out."""
-        values: dict[str, Any] = {"domains": self.evaluation.to_dict()}
+        values: Json = {"domains": self.evaluation.to_dict()}
         if self.parameters is not None:
             values |= {"parameters": self.parameters, "bytes": self.nbytes}
         if self.generation is not None:
@@ -70,7 +69,7 @@ class Comparison:
 
     models: dict[str, ModelResult]
     reference: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Json = field(default_factory=dict)
 
     @property
     def compared(self) -> dict[str, ModelResult]:
@@ -155,7 +154,7 @@ class Comparison:
 
     # -- files
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As plain JSON values."""
         return {
             "format_version": FORMAT_VERSION,
@@ -165,7 +164,7 @@ class Comparison:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
+    def from_dict(cls, values: Values) -> Comparison:
         """From plain values.
 
         Raises:
@@ -218,7 +217,7 @@ def _cell(text: str) -> str:
     return plain.replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")
 
 
-def _result(values: Mapping[str, Any]) -> ModelResult:
+def _result(values: Values) -> ModelResult:
     domains = {str(name): DomainResult.from_dict(entry) for name, entry in values["domains"].items()}
     generation = values.get("generation")
     tasks = {str(t): {str(m): float(v) for m, v in found.items()} for t, found in values.get("tasks", {}).items()}

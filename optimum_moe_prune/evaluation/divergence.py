@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from ..models.layerwise import LayerByLayer
 from ..progress import progress_bar
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes
+from ..storage.values import Values
 from ..storage.workspace import Workspace
 
 Retained = Mapping[int, tuple[int, ...]]
@@ -55,7 +55,7 @@ def divergences(
     plans: Sequence[Retained],
     *,
     batch_size: int = 8,
-    work: Mapping[str, Any] | None = None,
+    work: Values | None = None,
     workspace: Workspace = Workspace(),
 ) -> Tensor:
     """``KL(original || pruned)`` of the next-token distributions, summed over the predicted tokens of each sample.

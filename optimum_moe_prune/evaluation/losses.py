@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..models.batches import Batch
 from ..models.checks import evaluating, input_device, vocabulary
 from ..planning.sensitivity import ALL
 from ..progress import progress
+from ..storage.values import Json, Values
 from .divergence import batch_size_for, kl_per_token
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class DomainResult:
         """The loss above that of the reference, in nats."""
         return None if self.reference_loss is None else self.loss - self.reference_loss
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As plain JSON values: what was not asked for is left out, an infinite perplexity is None."""
         values = {name: getattr(self, name) for name in (*self.__dataclass_fields__, *_DERIVED)}
         return {
@@ -87,7 +88,7 @@ class DomainResult:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DomainResult:
+    def from_dict(cls, values: Values) -> DomainResult:
         """From plain values; earlier ones have perplexities in place of losses.
 
         Raises:
@@ -124,7 +125,7 @@ class Evaluation:
 
     domains: dict[str, DomainResult] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As plain JSON values, figures that were not asked for left out."""
         return {name: result.to_dict() for name, result in self.domains.items()}
 

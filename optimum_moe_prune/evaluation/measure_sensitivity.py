@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from ..provenance import versions
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
+from ..storage.values import Values
 from ..storage.workspace import Workspace
 from .divergence import divergences as measure_divergences
 from .sensitivity_sets import SPARSITIES, allocated_plans, check_grid, layer_sets, whole_plans
@@ -211,7 +211,7 @@ class _Divergences:
         runner: LayerByLayer,
         samples: CalibrationSet,
         batch_size: int,
-        work: Mapping[str, Any] | None = None,
+        work: Values | None = None,
         workspace: Workspace = Workspace(),
     ) -> None:
         self.runner = runner

@@ -15,12 +15,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import RequestError, RunError
 from ..models.memory import Compute
+from ..storage.values import Json
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def measure_generation(
 
 
 def _measure(
-    name_or_path: str, prompt_tokens: int, new_tokens: int, repeats: int, seed: int, loading: dict[str, Any]
+    name_or_path: str, prompt_tokens: int, new_tokens: int, repeats: int, seed: int, loading: Json
 ) -> Generation:
     import torch
     from transformers import AutoModelForCausalLM
@@ -104,7 +104,7 @@ def _measure(
     prompt_tokens = max(1, min(prompt_tokens, sample_length(prompt_tokens + new_tokens, text) - new_tokens))
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(text.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
-    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    options: Json = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
 
     def seconds(tokens: int) -> float:
         began = time.perf_counter()

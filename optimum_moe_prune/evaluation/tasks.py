@@ -19,7 +19,7 @@ import numbers
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -29,6 +29,7 @@ import torch
 
 from ..errors import RequestError, RunError, nearest_first
 from ..models.checks import evaluating
+from ..storage.values import Json, Values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ def run_tasks(
     apply_chat_template: bool | str = False,
     system_instruction: str | None = None,
     fewshot_as_multiturn: bool = True,
-    gen_kwargs: str | dict[str, Any] | None = None,
+    gen_kwargs: str | Json | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score a model on benchmark tasks by ``lm_eval.simple_evaluate``: the figures are those of ``lm-eval run``.
 
@@ -207,12 +208,12 @@ def _resolved(tasks: Sequence[str], include: Sequence[str | Path], allow_code: b
 
 
 @functools.cache
-def _own_index() -> dict[str, Any]:
+def _own_index() -> Json:
     """The tasks that come with the harness; reading them takes seconds."""
     return _harness("tasks").TaskManager().task_index
 
 
-def _is_unsafe(index: Mapping[str, Any], name: str) -> bool:
+def _is_unsafe(index: Values, name: str) -> bool:
     """Whether a task runs programs, or one of a group's; refuses a definition of which no task can be made."""
     try:
         definitions = list(_definitions(index, name, ()))
@@ -223,9 +224,9 @@ def _is_unsafe(index: Mapping[str, Any], name: str) -> bool:
     return any(definition.get("unsafe_code") for definition in definitions)
 
 
-def _definitions(index: Mapping[str, Any], member: Any, above: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _definitions(index: Values, member: Any, above: tuple[str, ...]) -> Iterator[Json]:
     """The settings of the tasks behind a member of the groups ``above``: a name, or a definition in place."""
-    own: dict[str, Any] = member if isinstance(member, dict) else {}
+    own: Json = member if isinstance(member, dict) else {}
     name: Any = own.get("group", own.get("task")) if own else member
     if name in above:
         raise RequestError(f"the group {name!r} of tasks holds itself.")
@@ -286,7 +287,7 @@ def _copied(tokenizer: PreTrainedTokenizerBase | None, template: bool | str) -> 
     return tokenizer
 
 
-def _figures(task: str, metrics: dict[str, Any]) -> dict[str, float]:
+def _figures(task: str, metrics: Json) -> dict[str, float]:
     """What the harness says of a task, as plain numbers by clean names."""
     figures = {}
     for key, value in metrics.items():
@@ -314,7 +315,7 @@ def _contained(allow_code: bool = False) -> Iterator[None]:
     settings = {"DISABLE_MULTIPROC": "1"}  # to the harness: no processes for the bootstrap
     settings |= {"HF_ALLOW_CODE_EVAL": "1"} if allow_code else {}
     # A description of the machine for the harness's own files takes time, and git speaks on the terminal.
-    undescribed: dict[str, Any] = {"add_env_info": lambda results: None, "get_git_commit_hash": lambda: None}
+    undescribed: Json = {"add_env_info": lambda results: None, "get_git_commit_hash": lambda: None}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(mock.patch.dict(os.environ, settings))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import torch
 from ..progress import progress
 from ..statistics import weights as domain_weights
 from ..statistics.stats import CalibrationStats
+from ..storage.values import Json
 from .budget import Budget, choose_ranked
 from .paths import k_best_paths, max_marginals
 from .selection import Selection
@@ -78,7 +78,7 @@ def on_best_paths(
             f"the single best paths of {len(paths)} samples use {on_paths} experts, more than the budget of "
             f"{budget.total} holds: the experts on the most of them are kept"
         )
-    findings: dict[str, Any] = {} if importance is None else {"importance_entropy": entropy_shares(layers, importance)}
+    findings: Json = {} if importance is None else {"importance_entropy": entropy_shares(layers, importance)}
     findings |= {"paths_per_sample": fitting, "experts_on_paths": on_paths, "samples": len(paths)}
     return Selection(choose_ranked(keys, budget), notes=tuple(notes), findings=findings)
 

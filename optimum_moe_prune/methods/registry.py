@@ -22,6 +22,7 @@ import numpy as np
 from ..errors import RequestError, RunError, nearest_first
 from ..names import BY_SENSITIVITY, GLOBAL, UNIFORM
 from ..statistics.stats import CalibrationStats, LayerStats, Need
+from ..storage.values import Values
 from .budget import Budget, UniformBudget, choose
 from .selection import Retained, Scores, Selection
 
@@ -192,7 +193,7 @@ def get_method(name: str) -> Method:
     return _METHODS[name]
 
 
-def make_options(method: Method, values: Mapping[str, Any]) -> Any:
+def make_options(method: Method, values: Values) -> Any:
     """The options of a method from plain values; numbers and truth values may come as text.
 
     Raises:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+
+from ..storage.values import Values
 
 Scores = dict[int, np.ndarray]
 """One number ``(E,)`` for each expert, by layer; higher = keep."""
@@ -30,4 +30,4 @@ class Selection:
     retained: Retained
     scores: Scores | None = None
     notes: tuple[str, ...] = ()
-    findings: Mapping[str, Any] = field(default_factory=dict)
+    findings: Values = field(default_factory=dict)

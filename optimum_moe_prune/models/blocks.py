@@ -17,8 +17,9 @@ from ..architectures.fingerprint import fingerprint_of
 from ..architectures.routers import RoutingRule
 from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_of
-from ..compat import commit_of_config, name_of_config
+from ..compat import ModelConfig, commit_of_config, name_of_config
 from ..errors import RequestError, RunError
+from ..storage.values import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +154,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     Raises:
         RequestError: If the architecture is not known, or no layer has experts.
     """
-    config: Any = model.config
+    config: ModelConfig = model.config
     spec = architecture_of(config)
     rule = spec.routing(config)
     own = set(getattr(config, "per_layer_attributes", None) or ()) & {spec.top_k_key, spec.renormalise}
@@ -220,14 +221,14 @@ def _replace(owner: nn.Module, name: str, value: Tensor) -> None:
         setattr(owner, name, value)
 
 
-def moe_layers(model_config: Any) -> tuple[dict[int, int], RoutingRule]:
+def moe_layers(model_config: ModelConfig) -> tuple[dict[int, int], RoutingRule]:
     """Experts in each MoE layer and the rule of their routers, from a config alone (a model without weights)."""
     with torch.device("meta"):
         blocks = moe_blocks(AutoModelForCausalLM.from_config(model_config))
     return {block.layer: block.num_experts for block in blocks}, blocks[0].rule
 
 
-def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+def model_facts(model: PreTrainedModel) -> Json:
     """What statistics and plans remember of the model they were made for."""
     blocks = moe_blocks(model)
     return {

@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.table import all_architectures, on_register
-from ..compat import LOADING_HOOK, PER_LAYER_WARNER
+from ..compat import LOADING_HOOK, PER_LAYER_WARNER, ModelConfig
 from ..errors import RunError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _layer_init(init: Callable[..., None], spec: MoESpec) -> Callable[..., None]
     from ..architectures.unequal import share_config
 
     @functools.wraps(init)
-    def __init__(self: Any, config: Any, layer_idx: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, config: ModelConfig, layer_idx: int, *args: Any, **kwargs: Any) -> None:
         if not spec.is_unequal(config):
             init(self, config, layer_idx, *args, **kwargs)
             return
@@ -168,7 +168,7 @@ def _checked(finalize: Callable[..., Any], spec: MoESpec) -> staticmethod:
     where = (spec.layers.rpartition(".")[2], spec.block, (*experts, *spec.router_tensors))
 
     @functools.wraps(finalize)
-    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+    def _finalize_model_loading(model: Any, load_config: ModelConfig, loading_info: Any) -> Any:
         if found := damage(model.config, loading_info, *where):
             raise RunError(found)
         return finalize(model, load_config, loading_info)

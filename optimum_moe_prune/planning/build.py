@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
@@ -16,6 +16,7 @@ from ..methods.selection import Selection
 from ..methods.super_experts import super_experts
 from ..plan import PruningPlan
 from ..statistics.stats import CalibrationStats
+from ..storage.values import Json
 from .allocation import allocate
 from .sensitivity import Sensitivity
 
@@ -44,7 +45,7 @@ def budget_for(
     """
     config.require_budget()
     method = get_method(config.method)
-    settings: dict[str, Any] = {
+    settings: Json = {
         "num_experts": config.num_experts,
         "sparsity": config.sparsity,
         "protect": {layer: tuple(e) for layer, e in (config.protect if protect is None else protect).items()},
@@ -120,7 +121,7 @@ def quiet_plan(
         selection = method.select(stats, budget, options)
     chosen, scores = selection.retained, selection.scores
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
-    provenance: dict[str, Any] = {
+    provenance: Json = {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": stats.model,
         "calibration": {
@@ -172,7 +173,7 @@ def _selected_by_sensitivity(
     retained = {
         layer: measured.layers[layer].retained.get(count, tuple(range(count))) for layer, count in counts.items()
     }
-    findings: dict[str, Any] = {"sum of divergences": round(allocation.divergence, 6)}
+    findings: Json = {"sum of divergences": round(allocation.divergence, 6)}
     notes: tuple[str, ...] = ()
     if allocation.interpolated:
         method, options = get_method(config.method), config.options()

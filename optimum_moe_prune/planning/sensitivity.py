@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError
 from ..storage.files import write_json
-from ..storage.values import check_version, is_integer, read_json
+from ..storage.values import Json, Values, check_version, is_integer, read_json
 
 if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
@@ -78,7 +78,7 @@ class MethodSensitivity:
         model: Whole plans.
     """
 
-    config: dict[str, Any]
+    config: Json
     layers: dict[int, LayerSensitivity]
     model: tuple[ModelSensitivity, ...] = ()
 
@@ -95,14 +95,14 @@ class Sensitivity:
         provenance: Samples, settings, versions, times.
     """
 
-    model: dict[str, Any]
+    model: Json
     tokens_by_domain: dict[str, int]
     methods: dict[str, MethodSensitivity]
     domain_weights: dict[str, float] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Json = field(default_factory=dict)
 
     def of(
-        self, config: MoEPrunerConfig, model: Mapping[str, Any], domain_weights: Mapping[str, float] | None = None
+        self, config: MoEPrunerConfig, model: Values, domain_weights: Mapping[str, float] | None = None
     ) -> MethodSensitivity:
         """What was measured of a recipe's method.
 
@@ -156,7 +156,7 @@ class Sensitivity:
 
     # -- files
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """As plain JSON values."""
         return {
             "format_version": FORMAT_VERSION,
@@ -193,7 +193,7 @@ class Sensitivity:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Sensitivity:
+    def from_dict(cls, values: Values) -> Sensitivity:
         """From plain values.
 
         Raises:
@@ -251,7 +251,7 @@ class Sensitivity:
         return cls.from_dict(read_json(path))
 
 
-def decisive(config: MoEPrunerConfig) -> dict[str, Any]:
+def decisive(config: MoEPrunerConfig) -> Json:
     """The settings of a recipe that decide which experts are retained for given numbers, as plain JSON values."""
     values = config.to_dict()
     options = dict(sorted(vars(config.options()).items()))
@@ -272,7 +272,7 @@ def _experts(values: Any) -> tuple[int, ...]:
     return experts
 
 
-def _divergence(values: Mapping[str, Any]) -> Divergence:
+def _divergence(values: Values) -> Divergence:
     kl = {str(domain): float(value) for domain, value in values.items()}
     if ALL not in kl or not all(map(math.isfinite, kl.values())):
         raise ValueError(f"{values!r} is no divergence by domain")

@@ -29,6 +29,7 @@ from ..evaluation.comparison import Comparison, markdown_table
 from ..methods import get_method, list_methods
 from ..plan import PruningPlan
 from ..storage.files import write_text
+from ..storage.values import Json
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def _front_matter(folder: Path, name: str, base_model: str | None, comparison: C
     )
 
 
-def _carried(folder: Path) -> dict[str, Any]:
+def _carried(folder: Path) -> Json:
     """Licence and languages from the original's card; nothing where there is none, or one that cannot be read."""
     path = folder / names.BASE_CARD_NAME
     values = None
@@ -148,7 +149,7 @@ def _eval_results(comparison: Comparison | None) -> list[EvalResult]:
     result = next(iter(comparison.compared.values()))
     for domain, figures in result.evaluation.domains.items():
         # The Hub tells datasets apart by everything but their name.
-        of: dict[str, Any] = {"task_type": "text-generation", "dataset_type": "text", "dataset_config": domain}
+        of: Json = {"task_type": "text-generation", "dataset_type": "text", "dataset_config": domain}
         of["dataset_name"] = f"held-out text: {domain}"
         if math.isfinite(figures.perplexity):
             results.append(EvalResult(**of, metric_type="perplexity", metric_value=round(figures.perplexity, 4)))
@@ -212,7 +213,7 @@ def _parameters(plan: PruningPlan, folder: Path) -> tuple[tuple[int, int], tuple
     return before, (parameters, checkpoint.nbytes)
 
 
-def _results(comparison: Comparison | None) -> dict[str, Any]:
+def _results(comparison: Comparison | None) -> Json:
     """What was measured, as tables and words."""
     if comparison is None:
         return {"measured": False}
@@ -223,7 +224,7 @@ def _results(comparison: Comparison | None) -> dict[str, Any]:
     return {"measured": True, "compared": compared, "measured_with": _plain(settings), **shown}
 
 
-def _calibration(plan: PruningPlan) -> dict[str, Any]:
+def _calibration(plan: PruningPlan) -> Json:
     """What text they were chosen on, and with what programs."""
     calibration = _mapping(plan.provenance.get("calibration"))
     sources = calibration.get("sources")
@@ -286,7 +287,7 @@ def _needs_text(plan: PruningPlan) -> bool:
         return True
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def _mapping(value: Any) -> Json:
     """A value of a plan where a mapping should be; plans are edited by hand."""
     return value if isinstance(value, dict) else {}
 

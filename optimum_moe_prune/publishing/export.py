@@ -17,7 +17,7 @@ from typing import Any
 from ..architectures.table import all_architectures
 from ..errors import RequestError, nearest_first
 from ..plan import PruningPlan
-from ..storage.values import check_version
+from ..storage.values import Json, check_version
 
 FORMAT = "optimum-moe-prune/experts"
 FORMAT_VERSION = 1
@@ -132,7 +132,7 @@ def _json(plan: PruningPlan) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _layer(plan: PruningPlan, layer: int) -> dict[str, Any]:
+def _layer(plan: PruningPlan, layer: int) -> Json:
     count, retained = plan.original_num_experts[layer], plan.retained[layer]
     new_ids = [-1] * count
     for new, old in enumerate(retained):
@@ -152,7 +152,7 @@ def _text_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> Json:
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ValueError("a key is there twice")

@@ -26,7 +26,7 @@ from ..errors import RequestError
 from ..names import STATS_NAME
 from ..storage.files import write_json
 from ..storage.folders import written_folder
-from ..storage.values import check_version, read_json
+from ..storage.values import Json, check_version, read_json
 from .files import LayerFile, MergedTensors, layer_file, save_layer, tensor_shapes
 from .needs import IN_FORMAT_1, PER_SAMPLE, PER_TOKEN, Need, layer_shapes, tensor_names
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
@@ -97,7 +97,7 @@ class CalibrationStats:
         domain_weights: The share of each domain where it was set, else None.
     """
 
-    model: dict[str, Any]
+    model: Json
     samples: tuple[Sample, ...]
     layers: dict[int, LayerStats]
     needs: frozenset[Need]
@@ -105,7 +105,7 @@ class CalibrationStats:
     token_position: Tensor
     max_tokens: int
     seed: int
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Json = field(default_factory=dict)
     domain_weights: dict[str, float] | None = None
 
     @property

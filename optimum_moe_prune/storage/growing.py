@@ -18,7 +18,7 @@ from ..errors import RequestError, RunError
 from .files import sync, write_json
 from .folders import check_space
 from .tensor_files import MappedTensors, Shapes, shapes_bytes
-from .values import check_version, is_integer, read_json
+from .values import Json, Values, check_version, is_integer, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Store:
     def __init__(
         self,
         folder: Path | None = None,
-        of: Mapping[str, Any] | None = None,
+        of: Values | None = None,
         restart: bool = False,
         what: str = "calibration",
     ) -> None:
@@ -171,7 +171,7 @@ class Store:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def unfinished(folder: Path) -> tuple[dict[str, Any], int] | None:
+def unfinished(folder: Path) -> tuple[Json, int] | None:
     """What the unfinished calibration in a folder is of, and how many steps are finished; None if there is none.
 
     Raises:
@@ -193,7 +193,7 @@ def unfinished(folder: Path) -> tuple[dict[str, Any], int] | None:
     return of, finished
 
 
-def _differences(there: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> Iterator[str]:
+def _differences(there: Values, now: Values, inside: str = "") -> Iterator[str]:
     """What differs between two nested mappings, one by one."""
     for name in sorted(set(there) | set(now)):
         old, new = there.get(name), now.get(name)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .files import sync
+from .values import Json, Values
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -98,7 +99,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, TensorEntry], dict[s
     return parse_entries(header, 8 + length), metadata
 
 
-def parse_entries(header: Mapping[str, Any], start: int) -> dict[str, TensorEntry]:
+def parse_entries(header: Values, start: int) -> dict[str, TensorEntry]:
     """The entries of a header, in the order they lie in the file.
 
     Args:
@@ -117,7 +118,7 @@ def parse_entries(header: Mapping[str, Any], start: int) -> dict[str, TensorEntr
     return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -135,7 +136,7 @@ def header_bytes(
         tensors: The dtype as the format names it, shape and bytes of each tensor.
         metadata: Strings to keep in the header.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: Json = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, (dtype, shape, nbytes) in tensors.items():
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}

@@ -11,6 +11,11 @@ from typing import Any
 
 from ..errors import RequestError
 
+Json = dict[str, Any]
+"""A JSON object, or keyword arguments: plain values by name."""
+Values = Mapping[str, Any]
+"""The same, only read."""
+
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file.

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..architectures.table import architecture_of
 from ..checkpoints.layout import Layout
-from ..compat import text_config
+from ..compat import ModelConfig, text_config
 from ..errors import RequestError
 from ..methods.budget import Budget, UniformBudget
 from ..models.blocks import fingerprint, moe_blocks
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _WHEN = "A plan is applied to the model it was made for, before pruning."
 
 
-def check_plan_for_config(plan: PruningPlan, config: Any) -> None:
+def check_plan_for_config(plan: PruningPlan, config: ModelConfig) -> None:
     """Raise unless a plan fits a model as far as its config tells, before weights are read.
 
     Raises:

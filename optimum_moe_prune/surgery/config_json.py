@@ -12,15 +12,16 @@ from ..architectures.table import architecture_of
 from ..architectures.unequal import without_standalone
 from ..checkpoints.layout import Layout
 from ..checkpoints.source import Source
+from ..compat import ModelConfig
 from ..errors import RequestError
 from ..plan import PruningPlan
-from ..storage.values import read_json
+from ..storage.values import Json, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def write_counts(spec: MoESpec, config: Any, counts: Mapping[int, int]) -> None:
+def write_counts(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int]) -> None:
     """Write the numbers of experts of the MoE layers into a config.
 
     The same in every layer: under the architecture's key, as in any model. Else as ``per_layer_config``, transformers'
@@ -47,7 +48,7 @@ def write_counts(spec: MoESpec, config: Any, counts: Mapping[int, int]) -> None:
             del config.auto_map
 
 
-def pruned_config(values: dict[str, Any], before: Any, after: Any, spec: MoESpec) -> dict[str, Any]:
+def pruned_config(values: Json, before: Any, after: Any, spec: MoESpec) -> Json:
     """A source's own ``config.json`` with what pruning, or a change in memory, made different; all else as it was.
 
     Args:
@@ -72,7 +73,7 @@ def pruned_config(values: dict[str, Any], before: Any, after: Any, spec: MoESpec
     return values
 
 
-def source_config(source: Source) -> dict[str, Any]:
+def source_config(source: Source) -> Json:
     """The source's ``config.json``.
 
     Raises:
@@ -84,14 +85,14 @@ def source_config(source: Source) -> dict[str, Any]:
     return read_json(found)
 
 
-def config_of_files(plan: PruningPlan, layout: Layout) -> dict[str, Any]:
+def config_of_files(plan: PruningPlan, layout: Layout) -> Json:
     """The source's ``config.json`` with the pruning keys changed."""
     pruned = copy.deepcopy(layout.config)
     write_counts(layout.spec, pruned, plan.num_experts)
     return pruned_config(source_config(layout.checkpoint.source), layout.config, pruned, layout.spec)
 
 
-def config_of_model(model: PreTrainedModel, source: Source, before: Any) -> dict[str, Any]:
+def config_of_model(model: PreTrainedModel, source: Source, before: Any) -> Json:
     """The source's ``config.json`` with the pruning keys, and what was changed in memory, put in.
 
     Args:

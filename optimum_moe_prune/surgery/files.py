@@ -12,9 +12,8 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -29,6 +28,7 @@ from ..plan import PruningPlan
 from ..progress import progress_bar
 from ..storage.files import write_json
 from ..storage.folders import check_space, check_target, written_folder
+from ..storage.values import Json, Values
 from .checks import check_plan_for_config, check_request, check_routers
 from .config_json import config_of_files
 from .copying import _write_file
@@ -44,7 +44,7 @@ def pruned_checkpoint(
     layout: Layout,
     target: str | os.PathLike,
     *,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Values | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     standalone: bool = False,
@@ -95,7 +95,7 @@ def pruned_checkpoint(
                 _write_file(output / file, {name: pieces[name] for name in names}, checkpoint, bar)
         checkpoint.check_unchanged()
         if len(files.filename_to_tensors) > 1:
-            metadata: dict[str, Any] = {**checkpoint.index_metadata, **files.metadata}
+            metadata: Json = {**checkpoint.index_metadata, **files.metadata}
             if "total_parameters" in metadata:
                 metadata["total_parameters"] = sum(math.prod(piece.shape) for piece in pieces.values())
             write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename}, indent=2)
@@ -121,7 +121,7 @@ def shard_bytes(size: str | int) -> int:
     return int(number) * factor
 
 
-def add_records(folder: Path, plan: PruningPlan, recipe: Mapping[str, Any] | None) -> None:
+def add_records(folder: Path, plan: PruningPlan, recipe: Values | None) -> None:
     """Write the plan, and the recipe (by default the plan's own), into a checkpoint."""
     plan.save(folder / PLAN_NAME)
     write_json(folder / CONFIG_NAME, plan.config if recipe is None else recipe, indent=2)

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoints.source import Source
+from ..compat import ModelConfig
 from ..errors import RequestError
 from ..models.blocks import moe_blocks
 from ..plan import PruningPlan
 from ..storage.files import write_json
 from ..storage.folders import written_folder
+from ..storage.values import Values
 from .config_json import config_of_model
 from .files import add_records, carry_files
 from .standalone import standalone_class, write_standalone
@@ -29,9 +31,9 @@ def saved_model(
     plan: PruningPlan,
     folder: str | os.PathLike,
     *,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Values | None = None,
     source: Source | None = None,
-    source_config: Any = None,
+    source_config: ModelConfig = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     standalone: bool = False,

@@ -13,11 +13,10 @@ import inspect
 import json
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from ..architectures import unequal
 from ..architectures.table import architecture_of
-from ..compat import causal_lm_class
+from ..compat import ModelConfig, causal_lm_class
 from ..errors import RequestError
 
 _CLASSES = Template(
@@ -58,7 +57,7 @@ class Unequal$causal(modelling.$causal):
 )
 
 
-def standalone_class(config: Any) -> str:
+def standalone_class(config: ModelConfig) -> str:
     """The class of transformers that the file's own derives from.
 
     Raises:
@@ -71,7 +70,7 @@ def standalone_class(config: Any) -> str:
     return name
 
 
-def write_standalone(folder: str | Path, config: Any) -> Path:
+def write_standalone(folder: str | Path, config: ModelConfig) -> Path:
     """Add the modelling file to a checkpoint and name it in ``config.json`` (``auto_map``).
 
     Args:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
 from ...storage.files import check_file, write_bytes, write_text
+from ...storage.values import Values
 from .drawing import FORMATS, Gallery, require_matplotlib, style
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def write_report(
     *,
     stats: CalibrationStats | None = None,
     plans: Iterable[PruningPlan] | Mapping[str, PruningPlan] = (),
-    sensitivity: Sensitivity | Mapping[str, Any] | None = None,
-    evaluation: Comparison | Evaluation | Mapping[str, Any] | None = None,
+    sensitivity: Sensitivity | Values | None = None,
+    evaluation: Comparison | Evaluation | Values | None = None,
     title: str | None = None,
     overwrite: bool = False,
     pictures: str | Path | None = None,
@@ -106,7 +107,7 @@ def write_report(
     return write_text(target, text)
 
 
-def _comparison(given: Comparison | Evaluation | Mapping[str, Any] | None) -> Comparison | None:
+def _comparison(given: Comparison | Evaluation | Values | None) -> Comparison | None:
     """Evaluated models side by side, also from the results of one, or from the plain values of a file.
 
     Raises:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...evaluation.comparison import Comparison, ModelResult
 from ...planning.sensitivity import ALL, Sensitivity
+from ...storage.values import Json
 from .data import relative
 from .drawing import COLOURS, INK, MARKERS, MOST_VECTORS, RETAINED, SMALL, every, legend, logarithmic, sheet
 from .text import short
@@ -18,7 +19,7 @@ from .text import short
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DASHES: dict[str, Any] = {"uniform": "-", "global": (0, (5, 2)), "sensitivity": (0, (1.2, 1.2))}
+_DASHES: Json = {"uniform": "-", "global": (0, (5, 2)), "sensitivity": (0, (1.2, 1.2))}
 _OTHER_DASHES: Any = (0, (5, 1.5, 1, 1.5))
 
 
@@ -26,7 +27,7 @@ def _domain(name: str) -> str:
     return "all domains" if name == ALL else short(name, 26)
 
 
-def _look(n: int) -> dict[str, Any]:
+def _look(n: int) -> Json:
     return {"color": COLOURS[n % len(COLOURS)], "marker": MARKERS[n % len(MARKERS)]}
 
 
@@ -52,9 +53,9 @@ def scores(values: np.ndarray, kept: np.ndarray | None, layers: Sequence[int], l
         shown = np.maximum(shown, bottom)
         logarithmic(axes.yaxis, bottom, 1.4 * high)
     size = float(np.clip(100 / math.sqrt(values.size), 1.6, 5.5))
-    filled: dict[str, Any] = {"marker": "o", "color": RETAINED, "markeredgewidth": 0}
-    crossed: dict[str, Any] = {"marker": "x", "color": COLOURS[1], "markeredgewidth": 0.9}
-    groups: list[tuple[np.ndarray, float, str, dict[str, Any]]] = [(known, 0.0, "expert", filled)]
+    filled: Json = {"marker": "o", "color": RETAINED, "markeredgewidth": 0}
+    crossed: Json = {"marker": "x", "color": COLOURS[1], "markeredgewidth": 0.9}
+    groups: list[tuple[np.ndarray, float, str, Json]] = [(known, 0.0, "expert", filled)]
     if kept is not None:
         groups = [(known & (kept == 1), -0.17, "retained", filled), (known & (kept == 0), 0.17, "pruned", crossed)]
     for chosen, shift, name, look in groups:
@@ -137,7 +138,7 @@ def perplexities(comparison: Comparison, domains: Sequence[str]) -> Figure:
     first, *others = figure.subplots(1, 1 + compared, squeeze=False, sharey=True)[0]
     handles = []
     if compared:
-        reference: dict[str, Any] = {"marker": "o", "markersize": 6, "markerfacecolor": "white", "linestyle": "none"}
+        reference: Json = {"marker": "o", "markersize": 6, "markerfacecolor": "white", "linestyle": "none"}
         label = f"{short(comparison.reference or 'before', 40)} (reference)"
         rows = [row for row, domain in enumerate(domains) if before.get(domain)]
         marks = [before[domains[row]] for row in rows]
@@ -146,7 +147,7 @@ def perplexities(comparison: Comparison, domains: Sequence[str]) -> Figure:
         shift = (n - (len(models) - 1) / 2) * 0.15 / step
         found = model.evaluation.domains
         results = [(row + shift, found[domain]) for row, domain in enumerate(domains) if domain in found]
-        look: dict[str, Any] = {**_look(n), "markersize": 5.5, "linestyle": "none", "label": short(name, 40)}
+        look: Json = {**_look(n), "markersize": 5.5, "linestyle": "none", "label": short(name, 40)}
         handles += first.plot([result.perplexity for _, result in results], [y for y, _ in results], **look)
         for y, result in results if compared else ():
             start, lost = result.reference_perplexity, result.lost
@@ -154,7 +155,7 @@ def perplexities(comparison: Comparison, domains: Sequence[str]) -> Figure:
                 continue
             first.plot([start, result.perplexity], [y, y], color=look["color"], linewidth=0.9, zorder=1)
             others[0].plot([lost], [y], **look)
-            ends: dict[str, Any] = {"color": look["color"], "linewidth": 1.4, "marker": "|", "markersize": 6}
+            ends: Json = {"color": look["color"], "linewidth": 1.4, "marker": "|", "markersize": 6}
             if between := result.perplexity_difference_interval:
                 first.plot([start + between[0], start + between[1]], [y, y], **ends)
             if between := result.lost_interval:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import RequestError
+from ...storage.values import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -193,7 +194,7 @@ def write_in_cells(axes: Axes, image: Any, words: Callable[[float], str], size: 
     light = (np.asarray(image.cmap(image.norm(values)))[..., :3] ** 2.2 @ np.array([0.2126, 0.7152, 0.0722])) > 0.21
     for row, column in np.argwhere(~np.ma.getmaskarray(values)):
         colour = INK if light[row, column] else "white"
-        place: dict[str, Any] = {"ha": "center", "va": "center_baseline"}
+        place: Json = {"ha": "center", "va": "center_baseline"}
         axes.text(
             column, row, words(float(values[row, column])), fontsize=size, color=colour, in_layout=False, **place
         )

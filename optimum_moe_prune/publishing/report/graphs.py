@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...plan import PruningPlan
+from ...storage.values import Json
 from .data import retained_grid
 from .drawing import COLOURS, INK, MOST_VECTORS, MUTED, RETAINED, SMALL, TINY, WIDTH, every, legend, paint, ramp, sheet
 from .explain import MosaicLayer, PathGraph
@@ -65,19 +66,19 @@ def _number_experts(axes: Axes, found: MosaicLayer, leaves: list[int], cell: flo
     every_one = 1.2 * TINY < cell
     size = TINY if every_one else 5.5
     lines = 1 if every_one else math.ceil(1.25 * size / cell)
-    look: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+    look: Json = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
     look |= {"ha": "center", "fontsize": size, "rotation": 0 if 0.75 * TINY * digits < cell else 90}
     places = [place for place, e in enumerate(experts) if every_one or e in found.representatives]
     for n, place in enumerate(places):
         chosen = experts[place] in found.representatives
-        weight: dict[str, Any] = {"fontweight": "bold"} if chosen else {"color": MUTED}
+        weight: Json = {"fontweight": "bold"} if chosen else {"color": MUTED}
         offset = 0, -4 - (n % lines) * (0.85 * size * digits + 2)
         axes.annotate(str(experts[place]), (place, 0), offset, **look, **weight)
     axes.set_xticks([])
     axes.annotate("expert", (0, 0), (-4, -4), **{**look, "xycoords": "axes fraction", "ha": "right", "rotation": 0})
 
 
-def _draw_tree(axes: Axes, found: MosaicLayer, shape: dict[str, Any]) -> None:
+def _draw_tree(axes: Axes, found: MosaicLayer, shape: Json) -> None:
     from matplotlib.collections import LineCollection
 
     assert found.clusters is not None
@@ -153,7 +154,7 @@ def _draw_nodes(axes: Axes, plan: PruningPlan, diameter: float) -> list[Any]:
     handles = []
     for name, value, face in (("pruned", 0, "white"), ("retained", 1, RETAINED)):
         expert, column = np.nonzero(grid == value)
-        look: dict[str, Any] = {"marker": "o", "linestyle": "none", "markerfacecolor": face, "label": name}
+        look: Json = {"marker": "o", "linestyle": "none", "markerfacecolor": face, "label": name}
         look |= {"markeredgecolor": RETAINED, "markeredgewidth": min(0.9, diameter / 6)}
         many = grid.size > MOST_VECTORS
         axes.plot(column, expert, markersize=diameter, zorder=3, gid=name, rasterized=many, **look)
@@ -174,7 +175,7 @@ def _draw_edges(axes: Axes, graph: PathGraph, samples: int, across: float) -> li
     most = max((count for count, _ in edges), default=1)
     full = max(most, samples / 4)  # where no two samples agree, all edges are thin and pale
 
-    def look(counts: Any) -> dict[str, Any]:
+    def look(counts: Any) -> Json:
         """Narrower where layers stand close together; the palest is still seen on white."""
         share = np.asarray(counts) / full
         return {"linewidth": 0.35 + min(3.0, 12 * across) * share, "color": ramp()(0.25 + 0.75 * np.sqrt(share))}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...planning.sensitivity import ALL, MethodSensitivity
+from ...storage.values import Json
 from .drawing import PRUNED, RETAINED, TINY, WIDTH, Gallery, Picture, every, legend, paint, sheet, write_in_cells
 from .text import number, short
 
@@ -117,7 +118,7 @@ def shares(maps: Sequence[Map], low: float, top: float, label: str, what: str, p
 
 def _scale(figure: Figure, panels: Sequence[Axes], image: Any, label: str, **options: Any) -> None:
     """A scale of colours above all maps."""
-    place: dict[str, Any] = {"location": "top", "anchor": (0.0, 0.0), "shrink": 0.5, "aspect": 30, "format": "%g"}
+    place: Json = {"location": "top", "anchor": (0.0, 0.0), "shrink": 0.5, "aspect": 30, "format": "%g"}
     bar = figure.colorbar(image, ax=panels, **place, **options)
     bar.set_label(label, loc="left")
     bar.outline.set_visible(False)

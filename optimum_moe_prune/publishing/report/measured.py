@@ -14,6 +14,7 @@ from typing import Any
 from ...evaluation.comparison import Comparison, ModelResult
 from ...planning.sensitivity import ALL, MethodSensitivity, Sensitivity
 from ...statistics.stats import CalibrationStats
+from ...storage.values import Json, Values
 from . import charts, maps
 from .drawing import Gallery
 from .sections import Content, Plans, Table, in_words
@@ -80,7 +81,7 @@ def sensitivity(measured: Sensitivity | None, gallery: Gallery) -> Content | Non
     layered = {name: m for name, m in measured.methods.items() if any(layer.kl for layer in m.layers.values())}
     costs = [kl for found in layered.values() for layer in found.layers.values() for kl in layer.kl.values()]
     domains = list(dict.fromkeys(d for kl in [*(p.kl for _, p in points), *costs] for d in kl if d != ALL))
-    content: dict[str, Any] = {"whole": None, "by_domain": [], "layers": [], "layer_tables": {}}
+    content: Json = {"whole": None, "by_domain": [], "layers": [], "layer_tables": {}}
     if points:
         words = "; ".join(f"{m}, {p.allocation}, {p.sparsity:.0%} {number(p.kl[ALL], 2)}" for m, p in points)
         alt = "Divergence against the share of experts removed"
@@ -132,7 +133,7 @@ def overview(
 ) -> Table | None:
     """The facts at the beginning of the page."""
     rows: list[list[str]] = []
-    facts: Mapping[str, Any] = {} if measured is None else measured.model
+    facts: Values = {} if measured is None else measured.model
     if stats is not None:
         facts = stats.model
         rows.append(["shape", _shape(stats.num_experts, facts["top_k"], facts.get("dense_layers"))])

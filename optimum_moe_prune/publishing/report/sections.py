@@ -17,6 +17,7 @@ from ...errors import RequestError
 from ...methods import get_method, list_methods
 from ...plan import PruningPlan
 from ...statistics.stats import CalibrationStats
+from ...storage.values import Json
 from . import charts, graphs, maps
 from .data import coverage, known_scores, mismatch, overlap, relative, retained_grid, routing_share, score_grid
 from .data import single_error as relative_error
@@ -25,7 +26,7 @@ from .explain import PATH_METHODS, MosaicLayer, Recipe, mosaic_layers, path_grap
 from .text import MISSING, extent, listed, number, short, spans
 
 Plans = Mapping[str, PruningPlan]
-Content = dict[str, Any]
+Content = Json
 
 _NAMED = 3  # experts of a domain that tables name
 _OPEN_LAYERS = 8  # so many layers are shown open

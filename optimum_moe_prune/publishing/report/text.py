@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from ...storage.values import Values
+
 MISSING = "\N{EN DASH}"
 """Stands where there is no number."""
 
@@ -72,7 +74,7 @@ def described(value: Any) -> str:
     return MISSING if value is None else str(value)
 
 
-def model_name(facts: Mapping[str, Any]) -> str | None:
+def model_name(facts: Values) -> str | None:
     """What a model is called: its id on the Hub, or the name of its folder, whose place means nothing to others."""
     if not facts.get("name_or_path"):
         return None
