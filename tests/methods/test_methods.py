@@ -481,6 +481,10 @@ def test_super_experts_meet_all_three_conditions() -> None:
     assert found == {0: (7, 8, 9), 1: (1,)}
     # 90 and 100 are among the four largest and far above their layer's median, but not above a tenth of the largest.
     assert super_experts(with_largest(layer({7: 1000.0, 8: 101.0}), layer({1: 100.0, 2: 90.0}))) == {0: (7, 8), 1: ()}
+    # Exactly ten times its layer's median is not above it.
+    even = np.full(400, 2.0)
+    even[0] = 20.0
+    assert super_experts(with_largest(even)) == {0: ()}
     # In the second layer most experts are large: 900 is not ten times their median.
     found = super_experts(with_largest(layer({7: 1000.0}), layer({1: 900.0, 2: 901.0}, scale=100)))
     assert found == {0: (7,), 1: ()}
