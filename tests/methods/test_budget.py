@@ -251,6 +251,7 @@ def test_the_numbers_that_a_rule_allows() -> None:
             "Ask for 4, 8, 12."),
         ({"num_experts": 3}, "leaves layer 0 with 3 experts, and its router does not allow that number. Ask for 4, 8"),
         ({"num_experts": 1}, "leaves layer 0 with 1 experts, and every token uses 2. Ask for 4, 8, 12."),
+        ({"num_experts": 2}, "leaves layer 0 with 2 experts, and its router does not allow that number. Ask for 4, 8"),
         ({"sparsity": 0.4}, "sparsity=0.4 removes 6 of 16 experts, which leaves layer 0 with 10 experts, and its "
             "router does not allow that number. Ask for a sparsity of 0.25, 0.5, 0.75."),
     ],
@@ -315,3 +316,34 @@ def test_a_choice_over_all_layers_keeps_what_the_rule_allows() -> None:
             taken += steps[:done]
             left += steps[done:]
         assert not taken or not left or max(taken) <= min(left)
+
+
+# ------------------------------------------------------------------------------------------- edges
+
+
+def test_layers_of_different_sizes_become_equal() -> None:
+    """The smaller ones may stay whole; that nothing smaller is allowed there stops nobody."""
+    assert uniform_budget({0: 8, 1: 4}, softmax_rule(2), num_experts=4).num_experts == {0: 4, 1: 4}
+    assert uniform_budget({0: 8, 1: 2}, softmax_rule(2), num_experts=2).num_experts == {0: 2, 1: 2}
+    with pytest.raises(RequestError, match=r"leaves layer 0 .* Ask for 2 to 7, or leave layer 0 as it is"):
+        uniform_budget({0: 8, 1: 4}, softmax_rule(2), num_experts=8)
+    with pytest.raises(RequestError, match=r"more experts than layer 1 has \(4\). Ask for 2 to 3, or leave layer 1"):
+        uniform_budget({0: 8, 1: 4}, softmax_rule(2), num_experts=6)
+
+
+def test_a_budget_may_hold_the_protected_ones_alone() -> None:
+    budget = uniform_budget({0: 8}, softmax_rule(2), num_experts=3, protect={0: (1, 4, 7)})
+    assert choose({0: np.arange(8.0)}, budget) == {0: (1, 4, 7)}
+    assert budget.seed == global_budget({0: 8}, softmax_rule(2), num_experts=3).seed == 0
+
+
+def test_what_is_offered_where_no_mean_fits() -> None:
+    with pytest.raises(RequestError, match=r"together 9\. Ask for a sparsity instead\."):
+        global_budget({0: 8, 1: 2}, softmax_rule(2), num_experts=2, protect={0: range(7)})
+    with pytest.raises(RequestError, match=r"nothing to prune\. Ask for 1 to 3\."):
+        global_budget({0: 4, 1: 4}, softmax_rule(1), num_experts=4)
+
+
+def test_layers_are_named_in_their_order() -> None:
+    with pytest.raises(RequestError, match=r"skip_layers names layer 2, .* MoE layers are 0-1, 3, 5-6"):
+        uniform_budget({5: 4, 6: 4, 0: 4, 3: 4, 1: 4}, softmax_rule(2), num_experts=3, skip_layers=[17, 2])

@@ -331,6 +331,85 @@ def test_options_are_read_from_text(value: object, expected: object) -> None:
     assert make_options(get_method("mosaic"), {"num_domains": value}).num_domains == expected
 
 
+def test_options_of_every_type_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    @dataclass(frozen=True)
+    class Options:
+        share: float = 0.5
+        both: bool = False
+        count: int | None = None
+
+    registry.register_method("typed", kind="scores", summary="", source="", needs=set(), options=Options)(
+        lambda s, o: {}
+    )
+    typed = get_method("typed")
+    assert make_options(typed, {}) == Options()
+    for value in (2, 2.0, "2", "2e0"):
+        options = make_options(typed, {"share": value})
+        assert options.share == 2.0 and type(options.share) is float
+    for value, expected in ((True, True), ("true", True), ("False", False), (False, False)):
+        assert make_options(typed, {"both": value}).both is expected
+    for name, value in (
+        ("both", 1),
+        ("both", "1"),
+        ("share", True),
+        ("share", "much"),
+        ("count", "true"),
+        ("count", 1.0),
+    ):
+        with pytest.raises(RequestError, match=f"option '{name}' of method 'typed' is {value!r}; it takes"):
+            make_options(typed, {name: value})
+    assert make_options(typed, {"count": "None"}).count is None and make_options(typed, {"count": "7"}).count == 7
+    with pytest.raises(RequestError, match=r"method_options is \[1\]; it must be a mapping"):
+        make_options(typed, [1])  # type: ignore[arg-type]
+
+
+def test_how_methods_can_spread_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"random", "ean", "frequency", "man", "msan", "reap", "soft_frequency"}
+    for name in ALL:
+        method = get_method(name)
+        if name in ("pathfinder", "transition", "importance"):
+            assert method.allocations == ("global", "uniform")
+        else:
+            assert method.allocations == (("uniform", "global") if name in both else ("uniform",))
+        assert method.takes == (*method.allocations, "sensitivity")
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    registry.register_method("whole", kind="set", summary="", source="", needs=set(), allocations=("global",))(len)
+    assert get_method("whole").takes == ("global",)
+    for wrong in ((), ("sensitivity",), ("global", "local")):
+        with pytest.raises(RequestError, match=r"allocations are .*; known: uniform, global"):
+            registry.register_method("other", kind="set", summary="", source="", needs=set(), allocations=wrong)
+    with pytest.raises(RequestError, match="kind is 'list'; a method gives 'scores' or a 'set'"):
+        registry.register_method("other", kind="list", summary="", source="", needs=set())
+
+
+def test_what_a_set_must_hold(stats: CalibrationStats, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    answers = {"now": {}}
+    registry.register_method(
+        "guest", kind="set", summary="", source="", needs=set(), allocations=("uniform", "global")
+    )(lambda stats, budget, options: answers["now"])
+    layers = sorted(stats.layers)
+    config = MoEPrunerConfig(method="guest", num_experts=5, protect={layers[0]: (0, 1, 2, 3, 4)})
+    answers["now"] = dict.fromkeys(layers, (0, 1, 2, 3, 4))
+    assert build_plan(stats, config).retained == answers["now"]
+    answers["now"] = {**answers["now"], layers[0]: (0, 1, 2, 3, 5)}
+    with pytest.raises(RunError, match=r"retains \[0, 1, 2, 3, 5\] in layer 0, .* protects \[0, 1, 2, 3, 4\]"):
+        build_plan(stats, config)
+    everywhere = MoEPrunerConfig(method="guest", num_experts=5, allocation="global")
+    answers["now"] = {**dict.fromkeys(layers, (0, 1, 2, 3, 4)), layers[0]: (0, 1, 2, 3, 4, 5)}
+    with pytest.raises(
+        RunError, match=f"retains {5 * len(layers) + 1} experts, and the budget keeps {5 * len(layers)}"
+    ):
+        build_plan(stats, everywhere)
+    answers["now"] = {**answers["now"], layers[1]: (0, 1, 2, 3)}
+    assert build_plan(stats, everywhere).retained == answers["now"]
+    answers["now"] = {**answers["now"], layers[1]: (0,)}
+    with pytest.raises(RunError, match=rf"retains \[0\] in layer {layers[1]}, where the budget keeps \d or more"):
+        build_plan(stats, everywhere)
+
+
 def test_more_generalists_than_experts_are_refused(stats: CalibrationStats) -> None:
     config = MoEPrunerConfig(method="mosaic", num_experts=4, method_options={"num_generalists": 5})
     with pytest.raises(RequestError, match="num_generalists is 5, and the budget keeps 4 experts in layer 0"):
@@ -481,6 +560,10 @@ def test_super_experts_meet_all_three_conditions() -> None:
     assert found == {0: (7, 8, 9), 1: (1,)}
     # 90 and 100 are among the four largest and far above their layer's median, but not above a tenth of the largest.
     assert super_experts(with_largest(layer({7: 1000.0, 8: 101.0}), layer({1: 100.0, 2: 90.0}))) == {0: (7, 8), 1: ()}
+    # Exactly ten times its layer's median is not above it.
+    even = np.full(400, 2.0)
+    even[0] = 20.0
+    assert super_experts(with_largest(even)) == {0: ()}
     # In the second layer most experts are large: 900 is not ten times their median.
     found = super_experts(with_largest(layer({7: 1000.0}), layer({1: 900.0, 2: 901.0}, scale=100)))
     assert found == {0: (7,), 1: ()}

@@ -82,6 +82,13 @@ def test_max_marginals_are_the_best_path_through_each_node(holes: float) -> None
                 np.testing.assert_allclose(value, expected if every[0][0] > -np.inf else -np.inf, atol=1e-12)
 
 
+def test_of_one_layer_every_node_is_a_path() -> None:
+    nodes = [np.log([0.2, 0.5, 0.3])]
+    weights, paths = k_best_paths(nodes, [], 5)
+    assert paths.tolist() == [[1], [2], [0]] and np.allclose(np.exp(weights), [0.5, 0.3, 0.2])
+    assert np.allclose(np.exp(max_marginals(nodes, [])[0]), [0.4, 1.0, 0.6])
+
+
 def test_more_paths_begin_with_the_same_ones() -> None:
     graph = random_graph(np.random.default_rng(3), [8, 8, 8, 8, 8], ties=True)
     few, many = (k_best_paths(*graph, count) for count in (50, 400))
