@@ -22,7 +22,8 @@ import yaml
 from conftest import VOCABULARY, make_model, make_tokenizer
 from transformers import PreTrainedModel
 
-from optimum_moe_prune import PruningPlan, RequestError, RunError, tasks
+from optimum_moe_prune import PruningPlan, RequestError, RunError
+from optimum_moe_prune.evaluation import tasks
 from optimum_moe_prune.evaluation.tasks import PRESETS, check_tasks, run_tasks
 from optimum_moe_prune.models.blocks import moe_blocks
 

@@ -572,7 +572,7 @@ def test_super_experts_meet_all_three_conditions() -> None:
 def test_super_experts_are_not_recognised_by_format_1(stats: CalibrationStats, tmp_path: Path) -> None:
     config = MoEPrunerConfig(method="reap", num_experts=4, protect_super_experts=True)
     layers = {
-        i: replace(layer, tensors={n: t for n, t in layer.tensors.items() if n != "max_element"})
+        i: replace(layer, tensors={"max_norm" if n == "max_element" else n: t for n, t in layer.tensors.items()})
         for i, layer in stats.layers.items()
     }
     old = replace(stats, layers=layers)

@@ -22,6 +22,7 @@ from oracles import assert_identical, assert_same_result, calibrated, call, layo
 
 import optimum_moe_prune.calibration.in_memory as in_memory
 import optimum_moe_prune.models.memory as memory
+import optimum_moe_prune.pruner as pruner_module
 from optimum_moe_prune import (
     CalibrationSet,
     MoEPruner,
@@ -584,7 +585,7 @@ def test_the_budget_may_change_between_two_tries(place: Path, tmp_path: Path, mo
     config = MoEPrunerConfig(method="reap", num_experts=4, batch_size=3)
     pruner = MoEPruner.from_pretrained(place / "model", config)
     with monkeypatch.context() as patched:
-        patched.setattr(MoEPruner, "plan", lambda *_, **__: (_ for _ in ()).throw(Stopped()))
+        patched.setattr(pruner_module, "choose_experts", lambda *_, **__: (_ for _ in ()).throw(Stopped()))
         with pytest.raises(Stopped):
             pruner.prune_checkpoint(tmp_path / "out", calibration=place / "texts.jsonl", stream=True)
     assert (tmp_path / ".out.partial" / "calibration" / "progress.json").exists()

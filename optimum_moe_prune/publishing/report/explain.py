@@ -115,6 +115,7 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
         raise RequestError(f"{problem}.")
     try:
         config = MoEPrunerConfig.from_dict(plan.config)
+        config.require_budget()
     except (TypeError, ValueError) as error:
         raise RequestError(f"the recipe in the plan cannot be read: {error}") from error
     if config.method != plan.method:
