@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = EXAMPLES / "small_models"
@@ -20,6 +20,16 @@ import corpus  # noqa: E402
 @pytest.fixture(scope="module")
 def made() -> dict[str, list[dict[str, str]]]:
     return corpus.make_corpus({"train": 400, "tune": 60, "heldout": 60})
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The small models in float32: a processor without bfloat16 units is 12 to 44 times as slow in their own dtype."""
+    places = {name: str(tmp_path_factory.mktemp("small") / name) for name in ("mixtral", "qwen2_moe")}
+    for name, place in places.items():
+        AutoModelForCausalLM.from_pretrained(SMALL / name, dtype="float32").save_pretrained(place)
+        AutoTokenizer.from_pretrained(SMALL / name).save_pretrained(place)
+    return places
 
 
 def paragraphs(samples: list[dict[str, str]]) -> set[str]:
@@ -86,10 +96,8 @@ def test_the_small_models_are_what_they_should_be(name: str, experts: int, top_k
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_the_trained_models_have_specialists(name: str, tmp_path: Path) -> None:
+def test_the_trained_models_have_specialists(name: str, small: dict[str, str]) -> None:
     """What they are for: experts chosen on one domain alone cost another one far more than those chosen on all."""
-    from transformers import AutoModelForCausalLM
-
     from optimum_moe_prune import CalibrationSet, MoEPrunerConfig, Need
     from optimum_moe_prune.calibration.in_memory import collect
     from optimum_moe_prune.evaluation.losses import evaluate
@@ -102,7 +110,7 @@ def test_the_trained_models_have_specialists(name: str, tmp_path: Path) -> None:
     math = CalibrationSet.build([s for s in text["heldout"] if s["domain"] == "math"], tokenizer, max_length=256)
     loss = {}
     for kind, samples in (("docs", docs), ("mixed", mixed)):
-        model = AutoModelForCausalLM.from_pretrained(SMALL / name)
+        model = AutoModelForCausalLM.from_pretrained(small[name])
         stats = collect(model, CalibrationSet.build(samples, tokenizer, max_length=256), {Need.ROUTING, Need.GRAM})
         plan = build_plan(
             stats, MoEPrunerConfig(method="enumeration", sparsity=0.5, method_options={"search": "greedy"})
@@ -111,9 +119,9 @@ def test_the_trained_models_have_specialists(name: str, tmp_path: Path) -> None:
     assert loss["docs"] > loss["mixed"] + 0.5
 
 
-def test_the_quickstart_runs(tmp_path: Path) -> None:
+def test_the_quickstart_runs(tmp_path: Path, small: dict[str, str]) -> None:
     """One small run as a user starts it; the numbers are the quickstart's own business."""
-    command = [sys.executable, "-c", QUICK, str(EXAMPLES), str(tmp_path / "out")]
+    command = [sys.executable, "-c", QUICK, str(EXAMPLES), str(tmp_path / "out"), small["mixtral"]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mosaic: 24 of 48 experts retained in 6 layers (50% removed)" in done.stdout
@@ -130,20 +138,25 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
-        ("prune_mixtral.py", ["--output", "out"], "4,955,776 -> 3,922,048 parameters"),
-        ("compare_methods.py", ["--methods", "reap", "random"], "95% interval"),
-        ("larger_than_memory.py", ["--method", "reap", "--output", "out"], "reap: 40 of 80 experts retained"),
-        ("edit_plan.py", ["--output", "out"], "{0: 8, 1: 4, 2: 4, 3: 4, 4: 4, 5: 4}"),
-        ("prune_then_quantise.py", ["--output", "out"], "linear layers in int8"),
+        ("prune_mixtral.py", ["{mixtral}", "--output", "out"], "4,955,776 -> 3,922,048 parameters"),
+        ("compare_methods.py", ["{qwen2_moe}", "--methods", "reap", "random"], "95% interval"),
+        (
+            "larger_than_memory.py",
+            ["{qwen2_moe}", "--method", "reap", "--output", "out"],
+            "reap: 40 of 80 experts retained",
+        ),
+        ("edit_plan.py", ["{mixtral}", "--output", "out"], "{0: 8, 1: 4, 2: 4, 3: 4, 4: 4, 5: 4}"),
+        ("prune_then_quantise.py", ["{qwen2_moe}", "--output", "out"], "linear layers in int8"),
         ("own_method.py", [], "loyal: 36 of 48 experts retained"),
         ("add_architecture.py", [], "OlmoeForCausalLM with 8 experts in each layer"),
-        ("how_far.py", ["--samples", "2", "--output", "page.html"], "page.html"),
+        ("how_far.py", ["{mixtral}", "--samples", "2", "--output", "page.html"], "page.html"),
     ],
 )
-def test_the_examples_run(script: str, arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_the_examples_run(script: str, arguments: list[str], said: str, tmp_path: Path, small: dict[str, str]) -> None:
     for name, package in (("how_far.py", "matplotlib"), ("prune_then_quantise.py", "torchao")):
         if script == name:
             pytest.importorskip(package)
+    arguments = [argument.format(**small) for argument in arguments]
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments], capture_output=True, text=True, cwd=tmp_path
     )
@@ -156,7 +169,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import quickstart
 quickstart.CALIBRATION_SAMPLES, quickstart.HELDOUT_SAMPLES = 12, 1
-sys.argv = ["quickstart.py", "--output", sys.argv[2]]
+sys.argv = ["quickstart.py", "--output", sys.argv[2], "--model", sys.argv[3]]
 quickstart.main()
 """
 
@@ -211,11 +224,13 @@ def test_no_template_is_left_unfilled(made: dict[str, list[dict[str, str]]]) -> 
         assert not [s for s in samples if s["domain"] in corpus.GENERATORS and "rng." in s["text"]]
 
 
-def test_options_can_be_measured() -> None:
+def test_options_can_be_measured(small: dict[str, str]) -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import method_options as m, quickstart\n"
     code += "quickstart.CALIBRATION_SAMPLES, m.TUNE_SAMPLES, m.DRAWS = 12, 1, 1\n"
-    code += "sys.argv = ['method_options.py', '--method', 'pathfinder', '--try', 'tau=0.2,0.3']\nm.main()"
-    done = subprocess.run([sys.executable, "-c", code, str(EXAMPLES)], capture_output=True, text=True)
+    code += "sys.argv[1:] = ['--model', sys.argv[2], '--method', 'pathfinder', '--try', 'tau=0.2,0.3']\nm.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(EXAMPLES), small["mixtral"]], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[:2] for row in rows[1:]] == [["25%", "0.2"], ["25%", "0.3"], ["50%", "0.2"], ["50%", "0.3"]]
