@@ -125,6 +125,21 @@ def test_enumeration_goes_greedy_beyond_max_sets(stats: CalibrationStats) -> Non
         assert len(retained) == 4, index
 
 
+def test_a_search_is_said_to_be_greedy_where_it_is(stats: CalibrationStats) -> None:
+    sets = {count: math.comb(count, 4) for count in stats.num_experts.values()}
+    for method in ("enumeration", "mosaic", "variability"):
+        options = {} if method == "enumeration" else {"num_generalists": 4}
+        for max_sets, search in ((max(sets.values()), "auto"), (max(sets.values()) - 1, "auto"), (1, "greedy")):
+            options |= {"max_sets": max_sets, "search": search}
+            plan = build_plan(stats, MoEPrunerConfig(method=method, num_experts=4, method_options=options))
+            said = [note for note in plan.provenance["notes"] if "eliminated greedily" in note]
+            assert said == [
+                f"{number} sets of 4 experts are more than max_sets={max_sets}; eliminated greedily"
+                for number in sorted(set(sets.values()))
+                if number > max_sets and search == "auto"
+            ]
+
+
 def test_mosaic_follows_the_paper_step_by_step(stats: CalibrationStats) -> None:
     """The same six steps, written once more with loops and scipy's own Spearman; the clustering by explicit merges."""
     options = {"num_generalists": 1, "num_domains": 5}
@@ -363,6 +378,35 @@ def test_options_of_every_type_are_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert make_options(typed, {"count": "None"}).count is None and make_options(typed, {"count": "7"}).count == 7
     with pytest.raises(RequestError, match=r"method_options is \[1\]; it must be a mapping"):
         make_options(typed, [1])  # type: ignore[arg-type]
+
+
+def test_methods_ask_for_what_they_read_and_no_more() -> None:
+    routed, dense = {Need.ROUTING, Need.ROUTED_NORMS}, {Need.ROUTING, Need.DENSE_NORMS}
+    paths, domains = {*dense, Need.SINGLE_ERROR}, {Need.ROUTING, Need.SINGLE_ERROR, Need.INPUTS}
+    expected: list[tuple[str, dict[str, object], set[Need]]] = [
+        *((name, {}, {Need.ROUTING}) for name in ("frequency", "soft_frequency", "variability")),
+        *((name, {}, routed) for name in ("ean", "man", "msan", "reap")),
+        ("random", {}, set()),
+        ("enumeration", {}, {Need.ROUTING, Need.GRAM}),
+        ("variability", {"num_generalists": 1}, {Need.ROUTING, Need.GRAM}),
+        ("mosaic", {}, {*domains, Need.GRAM}),
+        ("mosaic", {"num_generalists": 0}, domains),
+        ("pathfinder", {}, paths),
+        ("pathfinder", {"transitions": "conditional"}, {*paths, Need.COACTIVATION}),
+        ("transition", {}, dense),
+        ("transition", {"transitions": "conditional"}, {*dense, Need.COACTIVATION}),
+        ("importance", {}, {Need.SINGLE_ERROR}),
+    ]
+    assert {name for name, _, _ in expected} == set(ALL)
+    for name, options, needs in expected:
+        method = get_method(name)
+        assert method.needs(make_options(method, options)) == needs, (name, options)
+
+
+def test_means_are_over_the_tokens_an_expert_had() -> None:
+    tensors = {"norm": torch.tensor([[0.0, 3.0, 8.0]]), "routed_tokens": torch.tensor([[0.0, 1.0, 4.0]])}
+    layer = LayerStats(3, softmax_rule(1), tensors, torch.ones(1, dtype=torch.float64), torch.zeros(0))
+    assert registry.per_routed_token(layer, "norm").tolist() == [0.0, 3.0, 2.0]
 
 
 def test_how_methods_can_spread_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
