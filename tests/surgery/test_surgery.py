@@ -12,8 +12,9 @@ import torch
 from conftest import aligned, load, make_model
 from oracles import masked_routers, plan_for
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from optimum_moe_prune import RequestError
+from optimum_moe_prune import PruningPlan, RequestError
 from optimum_moe_prune.models.blocks import moe_blocks
 
 IDS = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
