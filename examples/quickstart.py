@@ -2,15 +2,15 @@
 """Prune a small trained model with Mosaic and with Pathfinder, save, reload, and compare the methods by domain.
 
     python examples/quickstart.py [--model examples/small_models/qwen2_moe] [--draws 3] [--output FOLDER]
-    python examples/quickstart.py --sensitivity --methods mosaic enumeration reap soft_frequency
-    python examples/quickstart.py --draws 3 --sensitivity --write examples/small_models/RESULTS.md
+    python examples/quickstart.py --draws 3 --sensitivity mosaic reap --write examples/small_models/RESULTS.md
 
 Needs no network: the model is one of this repository's, and the text is made on the spot by
 ``small_models/corpus.py``, for calibration from the split the model was trained on, for judging from the held-out one.
 The table shows, for each domain, by how many nats per token the loss rises, and how many experts each layer retains
 (of the first draw). Rows marked "global" spread the same number of experts unequally over the layers. One row is
-calibrated on a single general domain, all others on a mixture. With --sensitivity there are rows of plans that spread
-the same number by divergences measured on 24 of the calibration samples. --write puts the tables into a Markdown file.
+calibrated on a single general domain, all others on a mixture. For the methods of --sensitivity there are rows of
+plans that spread the same number by divergences measured on 24 of the calibration samples. --write puts the tables
+into a Markdown file.
 """
 
 from __future__ import annotations
@@ -143,21 +143,21 @@ def compare(
     heldout: CalibrationSet,
     draws: int,
     methods: list[str],
-    by_sensitivity: bool,
+    measured_methods: list[str],
 ) -> dict[float, list[Row]]:
     """Rows by sparsity."""
     base = losses(model, heldout)
     texts = [draw(text, n, corpus.DOMAINS) for n in range(draws)]
     mixed = [calibrated(model, t, set(Need), tokenizer) for t in texts]
     measured: list[Sensitivity] = []
-    if by_sensitivity:
-        measured = sensitivities(model, tokenizer, texts, mixed, methods)
+    if measured_methods:
+        measured = sensitivities(model, tokenizer, texts, mixed, measured_methods)
     general = [
         calibrated(model, draw(text, n, (GENERAL,)), {Need.ROUTING, Need.GRAM}, tokenizer) for n in range(draws)
     ]
     entries = [(f"enumeration, {GENERAL} only", "enumeration", "uniform", general)]
     for method in methods:
-        for allocation in (*get_method(method).allocations, *(["sensitivity"] if by_sensitivity else [])):
+        for allocation in (*get_method(method).allocations, *(["sensitivity"] if method in measured_methods else [])):
             name = method if allocation == "uniform" else f"{method}, {allocation}"
             entries.append((name, method, allocation, mixed))
     rows: dict[float, list[Row]] = {}
@@ -235,7 +235,9 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=1, help="disjoint calibration draws to average over (default 1)")
     parser.add_argument("--methods", nargs="+", default=list_methods(), help="to compare (default all)")
-    parser.add_argument("--sensitivity", action="store_true", help="also spread experts by measured divergences")
+    parser.add_argument(
+        "--sensitivity", nargs="+", default=[], help="methods that also spread experts by measured divergences"
+    )
     parser.add_argument(
         "--write", type=Path, metavar="FILE.md", help="put the tables into this file's block of the model"
     )
