@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = EXAMPLES / "small_models"
-sys.path.insert(0, str(SMALL))
+sys.path[:0] = [str(SMALL), str(EXAMPLES)]
+import blocks  # noqa: E402
 import corpus  # noqa: E402
 
 
@@ -234,3 +235,30 @@ def test_options_can_be_measured(small: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[:2] for row in rows[1:]] == [["25%", "0.2"], ["25%", "0.3"], ["50%", "0.2"], ["50%", "0.3"]]
+
+
+def test_tables_go_between_their_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\n<!-- b -->\n<!-- /b -->\nafter\n", encoding="utf-8")
+    blocks.write_block(page, "a", blocks.markdown(["x", "y"], [["1", "2"]]))
+    expected = "before\n<!-- a -->\n| x | y |\n| --- | --- |\n| 1 | 2 |\n<!-- /a -->\n<!-- b -->\n<!-- /b -->\nafter\n"
+    assert page.read_text(encoding="utf-8") == expected
+    with pytest.raises(SystemExit, match=r"page.md has no block <!-- c --> \.\.\. <!-- /c -->"):
+        blocks.write_block(page, "c", "new")
+    assert page.read_text(encoding="utf-8") == expected
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        (SMALL / "RESULTS.md", ["quickstart mixtral", "quickstart qwen2_moe"]),
+        (EXAMPLES / "benchmarks" / "README.md", ["all benchmarks"]),
+    ],
+)
+def test_the_pages_have_the_blocks(page: Path, names: list[str], tmp_path: Path) -> None:
+    """And there is something in each."""
+    copy = tmp_path / "page.md"
+    for name in names:
+        copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+        blocks.write_block(copy, name, "")
+        assert len(copy.read_text(encoding="utf-8")) < len(page.read_text(encoding="utf-8")) - 100
