@@ -258,7 +258,7 @@ class MoEPruner:
             self.calibrate(model, samples, workspace=workspace.part("calibration"), **compute)
         self.sensitivity = measure_sensitivity(
             model,
-            samples.take(config.sensitivity_samples),
+            samples,
             [config],
             self.stats,
             domain_weights=domain_weights,

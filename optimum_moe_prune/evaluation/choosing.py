@@ -57,7 +57,7 @@ def choose_experts(
             )
         sensitivity = measure_sensitivity(
             model,
-            samples.take(recipe.sensitivity_samples),
+            samples,
             [recipe],
             stats,
             domain_weights=domain_weights,

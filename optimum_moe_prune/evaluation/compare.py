@@ -51,8 +51,8 @@ def compare(
 
     Args:
         models: Folders, Hub ids or loaded models, one or several.
-        data: Held-out texts, as :func:`~optimum_moe_prune.evaluate.evaluate` takes them; the first model's tokenizer
-            reads them for all.
+        data: Held-out texts, as :func:`~optimum_moe_prune.evaluation.losses.evaluate` takes them; the first model's
+            tokenizer reads them for all.
         reference: The model to compare with, usually the unpruned one.
         tasks: Tasks of lm-evaluation-harness to run on each, the reference included.
         speed: Whether to measure generation and peak memory, each model in a process of its own; a loaded model has
@@ -63,8 +63,8 @@ def compare(
         new_tokens: Tokens to generate, for the speed.
         compute: Precision and device of models that are loaded here.
         seed: Of the resamples behind intervals, and of tasks.
-        task_settings: Further arguments of :func:`~optimum_moe_prune.tasks.run_tasks`: ``include``, ``limit``,
-            ``num_fewshot``, ``allow_code``, ``apply_chat_template`` ...
+        task_settings: Further arguments of :func:`~optimum_moe_prune.evaluation.tasks.run_tasks`: ``include``,
+            ``limit``, ``num_fewshot``, ``allow_code``, ``apply_chat_template`` ...
 
     Returns:
         Results by name: the last part of a model's folder or id, with a number where that is taken.
@@ -137,7 +137,7 @@ def held_out(
     Raises:
         RequestError: If they, or the model, cannot be read, or a token id is outside its vocabulary.
     """
-    config = _config(model)
+    config = model.config
     if tokenizer is None and not isinstance(data, CalibrationSet):
         tokenizer = _tokenizer(model)
     samples = CalibrationSet.build(data, tokenizer, max_length=sample_length(max_length, config))
@@ -169,7 +169,7 @@ def _check(
     inspect.signature(run_tasks).bind_partial(**task_settings)  # a setting that is none
     if tasks:
         check_tasks(tasks, task_settings.get("include", ()), task_settings.get("allow_code", False))
-    sizes = [text_config(_config(model)).vocab_size for model in models]
+    sizes = [text_config(model.config).vocab_size for model in models]
     if data is not None and len(set(sizes)) > 1:
         told = ", ".join(f"{_name(model)} {size}" for model, size in zip(models, sizes, strict=True))
         raise RequestError(f"models of different vocabularies cannot be compared on the same tokens: {told}.")
@@ -177,10 +177,6 @@ def _check(
 
 def _source(model: AnyModel) -> Source | PreTrainedModel:
     return Source(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
-
-
-def _config(model: Source | PreTrainedModel) -> Any:
-    return model.config
 
 
 def _name(model: Source | PreTrainedModel) -> str:

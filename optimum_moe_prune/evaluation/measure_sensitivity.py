@@ -62,8 +62,8 @@ def measure_sensitivity(
 
     Args:
         model: The unpruned model, or the folder, Hub id or ``Source`` of one.
-        samples: The samples to measure on; without ``stats`` the model is calibrated on them first, and measured on
-            the first recipe's ``sensitivity_samples`` of them.
+        samples: Of which the first recipe's ``sensitivity_samples`` are measured on. Without ``stats`` the model is
+            calibrated on all of them first.
         recipes: A recipe for each method; their budgets and allocations are not used.
         stats: Of the same model, from which the methods choose experts.
         domain_weights: A share for each domain in choosing experts.
@@ -93,7 +93,7 @@ def measure_sensitivity(
         check_grid(recipe, num_experts, rule, counts)
     if stats is None:
         stats = _statistics(model if layout is None else layout, samples, recipes, compute, workspace)
-        samples = samples.take(recipes[0].sensitivity_samples)
+    samples = samples.take(recipes[0].sensitivity_samples)
     settings = (stats, recipes, domain_weights, counts, sparsities)
     if layout is None:
         check_model_of(stats, fingerprint(blocks))

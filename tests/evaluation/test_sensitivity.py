@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import aligned, assert_equal_states, make_model, make_texts, make_tokenizer
-from oracles import sensitivity_of
+from conftest import aligned, assert_equal_states, load, make_model, make_texts, make_tokenizer
+from oracles import call, sensitivity_of
 from transformers import PreTrainedModel
 
 from optimum_moe_prune import (
@@ -27,6 +27,7 @@ from optimum_moe_prune import (
     RunError,
     Sensitivity,
     Workspace,
+    measure_sensitivity,
 )
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.evaluation import divergence as divergence_module
@@ -367,6 +368,31 @@ def test_names_that_are_not_there(samples: CalibrationSet) -> None:
 
 
 # ------------------------------------------------------------------------------------------- the doors
+
+
+def test_a_recipe_says_on_how_many_samples_is_measured(
+    folder: Path, samples: CalibrationSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether statistics are given or not, in Python and on the command line."""
+    few = samples.take(4)
+    expected = {"all": sum(s.num_tokens - 1 for s in few.samples)}
+    for sample in few.samples:
+        expected[sample.domain] = expected.get(sample.domain, 0) + sample.num_tokens - 1
+    recipe = MoEPrunerConfig(method="soft_frequency", sensitivity_samples=4)
+    stats = collect(load(folder), samples, set(recipe.needs))
+    for given in (None, stats):
+        found = measure_sensitivity(folder, samples, [recipe], given, sparsities=())
+        assert found.tokens_by_domain in (expected, {d: n for d, n in expected.items() if d != "all"})
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(text) + "\n" for text in make_texts(12)), encoding="utf-8")
+    pruner = MoEPruner.from_pretrained(folder, config=recipe)
+    stats_dir = pruner.calibrate(calibration=make_texts(12)).save(tmp_path / "s")
+    code, _, err = call(
+        capsys, "sensitivity", "--model", folder, "--calibration", tmp_path / "t.jsonl", "--stats", stats_dir,
+        "--method", "soft_frequency", "--sensitivity-samples", 2, "--sparsities", "0.5", tmp_path / "o.json",
+    )  # fmt: skip
+    assert code == 0, err
+    two = pruner.samples(tmp_path / "t.jsonl").take(2)
+    assert sum(Sensitivity.load(tmp_path / "o.json").tokens_by_domain.values()) == two.num_tokens - 2
 
 
 def test_pruning_by_sensitivity_in_memory_and_from_files(kind: str, folder: Path, tmp_path: Path) -> None:
