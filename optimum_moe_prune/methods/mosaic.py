@@ -213,11 +213,16 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
         return np.zeros((0, 4))
     if vectors.shape[1] < 3:
         return linkage(_standardised(np.log(_real_errors(vectors)), axis=0), method="ward")
-    standard = _standardised(rankdata(vectors, axis=1), axis=1)
+    ranks = rankdata(vectors, axis=1)
     if ward == "ranks":
-        return linkage(standard, method="ward")
-    similarity = (1 + standard @ standard.T / vectors.shape[1]) / 2
-    distance = np.clip(1 - similarity, 0, None)
+        return linkage(_standardised(ranks, axis=1), method="ward")
+    # Of whole numbers: ranks of many experts agree alike, and the rounding of a product, which is the processor's,
+    # would decide between them.
+    twice = 2 * ranks - (vectors.shape[1] + 1)
+    size = np.square(twice).sum(axis=1)
+    scale = np.sqrt(size[:, None] * size)
+    correlation = np.divide(twice @ twice.T, scale, out=np.zeros_like(scale), where=scale > 0)
+    distance = np.clip((1 - correlation) / 2, 0, None)
     np.fill_diagonal(distance, 0)
     return linkage(squareform(distance, checks=False), method="ward")
 

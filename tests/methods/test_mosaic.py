@@ -321,3 +321,13 @@ def test_of_equal_representatives_the_lower_one_stays(stats: CalibrationStats) -
     assert found.experts == (0, 1, 2, 4, 5, 6, 7, 8, 9) and 3 not in found.representatives
     for number, expert in enumerate(found.representatives):
         assert expert == min(e for e, label in zip(found.experts, found.label, strict=True) if label == number)
+
+
+def test_the_order_of_domains_decides_nothing() -> None:
+    """Ranks agree alike between many experts; no rounding of sums over domains may choose among them."""
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        vectors = random.random((12, 5))
+        expected = ward_tree(vectors, "distances")
+        for _ in range(5):
+            assert np.array_equal(ward_tree(vectors[:, random.permutation(5)], "distances"), expected)
