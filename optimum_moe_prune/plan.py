@@ -142,7 +142,7 @@ class PruningPlan:
         }
 
     def apply(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Prune a model in memory: the same model, now smaller (``surgery.apply_plan``)."""
+        """Prune a model in memory: the same model, now smaller (``surgery.in_memory.apply_plan``)."""
         from .surgery.in_memory import apply_plan
 
         return apply_plan(self, model)

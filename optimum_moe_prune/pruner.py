@@ -31,7 +31,6 @@ from .publishing.outputs import apply_to_checkpoint, save_pruned
 from .statistics.samples import check_domain_weights
 from .statistics.stats import CalibrationStats
 from .storage.folders import check_target, working_on
-from .storage.values import Json
 from .storage.workspace import Workspace
 from .surgery.checks import check_output, check_plan_for_config
 from .surgery.files import MAX_SHARD_SIZE, shard_bytes
@@ -199,6 +198,8 @@ class MoEPruner:
             model_config: Of the model they are for; by default of the bound one.
         """
         config = self.model_config if model_config is None else model_config
+        if config is None:
+            raise RequestError("this pruner is bound to no model; pass the config of the one that samples are for.")
         return CalibrationSet.for_recipe(calibration, self._recipe(), lambda: self.tokenizer, config)
 
     def calibrate(
@@ -315,7 +316,7 @@ class MoEPruner:
         if calibration is not None or domain_weights is not None or plan is None:
             blocks = moe_blocks(model)
             budget_for(self._recipe(), {b.layer: b.num_experts for b in blocks}, blocks[0].rule)
-            plan = self._plan(model, calibration, domain_weights, Workspace(), {})
+            plan = self._plan(model, calibration, domain_weights, Workspace(), Compute())
         self.model, self._applied_plan = apply_plan(plan, model), plan
         return self.model
 
@@ -359,7 +360,7 @@ class MoEPruner:
         name = self.name_or_path if source is None else os.fspath(source)
         check_target(output_dir, overwrite, [name])
         shard_bytes(max_shard_size)
-        read = self._source(source)
+        read, way = self._source(source), Compute(**compute)
         plan = None if calibration is not None or domain_weights is not None else self.pruning_plan
         if plan is not None:
             check_plan_for_config(plan, read.config)
@@ -369,7 +370,7 @@ class MoEPruner:
             if plan is None:
                 budget = budget_for(self._recipe(), layout.num_experts, layout.spec.routing(layout.config))
                 check_output(layout, budget, output_dir, standalone)
-                plan = self._plan(layout, calibration, domain_weights, workspace, compute)
+                plan = self._plan(layout, calibration, domain_weights, workspace, way)
             apply_to_checkpoint(
                 plan,
                 layout,
@@ -476,7 +477,7 @@ class MoEPruner:
         calibration: Calibration | None,
         domain_weights: Mapping[str, float] | None,
         workspace: Workspace,
-        compute: Json,
+        compute: Compute,
     ) -> PruningPlan:
         """A plan from given statistics, from a calibration, or from the last one."""
         recipe = self._recipe()
@@ -486,11 +487,10 @@ class MoEPruner:
         samples = None if texts is None or not (measures or recipe.needs) else self._samples_for(model, texts)
         if samples is not None and domain_weights is not None:
             check_domain_weights(samples.samples, domain_weights)
-        way = Compute(**compute)
         if isinstance(calibration, CalibrationStats):
             self.stats = calibration
         elif texts is not None or self.stats is None or not recipe.needs:
-            stats = statistics_for(recipe, model, samples, way, workspace.part("calibration"))
+            stats = statistics_for(recipe, model, samples, compute, workspace.part("calibration"))
             self.stats = self._with_commit(stats)
         plan, sensitivity = choose_experts(
             model,
@@ -499,12 +499,13 @@ class MoEPruner:
             samples,
             sensitivity,
             domain_weights=domain_weights,
-            compute=way,
+            compute=compute,
             workspace=workspace.part("sensitivity"),
         )
         if measures:
             self._sensitivity = sensitivity  # other texts are measured anew
-        self.pruning_plan = with_parent(plan, self._parent)
+        parent = model.checkpoint.source.stored_plan() if isinstance(model, Layout) else self._parent
+        self.pruning_plan = with_parent(plan, parent)
         return self.pruning_plan
 
     def _with_commit(self, stats: CalibrationStats) -> CalibrationStats:

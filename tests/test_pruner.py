@@ -108,6 +108,32 @@ def test_pruning_a_pruned_checkpoint_keeps_the_earlier_plan(
     assert_equal_states(MoEPruner.from_pretrained(tmp_path / "three").prune(load(tmp_path / "five")), second.model)
 
 
+def test_a_plan_for_another_checkpoint_has_no_parent_of_the_bound_one(folder: Path, tmp_path: Path) -> None:
+    first = MoEPruner.from_pretrained(folder, method="random", num_experts=5)
+    first.prune_checkpoint(tmp_path / "five")
+    (tmp_path / "five" / "README.new.md").write_text("a card that was not put in place")
+    second = MoEPruner.from_pretrained(tmp_path / "five", MoEPrunerConfig(method="random", num_experts=3))
+    second.prune_checkpoint(tmp_path / "three")
+    assert "parent" in PruningPlan.load(tmp_path / "three").provenance
+    assert not (tmp_path / "three" / "README.new.md").exists()
+    second.pruning_plan = None
+    second.prune_checkpoint(tmp_path / "other", source=folder)
+    assert set(second.pruning_plan.original_num_experts.values()) != {5}
+    for plan in (second.pruning_plan, PruningPlan.load(tmp_path / "other")):
+        assert "parent" not in plan.provenance
+
+
+def test_what_is_no_setting_is_refused_whatever_there_is_to_do(folder: Path, tmp_path: Path) -> None:
+    pruner = MoEPruner.from_pretrained(folder, method="random", num_experts=4)
+    for _ in range(2):  # the second time there is a plan, and nothing is calculated
+        with pytest.raises(TypeError, match="overwrit"):
+            pruner.prune_checkpoint(tmp_path / "out", overwrit=True)
+        assert not list(tmp_path.glob("*out*"))
+        pruner.prune(load(folder))
+    with pytest.raises(RequestError, match="is bound to no model; pass the config"):
+        MoEPruner(MoEPrunerConfig(num_experts=4)).samples(["a text"])
+
+
 def test_statistics_are_used_in_place_of_a_calibration(folder: Path) -> None:
     pruner = MoEPruner.from_pretrained(folder, method="reap", num_experts=3)
     stats = pruner.calibrate(load(folder), TEXTS)

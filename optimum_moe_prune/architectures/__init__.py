@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architecture rows, and the blocks they describe."""
+"""Architecture rows, how their routers choose, and layers with different numbers of experts."""
 
 from .spec import MoESpec
 from .table import architecture_of, list_architectures, register_architecture

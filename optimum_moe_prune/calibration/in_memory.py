@@ -42,7 +42,6 @@ def collect(
     batch_size: int = 8,
     max_tokens: int = 8192,
     seed: int = 0,
-    provenance: Json | None = None,
     store: Store | None = None,
 ) -> CalibrationStats:
     """Run a model over the calibration samples once and gather statistics of its MoE layers.
@@ -55,7 +54,6 @@ def collect(
         batch_size: Samples in a forward pass.
         max_tokens: The most tokens for which statistics per token are kept.
         seed: Decides which tokens are kept when there are more.
-        provenance: Added to the provenance of the result.
         store: Where the statistics grow. With a folder, each finished group of batches is kept there, and a later
             call continues after the last one. By default they are in memory, or in temporary files where they are
             large.
@@ -121,7 +119,7 @@ def collect(
         needs,
         max_tokens,
         seed,
-        {"dtype": str(model.dtype).removeprefix("torch."), **(provenance or {})},
+        {"dtype": str(model.dtype).removeprefix("torch.")},
     )
 
 

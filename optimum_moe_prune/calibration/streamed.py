@@ -23,7 +23,6 @@ from ..statistics.needs import Need
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
-from ..storage.values import Json
 from .in_memory import assemble, statistics_bytes
 from .observer import Current, LayerObserver, Routed
 from .samples import CalibrationSet
@@ -37,7 +36,6 @@ def collect_streamed(
     batch_size: int = 8,
     max_tokens: int = 8192,
     seed: int = 0,
-    provenance: Json | None = None,
     store: Store | None = None,
     read_ahead: bool = True,
 ) -> CalibrationStats:
@@ -50,14 +48,13 @@ def collect_streamed(
         batch_size: Samples in a forward pass.
         max_tokens: The most tokens for which statistics per token are kept.
         seed: Decides which tokens are kept when there are more.
-        provenance: Added to the provenance of the result.
         store: Where statistics and hidden states grow. With a folder, each finished layer is kept there, and a later
             call continues after the last one. By default they are in memory, or in temporary files where they are
             large.
         read_ahead: Read the next layer's bytes into the system's cache while a layer calculates.
 
     Returns:
-        The same statistics as :func:`collect.collect` of the same batches in the same precision, to the bit where
+        The same statistics as :func:`in_memory.collect` of the same batches in the same precision, to the bit where
         parameters are aligned alike.
 
     Raises:
@@ -132,7 +129,7 @@ def collect_streamed(
         needs,
         max_tokens,
         seed,
-        {"dtype": str(skeleton.dtype).removeprefix("torch."), **(provenance or {})},
+        {"dtype": str(skeleton.dtype).removeprefix("torch.")},
     )
 
 

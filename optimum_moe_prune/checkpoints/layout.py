@@ -100,7 +100,7 @@ class Layout:
         )
 
     def facts(self) -> Json:
-        """What statistics and plans remember of the model they were made for (as ``collect.model_facts``)."""
+        """What statistics and plans remember of the model they were made for (as ``models.blocks.model_facts``)."""
         return {
             "model_type": self.spec.model_type,
             "top_k": self.spec.routing(self.config).top_k,

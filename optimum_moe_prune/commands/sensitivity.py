@@ -23,7 +23,9 @@ class SensitivityCommand(Command):
         flags.add_recipe(parser, several=True, budget=False)
         group = parser.add_argument_group("what to measure")
         group.add_argument(
-            "--stats", metavar="STATS_DIR", help="statistics that score saved, in place of a calibration"
+            "--stats",
+            metavar="STATS_DIR",
+            help="saved by score, to choose with; measured is on --calibration",
         )
         group.add_argument(
             "--counts", metavar="N,N", help="numbers of experts to measure in each layer (default: all, or twelve)"

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..storage.files import write_text
+from ..storage.files import write_json
 from ..storage.values import Json, Values, check_version, read_json
 from .losses import DomainResult, Evaluation, aligned
 from .speed import Generation
 
 FORMAT_VERSION = 1
-EVALUATION_NAME = "moe_evaluation.json"
 
 Tasks = dict[str, dict[str, float]]
 
@@ -182,7 +180,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> Path:
         """Write a ``.json`` file."""
-        return write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        return write_json(path, self.to_dict(), indent=1)
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:

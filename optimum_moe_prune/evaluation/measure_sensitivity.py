@@ -87,8 +87,11 @@ def measure_sensitivity(
         num_experts, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].rule
     else:
         num_experts, rule = layout.num_experts, layout.spec.routing(layout.config)
-    if domain_weights is not None and stats is None:  # else the statistics know the domains
-        check_domain_weights(samples.samples, domain_weights)
+    if domain_weights is not None:
+        check_domain_weights(samples.samples if stats is None else stats.samples, domain_weights)
+    names = [recipe.method for recipe in recipes]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise RequestError(f"several recipes are for method {min(twice)!r}; a sensitivity holds one of each method.")
     for recipe in recipes:
         check_grid(recipe, num_experts, rule, counts)
     if stats is None:

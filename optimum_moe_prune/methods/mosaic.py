@@ -212,7 +212,7 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
     if len(vectors) == 1:
         return np.zeros((0, 4))
     if vectors.shape[1] < 3:
-        return linkage(_standardised(np.log(_real_errors(vectors)), axis=0), method="ward")
+        return linkage(log_errors(vectors), method="ward")
     ranks = rankdata(vectors, axis=1)
     if ward == "ranks":
         return linkage(_standardised(ranks, axis=1), method="ward")
@@ -230,6 +230,11 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
 def cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:
     """Cluster of each expert ``(C,)``, exactly ``num_clusters`` of them, by the order of merges."""
     return cut_tree(tree, n_clusters=num_clusters)[:, 0] if len(tree) else np.zeros(1, dtype=np.int64)
+
+
+def log_errors(vectors: np.ndarray) -> np.ndarray:
+    """Logarithms of errors ``(C, D)``, in standard deviations from the mean of their domain."""
+    return _standardised(np.log(_real_errors(vectors)), axis=0)
 
 
 def _real_errors(vectors: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 """A model run one decoder layer at a time, through its own forward: any layer on any hidden states.
 
 Masks and positions come from the model's own forward, run for every batch with only that layer real. The model may be
-in memory (``LayerByLayer``) or on disk (``stream.Skeleton``).
+in memory (``LayerByLayer``) or on disk (``skeleton.Skeleton``).
 """
 
 from __future__ import annotations

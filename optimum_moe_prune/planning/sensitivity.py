@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a model can be pruned, and where: divergences of its final output, and the allocation that follows.
+"""How far a model can be pruned, and where: divergences of its final output (``allocation`` spreads budgets by them).
 
 For each method, layer and number of experts, the divergence when only that layer is pruned; and for whole plans over a
 grid of sparsities. ``allocation="sensitivity"`` takes for each layer the number of experts that minimises the sum of

@@ -35,7 +35,7 @@ def export_plan(plan: PruningPlan, format: str = "json") -> str:
 
     - ``format``: ``"optimum-moe-prune/experts"``; ``format_version``: 1. A reader refuses a newer version.
     - ``model``: ``name_or_path``, ``revision`` (a commit) and ``fingerprint`` of the model, each a string or null. The
-      fingerprint is the sha256 of its router weights, see ``architectures.block.fingerprint``.
+      fingerprint is the sha256 of its router weights, see ``models.blocks.fingerprint``.
     - ``model_type``: as in the model's ``config.json``; ``top_k``: experts that each token uses, before and after.
     - ``method``: how the experts were chosen.
     - ``num_experts_key``: where ``config.json`` says the number of experts; null for an unknown architecture.

@@ -12,11 +12,23 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..storage.tensor_files import TORCH_DTYPES, MappedTensors, Shapes, read_header
+from .needs import IN_FORMAT_1, Need, tensor_names
 
 
 def layer_file(index: int) -> str:
     """The name of the file with a layer's statistics."""
     return f"layer_{index:05d}.safetensors"
+
+
+def names_of_format_1(needs: Iterable[Need], path: Path) -> tuple[str, ...]:
+    """The names of the tensors in a layer's file of format 1.
+
+    Raises:
+        RequestError: If the file is missing or damaged.
+    """
+    there, _ = read_header(path)
+    stored = ((name, IN_FORMAT_1.get(name, name)) for name in tensor_names(needs))
+    return tuple(old for name, old in stored if old == name or old in there)
 
 
 class LayerFile(Mapping[str, Tensor]):

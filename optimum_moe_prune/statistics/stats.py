@@ -27,8 +27,8 @@ from ..names import STATS_NAME
 from ..storage.files import write_json
 from ..storage.folders import written_folder
 from ..storage.values import Json, check_version, read_json
-from .files import LayerFile, MergedTensors, layer_file, save_layer, tensor_shapes
-from .needs import IN_FORMAT_1, PER_SAMPLE, PER_TOKEN, Need, layer_shapes, tensor_names
+from .files import LayerFile, MergedTensors, layer_file, names_of_format_1, save_layer, tensor_shapes
+from .needs import IN_FORMAT_1, PER_TOKEN, Need, layer_shapes, tensor_names
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
 from .weights import sample_weights
 
@@ -122,8 +122,8 @@ class CalibrationStats:
     def names(self) -> tuple[str, ...]:
         """The names of the tensors of each layer; those of an earlier format are not all today's."""
         there = set(next(iter(self.layers.values())).tensors)
-        names = (name if name in there else IN_FORMAT_1.get(name) for name in tensor_names(self.needs))
-        return tuple(name for name in names if name is not None)
+        both = ((name, IN_FORMAT_1.get(name)) for name in tensor_names(self.needs))
+        return tuple(name for pair in both for name in pair if name in there)
 
     @property
     def domains(self) -> dict[str, int]:
@@ -228,8 +228,8 @@ class CalibrationStats:
         try:
             samples = tuple(Sample(**sample) for sample in header["samples"])
             needs = frozenset(Need(need) for need in header["needs"])
-            earlier = IN_FORMAT_1 if header["format_version"] < 2 else {}
-            names = tuple(earlier.get(name, name) for name in tensor_names(needs))
+            first = folder / layer_file(min(map(int, header["layers"]), default=0))
+            names = tensor_names(needs) if header["format_version"] > 1 else names_of_format_1(needs, first)
             with safe_open(folder / TOKENS_NAME, framework="pt") as file:
                 token_sample, token_position = file.get_tensor("sample"), file.get_tensor("position")
             weights = torch.ones(len(samples), dtype=torch.float64)
@@ -277,7 +277,10 @@ class CalibrationStats:
             hidden = there["inputs"][0][-1] if "inputs" in there else 0
             counts = (len(self.samples), len(kept), layer.num_experts, before, hidden)
             shapes = layer_shapes(self.needs, *counts, logits_dtype=torch.float32, inputs_dtype=torch.float32)
-            for name, (shape, _) in zip(self.names, shapes.values(), strict=True):
+            for name, (shape, _) in shapes.items():
+                name = name if name in there else IN_FORMAT_1.get(name, name)
+                if name in IN_FORMAT_1.values() and name not in there:
+                    continue
                 if there[name][0] != shape or there[name][1] not in _DTYPES:
                     raise ValueError(f"layer {index}: {name} has shape and dtype {there[name]}, not {shape}")
             before = layer.num_experts
@@ -304,6 +307,7 @@ class CalibrationStats:
             self._check_same("max_tokens", self.max_tokens, part.max_tokens)
             self._check_same("needs", sorted(map(str, self.needs)), sorted(map(str, part.needs)))
             self._check_same("the experts of each layer", self.num_experts, part.num_experts)
+            self._check_same("how its routers choose", self.routing, part.routing)
             shared = hashes.intersection(sample.hash for sample in part.samples)
             if shared:
                 raise RequestError(f"these statistics cannot be merged: {len(shared)} samples are in both.")
@@ -312,10 +316,11 @@ class CalibrationStats:
         order = sorted(range(len(every)), key=lambda i: every[i].hash)
         samples = tuple(every[i] for i in order)
         token_sample, token_position = keep_tokens(samples, self.max_tokens, self.seed)
-        rows = dict.fromkeys(tensor_names(self.needs, PER_SAMPLE), torch.tensor(order, dtype=torch.int64))
+        by_sample = torch.tensor(order, dtype=torch.int64)
         kept = _kept_rows(parts, token_sample, token_position, order)
-        rows.update(dict.fromkeys(tensor_names(self.needs, PER_TOKEN), kept))
-        rows = {name: picked for name, picked in rows.items() if all(name in part.names for part in parts)}
+        per_token = tensor_names(self.needs, PER_TOKEN)
+        everywhere = [name for name in self.names if all(name in part.names for part in parts)]
+        rows = {name: kept if name in per_token else by_sample for name in everywhere}
         weights = torch.ones(len(samples), dtype=torch.float64)
         layers = {}
         for index, layer in self.layers.items():

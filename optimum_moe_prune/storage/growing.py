@@ -172,7 +172,7 @@ class Store:
 
 
 def unfinished(folder: Path) -> tuple[Json, int] | None:
-    """What the unfinished calibration in a folder is of, and how many steps are finished; None if there is none.
+    """What the unfinished work in a folder is of, and how many steps are finished; None if there is none.
 
     Raises:
         RequestError: If it is damaged.
@@ -188,7 +188,7 @@ def unfinished(folder: Path) -> tuple[Json, int] | None:
             raise ValueError(f"finished {finished!r}")
     except (RequestError, KeyError, ValueError) as error:
         raise RequestError(
-            f"the unfinished calibration in {folder} is damaged: {str(error).rstrip('.')}. {advice}"
+            f"the unfinished work in {folder} is damaged: {str(error).rstrip('.')}. {advice}"
         ) from error
     return of, finished
 

@@ -23,7 +23,16 @@ from ..checkpoints.cutting import select
 from ..checkpoints.layout import Layout
 from ..checkpoints.source import Source
 from ..errors import RequestError, RunError
-from ..names import BASE_CARD_NAME, CARD_NAME, CONFIG_NAME, EVALUATION_NAME, PLAN_NAME, REPORT_NAME, REPORT_PICTURES
+from ..names import (
+    BASE_CARD_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    EVALUATION_NAME,
+    NEW_CARD_NAME,
+    PLAN_NAME,
+    REPORT_NAME,
+    REPORT_PICTURES,
+)
 from ..plan import PruningPlan
 from ..progress import progress_bar
 from ..storage.files import write_json
@@ -35,7 +44,16 @@ from .copying import _write_file
 from .standalone import write_standalone
 
 MAX_SHARD_SIZE = "5GB"
-_OWN_FILES = (PLAN_NAME, CONFIG_NAME, CARD_NAME, REPORT_NAME, EVALUATION_NAME, "config.json", f"{FILE_STEM}.py")
+_OWN_FILES = (
+    PLAN_NAME,
+    CONFIG_NAME,
+    CARD_NAME,
+    NEW_CARD_NAME,
+    REPORT_NAME,
+    EVALUATION_NAME,
+    "config.json",
+    f"{FILE_STEM}.py",
+)
 
 
 @contextlib.contextmanager

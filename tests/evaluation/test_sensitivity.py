@@ -31,6 +31,7 @@ from optimum_moe_prune import (
 )
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.evaluation import divergence as divergence_module
+from optimum_moe_prune.evaluation import measure_sensitivity as measuring
 from optimum_moe_prune.evaluation.divergence import divergences
 from optimum_moe_prune.evaluation.losses import evaluate
 from optimum_moe_prune.models.blocks import moe_blocks
@@ -393,6 +394,20 @@ def test_a_recipe_says_on_how_many_samples_is_measured(
     assert code == 0, err
     two = pruner.samples(tmp_path / "t.jsonl").take(2)
     assert sum(Sensitivity.load(tmp_path / "o.json").tokens_by_domain.values()) == two.num_tokens - 2
+
+
+def test_what_cannot_be_measured_is_refused_before_work(
+    folder: Path, samples: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = MoEPrunerConfig(method="soft_frequency")
+    stats = collect(load(folder), samples, set(recipe.needs))
+    monkeypatch.setattr(measuring, "open_runner", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(measuring, "calibrate", lambda *_, **__: pytest.fail("work began"))
+    for given in (None, stats):
+        with pytest.raises(RequestError, match="domain_weights must give a positive number for each domain"):
+            measure_sensitivity(folder, samples, [recipe], given, domain_weights={"nowhere": 1.0})
+        with pytest.raises(RequestError, match="several recipes are for method 'soft_frequency'"):
+            measure_sensitivity(folder, samples, [recipe, dataclasses.replace(recipe, seed=1)], given)
 
 
 def test_pruning_by_sensitivity_in_memory_and_from_files(kind: str, folder: Path, tmp_path: Path) -> None:

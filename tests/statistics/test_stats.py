@@ -18,6 +18,7 @@ from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig,
 from optimum_moe_prune.architectures.routers import rule_from_dict
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.planning.build import build_plan
+from optimum_moe_prune.statistics.needs import IN_FORMAT_1
 from optimum_moe_prune.statistics.samples import Sample, keep_tokens
 from optimum_moe_prune.statistics.stats import LayerStats
 
@@ -149,6 +150,30 @@ def test_format_1_is_read_saved_and_merged(samples: CalibrationSet, tmp_path: Pa
         for index, layer in merged.layers.items():
             assert set(whole.layers[index].tensors) - set(layer.tensors) == {"max_element"}
         assert_same(merged, whole, rtol=0)
+        assert_same(CalibrationStats.load(merged.save(tmp_path / "merged", overwrite=True)), whole, rtol=0)
+
+
+def test_statistics_of_format_1_are_merged_as_such(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    parts = [
+        collect(make_model(), CalibrationSet.build(texts, tokenizer), set(Need))
+        for texts in (make_texts(3), make_texts(4, seed=9))
+    ]
+    old = []
+    for part in parts:
+        layers = {
+            i: replace(layer, tensors={IN_FORMAT_1.get(name, name): t for name, t in layer.tensors.items()})
+            for i, layer in part.layers.items()
+        }
+        old.append(CalibrationStats.load(replace(part, layers=layers).save(tmp_path / f"old{len(old)}")))
+    merged = CalibrationStats.load(old[0].merge(old[1]).save(tmp_path / "merged"))
+    whole = parts[0].merge(parts[1])
+    for index, layer in merged.layers.items():
+        for name, tensor in layer.tensors.items():
+            new = {then: now for now, then in IN_FORMAT_1.items()}.get(name, name)
+            assert torch.equal(tensor, whole.layers[index].tensors[new])
+        assert "max_norm" in set(layer.tensors)
+    assert json.loads((tmp_path / "merged" / "stats.json").read_text())["format_version"] == 1
 
 
 def test_what_does_not_belong_together_is_not_merged(

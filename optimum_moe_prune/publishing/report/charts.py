@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores, sensitivities, evaluations and sizes as points, lines and bars."""
+"""Scores, sensitivities and evaluations as points and lines."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ...config import MoEPrunerConfig
 from ...errors import RequestError
 from ...methods import BY_SENSITIVITY, pathfinder
 from ...methods.budget import Budget, UniformBudget
@@ -109,8 +110,6 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
         RequestError: If the plan does not belong to the statistics, has no recipe that can be read, or these
             statistics lack what the method reads.
     """
-    from ...config import MoEPrunerConfig  # transformers, only where a plan is explained
-
     if problem := mismatch(plan, stats):
         raise RequestError(f"{problem}.")
     try:

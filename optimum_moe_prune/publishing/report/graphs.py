@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...methods.mosaic import log_errors
 from ...plan import PruningPlan
 from ...storage.values import Json
 from .data import retained_grid
@@ -112,9 +113,7 @@ def _merits(vectors: np.ndarray) -> tuple[np.ndarray, dict[float, str], str]:
 
     domains = vectors.shape[1]
     if domains < 3:
-        logs = np.log(np.maximum(vectors, np.finfo(np.float64).tiny))
-        deviation = logs.std(axis=0)
-        values = np.divide(logs - logs.mean(axis=0), deviation, out=np.zeros_like(logs), where=deviation > 0).T
+        values = log_errors(vectors).T
         most = max(1.0, float(np.abs(values).max()))
         ticks = {-most: f"-{most:.1f}", 0.0: "mean", most: f"+{most:.1f}"}
         return values, ticks, "log error, in standard deviations"

@@ -125,7 +125,7 @@ def domains(stats: CalibrationStats | None, plans: Plans, gallery: Gallery) -> C
 def _by_domain(
     name: str, what: str, values: np.ndarray, scale: tuple[Any, ...], stats: CalibrationStats, gallery: Gallery
 ) -> list[Picture]:
-    """Maps of values ``(D, L, E)``, one one for each domain; ``scale`` as in ``maps.shares``."""
+    """Maps of values ``(D, L, E)``, one for each domain; ``scale`` as in ``maps.shares``."""
     layers = sorted(stats.layers)
     shown = [maps.Map(d, layers, _numbers(grid), grid) for d, grid in zip(stats.domains, values, strict=True)]
     return maps.draw_all(gallery, name, f"{what}, by layer and expert, for each domain", shown, maps.shares, *scale)
