@@ -101,7 +101,7 @@ class Sensitivity:
     domain_weights: dict[str, float] | None = None
     provenance: Json = field(default_factory=dict)
 
-    def of(
+    def for_recipe(
         self, config: MoEPrunerConfig, model: Values, domain_weights: Mapping[str, float] | None = None
     ) -> MethodSensitivity:
         """What was measured of a recipe's method.
