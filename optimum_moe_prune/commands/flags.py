@@ -49,7 +49,7 @@ def add_settings(group: Any, names: Iterable[str]) -> None:
             group.add_argument(flag, action="store_true", **options)
             continue
         options["metavar"] = setting.metadata["metavar"]
-        if kind.startswith("dict"):
+        if setting.default is dataclasses.MISSING:  # of several values
             group.add_argument(flag, action="append", **options)
         else:
             group.add_argument(flag, type=str if name == "num_clusters" else _TYPES.get(kind, str), **options)

@@ -48,7 +48,7 @@ class RunCommand(Command):
         if args.sensitivity is not None:
             pruner.sensitivity = Sensitivity.load(args.sensitivity)
             if config.allocates == BY_SENSITIVITY:
-                pruner.sensitivity.of(config, pruner.layout().facts(), weights)
+                pruner.sensitivity.for_recipe(config, pruner.layout().facts(), weights)
         measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
         pruner.prune_checkpoint(
             args.output,

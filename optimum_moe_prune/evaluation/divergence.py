@@ -36,17 +36,17 @@ _DISK_BYTES = 32 * 10**9  # hidden states of all branches of all batches, for a 
 _RESULT = "divergence.safetensors"
 
 
-def kl_per_token(reference: Tensor, mine: Tensor) -> Tensor:
-    """``KL(reference || mine)`` in nats of log-probabilities ``(T, V)``: ``(T,)`` float64."""
+def kl_per_token(reference: Tensor, other: Tensor) -> Tensor:
+    """``KL(reference || other)`` in nats of log-probabilities ``(T, V)``: ``(T,)`` float64."""
     rows = max(1, _SLICE_BYTES // (4 * reference.shape[1]))
-    pairs = zip(reference.split(rows), mine.split(rows), strict=True)
+    pairs = zip(reference.split(rows), other.split(rows), strict=True)
     return torch.cat([(r.exp() * (r - m)).sum(1).double() for r, m in pairs])
 
 
-def batch_size_for(logits_of: int, calibration: CalibrationSet, batch_size: int) -> int:
-    """Samples in a forward pass, so that logits over a vocabulary of ``logits_of`` stay within bounds."""
+def batch_size_for(vocab_size: int, calibration: CalibrationSet, batch_size: int) -> int:
+    """Samples in a forward pass, so that logits over a vocabulary of ``vocab_size`` stay within bounds."""
     longest = max(sample.num_tokens for sample in calibration.samples)
-    return min(batch_size, max(1, LOGIT_BYTES // (4 * longest * logits_of)))
+    return min(batch_size, max(1, LOGIT_BYTES // (4 * longest * vocab_size)))
 
 
 def divergences(
@@ -121,16 +121,16 @@ class _Branch:
 def _tree(plans: Sequence[Retained], runner: LayerByLayer) -> tuple[list[list[_Branch]], list[int]]:
     """The branches of each layer, the original model's first, and the last branch of each plan."""
     num_experts = {block.layer: block.num_experts for block in runner.blocks}
-    layers, at = [], [0] * len(plans)
+    layers, last = [], [0] * len(plans)
     for layer in range(runner.num_layers):
-        found = {_Branch(0, None): 0}
+        branches = {_Branch(0, None): 0}
         for number, plan in enumerate(plans):
             retained = plan.get(layer)
             if retained is not None and len(retained) == num_experts[layer]:
                 retained = None
-            at[number] = found.setdefault(_Branch(at[number], retained), len(found))
-        layers.append(list(found))
-    return layers, at
+            last[number] = branches.setdefault(_Branch(last[number], retained), len(branches))
+        layers.append(list(branches))
+    return layers, last
 
 
 def _grown(
@@ -149,7 +149,7 @@ def _grown(
 
 
 def _add(
-    runner: LayerByLayer, batch: Batch, states: Sequence[Tensor] | Tensor, at: Sequence[int], sums: Tensor
+    runner: LayerByLayer, batch: Batch, states: Sequence[Tensor] | Tensor, last: Sequence[int], sums: Tensor
 ) -> None:
     """Add the divergences of a batch, whose hidden states after the last layer are given, to ``(P, S)``."""
     mask = batch.attention_mask[:, 1:].bool()
@@ -160,12 +160,12 @@ def _add(
         return torch.log_softmax(logits[:, :-1][mask.to(logits.device)].float(), dim=-1)
 
     original = log_p(states[0])
-    of_branch = {0: torch.zeros(sums.shape[1], dtype=torch.float64)}
-    for branch in sorted(set(at) - {0}):
+    by_branch = {0: torch.zeros(sums.shape[1], dtype=torch.float64)}
+    for branch in sorted(set(last) - {0}):
         figures = kl_per_token(original, log_p(states[branch])).cpu()
-        of_branch[branch] = torch.zeros_like(of_branch[0]).index_add_(0, sample, figures)
-    for number, branch in enumerate(at):
-        sums[number] += of_branch[branch]
+        by_branch[branch] = torch.zeros_like(by_branch[0]).index_add_(0, sample, figures)
+    for number, branch in enumerate(last):
+        sums[number] += by_branch[branch]
 
 
 # ------------------------------------------------------------------------------------------- in memory
@@ -186,12 +186,12 @@ def _measure_in_memory(
             at_once = max(1, _STATE_BYTES // (2 * embedded.nbytes) - 1)
             for first in range(0, len(order), at_once):
                 chosen = order[first : first + at_once]
-                layers, at = _tree([plans[p] for p in chosen], runner)
+                layers, last = _tree([plans[p] for p in chosen], runner)
                 states = [embedded]
                 for layer, branches in enumerate(layers):
                     states = list(_grown(runner, layer, batch, states, branches))
                 part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
-                _add(runner, batch, states, at, part)
+                _add(runner, batch, states, last, part)
                 sums[chosen] += part
             store.commit(number + 1)
             bar.update()
@@ -242,22 +242,22 @@ def _pass(
     ahead: Callable[[int], None],
 ) -> None:
     """Measure some of the plans in one pass through the files; ``before`` steps belong to earlier passes."""
-    layers, at = _tree([plans[p] for p in chosen], runner)
+    layers, last = _tree([plans[p] for p in chosen], runner)
     hidden_size = text_config(runner.model.config).hidden_size
     shape_of = [(*batch.input_ids.shape, hidden_size) for batch in batches]
 
-    def states_of(layer: int, there: bool = False) -> Mapping[str, Tensor]:
+    def states_of(layer: int, written: bool = False) -> Mapping[str, Tensor]:
         """The hidden states that go into a layer, of every batch and branch."""
         count = 1 if layer == 0 else len(layers[layer - 1])
         shapes = {f"{number}": ((count, *shape), runner.dtype) for number, shape in enumerate(shape_of)}
-        return store.tensors(_states_file(layer), None if there else shapes)
+        return store.tensors(_states_file(layer), None if written else shapes)
 
     tokens = sum(batch.input_ids.numel() for batch in batches)
     most = max(len(a) + len(b) for a, b in zip(layers, [*layers[1:], []], strict=True))
     store.check_space(most * tokens * hidden_size * runner.dtype.itemsize)
     finished = store.finished - before  # of this pass
     if finished:
-        states = states_of(finished, there=True)
+        states = states_of(finished, written=True)
     else:
         states = states_of(0)
         for number, embedded in enumerate(runner.embedded(batches)):
@@ -279,7 +279,7 @@ def _pass(
     part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
     with runner.head():
         for number, batch in enumerate(batches):
-            _add(runner, batch, states[f"{number}"], at, part)
+            _add(runner, batch, states[f"{number}"], last, part)
     sums[list(chosen)] = part
     store.commit(before + runner.num_layers + 1)
     store.remove(_states_file(runner.num_layers))

@@ -38,7 +38,7 @@ from ..storage.growing import unfinished
 from ..storage.values import Values
 from ..storage.workspace import Workspace
 from .divergence import divergences as measure_divergences
-from .sensitivity_sets import SPARSITIES, allocated_plans, check_grid, layer_sets, whole_plans
+from .sensitivity_sets import SPARSITIES, check_grid, layer_sets, whole_plans
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +102,11 @@ def measure_sensitivity(
         check_model_of(stats, fingerprint(blocks))
         return _measured(_Divergences(LayerByLayer(model), samples, batch_size), *settings)
     check_model_of(stats, layout.fingerprint())
-    begun = None
+    streamed = None  # as unfinished work was
     if workspace.folder is not None and not workspace.restart:
         parts = (unfinished(workspace.folder / part) for part in ("layers", "models"))
-        begun = next((bool(there[0].get("stream")) for there in parts if there is not None), None)
-    runner = open_runner(layout, compute.settled(layout, begun))
+        streamed = next((bool(part[0].get("stream")) for part in parts if part is not None), None)
+    runner = open_runner(layout, compute.settled(layout, streamed))
     work = {
         "model": identity(layout),
         "calibration": samples.fingerprint,
@@ -150,29 +150,21 @@ def _measured(
 ) -> Sensitivity:
     """Layers alone and whole models, then the whole models that follow from what the layers lose."""
     by_tokens = stats.with_domain_weights(domain_weights)
-    layers = {r.method: layer_sets(by_tokens, r, counts) for r in recipes}
-    whole = {r.method: whole_plans(stats, r, domain_weights, sparsities) for r in recipes}
-
-    alone = [{layer: experts} for sets in layers.values() for layer, of_layer in sets.items() for experts in of_layer]
-    divergences.add("layers", [*alone, *(retained for plans in whole.values() for _, _, retained in plans)])
-    methods = {
-        recipe.method: MethodSensitivity(
-            decisive(recipe),
-            {
-                layer: LayerSensitivity(
-                    stats.num_experts[layer],
-                    {len(experts): experts for experts in sets},
-                    {len(experts): divergences.kl({layer: experts}) for experts in sets},
-                )
-                for layer, sets in layers[recipe.method].items()
-            },
-            tuple(ModelSensitivity(*plan, divergences.kl(plan[2])) for plan in whole[recipe.method]),
-        )
-        for recipe in recipes
-    }
-    tokens: dict[str, int] = {}
-    for sample in divergences.samples.samples:
-        tokens[sample.domain] = tokens.get(sample.domain, 0) + sample.num_tokens - 1
+    sets = {r.method: layer_sets(by_tokens, r, counts) for r in recipes}
+    plans = {r.method: whole_plans(stats, r, sparsities, domain_weights) for r in recipes}
+    alone = [{layer: s} for method in sets.values() for layer, by_count in method.items() for s in by_count.values()]
+    divergences.add("layers", [*alone, *(retained for method in plans.values() for _, _, retained in method)])
+    methods = {}
+    for recipe in recipes:
+        layers = {
+            layer: LayerSensitivity(
+                stats.num_experts[layer],
+                by_count,
+                {count: divergences.kl({layer: experts}) for count, experts in by_count.items()},
+            )
+            for layer, by_count in sets[recipe.method].items()
+        }
+        methods[recipe.method] = MethodSensitivity(decisive(recipe), layers)
     provenance = {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -183,26 +175,26 @@ def _measured(
         "streamed": divergences.runner.streams,
     }
     weights = None if domain_weights is None else dict(domain_weights)
-    result = Sensitivity(stats.model, dict(sorted(tokens.items())), methods, weights, provenance)
+    sensitivity = Sensitivity(stats.model, divergences.tokens_by_domain, methods, weights, provenance)
+    for recipe in recipes:
+        plans[recipe.method] += whole_plans(stats, recipe, sparsities, domain_weights, sensitivity)
+    divergences.add("models", [retained for method in plans.values() for _, _, retained in method])
+    for name, method in methods.items():
+        models = tuple(ModelSensitivity(*plan, divergences.kl(plan[2])) for plan in plans[name])
+        methods[name] = replace(method, model=models)
+    return sensitivity
 
-    from_layers = {r.method: allocated_plans(stats, r, result, sparsities) for r in recipes}
-    divergences.add("models", [retained for plans in from_layers.values() for _, _, retained in plans])
-    for name, plans in from_layers.items():
-        added = tuple(ModelSensitivity(*plan, divergences.kl(plan[2])) for plan in plans)
-        methods[name] = replace(methods[name], model=(*methods[name].model, *added))
-    return result
 
-
-def check_model_of(stats: CalibrationStats, found: str) -> None:
+def check_model_of(stats: CalibrationStats, model_fingerprint: str) -> None:
     """Raise unless statistics are of the model with a fingerprint.
 
     Raises:
         RequestError: If they are of another one.
     """
-    if (there := stats.model["fingerprint"]) != found:
+    if (expected := stats.model["fingerprint"]) != model_fingerprint:
         raise RequestError(
-            f"the statistics are of another model: its routers have the fingerprint {there[:12]}, and those of this "
-            f"model {found[:12]}."
+            f"the statistics are of another model: its routers have the fingerprint {expected[:12]}, and those of "
+            f"this model {model_fingerprint[:12]}."
         )
 
 
@@ -222,13 +214,16 @@ class _Divergences:
         self._batch_size = batch_size
         self._work = work
         self._workspace = workspace
-        self._kl: dict[Key, Divergence] = {(): dict.fromkeys([*self._members(), ALL], 0.0)}
+        domains = [sample.domain for sample in samples.samples]
+        self._tokens = torch.tensor([sample.num_tokens - 1 for sample in samples.samples], dtype=torch.float64)
+        self._rows = {d: [row for row, domain in enumerate(domains) if domain == d] for d in sorted(set(domains))}
+        self._num_experts = {block.layer: block.num_experts for block in runner.blocks}
+        self._kl: dict[Key, Divergence] = {(): dict.fromkeys([*self._rows, ALL], 0.0)}
 
-    def _members(self) -> dict[str, list[int]]:
-        members: dict[str, list[int]] = {}
-        for number, sample in enumerate(self.samples.samples):
-            members.setdefault(sample.domain, []).append(number)
-        return dict(sorted(members.items()))
+    @property
+    def tokens_by_domain(self) -> dict[str, int]:
+        """Predicted tokens of each domain."""
+        return {domain: int(self._tokens[rows].sum()) for domain, rows in self._rows.items()}
 
     def add(self, part: str, plans: Sequence[Retained]) -> None:
         """Measure plans that were not measured yet."""
@@ -251,14 +246,15 @@ class _Divergences:
         return self._kl[self._key(plan)]
 
     def _key(self, plan: Retained) -> Key:
-        whole = {block.layer: block.num_experts for block in self.runner.blocks}
-        return tuple(sorted((layer, experts) for layer, experts in plan.items() if len(experts) < whole[layer]))
+        """The layers of a plan that lose experts."""
+        return tuple(
+            sorted((layer, experts) for layer, experts in plan.items() if len(experts) < self._num_experts[layer])
+        )
 
     def _by_domain(self, sums: Tensor) -> Divergence:
         """The mean over the predicted tokens of each domain, and of all."""
-        tokens = torch.tensor([sample.num_tokens - 1 for sample in self.samples.samples], dtype=torch.float64)
-        groups = {**self._members(), ALL: list(range(len(tokens)))}
-        kl = {name: float(sums[rows].sum() / tokens[rows].sum()) for name, rows in groups.items()}
+        groups = {**self._rows, ALL: list(range(len(sums)))}
+        kl = {name: float(sums[rows].sum() / self._tokens[rows].sum()) for name, rows in groups.items()}
         if not all(map(math.isfinite, kl.values())):
             raise RunError(
                 "the divergence of a pruned model is not finite: the model holds NaN or infinite values, or its "

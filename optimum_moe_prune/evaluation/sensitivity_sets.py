@@ -26,8 +26,8 @@ MOST_COUNTS = 12
 
 def layer_sets(
     stats: CalibrationStats, config: MoEPrunerConfig, counts: Sequence[int] | None
-) -> dict[int, list[tuple[int, ...]]]:
-    """The sets of experts to measure in each layer, fewest first."""
+) -> dict[int, dict[int, tuple[int, ...]]]:
+    """The sets of experts to measure, by layer and number of experts, fewest first."""
     method, options = get_method(config.method), config.options()
     if config.needs and not stats.samples:
         raise RequestError(f"method {method.name!r} needs a calibration; give calibration texts.")
@@ -36,7 +36,7 @@ def layer_sets(
     grid = check_grid(config, stats.num_experts, stats.routing, counts, protect)
     layers = {layer: stats.num_experts[layer] for layer in grid}
     protected = {layer: tuple(sorted(protect.get(layer, ()))) for layer in layers}
-    sets: dict[int, list[tuple[int, ...]]] = {layer: [] for layer in layers}
+    sets: dict[int, dict[int, tuple[int, ...]]] = {layer: {} for layer in layers}
     for count in sorted({count for values in grid.values() for count in values}):
         num_experts = {layer: count if count in grid[layer] else layers[layer] for layer in layers}
         budget = UniformBudget(
@@ -51,7 +51,7 @@ def layer_sets(
         retained = method.select(stats, budget, options).retained
         for layer in layers:
             if count in grid[layer]:
-                sets[layer].append(retained[layer])
+                sets[layer][count] = retained[layer]
     return sets
 
 
@@ -112,39 +112,31 @@ def _grid(allowed: Sequence[int], counts: Sequence[int] | None) -> list[int]:
 def whole_plans(
     stats: CalibrationStats,
     config: MoEPrunerConfig,
-    domain_weights: Mapping[str, float] | None,
     sparsities: Sequence[float],
+    domain_weights: Mapping[str, float] | None,
+    sensitivity: Sensitivity | None = None,
 ) -> list[tuple[str, float, Retained]]:
-    """Allocation, sparsity and experts of the plans that a method makes of its own."""
+    """Allocation, sparsity and experts of the plans of a method; those that cannot be made are left out.
+
+    Args:
+        stats: What the method chooses from.
+        config: The recipe; its budget is not used.
+        sparsities: The budgets.
+        domain_weights: A share for each domain.
+        sensitivity: What the layers lose, for the plans that follow from it; without, the method's own allocations.
+    """
+    own = sorted(get_method(config.method).allocations, reverse=True)
+    level = logging.INFO if tuple(sparsities) == SPARSITIES else logging.WARNING  # those asked for are missed
     plans = []
-    level = logging.INFO if tuple(sparsities) == SPARSITIES else logging.WARNING  # whoever asked for it is told
-    for allocation in sorted(get_method(config.method).allocations, reverse=True):
+    for allocation in own if sensitivity is None else [BY_SENSITIVITY]:
         for sparsity in sparsities:
+            recipe = replace(config, num_experts=None, total_experts=None, sparsity=sparsity, allocation=allocation)
             try:
-                plan = quiet_plan(stats, _at(config, allocation, sparsity), domain_weights)
+                plan = quiet_plan(stats, recipe, domain_weights, sensitivity)
             except RequestError as error:
                 logger.log(
                     level, "%s, %s: sparsity %g is not measured: %s", config.method, allocation, sparsity, error
                 )
-                continue
-            plans.append((allocation, sparsity, plan.retained))
+            else:
+                plans.append((allocation, sparsity, plan.retained))
     return plans
-
-
-def allocated_plans(
-    stats: CalibrationStats, config: MoEPrunerConfig, sensitivity: Sensitivity, sparsities: Sequence[float]
-) -> list[tuple[str, float, Retained]]:
-    """Allocation, sparsity and experts of the plans that follow from the layers' divergences."""
-    plans = []
-    for sparsity in sparsities:
-        try:
-            plan = quiet_plan(stats, _at(config, BY_SENSITIVITY, sparsity), sensitivity.domain_weights, sensitivity)
-        except RequestError as error:
-            logger.info("%s, by sensitivity: sparsity %g is not measured: %s", config.method, sparsity, error)
-            continue
-        plans.append((BY_SENSITIVITY, sparsity, plan.retained))
-    return plans
-
-
-def _at(config: MoEPrunerConfig, allocation: str, sparsity: float) -> MoEPrunerConfig:
-    return replace(config, num_experts=None, total_experts=None, sparsity=sparsity, allocation=allocation)

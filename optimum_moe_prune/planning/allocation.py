@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import numpy as np
 
@@ -29,7 +31,10 @@ class Allocation:
 
 
 def allocate(
-    measured: MethodSensitivity, budget: Budget, domain_weights: Mapping[str, float] | None = None
+    measured: MethodSensitivity,
+    budget: Budget,
+    domain_weights: Mapping[str, float] | None = None,
+    accepts: Callable[[int, int], bool] | None = None,
 ) -> Allocation:
     """The numbers of experts whose divergences have the least sum, with exactly the budget's total.
 
@@ -42,49 +47,64 @@ def allocate(
         measured: Of the method.
         budget: The experts to retain in all layers together, and what each layer can keep.
         domain_weights: A share for each domain; by default every token counts once.
+        accepts: Whether the method can choose for a layer and a number that was not measured; by default for all.
 
     Raises:
         RequestError: If the sensitivity lacks a layer or domain, or numbers that it speaks of do not add up to the
             budget.
     """
+    costs = {layer: _costs(measured, budget, layer, domain_weights, accepts) for layer in budget.original}
     least = np.full(budget.total + 1, np.inf)  # the least sum that so many experts of the layers so far can have
     least[0] = 0.0
     taken: dict[int, np.ndarray] = {}
-    fewest = 0
-    for layer in budget.original:
-        costs = _costs(measured, budget, layer, domain_weights)
-        fewest += min(costs)
+    for layer in costs:
         before, least = least, np.full_like(least, np.inf)
         taken[layer] = np.zeros(len(least), dtype=np.int32)
-        for count, cost in sorted(costs.items(), reverse=True):
+        for count, cost in sorted(costs[layer].items(), reverse=True):
             if count <= budget.total:
                 sums = before[: len(before) - count] + cost
                 better = sums < least[count:]
                 least[count:][better] = sums[better]
                 taken[layer][count:][better] = count
     if not np.isfinite(least[-1]):
-        if budget.total < fewest:
-            raise RequestError(
-                f"the budget keeps {budget.total} experts, fewer than the smallest numbers measured add up to "
-                f"({fewest}); measure smaller ones (counts), or keep more."
-            )
-        nearest = int(np.flatnonzero(np.isfinite(least))[-1])
-        raise RequestError(
-            f"the budget keeps {budget.total} experts, and the numbers that layers can keep do not add up to it; ask "
-            f"for a total of {nearest}."
-        )
+        raise _not_met(budget.total, costs)
     left, counts = budget.total, {}
-    for layer in reversed(budget.original):
+    for layer in reversed(costs):
         counts[layer] = int(taken[layer][left])
         left -= counts[layer]
     counts = dict(sorted(counts.items()))
-    known = {layer: {*measured.layers[layer].kl, original} for layer, original in budget.original.items()}
-    interpolated = tuple(layer for layer, count in counts.items() if count not in known[layer])
+    interpolated = tuple(
+        layer
+        for layer, count in counts.items()
+        if count not in measured.layers[layer].kl and count < budget.original[layer]
+    )
     return Allocation(counts, float(least[-1]), interpolated)
 
 
+def _not_met(total: int, costs: Mapping[int, Mapping[int, float]]) -> RequestError:
+    """What is wrong with a total that no numbers of the layers add up to, and the nearest ones that some do."""
+    sums = 1  # bit n: some numbers of the layers so far add up to n
+    for counts in costs.values():
+        sums = reduce(or_, (sums << count for count in counts))
+    totals = [n for n in range(sums.bit_length()) if sums >> n & 1]
+    if total < totals[0]:
+        return RequestError(
+            f"the budget keeps {total} experts, fewer than the smallest numbers measured add up to ({totals[0]}); "
+            "measure smaller ones (counts), or keep more."
+        )
+    nearest = max(n for n in totals if n < total), min(n for n in totals if n > total)
+    return RequestError(
+        f"the budget keeps {total} experts, and the numbers that layers can keep do not add up to it; ask for a total "
+        f"of {nearest[0]} or {nearest[1]}."
+    )
+
+
 def _costs(
-    measured: MethodSensitivity, budget: Budget, layer: int, domain_weights: Mapping[str, float] | None
+    measured: MethodSensitivity,
+    budget: Budget,
+    layer: int,
+    domain_weights: Mapping[str, float] | None,
+    accepts: Callable[[int, int], bool] | None,
 ) -> dict[int, float]:
     """The divergence of a layer for each number of experts it can keep, as far as measuring went."""
     entry, original = measured.layers.get(layer), budget.original[layer]
@@ -92,7 +112,11 @@ def _costs(
         raise RequestError(f"the sensitivity says nothing of layer {layer} with its {original} experts.")
     known = {count: _cost(kl, domain_weights) for count, kl in sorted(entry.kl.items()) if count < original}
     known[original] = 0.0
-    counts = [count for count in budget.allowed(layer) if count >= min(known)]
+    counts = [
+        count
+        for count in budget.allowed(layer)
+        if count in known or (count > min(known) and (accepts is None or accepts(layer, count)))
+    ]
     return dict(zip(counts, np.interp(counts, list(known), list(known.values())).tolist(), strict=True))
 
 

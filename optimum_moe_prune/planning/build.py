@@ -162,32 +162,52 @@ def _selected_by_sensitivity(
             "allocation 'sensitivity' needs what was measured of the model; measure it first (optimum-cli moe-prune "
             "sensitivity), and give the result (--sensitivity FILE)."
         )
-    measured = sensitivity.of(config, stats.model, stats.domain_weights)
+    measured = sensitivity.for_recipe(config, stats.model, stats.domain_weights)
     if sensitivity.provenance.get("calibration") != stats.fingerprint and config.needs:
         raise RequestError(
             "the sensitivity was measured with experts chosen by another calibration than these statistics are of; "
             "measure it with the same (sensitivity --stats), or plan with those it was measured with."
         )
-    allocation = allocate(measured, budget, stats.domain_weights)
-    counts = allocation.num_experts
+    method, options = get_method(config.method), config.options()
+
+    def check(budget: UniformBudget) -> UniformBudget:
+        if method.check is not None:
+            method.check(budget, options)
+        return budget
+
+    def accepts(layer: int, count: int) -> bool:
+        try:
+            check(_exact_budget(budget, {layer: count}))
+        except RequestError:
+            return False
+        return True
+
+    allocation = allocate(measured, budget, stats.domain_weights, accepts)
+    counts, interpolated = allocation.num_experts, allocation.interpolated
     retained = {
         layer: measured.layers[layer].retained.get(count, tuple(range(count))) for layer, count in counts.items()
     }
     findings: Json = {"sum of divergences": round(allocation.divergence, 6)}
     notes: tuple[str, ...] = ()
-    if allocation.interpolated:
-        method, options = get_method(config.method), config.options()
-        exact = UniformBudget(
-            budget.original, budget.total, budget.rule, budget.protected, budget.seed, num_experts=counts
-        )
-        if method.check is not None:
-            method.check(exact, options)
-        selection = method.select(stats, exact, options)
-        retained |= {layer: selection.retained[layer] for layer in allocation.interpolated}
-        number = len(allocation.interpolated)
+    if interpolated:
+        selection = method.select(stats, check(_exact_budget(budget, counts)), options)
+        retained |= {layer: selection.retained[layer] for layer in interpolated}
+        findings["layers with interpolated divergences"] = len(interpolated)
         notes = (
             *selection.notes,
-            f"the sum of divergences is an estimate: in {number} of {len(counts)} layers the number of experts lies "
-            "between measured ones",
+            f"the sum of divergences is an estimate: in {len(interpolated)} of {len(counts)} layers the number of "
+            "experts lies between measured ones",
         )
     return Selection(retained, notes=notes, findings=findings)
+
+
+def _exact_budget(budget: Budget, num_experts: dict[int, int]) -> UniformBudget:
+    """A number for each of some layers of a budget."""
+    return UniformBudget(
+        {layer: budget.original[layer] for layer in num_experts},
+        sum(num_experts.values()),
+        budget.rule,
+        {layer: budget.protected[layer] for layer in num_experts},
+        budget.seed,
+        num_experts=num_experts,
+    )

@@ -101,7 +101,7 @@ class Sensitivity:
     domain_weights: dict[str, float] | None = None
     provenance: Json = field(default_factory=dict)
 
-    def of(
+    def for_recipe(
         self, config: MoEPrunerConfig, model: Values, domain_weights: Mapping[str, float] | None = None
     ) -> MethodSensitivity:
         """What was measured of a recipe's method.
@@ -124,12 +124,12 @@ class Sensitivity:
                 "measure it as well (sensitivity --method)."
             )
         measured = self.methods[config.method]
-        there = {**measured.config, "domain_weights": self.domain_weights}
-        now = {**decisive(config), "domain_weights": None if domain_weights is None else dict(domain_weights)}
-        for name, value in now.items():
-            if there.get(name) != value:
+        settings = {**measured.config, "domain_weights": self.domain_weights}
+        asked = {**decisive(config), "domain_weights": None if domain_weights is None else dict(domain_weights)}
+        for name, value in asked.items():
+            if settings.get(name) != value:
                 raise RequestError(
-                    f"the sensitivity was measured with {name} {there.get(name)!r}, and the recipe has {value!r}; "
+                    f"the sensitivity was measured with {name} {settings.get(name)!r}, and the recipe has {value!r}; "
                     "they must be the same."
                 )
         return measured

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from oracles import softmax_rule
 
 from optimum_moe_prune import CalibrationStats, MoEPrunerConfig, RequestError, Sensitivity
 from optimum_moe_prune.architectures.routers import SoftmaxTopK
-from optimum_moe_prune.methods import get_method
+from optimum_moe_prune.methods import get_method, registry
 from optimum_moe_prune.methods.budget import UniformBudget, global_budget
 from optimum_moe_prune.planning.allocation import allocate
 from optimum_moe_prune.planning.build import quiet_plan
@@ -37,6 +39,8 @@ def test_the_allocation_is_the_best_one_and_meets_the_budget(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(4, 9, size=4).tolist()
     counts = [sorted(set(rng.integers(2, size, size=1 + seed % 3).tolist())) for size in sizes]
+    if seed % 5 == 0:
+        counts = [list(range(2, size)) for size in sizes]
     measured = random_costs(rng, sizes, counts)
     weights = None if seed % 4 else {"a": 3.0, "b": 1.0}
     protected = {0: (0, 1, 2), 1: (), 2: (3,), 3: ()}
@@ -100,43 +104,108 @@ def test_a_layer_keeps_only_what_its_rule_allows() -> None:
     )
     counts = allocate(measured, budget).num_experts
     assert sum(counts.values()) == 16 and all(count % 2 == 0 for count in counts.values())
-    with pytest.raises(RequestError, match="do not add up to it; ask for a total of 16"):
+    with pytest.raises(RequestError, match="do not add up to it; ask for a total of 16 or 18"):
         allocate(measured, dataclasses.replace(budget, total=17))
 
 
-def sparse_sensitivity(stats: CalibrationStats, config: MoEPrunerConfig, counts: tuple[int, ...]) -> Sensitivity:
+def test_large_models_take_seconds() -> None:
+    counts = [8, *range(15, 256, 20)]
+    measured = random_costs(np.random.default_rng(2), [256] * 60, [counts] * 60)
+    budget = global_budget(dict.fromkeys(range(60), 256), softmax_rule(8), sparsity=0.1)
+    started = time.perf_counter()
+    found = allocate(measured, budget)
+    assert time.perf_counter() - started < 10
+    assert sum(found.num_experts.values()) == budget.total == 13_824
+
+
+def uniform(stats: CalibrationStats, recipe: MoEPrunerConfig, counts: dict[int, int]) -> UniformBudget:
+    """The budget of a number for each layer that the recipe prunes."""
+    return UniformBudget(
+        {layer: stats.num_experts[layer] for layer in counts},
+        sum(counts.values()),
+        stats.routing,
+        {layer: tuple(recipe.protect.get(layer, ())) for layer in counts},
+        num_experts=counts,
+    )
+
+
+def sparse_sensitivity(stats: CalibrationStats, recipe: MoEPrunerConfig, counts: tuple[int, ...]) -> Sensitivity:
     """What a measurement of few numbers of experts would give: the method's own sets, and made-up divergences."""
-    method, options = get_method(config.method), config.options()
-    layers = {layer: LayerSensitivity(size) for layer, size in stats.num_experts.items()}
+    pruned = [layer for layer in stats.num_experts if layer not in recipe.skip_layers]
+    layers = {layer: LayerSensitivity(stats.num_experts[layer]) for layer in pruned}
     for count in counts:
-        budget = UniformBudget(
-            stats.num_experts, count * len(layers), stats.routing, dict.fromkeys(layers, ()), 0,
-            num_experts=dict.fromkeys(layers, count),
-        )  # fmt: skip
-        selection = method.select(stats, budget, options)
+        budget = uniform(stats, recipe, dict.fromkeys(pruned, count))
+        selection = get_method(recipe.method).select(stats, budget, recipe.options())
         for layer, entry in layers.items():
             entry.retained[count] = selection.retained[layer]
             entry.kl[count] = {"all": (16 - count) ** 2 / (layer + 1)}
-    methods = {config.method: MethodSensitivity(decisive(config), layers)}
+    methods = {recipe.method: MethodSensitivity(decisive(recipe), layers)}
     return Sensitivity(stats.model, {"all": 1}, methods, provenance={"calibration": stats.fingerprint})
 
 
+@pytest.fixture(scope="module")
+def stats() -> CalibrationStats:
+    return CalibrationStats.load(DATA / "statistics_qwen2_moe")
+
+
 @pytest.mark.parametrize("method", ["enumeration", "soft_frequency", "mosaic"])
-def test_every_budget_is_met_and_the_method_chooses_at_the_exact_numbers(method: str) -> None:
-    stats = CalibrationStats.load(DATA / "statistics_qwen2_moe")
-    recipe = MoEPrunerConfig(method=method, allocation="sensitivity")
-    sensitivity = sparse_sensitivity(stats, recipe, (4, 9, 14))
-    measured = sensitivity.methods[method].layers
+@pytest.mark.parametrize("settings", [{}, {"protect": {3: (1, 2, 5, 7, 11, 13)}, "skip_layers": (1,)}])
+def test_every_budget_is_met_and_the_method_chooses_at_the_exact_numbers(
+    stats: CalibrationStats, method: str, settings: dict[str, Any]
+) -> None:
+    recipe = MoEPrunerConfig(method=method, allocation="sensitivity", **settings)
+    sensitivity = sparse_sensitivity(stats, recipe, (6, 9, 14) if settings else (4, 9, 14))
+    pruned = sensitivity.methods[method].layers
+    least = sum(min(entry.kl) for entry in pruned.values())
     step = 1 if method == "soft_frequency" else 9
-    for total in range(4 * len(measured), 16 * len(measured), step):
-        config = dataclasses.replace(recipe, total_experts=total)
-        plan = quiet_plan(stats, config, sensitivity=sensitivity)
-        counts = plan.num_experts
+    for total in range(least, 16 * len(pruned), step):
+        plan = quiet_plan(stats, dataclasses.replace(recipe, total_experts=total), sensitivity=sensitivity)
+        counts = {layer: plan.num_experts[layer] for layer in pruned}
         assert sum(counts.values()) == total
-        budget = UniformBudget(
-            stats.num_experts, total, stats.routing, dict.fromkeys(counts, ()), 0, num_experts=counts
-        )
-        expected = get_method(method).select(stats, budget, recipe.options()).retained
-        assert plan.retained == expected
-        between = [layer for layer, count in counts.items() if count not in (4, 9, 14, 16)]
+        assert all(plan.num_experts[layer] == 16 for layer in recipe.skip_layers)
+        chosen = get_method(method).select(stats, uniform(stats, recipe, counts), recipe.options()).retained
+        assert {layer: plan.retained[layer] for layer in pruned} == chosen
+        between = [layer for layer, count in counts.items() if count not in (*pruned[layer].kl, 16)]
         assert any(f"estimate: in {len(between)} of" in n for n in plan.provenance["notes"]) == bool(between)
+        assert plan.provenance["findings"].get("layers with interpolated divergences", 0) == len(between)
+    with pytest.raises(RequestError, match=rf"keeps {least - 1} (of the 80 experts|experts, fewer than)"):
+        budget = dataclasses.replace(recipe, total_experts=least - 1)
+        quiet_plan(stats, budget, sensitivity=sensitivity)
+
+
+def test_sets_that_were_measured_stay(stats: CalibrationStats) -> None:
+    """Paths see all layers, so what a layer keeps depends on the others; the divergence is of the measured set."""
+    recipe = MoEPrunerConfig(method="pathfinder", allocation="sensitivity")
+    sensitivity = sparse_sensitivity(stats, recipe, (4, 9, 14))
+    layers = sensitivity.methods["pathfinder"].layers
+    for total in range(4 * len(layers), 16 * len(layers), 3):
+        plan = quiet_plan(stats, dataclasses.replace(recipe, total_experts=total), sensitivity=sensitivity)
+        assert sum(plan.num_experts.values()) == total
+        for layer, experts in plan.retained.items():
+            assert layers[layer].retained.get(len(experts), experts) == experts
+
+
+def test_a_method_is_not_given_numbers_that_it_refuses(
+    stats: CalibrationStats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(budget: UniformBudget, options: Any) -> None:
+        if refused := {5, 7, 8, 11, 13} & set(budget.num_experts.values()):
+            raise RequestError(f"not {refused}")
+
+    particular = dataclasses.replace(get_method("soft_frequency"), check=check)
+    monkeypatch.setitem(registry._METHODS, "soft_frequency", particular)
+    recipe = MoEPrunerConfig(method="soft_frequency", allocation="sensitivity")
+    sensitivity = sparse_sensitivity(stats, recipe, (4, 9, 14))
+    numbers = {4, 6, 9, 10, 12, 14, 15, 16}
+    totals = {sum(counts) for counts in itertools.combinations_with_replacement(numbers, len(stats.layers))}
+    kept = set()
+    for total in range(4 * len(stats.layers), 16 * len(stats.layers)):
+        config = dataclasses.replace(recipe, total_experts=total)
+        if total not in totals:
+            with pytest.raises(RequestError, match=rf"keeps {total} experts.* do not add up to it"):
+                quiet_plan(stats, config, sensitivity=sensitivity)
+            continue
+        plan = quiet_plan(stats, config, sensitivity=sensitivity)
+        assert sum(plan.num_experts.values()) == total
+        kept |= set(plan.num_experts.values())
+    assert kept == numbers
