@@ -480,7 +480,7 @@ def test_wrong_requests(tmp_path: Path) -> None:
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    spec = importlib.util.spec_from_file_location("optimum_moe_prune.another", tasks.__file__)
+    spec = importlib.util.spec_from_file_location("optimum_moe_prune.evaluation.another", tasks.__file__)
     assert spec is not None and spec.loader is not None
     another = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(another)  # importing the module needs nothing
