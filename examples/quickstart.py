@@ -219,7 +219,7 @@ def tables(rows: dict[float, list[Row]], draws: int) -> str:
             numbers = [row.mean, max(values), *values]
             name, _, note = row.name.partition(", ")
             shown = f"`{name}`" + (f", {note}" if note else "")
-            lines.append([shown, *(f"{number:.2f}" for number in numbers), counts])
+            lines.append([shown, *(f"{round(number, 2) + 0.0:.2f}" for number in numbers), counts])
         parts.append(f"{sparsity:.0%} of the experts removed, mean of {draws} draws:")
         parts.append(markdown(["method", "mean", "worst", *corpus.DOMAINS, "experts of each layer"], lines))
     command = " ".join(argument for argument in sys.argv[1:] if not argument.startswith(tempfile.gettempdir()))
