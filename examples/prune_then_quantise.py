@@ -15,8 +15,7 @@ from pathlib import Path
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from optimum_moe_prune import MoEPruner, MoEPrunerConfig
-from optimum_moe_prune.evaluation.losses import evaluate
+from optimum_moe_prune import MoEPruner, MoEPrunerConfig, evaluate
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "small_models"))

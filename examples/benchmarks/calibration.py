@@ -17,8 +17,7 @@ import torch
 from common import make_model, make_samples, ratio_in_pairs, report
 from transformers import PreTrainedModel
 
-from optimum_moe_prune import CalibrationSet, Need
-from optimum_moe_prune.calibration.in_memory import collect
+from optimum_moe_prune import CalibrationSet, Need, calibrate
 from optimum_moe_prune.models.blocks import moe_blocks
 
 ROWS = {
@@ -65,7 +64,7 @@ def main() -> None:
         if a.only and name != a.only:
             continue
         mine, plain, ratio = ratio_in_pairs(
-            lambda needs=needs: collect(model, samples, needs, batch_size=a.batch_size),
+            lambda needs=needs: calibrate(model, samples, needs, batch_size=a.batch_size),
             lambda dense=dense: forward(bases[dense], samples, a.batch_size),
             a.repeats,
         )

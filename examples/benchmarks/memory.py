@@ -20,11 +20,7 @@ from common import GIB, MIB, in_child, make_samples, report, serve, watching
 from synthetic import checkpoint_shards, moe_config, shards_bytes, write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from optimum_moe_prune import CalibrationStats, MoEPruner, Need
-from optimum_moe_prune.calibration.in_memory import collect
-from optimum_moe_prune.calibration.streamed import collect_streamed
-from optimum_moe_prune.checkpoints.layout import model_dtype
-from optimum_moe_prune.models.skeleton import Skeleton
+from optimum_moe_prune import CalibrationStats, Compute, MoEPruner, Need, calibrate
 from optimum_moe_prune.storage.growing import IN_MEMORY_BYTES
 
 CLASSES = {
@@ -38,7 +34,7 @@ LENGTH = 512
 def in_memory(folder: str, needs: list[str], tokens: int, batch_size: int) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     with watching() as seen:
-        stats = collect(model, make_samples(tokens, LENGTH), map(Need, needs), batch_size=batch_size)
+        stats = calibrate(model, make_samples(tokens, LENGTH), map(Need, needs), batch_size=batch_size)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return {**seen, "model MiB": size / MIB, "statistics MiB": _size(stats)}
 
@@ -47,8 +43,7 @@ def streamed(folder: str, needs: list[str], tokens: int, batch_size: int) -> dic
     layout = MoEPruner.from_pretrained(folder).layout()
     samples = make_samples(tokens, LENGTH)
     with watching() as seen:
-        skeleton = Skeleton(layout, model_dtype(layout.config, layout.checkpoint))
-        stats = collect_streamed(skeleton, samples, map(Need, needs), batch_size=batch_size)
+        stats = calibrate(layout, samples, map(Need, needs), batch_size=batch_size, compute=Compute(stream=True))
     return {**seen, "statistics MiB": _size(stats)}
 
 

@@ -25,8 +25,7 @@ from common import make_model, make_samples, report, seconds
 from synthetic import random_stats
 from torch.nn import functional
 
-from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig, Need
-from optimum_moe_prune.calibration.in_memory import collect
+from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig, Need, calibrate
 from optimum_moe_prune.methods import get_method, list_methods
 from optimum_moe_prune.methods.replay import first_minimum, reconstruction_loss
 from optimum_moe_prune.models.blocks import MoEBlock, moe_blocks
@@ -73,15 +72,15 @@ def compare(a: argparse.Namespace) -> None:
     model = make_model("mixtral", a.experts, 2, a.hidden, a.width, a.layers, "float32")
     samples = make_samples(a.tokens)
     needs = {Need.ROUTING, Need.GRAM}
-    collect(model, samples, needs)  # warm-up
+    calibrate(model, samples, needs)  # warm-up
     began = time.perf_counter()
-    stats: CalibrationStats = collect(model, samples, needs)
+    stats: CalibrationStats = calibrate(model, samples, needs)
     calibration = time.perf_counter() - began
     config = MoEPrunerConfig(method="enumeration", num_experts=a.retain)
     plan = build_plan(stats, config)
     planning = min(seconds(lambda: build_plan(stats, config)) for _ in range(3))
 
-    inputs = collect(model, samples, {Need.INPUTS})
+    inputs = calibrate(model, samples, {Need.INPUTS})
     began = time.perf_counter()
     reference = {
         block.layer: rerun(block, inputs.layers[block.layer].tensors["inputs"], samples, a.retain)
