@@ -121,6 +121,18 @@ def _check(args: argparse.Namespace) -> None:
 
     if not args.data and not args.tasks and not args.speed:
         raise RequestError("there is nothing to evaluate on; name texts (--data FILE), --tasks or --speed.")
+    given = {
+        "--task-include": args.task_include,
+        "--task-limit": args.task_limit is not None,
+        "--num-fewshot": args.num_fewshot is not None,
+        "--allow-code": args.allow_code,
+        "--apply-chat-template": args.apply_chat_template,
+        "--system-instruction": args.system_instruction,
+        "--no-fewshot-as-multiturn": not args.fewshot_as_multiturn,
+        "--gen-kwargs": args.gen_kwargs,
+    }
+    if not args.tasks and (idle := [flag for flag, value in given.items() if value]):
+        raise RequestError(f"{idle[0]} is for --tasks, and none are named.")
     if args.revision is not None and len(args.model) > 1:
         raise RequestError("--revision is for one model, and several are named.")
     if args.json and args.markdown:

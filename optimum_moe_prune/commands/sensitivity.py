@@ -28,7 +28,9 @@ class SensitivityCommand(Command):
             help="saved by score, to choose with; measured is on --calibration",
         )
         group.add_argument(
-            "--counts", metavar="N,N", help="numbers of experts to measure in each layer (default: all, or twelve)"
+            "--counts",
+            metavar="N,N",
+            help="experts to measure each layer with (default: all numbers, or twelve of them)",
         )
         group.add_argument(
             "--sparsities", metavar="F,F", help="of whole models (default 0.125,0.25,0.375,0.5,0.625,0.75)"

@@ -197,12 +197,13 @@ def _resolved(tasks: Sequence[str], include: Sequence[str | Path], allow_code: b
         near = {name: nearest_first(name, difflib.get_close_matches(name, known, n=5)) for name in unknown}
         listed = ", ".join(f"{name!r} (nearest: {found})" if found else repr(name) for name, found in near.items())
         raise RequestError(
-            f"lm-evaluation-harness has no task {listed}. `lm-eval ls tasks` lists all; a task file ends in .yaml."
+            f"lm-evaluation-harness has no task {listed}. `lm-eval ls tasks` lists all; the path of a "
+            "task file ends in .yaml."
         )
     if (unsafe := [name for name in names if _is_unsafe(index, name)]) and not allow_code:
         raise RequestError(
             f"{', '.join(unsafe)}: these tasks run programs that the model writes, on this machine and with your "
-            "rights. Leave them out, or allow it where nothing can be lost (allow_code, --allow-code)."
+            "rights. Leave them out, or allow it where nothing can be lost (allow_code=True)."
         )
     return manager, names
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig
 
 from optimum_moe_prune import CalibrationStats, MoEPruner, MoEPrunerConfig, PruningPlan, list_methods
+from optimum_moe_prune.commands.base import as_flags
 from optimum_moe_prune.evaluation.comparison import Comparison
 from optimum_moe_prune.methods import get_method
 
@@ -251,7 +252,7 @@ def test_several_models_their_card_and_their_files(
     for arguments, message in (
         (both[:3], "there is nothing to evaluate on"),
         ((*both[:3], "--reference", tmp_path / "a", *data), "is named twice"),
-        ((*both, "--batch-size", "0"), "batch_size is 0"),
+        ((*both, "--batch-size", "0"), "--batch-size is 0"),
         ((*both, "--update-card"), "--update-card takes one pruned model"),
         ((*both, "--json", "--markdown"), "exclude each other"),
         ((*both, "--output", tmp_path / "results.json"), "results.json exists"),
@@ -419,7 +420,7 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
             "this plan is for a 'mixtral' model, and the model is 'qwen2_moe'",
         ),
         (("evaluate", "--model", "{model}", "--data", "{place}/bad.jsonl"), "bad.jsonl, line 2 is not JSON"),
-        (("evaluate", "--model", "{model}", "--data", "{texts}", "--batch-size", "-1"), "batch_size is -1"),
+        (("evaluate", "--model", "{model}", "--data", "{texts}", "--batch-size", "-1"), "--batch-size is -1"),
         (
             (*RUN, "--num-experts", "4", "--skip-layers", "9", "{out}"),
             "skip_layers names layer 9, which has no experts",
@@ -596,3 +597,26 @@ def test_optimum_cli_has_the_command_and_its_exit_codes(place: Path, tmp_path: P
     assert ended(optimum, "moe-prune", *run).returncode == 2
     assert ended(sys.executable, "-m", "optimum_moe_prune", "list", "models").stdout == "mixtral\nqwen2_moe\n"
     assert ended(sys.executable, "-m", "optimum_moe_prune", "run").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("new_tokens is 0; it must be", "--new-tokens is 0; it must be"),
+        ("gen_kwargs is 'zz'; it", "--gen-kwargs is 'zz'; it"),
+        ("nothing can be lost (allow_code=True).", "nothing can be lost (--allow-code)."),
+        ("replace it (overwrite=True)", "replace it (--overwrite)"),
+        ("device='cuda' cannot be used", "--device cuda cannot be used"),
+        ("num_generalists is 5, and the budget", "num_generalists is 5, and the budget"),  # an option of a method
+    ],
+)
+def test_messages_speak_of_flags(message: str, said: str) -> None:
+    assert as_flags(message) == said
+
+
+@pytest.mark.parametrize("flag", [("--gen-kwargs", "top_p=1"), ("--apply-chat-template",), ("--task-limit", 2)])
+def test_what_is_for_tasks_is_refused_without_them(
+    flag: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, "evaluate", "--model", tmp_path, "--data", tmp_path / "t.jsonl", *flag)
+    assert code == 2 and f"{flag[0]} is for --tasks, and none are named" in err
