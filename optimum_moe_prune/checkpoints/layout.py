@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from ..architectures.fingerprint import fingerprint_of
+from ..architectures.fingerprint import facts_of, fingerprint_of
 from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_of
-from ..compat import ModelConfig, commit_of_config, name_of_config, text_config
+from ..compat import ModelConfig, commit_of_config, text_config
 from ..errors import RequestError
 from ..storage.tensor_files import TORCH_DTYPES
 from ..storage.values import Json
@@ -101,14 +101,7 @@ class Layout:
 
     def facts(self) -> Json:
         """What statistics and plans remember of the model they were made for (as ``models.blocks.model_facts``)."""
-        return {
-            "model_type": self.spec.model_type,
-            "top_k": self.spec.routing(self.config).top_k,
-            "fingerprint": self.fingerprint(),
-            "dense_layers": self.dense_layers,
-            "name_or_path": name_of_config(self.config),
-            "revision": commit_of_config(self.config),
-        }
+        return facts_of(self.spec, self.config, self.fingerprint(), self.dense_layers)
 
 
 def model_dtype(config: ModelConfig, checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") -> torch.dtype:

@@ -7,12 +7,11 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 
 import torch
 from torch import Tensor
 
-from ..calibration.calibrate import Model, calibrate, layout_of, no_calibration
+from ..calibration.calibrate import Model, layout_of, statistics_for
 from ..calibration.samples import CalibrationSet
 from ..checkpoints.layout import identity
 from ..config import MoEPrunerConfig
@@ -31,7 +30,7 @@ from ..planning.sensitivity import (
     Sensitivity,
     decisive,
 )
-from ..provenance import versions
+from ..provenance import now, versions
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
@@ -95,7 +94,8 @@ def measure_sensitivity(
     for recipe in recipes:
         check_grid(recipe, num_experts, rule, counts)
     if stats is None:
-        stats = _statistics(model if layout is None else layout, samples, recipes, compute, workspace)
+        meant = model if layout is None else layout
+        stats = statistics_for(recipes, meant, samples, compute, workspace.part("calibration"))
     samples = samples.take(recipes[0].sensitivity_samples)
     settings = (stats, recipes, domain_weights, counts, sparsities)
     if layout is None:
@@ -116,28 +116,6 @@ def measure_sensitivity(
         "versions": versions(),
     }
     return _measured(_Divergences(runner, samples, batch_size, work, workspace), *settings)
-
-
-def _statistics(
-    model: Model,
-    samples: CalibrationSet,
-    recipes: Sequence[MoEPrunerConfig],
-    compute: Compute,
-    workspace: Workspace,
-) -> CalibrationStats:
-    """Statistics for the recipes' methods; of no calibration where none is needed."""
-    if not any(recipe.needs for recipe in recipes):
-        return no_calibration(model, recipes[0].seed)
-    return calibrate(
-        model,
-        samples,
-        recipes,
-        batch_size=recipes[0].batch_size,
-        max_tokens=recipes[0].max_tokens,
-        seed=recipes[0].seed,
-        compute=compute,
-        workspace=workspace.part("calibration"),
-    )
 
 
 def _measured(
@@ -166,7 +144,7 @@ def _measured(
         }
         methods[recipe.method] = MethodSensitivity(decisive(recipe), layers)
     provenance = {
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made": now(),
         "versions": versions(),
         "calibration": stats.fingerprint,
         "samples": divergences.samples.fingerprint,

@@ -73,7 +73,7 @@ def measure_generation(
     if new_tokens < 2:
         raise RequestError(f"new_tokens is {new_tokens}; at least 2 tell how long one takes.")
     source = Source.of(source)
-    loading = {"dtype": compute.dtype, "device_map": compute.device, **source.for_transformers}
+    loading = {**compute.for_transformers, **source.for_transformers}
     request = {
         "name_or_path": source.name_or_path,
         "prompt_tokens": prompt_tokens,

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..architectures.fingerprint import fingerprint_of
+from ..architectures.fingerprint import facts_of, fingerprint_of
 from ..architectures.routers import RoutingRule
 from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_of
-from ..compat import ModelConfig, commit_of_config, name_of_config
+from ..compat import ModelConfig
 from ..errors import RequestError, RunError
 from ..storage.values import Json
 
@@ -231,11 +231,4 @@ def moe_layers(model_config: ModelConfig) -> tuple[dict[int, int], RoutingRule]:
 def model_facts(model: PreTrainedModel) -> Json:
     """What statistics and plans remember of the model they were made for."""
     blocks = moe_blocks(model)
-    return {
-        "model_type": blocks[0].spec.model_type,
-        "top_k": blocks[0].rule.top_k,
-        "fingerprint": fingerprint(blocks),
-        "dense_layers": dense_layers(model),
-        "name_or_path": name_of_config(model.config),
-        "revision": commit_of_config(model.config),
-    }
+    return facts_of(blocks[0].spec, model.config, fingerprint(blocks), dense_layers(model))

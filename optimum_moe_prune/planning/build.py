@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
-from ..methods import BY_SENSITIVITY, get_method
+from ..methods import get_method
 from ..methods.budget import Budget, UniformBudget, global_budget, rounding_note, uniform_budget
 from ..methods.selection import Selection
 from ..methods.super_experts import super_experts
+from ..names import BY_SENSITIVITY
 from ..plan import PruningPlan
+from ..provenance import now
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from .allocation import allocate
@@ -122,7 +123,7 @@ def quiet_plan(
     chosen, scores = selection.retained, selection.scores
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
     provenance: Json = {
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made": now(),
         "model": stats.model,
         "calibration": {
             "fingerprint": stats.fingerprint,

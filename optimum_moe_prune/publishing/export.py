@@ -17,7 +17,7 @@ from typing import Any
 from ..architectures.table import all_architectures
 from ..errors import RequestError, nearest_first
 from ..plan import PruningPlan
-from ..storage.values import Json, check_version
+from ..storage.values import Json, check_version, no_constant
 
 FORMAT = "optimum-moe-prune/experts"
 FORMAT_VERSION = 1
@@ -80,7 +80,7 @@ def import_plan(text: str) -> dict[int, tuple[int, ...]]:
         RequestError: If it is another format, a newer version, damaged, or contradicts itself.
     """
     try:
-        values = json.loads(text, parse_constant=_refused, object_pairs_hook=_object)
+        values = json.loads(text, parse_constant=no_constant, object_pairs_hook=_object)
         if values["format"] != FORMAT:
             raise RequestError(f"the file's format is {values['format']!r}, and {FORMAT!r} is read.")
         check_version(values, FORMAT_VERSION, "the exported plan")
@@ -157,7 +157,3 @@ def _object(pairs: list[tuple[str, Any]]) -> Json:
     if len(values) < len(pairs):
         raise ValueError("a key is there twice")
     return values
-
-
-def _refused(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
