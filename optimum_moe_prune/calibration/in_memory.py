@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..architectures.routers import RoutingRule
 from ..compat import ModelConfig, text_config
-from ..models.blocks import model_facts, moe_blocks
+from ..models.blocks import decoder_of, model_facts, moe_blocks
 from ..models.checks import check_finite, check_model, evaluating, input_device, vocabulary
 from ..progress import progress
 from ..provenance import now, versions
@@ -88,7 +88,7 @@ def collect(
         for observer in observers:
             observer.tensors = store.tensors(layer_file(observer.block.layer), None)
 
-    decoder = model.base_model
+    decoder = decoder_of(model)
     device = input_device(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())

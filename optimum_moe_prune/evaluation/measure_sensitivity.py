@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..architectures.fingerprint import same_routers
 from ..calibration.calibrate import Model, layout_of, statistics_for
 from ..calibration.samples import CalibrationSet
 from ..checkpoints.layout import identity
@@ -34,7 +35,7 @@ from ..provenance import now, versions
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
-from ..storage.values import Values
+from ..storage.values import Json, Values
 from ..storage.workspace import Workspace
 from .divergence import divergences as measure_divergences
 from .sensitivity_sets import SPARSITIES, check_grid, layer_sets, whole_plans
@@ -101,7 +102,7 @@ def measure_sensitivity(
     if layout is None:
         check_model_of(stats, fingerprint(blocks))
         return _measured(_Divergences(LayerByLayer(model), samples, batch_size), *settings)
-    check_model_of(stats, layout.fingerprint())
+    check_model_of(stats, layout.fingerprints())
     streamed = None  # as unfinished work was
     if workspace.folder is not None and not workspace.restart:
         parts = (unfinished(workspace.folder / part) for part in ("layers", "models"))
@@ -163,16 +164,16 @@ def _measured(
     return sensitivity
 
 
-def check_model_of(stats: CalibrationStats, model_fingerprint: str) -> None:
-    """Raise unless statistics are of the model with a fingerprint.
+def check_model_of(stats: CalibrationStats, found: Json) -> None:
+    """Raise unless statistics are of the model with these fingerprints.
 
     Raises:
         RequestError: If they are of another one.
     """
-    if (expected := stats.model["fingerprint"]) != model_fingerprint:
+    if not same_routers(stats.model, found):
         raise RequestError(
-            f"the statistics are of another model: its routers have the fingerprint {expected[:12]}, and those of "
-            f"this model {model_fingerprint[:12]}."
+            f"the statistics are of another model: its routers have the fingerprint {stats.model['fingerprint'][:12]}, "
+            f"and those of this model {found['fingerprint'][:12]}."
         )
 
 

@@ -95,11 +95,12 @@ def _measure(
     name_or_path: str, prompt_tokens: int, new_tokens: int, repeats: int, seed: int, loading: Json
 ) -> Generation:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from ..calibration.samples import sample_length
+    from ..compat import loader_of
 
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, **loading).eval()
+    model = loader_of(AutoConfig.from_pretrained(name_or_path)).from_pretrained(name_or_path, **loading).eval()
     text = text_config(model.config)
     prompt_tokens = max(1, min(prompt_tokens, sample_length(prompt_tokens + new_tokens, text) - new_tokens))
     generator = torch.Generator().manual_seed(seed)

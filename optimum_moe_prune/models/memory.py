@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
-from transformers import AutoModelForCausalLM
 
 from ..checkpoints.layout import Layout, model_dtype
 from ..checkpoints.source import Source
+from ..compat import loader_of
 from ..errors import RequestError
 from ..storage.values import Json
 from .checks import check_model
@@ -85,7 +85,7 @@ class Compute:
 def load_model(source: Source, compute: Compute) -> Any:
     """A whole model in memory."""
     settings = {**compute.for_transformers, **source.for_transformers}
-    return AutoModelForCausalLM.from_pretrained(source.name_or_path, **settings)
+    return loader_of(source.config, source.trust_remote_code).from_pretrained(source.name_or_path, **settings)
 
 
 def open_skeleton(layout: Layout, compute: Compute) -> Skeleton:

@@ -97,7 +97,7 @@ def pruned_checkpoint(
     uniform = plan.uniform_num_experts is not None
     check_request(layout, uniform, standalone)
     pieces = select(plan, layout)
-    check_routers(plan, layout.fingerprint())
+    check_routers(plan, layout.fingerprints())
     files = split_state_dict_into_shards_factory(
         pieces,
         get_storage_size=lambda piece: piece.nbytes,
