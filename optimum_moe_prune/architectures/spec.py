@@ -2,8 +2,8 @@
 """What has to be known about an architecture to prune it: one frozen row per model type.
 
 A row says how the routers choose, which no shape tells. Where experts and routers are, their tensors, the counts that
-modules remember and the names in files are found (``architectures.structure``), and what is found is proven: the rule against
-what the model does, on the first batch of every layer. Nothing else asks for a model type.
+modules remember and the names in files are found (``structure``), and the rule is proven against what the model does,
+on the first batch of every layer. Nothing else asks for a model type.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MoESpec:
 
     Attributes:
         model_type: ``model_type`` of the config of its text part.
-        form: How its routers choose; None where that has to be found by trying (``models.discovery``).
+        form: How its routers choose.
         count_key: The config's key for the number of routed experts; by default the one of the usual names it has.
         top_k_key: The config's key for the experts used per token; likewise.
         also: Other model types that the same row describes.
@@ -38,7 +38,7 @@ class MoESpec:
     """
 
     model_type: str
-    form: Form | Softmax | None = Softmax()
+    form: Form | Softmax | None = None
     count_key: str = ""
     top_k_key: str = ""
     also: tuple[str, ...] = ()
@@ -77,7 +77,8 @@ class MoESpec:
             if len(set(top_k)) > 1:
                 raise RequestError(f"the layers of this model differ in experts per token ({top_k}); not supported.")
             top_k = top_k[0]
-        assert self.form is not None  # a row that is looked up has a rule
+        if self.form is None:
+            raise RequestError(f"the row of {self.model_type!r} names no rule of its routers (form, or rule).")
         return self.form.rule(config, int(top_k))
 
     def by_table(self, rule: RoutingRule) -> RoutingRule:

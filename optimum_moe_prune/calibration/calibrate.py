@@ -147,7 +147,7 @@ def no_calibration(model: Model, seed: int = 0) -> CalibrationStats:
     """
     layout = layout_of(model)
     if layout is None:
-        blocks = moe_blocks(model)  # type: ignore[arg-type]
+        blocks = moe_blocks(model)
         counts = {block.layer: block.num_experts for block in blocks}
         return empty_stats(model_facts(model), counts, blocks[0].rule, seed=seed)  # type: ignore[arg-type]
     open_skeleton(layout, Compute("float32"))  # looks whether all tensors are there

@@ -149,9 +149,8 @@ class LayerObserver:
             raise RunError(
                 f"layer {self.block.layer}: the experts ran without their router; this model cannot be observed."
             )
-        shape = hidden.shape
-        hidden = hidden.reshape(-1, shape[-1])
-        shape = (*shape[:-1], shape[-1] - own.scores)
+        shape = (*hidden.shape[:-1], hidden.shape[-1] - own.scores)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
         real = self.current.real
         x, chosen, weight = real(hidden), real(ids), real(weights)
         self._prove_rule(logits, chosen, weight)

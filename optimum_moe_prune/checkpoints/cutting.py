@@ -16,7 +16,8 @@ from torch import Tensor
 from ..architectures.tables import remapped
 from ..errors import RequestError
 from ..plan import PruningPlan
-from .layout import Layout, MoELayer
+from .layout import Layout
+from .moe_layer import MoELayer
 
 
 @dataclass(frozen=True)

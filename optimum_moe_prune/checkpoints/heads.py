@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads that predict further tokens (MTP): MoE layers in files that no layer of the model is.
 
-Each is a decoder layer with a few tensors around it, under a number after the last (``model.layers.61.``) or in a place
-of its own (``mtp.layers.0.``). Its tensors are named as those of the model's MoE layers, which is how it is known.
+Each is a decoder layer with a few tensors around it, under a number after the last (``model.layers.61.``) or in a
+place of its own (``mtp.layers.0.``). Its tensors are named as those of the model's MoE layers, which is how it is
+known.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .layout import MoELayer
+from .moe_layer import MoELayer
 
 _EXPERT = re.compile(r"(.*\.)?(\d+)\.(.+?)")
 
@@ -92,7 +91,7 @@ def find_heads(names: Iterable[str], layers: Mapping[int, MoELayer], num_layers:
     ):
         head.index = num_layers + number
         head.others = [name for name in rest if name.startswith(head.prefix)]
-    return sorted(complete, key=lambda head: head.index)
+    return complete
 
 
 def _place(

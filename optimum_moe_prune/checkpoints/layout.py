@@ -29,32 +29,10 @@ from ..storage.tensor_files import TORCH_DTYPES
 from ..storage.values import Json
 from .checkpoint import Checkpoint
 from .heads import Head, find_heads
+from .moe_layer import MoELayer
 from .source import Source
 
 _NUMBER = re.compile(r"(.*\.)(\d+)\.(.+?)")
-
-
-@dataclass
-class MoELayer:
-    """The tensors of one MoE block in files, by name in the checkpoint.
-
-    Attributes:
-        num_experts: Experts, as the config says.
-        experts: By expert, where each has tensors of its own: path below the expert -> name.
-        fused: Tensors with all experts: path below the experts -> name.
-        router: Tensors with something of each expert: path below the decoder layer -> name.
-        table: The table that says by a token's id where it goes, in a layer that has one.
-        whole: Tensors beside these that are of no single expert: scales of a whole router or of all experts.
-        axes: Dimension, length for one expert and length beyond all, of each tensor that is cut.
-    """
-
-    num_experts: int
-    experts: dict[int, dict[str, str]] = field(default_factory=dict)
-    fused: dict[str, str] = field(default_factory=dict)
-    router: dict[str, str] = field(default_factory=dict)
-    table: str = ""
-    whole: list[str] = field(default_factory=list)
-    axes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -263,8 +241,8 @@ def _check_layer(layout: Layout, index: int, layer: MoELayer, parameters: Mappin
     elements = sum(math.prod(checkpoint.tensors[name].shape) for name in held) // (1 if layer.experts else count)
     if _is_plain(held, checkpoint) and elements != expected:
         raise RequestError(
-            f"{where}: an expert has {elements} weights, and config.json says {expected}; the checkpoint or its config "
-            "is damaged."
+            f"{where}: an expert has {elements} weights, and config.json says {expected}; the checkpoint or its "
+            "config is damaged."
         )
     for path in found.router_tensors:
         if path not in layer.router:

@@ -83,7 +83,7 @@ def measure_sensitivity(
     layout = layout_of(model)
     if layout is None:
         check_model(model)  # type: ignore[arg-type]
-        blocks = moe_blocks(model)  # type: ignore[arg-type]
+        blocks = moe_blocks(model)
         num_experts, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].rule
     else:
         num_experts, rule = layout.num_experts, layout.spec.routing(layout.config)
@@ -172,8 +172,8 @@ def check_model_of(stats: CalibrationStats, found: Json) -> None:
     """
     if not same_routers(stats.model, found):
         raise RequestError(
-            f"the statistics are of another model: its routers have the fingerprint {stats.model['fingerprint'][:12]}, "
-            f"and those of this model {found['fingerprint'][:12]}."
+            f"the statistics are of another model: its routers have the fingerprint {stats.model['fingerprint'][:12]},"
+            f" and those of this model {found['fingerprint'][:12]}."
         )
 
 

@@ -20,7 +20,8 @@ OnLogits = Callable[[Tensor], None]
 """Takes a router's logits ``(T, E)``."""
 
 _VIEWS = {
-    "to", "type", "float", "double", "half", "bfloat16", "t", "transpose", "contiguous", "type_as", "__get__", "permute",
+    "to", "type", "float", "double", "half", "bfloat16", "t", "transpose", "contiguous", "type_as", "permute",
+    "__get__",
 }  # fmt: skip
 _PRODUCTS = {"linear", "mm", "matmul", "addmm", "__matmul__", "__rmatmul__"}
 

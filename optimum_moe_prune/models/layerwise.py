@@ -53,7 +53,7 @@ class LayerByLayer:
         self.blocks = moe_blocks(model)
         self.device = input_device(model) if device is None else device
         self.dtype: torch.dtype = model.dtype
-        self._layers: Sequence[nn.Module] = decoder_layers(model)
+        self._layers: Sequence[nn.Module] = list(decoder_layers(model))
         self._run_decoder = decoder_of(model)
         self.num_layers = len(self._layers)
         self._hands_on = _HANDED_ON in inspect.signature(type(self._layers[0]).forward).parameters

@@ -102,8 +102,11 @@ on_register.append(extend_registered)
 
 
 def _is_modelling(name: str) -> bool:
-    of_transformers = name.startswith("transformers.models.") and ".modeling_" in name
-    return of_transformers or any(spec.modelling == name for spec in all_architectures() if spec.modelling)
+    return (name.startswith("transformers.models.") and ".modeling_" in name) or _is_registered(name)
+
+
+def _is_registered(name: str) -> bool:
+    return any(spec.modelling == name for spec in all_architectures() if spec.modelling)
 
 
 def _extend_loaded(name: str) -> None:
@@ -116,7 +119,7 @@ def _extend_loaded(name: str) -> None:
 def _extend(module: ModuleType) -> None:
     """Extend the classes of a modelling module that has experts; in others there is nothing to extend."""
     own = {name: value for name, value in vars(module).items() if _is_own_class(value, module)}
-    if not any(_EXPERTS.search(name) for name in own):
+    if not _is_registered(module.__name__) and not any(_EXPERTS.search(name) for name in own):
         return
     from transformers import PreTrainedConfig
 
@@ -190,7 +193,7 @@ def _checked(finalize: Callable[..., Any]) -> staticmethod:
     def _finalize_model_loading(model: Any, load_config: ModelConfig, loading_info: Any) -> Any:
         config = text_config(model.config)
         spec = _row(config) if getattr(config, "is_heterogeneous", False) else None
-        if spec is not None and spec.is_unequal(config):
+        if spec is not None and (loading_info.mismatched_keys or loading_info.missing_keys):
             from ..architectures.structure import structure_of
 
             if found := damage(config, loading_info, *structure_of(model, spec).where):
