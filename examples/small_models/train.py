@@ -194,9 +194,9 @@ def rows_by_domain(tokenizer: PreTrainedTokenizerFast, samples: list[dict[str, s
 def every_expert(
     experts: torch.nn.Module, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """All experts on all tokens, those not chosen with weight 0: more work, but two products instead of many steps.
+    """All experts on all tokens, those not chosen with weight 0: more work, but two products and fixed shapes.
 
-    On a GPU, where launching is what takes the time at this size, it is the faster way to the same result.
+    For a GPU, where launching kernels is what takes the time at this size.
     """
     number, _, hidden_size = experts.gate_up_proj.shape
     chosen = weights.new_zeros(len(index), number).scatter(1, index, weights)
