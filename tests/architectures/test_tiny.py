@@ -28,15 +28,17 @@ def choices(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
 
     def called(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if len(inputs) > 1:
-            found.append(inputs[1])
-        else:  # llama4 scales the input of every expert, with zero for those that were not chosen
+        if len(inputs) == 1:  # llama4 scales the input of every expert, with zero for those that were not chosen
             found.append(inputs[0].view(EXPERTS, -1, inputs[0].shape[-1]).abs().sum(-1).T.nonzero()[:, 1])
+        elif isinstance(inputs[1], list):  # jetmoe sorts the rows and says how many each expert gets
+            found.append(torch.tensor(inputs[1]).nonzero())
+        else:
+            found.append(inputs[1])
 
     hooks = [
         module.register_forward_pre_hook(called)
         for name, module in model.named_modules()
-        if name.endswith("experts") and any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if name.endswith((".experts", ".mlp.input_linear"))
     ]
     logits(model, ids)
     for hook in hooks:
