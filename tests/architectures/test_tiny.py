@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures.tiny import EXPERTS, TINY, UPSTREAM, tiny_model
+from architectures.tiny import EXPERTS, TINY, UPSTREAM, tiny_config, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -64,12 +64,33 @@ def test_runs_reloads_and_generates(model_type: str, tmp_path: Path) -> None:
     )
     assert answer.shape[1] > 9
 
-
-@pytest.mark.parametrize("model_type", BUILT)
-def test_routers_have_opinions(model_type: str) -> None:
-    model = tiny_model(model_type)
     chosen = choices(model, tokens(1, 64))
     assert len(chosen) >= 2
     for layer in chosen:
-        ids = layer[layer < EXPERTS]
-        assert ids.min() >= 0 and len(ids.unique()) > EXPERTS // 2
+        numbers = layer[layer < EXPERTS]
+        assert numbers.min() >= 0 and len(numbers.unique()) > EXPERTS // 2
+
+
+@pytest.mark.parametrize("model_type", UPSTREAM)
+def test_what_transformers_cannot_do(model_type: str) -> None:
+    with pytest.raises((AttributeError, TypeError, ValueError)) as error:
+        logits(tiny_model(model_type), tokens(1, 4))
+    assert str(error.value).splitlines()[0] == UPSTREAM[model_type]
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe", "qwen3_5_moe", "deepseek_v4", "nemotron_h"])
+def test_bfloat16_is_what_loading_gives(model_type: str, tmp_path: Path) -> None:
+    model = tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    made = tiny_model(model_type, dtype=torch.bfloat16)
+    for (name, a), (_, b) in zip(loaded.state_dict().items(), made.state_dict().items(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    ids = tokens(1, 16)
+    assert torch.equal(logits(loaded, ids), logits(made, ids))
+
+
+def test_settings_reach_the_text_part() -> None:
+    config = tiny_config("kimi_k25", n_group=1, topk_group=1, num_hidden_layers=2)
+    assert config.text_config.n_group == 1 and config.text_config.num_hidden_layers == 2
+    assert len(tiny_model("kimi_k25", num_hidden_layers=2).get_decoder().layers) == 2

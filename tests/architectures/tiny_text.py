@@ -8,7 +8,7 @@ VOCABULARY = 96
 SHAPE: dict[str, object] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
-    "intermediate_size": 24,
+    "intermediate_size": 40,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -21,7 +21,7 @@ SHAPE: dict[str, object] = {
     # experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 3),
-    "moe_intermediate_size": 20,
+    "moe_intermediate_size": 24,
     "first_k_dense_replace": 1,
     "num_dense_layers": 1,
     "n_group": 2,
@@ -143,8 +143,8 @@ TEXT: dict[str, dict[str, object]] = {
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-        "dense_intermediate_size": 24,
-        "intermediate_size": 20,
+        "dense_intermediate_size": 40,
+        "intermediate_size": 24,
         "rotary_dim": 4,
         "index_head_dim": 8,
         "index_block_size": 4,
@@ -155,7 +155,13 @@ TEXT: dict[str, dict[str, object]] = {
     "bailing_hybrid": {**FULL_HEADS, "layer_group_size": 2, "q_lora_rank": None},
     "olmoe": {},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "mixtral": {"intermediate_size": 20},
+    "mixtral": {"intermediate_size": 24},
+    "step3p5": {
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "share_expert_dim": 28,
+        "moe_router_scaling_factor": 1.5,
+    },
     # tier C
     "kimi_linear": {
         **FULL_HEADS,
@@ -164,14 +170,15 @@ TEXT: dict[str, dict[str, object]] = {
         "layer_types": ["linear_attention", "full_attention"] * 2,
     },
     "hunyuan_v1_moe": {},
-    "phimoe": {"num_experts_per_tok": 2, "intermediate_size": 20, "attention_bias": True, "lm_head_bias": True},
+    "phimoe": {"num_experts_per_tok": 2, "intermediate_size": 24, "attention_bias": True, "lm_head_bias": True},
+    "mistral4": FULL_HEADS,
     "exaone_moe": {},
     "solar_open": {},
     "dots1": {"max_window_layers": 2},
     "cohere2_moe": {
         "first_k_dense_replace": 1,
-        "prefix_dense_intermediate_size": 24,
-        "intermediate_size": 20,
+        "prefix_dense_intermediate_size": 40,
+        "intermediate_size": 24,
         "logit_scale": 1.0,
     },
     "afmoe": {"mup_enabled": True},
@@ -179,8 +186,8 @@ TEXT: dict[str, dict[str, object]] = {
     "longcat_flash": {
         **FULL_HEADS,
         "num_layers": 2,
-        "ffn_hidden_size": 24,
-        "expert_ffn_hidden_size": 20,
+        "ffn_hidden_size": 40,
+        "expert_ffn_hidden_size": 24,
         "zero_expert_num": 2,
         "head_dim": 8,
     },
@@ -233,7 +240,7 @@ TEXT: dict[str, dict[str, object]] = {
         "n_layers": 2,
         "max_seq_len": 128,
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-        "ffn_config": {"ffn_hidden_size": 20, "moe_num_experts": EXPERTS, "moe_top_k": 3},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": EXPERTS, "moe_top_k": 3},
     },
     "jetmoe": {"kv_channels": 8, "num_experts_per_tok": 2},
 }
