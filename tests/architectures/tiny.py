@@ -79,7 +79,11 @@ def tiny_model(
     model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: object
 ) -> PreTrainedModel:
     """A tiny random model in evaluation mode; of another ``dtype`` with the same numbers, rounded as on loading."""
-    config = tiny_config(model_type, **settings)
+    return random_model(tiny_config(model_type, **settings), seed, dtype)
+
+
+def random_model(config: PreTrainedConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of ``config`` as ``tiny_model`` makes it."""
     cls = model_class(config)
     config.architectures = [cls.__name__]
     with torch.random.fork_rng(devices=[]):

@@ -61,7 +61,7 @@ TEXT: dict[str, dict[str, object]] = {
     # tier A
     "qwen3_moe": {"mlp_only_layers": [1], "norm_topk_prob": True},
     "qwen3_5_moe_text": {},
-    "gpt_oss": {},
+    "gpt_oss": {"max_position_embeddings": 131072},
     "glm4_moe": {"use_qk_norm": True},
     "sarvam_moe": {},
     "deepseek_v3": FULL_HEADS,
