@@ -99,7 +99,7 @@ def minimax_m2_fp8(folder: Path, model: PreTrainedModel | None = None, *, block:
     model = model or tiny_model("minimax_m2", dtype=torch.bfloat16)
     pattern = r"(self_attn\.[qkvo]_proj|experts\.\d+\.w[123])\.weight$"
     tensors = quantised(saved(model), pattern, partial(to_fp8, block=(block, block)))
-    tensors |= {name: value.float() for name, value in tensors.items() if name.endswith(".gate.weight")}
+    tensors |= {name: value.float() for name, value in tensors.items() if ".gate." in name or "bias" in name}
     left = ["gate", "e_score_correction_bias", "lm_head"]
     config = of_version_4(
         config_of(model),
