@@ -42,6 +42,7 @@ def _v3_config(model: PreTrainedModel, mtp: bool, **add: object) -> dict[str, ob
         "num_nextn_predict_layers": int(mtp),
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
     }
     ours = ("head_dim", "qk_head_dim", "rope_interleave", "output_router_logits")
     return of_version_4(config_of(model), *ours, **published, **add)
@@ -119,6 +120,7 @@ def kimi_k25_int4(folder: Path, model: PreTrainedModel | None = None, *, nested:
     config = config_of(model) | {"architectures": ["KimiK25ForConditionalGeneration"]}
     ours = ("head_dim", "qk_head_dim", "rope_interleave", "output_router_logits")
     text = of_version_4(config["text_config"], *ours, model_type="kimi_k2", num_nextn_predict_layers=0)
+    text["torch_dtype"] = "bfloat16"
     config["text_config"] = text
     (text if nested else config)["quantization_config"] = quantisation
     # transformers saves these three under other names than it read them from

@@ -37,7 +37,7 @@ def of_version_4(config: dict[str, object], *drop: str, **add: object) -> dict[s
     old["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
     old["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **rope}
-    return old | {"torch_dtype": "bfloat16", "transformers_version": "4.57.1"} | add
+    return old | {"torch_dtype": config["dtype"], "transformers_version": "4.57.1"} | add
 
 
 def sibling(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:

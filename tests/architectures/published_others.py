@@ -34,7 +34,7 @@ def gpt_oss_mxfp4(folder: Path, model: PreTrainedModel | None = None) -> Path:
     left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     config = of_version_4(
         config_of(model),
-        *("dtype", "swiglu_alpha"),
+        "swiglu_alpha",
         experts_per_token=model.config.num_experts_per_tok,
         initial_context_length=4096,
         quantization_config={"modules_to_not_convert": left, "quant_method": "mxfp4"},
