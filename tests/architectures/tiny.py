@@ -131,6 +131,6 @@ UPSTREAM: dict[str, str] = {
 }
 """Types whose tiny model transformers 5.24 does not build or run, and the first line of what it says.
 
-llama4 runs with ``return_dict=False``, and its text part and Llama4ForCausalLM do; qwen3_omni_moe has no forward, its
+The text part of llama4, ``model.language_model``, runs, and llama4_text does; qwen3_omni_moe has no forward, its
 thinker has; step3p5 is a configuration only, and the text part of step3p7.
 """
