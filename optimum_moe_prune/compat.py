@@ -187,6 +187,26 @@ class WeightNames:
             and all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
         )
 
+    def parameter_shape(self, parameter: str) -> tuple[int, ...]:
+        """The shape of a parameter of the model."""
+        return tuple(self._parameters[parameter].shape)
+
+    def source_shapes(self, converter: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """What each expert has in files of a parameter of all: names below the expert, and shapes where they follow.
+
+        Args:
+            converter: What makes the parameter.
+            shape: Its shape, expert first.
+        """
+        one = list(shape[1:])
+        if self.stacks_experts(converter):
+            for operation in converter.operations[1:]:
+                one[operation.dim - 1] //= len(converter.source_patterns)
+        else:
+            one = []
+        ends = (pattern.rpartition("*.")[2].removesuffix("$") for pattern in converter.source_patterns)
+        return {end.removesuffix(".weight"): tuple(one) for end in ends}
+
     @staticmethod
     def made_with(target: str, converter: Any) -> list[str]:
         """The parameters that a converter makes together with its first one."""

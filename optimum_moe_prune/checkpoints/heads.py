@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from .moe_layer import MoELayer
 
-_EXPERT = re.compile(r"(.*\.)?(\d+)\.(.+?)")
+_EXPERT = re.compile(r"(.*\.)?([0-9]{1,6})\.(.+?)")
 
 
 @dataclass
@@ -53,7 +53,7 @@ def find_heads(names: Iterable[str], layers: Mapping[int, MoELayer], num_layers:
         num_layers: Its decoder layers.
     """
     index, layer = max(layers.items())
-    of_layer = re.compile(rf"(?:^|.*\.){index}\.(.+)")
+    of_layer = re.compile(rf"(?:^|.*?\.){index}\.(.+)")
 
     def tail(name: str) -> str:
         match = of_layer.fullmatch(name)
@@ -87,7 +87,7 @@ def find_heads(names: Iterable[str], layers: Mapping[int, MoELayer], num_layers:
             getattr(head, kind)[path] = name
     complete = [head for head in heads.values() if head.experts or head.fused]
     for number, head in enumerate(
-        sorted(complete, key=lambda head: [int(n) for n in re.findall(r"\d+", head.prefix)])
+        sorted(complete, key=lambda head: [int(n) for n in re.findall("[0-9]{1,6}", head.prefix)])
     ):
         head.index = num_layers + number
         head.others = [name for name in rest if name.startswith(head.prefix)]

@@ -21,7 +21,7 @@ import torch
 
 from ..architectures.fingerprint import facts_of, fingerprints_of
 from ..architectures.spec import MoESpec
-from ..architectures.structure import LayerStructure, Structure, structure_of
+from ..architectures.structure import Structure, structure_of
 from ..architectures.table import architecture_of
 from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, text_config
 from ..errors import RequestError
@@ -32,7 +32,8 @@ from .heads import Head, find_heads
 from .moe_layer import MoELayer
 from .source import Source
 
-_NUMBER = re.compile(r"(.*\.)(\d+)\.(.+?)")
+_NUMBER = re.compile(r"(.*\.)([0-9]{1,6})\.(.+?)")
+_PLAIN = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass
@@ -135,7 +136,7 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     layout = Layout(checkpoint, spec, config, structure)
     names = WeightNames(model)
     parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    inside = re.compile(rf"{re.escape(structure.layers)}\.(\d+)\.(.+)")
+    inside = re.compile(rf"{re.escape(structure.layers)}\.([0-9]{{1,6}})\.(.+)")
     outside = []
     for name in checkpoint.tensors:
         target, converter, beside = _located(name, names, parameters)
@@ -144,15 +145,17 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
         if match is None or index not in structure.moe:
             outside.append(name)
             continue
-        layer = layout.layers.setdefault(index, MoELayer(spec.num_experts(config, index)))
-        _sort(layout, layer, structure.moe[index], name, match[2], converter, beside)
+        layout.layers.setdefault(index, MoELayer(spec.num_experts(config, index)))
+        _sort(layout, index, names, name, match[2], converter, beside)
     layout.layers = {index: layer for index, layer in sorted(layout.layers.items()) if _is_moe(layer)}
     if not layout.layers:
         raise RequestError(
             f"the files of {checkpoint.name_or_path} hold no experts of a {spec.model_type!r} model "
             f"({structure.layers}.N.{next(iter(structure.moe.values())).experts}...), so there is nothing to prune."
         )
+    projections = {name: shape for layer in layout.layers.values() for name, shape in layer.projections.items()}
     for index, layer in layout.layers.items():
+        layer.projections = projections
         _check_layer(layout, index, layer, parameters)
     layout.heads = find_heads(outside, layout.layers, text_config(config).num_hidden_layers)
     return layout
@@ -175,16 +178,18 @@ def _is_moe(layer: MoELayer) -> bool:
     return bool(layer.experts or layer.fused or layer.router)
 
 
-def _sort(
-    layout: Layout, layer: MoELayer, found: LayerStructure, name: str, path: str, converter: Any, beside: bool
-) -> None:
+def _sort(layout: Layout, index: int, names: WeightNames, name: str, path: str, converter: Any, beside: bool) -> None:
     """Put a tensor of a MoE layer where it belongs; what is of no expert and no router stays as it is."""
+    layer, found = layout.layers[index], layout.structure.moe[index]
     experts, tensor = f"{found.experts}.", layout.checkpoint.tensors[name]
     axis = found.tensors.get(path)
     if path.startswith(experts):
         match = _NUMBER.fullmatch(name)
         numbered = re.match(r"\d+\.", path[len(experts) :]) or _takes_numbers(converter)
         if numbered and match is not None:
+            if converter is not None:
+                shape = names.parameter_shape(f"{layout.structure.layers}.{index}.{path}")
+                layer.projections.update(names.source_shapes(converter, shape))
             _put(layout, layer.experts.setdefault(int(match[2]), {}), match[3], name)
         else:
             _put(layout, layer.fused, name.rpartition(".")[2] if beside else path[len(experts) :], name)
@@ -285,8 +290,16 @@ def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
             known = next(n for n, t in layer.experts.items() if path in t)
             name = pattern.replace(f".{known}.{path}", f".{number}.{path}")
             raise RequestError(f"{name} is missing in {checkpoint.name_or_path}; the other experts have it.")
+    for projection in layer.projections:
+        if not any(path == projection or path.startswith(f"{projection}.") for path in paths):
+            some = ", ".join(sorted(next(iter(layer.experts.values()))))
+            raise RequestError(f"{where}: no expert has {projection!r}; its experts have {some}.")
     for number, tensors in layer.experts.items():
         for path, name in tensors.items():
+            expected = layer.projections.get(path.removesuffix(".weight"), ())
+            tensor = checkpoint.tensors[name]
+            if expected and tensor.dtype in _PLAIN and tensor.shape != expected:
+                raise RequestError(f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {expected}.")
             tensor, first = checkpoint.tensors[name], checkpoint.tensors[layer.experts[0][path]]
             if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
                 raise RequestError(
@@ -297,7 +310,7 @@ def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
 
 def _is_plain(names: Iterable[str], checkpoint: Checkpoint) -> bool:
     """Whether all tensors hold one number per weight; packed ones hold fewer, and scales come beside others."""
-    return all(checkpoint.tensors[name].dtype in ("F64", "F32", "BF16", "F16") for name in names)
+    return all(checkpoint.tensors[name].dtype in _PLAIN for name in names)
 
 
 def identity(layout: Layout) -> Json:
