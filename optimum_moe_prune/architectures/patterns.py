@@ -44,7 +44,8 @@ def patterns_of_type(model_type: str) -> Patterns | None:
         found = names.in_files(f"{structure.layers}.{index}.{path}")
         return [start + name.partition(f".{index}.")[2] for name in found]
 
-    fused = [name for path in layer.expert_tensors for name in named(path)]
+    found = [named(path) for path in layer.expert_tensors]
+    fused = [names_of[place] for place in range(len(found[0])) for names_of in found if place < len(names_of)]
     blocks = dict.fromkeys(name.rpartition(".")[0] for name in fused)
     return Patterns(
         spec.key_of_count(config),
