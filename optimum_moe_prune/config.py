@@ -52,6 +52,9 @@ class MoEPrunerConfig:
         allocation: How the budget is spread over layers: ``"uniform"``, the same in each; ``"global"``, one number for
             the whole model, so that layers keep different numbers; ``"sensitivity"``, one number for the whole model,
             spread so that measured divergences of the final output add up to the least; None for the method's own way.
+        count_multiple_of: Layers that are pruned keep a multiple of it, for servers that spread experts evenly over
+            devices; where the router has groups, a multiple of their number as well. A request that lies between two
+            such numbers is refused, naming them. Layers that are left whole keep their number.
         method_options: Options of the method, by name.
         protect: Experts that are retained in any case, by layer.
         skip_layers: MoE layers that keep all their experts.
@@ -82,6 +85,7 @@ class MoEPrunerConfig:
         "model, spread by measured divergences (default: the method's own way)",
         "A",
     )
+    count_multiple_of: int = _setting(1, "retain a multiple of N experts in each layer that is pruned", "N", least=1)
     method_options: Json = _setting({}, "an option of the method; may be repeated", "K=V")
     protect: dict[int, tuple[int, ...]] = _setting({}, "experts to retain in any case; may be repeated", "LAYER:E,E")
     skip_layers: tuple[int, ...] = _setting((), "layers that keep all their experts", "L,L")

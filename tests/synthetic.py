@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of layers that never were: from router logits and expert outputs of single tokens, by the definitions."""
+"""Statistics of layers that never were: from router logits and expert outputs of single tokens, by the definitions.
+
+And a router that chooses among groups of experts.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,56 @@ from optimum_moe_prune import CalibrationStats, Need
 from optimum_moe_prune.architectures.routers import RoutingRule
 from optimum_moe_prune.statistics.samples import Sample
 from optimum_moe_prune.statistics.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class GroupedTopK(RoutingRule, kind="test_grouped"):
+    """As DeepSeek-V3 chooses: the best groups by the sum of their best experts, then the best experts of these."""
+
+    top_k: int
+    groups: int = 1
+    top_groups: int = 1
+    best: int = 2
+    normalised_over = "chosen"  # type: Normalisation
+
+    @property
+    def ranked(self) -> bool:
+        return self.groups == 1
+
+    @property
+    def fewest(self) -> int:
+        return self.groups * max(self.best, math.ceil(self.top_k / self.top_groups)) if self.groups > 1 else self.top_k
+
+    def choose(self, logits: Tensor, retained: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        scores = logits.float().sigmoid()
+        left = torch.arange(scores.shape[1]) if retained is None else torch.tensor(retained)
+        masked = torch.full_like(scores, -math.inf).index_copy_(1, left, scores[:, left])
+        by_group = masked.view(len(scores), self.groups, -1)
+        worth = by_group.topk(min(self.best, by_group.shape[2])).values.sum(-1)
+        taken = torch.zeros_like(worth).scatter_(1, worth.topk(self.top_groups).indices, 1.0)
+        among = by_group.masked_fill(taken[..., None] == 0, -math.inf).flatten(1)
+        chosen = among.topk(min(self.top_k, len(left))).indices
+        weights = scores.gather(1, chosen)
+        return chosen, weights / weights.sum(dim=1, keepdim=True)
+
+    def ranking(self, logits: Tensor) -> Tensor:
+        return logits.float().sigmoid()
+
+    def numerators(self, logits: Tensor) -> Tensor:
+        return logits.double().clamp(min=-300).sigmoid()
+
+
+def random_statistics(rule: RoutingRule, layers: int, experts: int, tokens: int = 40) -> CalibrationStats:
+    """Statistics of three samples of two domains."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sample() -> Tokens:
+        shape = (layers, tokens, experts)
+        logits = 2 * torch.randn(shape, generator=generator)
+        outputs = torch.randn(*shape, 6, generator=generator) * (1 + torch.rand(experts, 1, generator=generator))
+        return Tokens(logits, outputs, torch.randn(layers, tokens, 6, generator=generator))
+
+    return statistics_of([("a", sample()), ("b", sample()), ("a", sample())], rule)
 
 
 @dataclass(frozen=True)

@@ -329,6 +329,7 @@ def test_recipes_travel_as_json(tmp_path: Path) -> None:
     config = MoEPrunerConfig(
         method="mosaic",
         sparsity=0.5,
+        count_multiple_of=4,
         method_options={"num_domains": "8"},
         protect={3: [1, 2]},
         skip_layers=[0],
@@ -383,6 +384,7 @@ def test_a_recipe_needs_a_budget_only_for_a_plan(folder: Path) -> None:
         ({"total_experts": 12}, "total_experts is for allocations 'global' and 'sensitivity'"),
         ({"total_experts": 12, "method": "pathfinder", "allocation": "uniform"}, "total_experts is for allocation"),
         ({"total_experts": 0, "method": "pathfinder"}, "total_experts is 0; it must be an integer of at least 1"),
+        ({"num_experts": 4, "count_multiple_of": 0}, "count_multiple_of is 0; it must be an integer of at least 1"),
         ({"sparsity": 0}, "sparsity is 0; .* between 0 and 1"),
         ({"sparsity": float("nan")}, "sparsity is nan"),
         ({"num_experts": 0}, "num_experts is 0; it must be an integer of at least 1"),

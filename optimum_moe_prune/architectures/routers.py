@@ -18,7 +18,7 @@ Shapes: E experts, T tokens, K top_k.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -42,6 +42,8 @@ class RoutingRule(ABC):
         top_k: Experts used per token.
         scale: What weights are multiplied by: one number, or one for each expert.
         epsilon: Added to the sum of numerators.
+        groups: Groups of equal size in which the router sees its experts, in their order. A model that is pruned cuts
+            the experts that are left into as many equal groups, so each has to keep the same number.
     """
 
     kind: ClassVar[str]
@@ -49,6 +51,7 @@ class RoutingRule(ABC):
     top_k: int
     scale: float | tuple[float, ...] = 1.0
     epsilon: float = 0.0
+    groups: int = 1
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -69,7 +72,8 @@ class RoutingRule(ABC):
 
         Args:
             logits: Router logits ``(T, E)`` in the dtype the model computes them in.
-            retained: Sorted ids of the experts that are left; all of them by default.
+            retained: Sorted ids of the experts that are left; all of them by default. A group is what is left of it,
+                equal to others or not: searches drop one expert after the other.
 
         Returns:
             Ids of the chosen experts ``(T, min(K, len(retained)))``, in the numbering of ``logits``, and their
@@ -109,23 +113,47 @@ class RoutingRule(ABC):
     def admits(self, retained: Sequence[int], size: int, num_experts: int) -> bool:
         """Whether some of these experts make a set of ``size`` that a layer can consist of.
 
-        Searches ask it where a rule is not ``ranked``: groups, for one, have to stay equal.
+        Searches ask it where a rule is not ``ranked`` or has groups, and every plan is checked by it.
 
         Args:
             retained: Sorted ids.
             size: How many are to be left.
             num_experts: Of the whole layer.
         """
-        return len(retained) >= size
+        if self.groups == 1:
+            return len(retained) >= size
+        fewest = min(map(len, self.grouped(retained, num_experts)))
+        return self.allows(size) and self.groups * fewest >= size
 
     @property
     def fewest(self) -> int:
         """The fewest experts a layer can keep."""
-        return self.top_k
+        return self.groups * -(-self.top_k // self.groups)
 
     def allows(self, num_experts: int) -> bool:
         """Whether a layer can keep that many experts."""
-        return num_experts >= self.fewest
+        return num_experts >= self.fewest and num_experts % self.groups == 0
+
+    def grouped(self, experts: Iterable[int], num_experts: int) -> list[list[int]]:
+        """Experts of a layer by group, in the order they are given.
+
+        Args:
+            experts: Ids.
+            num_experts: Of the whole layer.
+        """
+        groups: list[list[int]] = [[] for _ in range(self.groups)]
+        for expert in experts:
+            groups[expert * self.groups // num_experts].append(expert)
+        return groups
+
+    def least_with(self, experts: Sequence[int], num_experts: int) -> int:
+        """The fewest experts that hold these and are the same number in each group.
+
+        Args:
+            experts: Ids.
+            num_experts: Of the whole layer.
+        """
+        return self.groups * max(map(len, self.grouped(experts, num_experts)))
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Probabilities ``(T, E)`` float64 over all experts: numerators divided by their sum."""

@@ -11,7 +11,8 @@ from ..architectures.routers import RoutingRule
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
 from ..methods import get_method
-from ..methods.budget import UniformBudget, allowed_counts, checked_layers
+from ..methods.budget import UniformBudget, checked_layers
+from ..methods.limits import allowed_counts, least_kept
 from ..names import BY_SENSITIVITY
 from ..planning.build import protected_experts, quiet_plan
 from ..planning.sensitivity import Retained, Sensitivity
@@ -82,17 +83,17 @@ def check_grid(
     layers, protected = checked_layers(
         num_experts, {layer: tuple(experts) for layer, experts in protect.items()}, config.skip_layers
     )
-    grid = {
-        layer: _grid(allowed_counts(rule, count, len(protected[layer]))[:-1], counts)
-        for layer, count in layers.items()
-    }
+    grid = {}
+    for layer, total in layers.items():
+        allowed = allowed_counts(rule, total, rule.least_with(protected[layer], total), config.count_multiple_of)
+        grid[layer] = _grid([count for count in allowed if count < total], counts)
     measurable = {count for values in grid.values() for count in values}
     if not measurable:
         raise RequestError(
             "no number of experts can be measured"
             + (f" of {', '.join(map(str, counts))}" if counts else "")
-            + f"; each layer keeps at least the {rule.fewest} that every token uses and those protected, and at most "
-            "one less than it has."
+            + f"; each layer keeps at least {least_kept(rule, config.count_multiple_of)}, and at most one less than "
+            "it has."
         )
     if left_out := sorted(set(counts or ()) - measurable):
         logger.warning("%s experts in a layer cannot be measured and are left out.", ", ".join(map(str, left_out)))

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import merge
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError, RunError
+from .limits import allowed_counts, least_kept, limits, nearest, num_removed
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Budget:
         rule: How the routers choose: says which numbers of experts a layer can keep.
         protected: Experts that are retained in any case, by layer; every layer of ``original`` has an entry.
         seed: For methods that draw.
+        multiple: Layers that are pruned keep a multiple of it.
     """
 
     original: dict[int, int]
@@ -32,15 +34,32 @@ class Budget:
     rule: RoutingRule
     protected: dict[int, tuple[int, ...]]
     seed: int = 0
+    multiple: int = 1
 
     @property
     def floor(self) -> int:
-        """Experts to retain in each layer, at least."""
+        """Experts that the routers need in each layer, at least."""
         return self.rule.fewest
 
     def allowed(self, layer: int) -> list[int]:
-        """The numbers of experts that a layer can keep, the protected ones among them; rising, the last is all."""
-        return allowed_counts(self.rule, self.original[layer], len(self.protected[layer]))
+        """The numbers of experts that a layer can keep, the protected ones among them, rising."""
+        least = self.rule.least_with(self.protected[layer], self.original[layer])
+        return allowed_counts(self.rule, self.original[layer], least, self.multiple)
+
+    def order(self, layer: int, key: Sequence[Any] | np.ndarray, first: Sequence[int] | None = None) -> list[int]:
+        """All experts of a layer, those to keep first at the front.
+
+        The router's groups take turns: the first n are the first of each group, as many of each, for every n that a
+        layer can keep.
+
+        Args:
+            layer: The layer.
+            key: What each expert is sorted by, lowest first; ties to the lower expert.
+            first: Those in front of all others; by default the protected ones.
+        """
+        front = set(self.protected[layer] if first is None else first)
+        experts = sorted(range(len(key)), key=lambda expert: (expert not in front, key[expert], expert))
+        return [expert for turn in zip(*self.rule.grouped(experts, len(key)), strict=True) for expert in turn]
 
 
 @dataclass(frozen=True)
@@ -54,22 +73,6 @@ class UniformBudget(Budget):
     num_experts: dict[int, int] = field(default_factory=dict)
 
 
-def allowed_counts(rule: RoutingRule, num_experts: int, protected: int = 0) -> list[int]:
-    """The numbers of experts that a layer of ``num_experts`` can keep: those its rule allows, and all.
-
-    Args:
-        rule: The routing rule.
-        num_experts: Experts in the layer.
-        protected: How many of them are retained in any case.
-    """
-    return [*(count for count in range(max(protected, 1), num_experts) if rule.allows(count)), num_experts]
-
-
-def num_removed(sparsity: float, num_experts: int) -> int:
-    """Experts that a sparsity removes from ``num_experts``, rounded half up."""
-    return math.floor(sparsity * num_experts + 0.5)
-
-
 def uniform_budget(
     original: Mapping[int, int],
     rule: RoutingRule,
@@ -79,6 +82,7 @@ def uniform_budget(
     protect: Mapping[int, Sequence[int]] | None = None,
     skip_layers: Sequence[int] = (),
     seed: int = 0,
+    multiple: int = 1,
 ) -> UniformBudget:
     """The same count, or the same share removed, in every layer.
 
@@ -90,47 +94,55 @@ def uniform_budget(
         protect: Experts that must be retained, by layer.
         skip_layers: MoE layers that keep all their experts.
         seed: Carried along.
+        multiple: What the numbers of experts in layers that are pruned are multiples of.
 
     Raises:
         RequestError: Naming what was asked, what is true and what can be asked instead.
     """
     layers, protected = _layers(original, (num_experts, sparsity), sparsity, protect, skip_layers)
-    smaller = {layer: allowed_counts(rule, total)[:-1] for layer, total in layers.items()}
-    if not any(smaller.values()):
+    possible = {total: [n for n in allowed_counts(rule, total, 1, multiple) if n < total] for total in layers.values()}
+    if not any(possible.values()):
         layer, total = next(iter(layers.items()))
-        why = "every token uses" if total <= rule.top_k else "the router needs"
+        why = f"count_multiple_of={multiple} leaves" if allowed_counts(rule, total)[0] < total else "the router needs"
+        why = "every token uses" if total <= rule.top_k else why
         raise RequestError(f"{why} all {total} experts of layer {layer}: none can be removed.")
+    least = {layer: rule.least_with(protected[layer], total) for layer, total in layers.items()}
+    fullest = {total: max(least[layer] for layer in layers if layers[layer] == total) for total in layers.values()}
     counts = {}
     for layer, total in layers.items():
-        # A layer may stay whole if others shrink: that is how unequal layers become equal.
         if num_experts is not None:
-            count, asked = num_experts, f"num_experts={num_experts}"
-            offer = f"Ask for {_numbers(smaller[layer] or [total])}"
-            whole = total == count < max(layers.values())
+            counts[layer], asked, kind = num_experts, f"num_experts={num_experts}", ""
         else:
             assert sparsity is not None
             removed = num_removed(sparsity, total)
-            count, asked = total - removed, f"sparsity={sparsity} removes {removed} of {total} experts, which"
-            offer = f"Ask for a sparsity of {_numbers(smaller[layer] or [total], total)}"
-            whole = False
-        if len(set(layers.values())) > 1:
+            counts[layer], kind = total - removed, "a sparsity of "
+            asked = f"sparsity={sparsity} removes {removed} of {total} experts, which"
+        if num_experts == total < max(fullest):
+            continue  # a layer may stay whole if others shrink: that is how unequal layers become equal
+        count = counts[layer]
+        fitting = [n for n in possible[total] if n >= fullest[total]]
+        offer = f"Ask for {kind}{nearest(fitting or [total], count, total if kind else None)}"
+        if possible[total] and not fitting:
+            offer = "Protect fewer experts"
+        if len(fullest) > 1:
             offer += f", or leave layer {layer} as it is (skip_layers)"
         if count > total:
             raise RequestError(f"{asked} asks for more experts than layer {layer} has ({total}). {offer}.")
-        if count == total and not whole:
+        if count == total:
             raise RequestError(
                 f"{asked} leaves layer {layer} with all its {total} experts: nothing to prune. {offer}."
             )
-        if count not in smaller[layer] and not whole:
-            why = f"every token uses {rule.top_k}" if count < rule.top_k else "its router does not allow that number"
+        if count not in possible[total]:
+            why = limits(rule, multiple) or "its router does not allow that number"
+            why = f"every token uses {rule.top_k}" if count < rule.top_k else why
             raise RequestError(f"{asked} leaves layer {layer} with {max(count, 0)} experts, and {why}. {offer}.")
-        if len(protected[layer]) > count:
-            raise RequestError(
-                f"protect names {len(protected[layer])} experts of layer {layer}, and the budget keeps {count}; "
-                "protect fewer or keep more."
-            )
-        counts[layer] = count
-    return UniformBudget(layers, sum(counts.values()), rule, protected, seed, num_experts=counts)
+        if count < least[layer]:
+            named = f"{len(protected[layer])} experts of layer {layer}"
+            if rule.groups > 1:
+                named += f", so that each of its router's {rule.groups} groups keeps {least[layer] // rule.groups}"
+            more = f" or keep {fitting[0]} or more" if fitting else ""
+            raise RequestError(f"protect names {named}, and the budget keeps {count}; protect fewer{more}.")
+    return UniformBudget(layers, sum(counts.values()), rule, protected, seed, multiple, num_experts=counts)
 
 
 def global_budget(
@@ -143,6 +155,7 @@ def global_budget(
     protect: Mapping[int, Sequence[int]] | None = None,
     skip_layers: Sequence[int] = (),
     seed: int = 0,
+    multiple: int = 1,
 ) -> Budget:
     """A count for all layers together, to be spread over them by the method.
 
@@ -155,6 +168,7 @@ def global_budget(
         protect: Experts that must be retained, by layer.
         skip_layers: MoE layers that keep all their experts.
         seed: Carried along.
+        multiple: What the numbers of experts in layers that are pruned are multiples of.
 
     Raises:
         RequestError: Naming what was asked, what is true and what can be asked instead.
@@ -169,38 +183,38 @@ def global_budget(
         assert sparsity is not None
         total, asked = everything - num_removed(sparsity, everything), f"sparsity={sparsity}"
     asked = f"{asked} keeps {total} of the {everything} experts in {len(layers)} layers"
-    allowed = {layer: allowed_counts(rule, count, len(protected[layer])) for layer, count in layers.items()}
-    least = sum(counts[0] for counts in allowed.values())
+    budget = Budget(layers, total, rule, protected, seed, multiple)
+    allowed = [budget.allowed(layer) for layer in layers]
+    least = sum(counts[0] for counts in allowed)
     if least == everything:
-        raise RequestError("every expert is used by every token or protected: none can be removed.")
-    steps = {after - before for counts in allowed.values() for before, after in pairwise(counts)}
+        why = f", or no smaller number is allowed by count_multiple_of={multiple}" if multiple > 1 else ""
+        raise RequestError(f"every expert is used by every token or protected{why}: none can be removed.")
+    steps = {after - before for counts in allowed for before, after in pairwise(counts)}
     if len(steps) > 1:
         raise RequestError(
             "the numbers of experts that the routers allow in a layer do not lie evenly: a budget for the whole model "
             "cannot be spread over them; use allocation 'uniform'."
         )
-    totals = range(least, everything, steps.pop())
+    most = min(sum(counts[-1] for counts in allowed), everything - 1)
+    totals = range(least, most + 1, *steps)
     if num_experts is not None:
         means = [mean for mean in range(1, max(layers.values())) if mean * len(layers) in totals]
-        offer = f"Ask for {_numbers(means)}." if means else "Ask for a sparsity instead."
+        offer = f"Ask for {nearest(means, num_experts)}." if means else "Ask for a sparsity instead."
     elif total_experts is not None:
-        offer = f"Ask for {_numbers(totals)}."
+        offer = f"Ask for {nearest(totals, total)}."
     else:
-        offer = f"Ask for a sparsity of {_numbers(totals, everything)}."
+        offer = f"Ask for a sparsity of {nearest(totals, total, everything)}."
     if total >= everything:
         raise RequestError(f"{asked}: nothing to prune. {offer}")
     if total < least:
         raise RequestError(
-            f"{asked}, and each layer keeps at least the {rule.fewest} that every token uses and those protected, "
-            f"together {least}. {offer}"
+            f"{asked}, and each layer keeps at least {least_kept(rule, multiple)}, together {least}. {offer}"
         )
     if total not in totals:
-        below = total - (total - least) % totals.step
-        raise RequestError(
-            f"{asked}, and the numbers that the routers allow in a layer add up to {below} or {below + totals.step}. "
-            f"{offer}"
-        )
-    return Budget(layers, total, rule, protected, seed)
+        told = limits(rule, multiple)
+        why = f"{told}: what layers keep adds" if told else "the numbers that the routers allow in a layer add"
+        raise RequestError(f"{asked}, and {why} up to {nearest(totals, total)}. {offer}")
+    return budget
 
 
 def _layers(
@@ -258,14 +272,6 @@ def rounding_note(budget: Budget, sparsity: float | None) -> str | None:
     return None if sparsity is None or abs(sparsity - done) <= 1e-9 else f"sparsity {sparsity} rounds to {done:.4g}"
 
 
-def _numbers(counts: Sequence[int], total: int | None = None) -> str:
-    """Numbers of experts as text; with ``total`` the sparsities that leave them."""
-    texts = [str(n) if total is None else f"{(total - n) / total:.4g}" for n in counts][:: 1 if total is None else -1]
-    if counts[-1] - counts[0] == len(counts) - 1:
-        return f"{texts[0]} to {texts[-1]}"
-    return ", ".join(texts if len(texts) <= 8 else [*texts[:3], "...", texts[-1]])
-
-
 def choose(scores: Mapping[int, np.ndarray], budget: Budget) -> dict[int, tuple[int, ...]]:
     """The protected experts and those with the highest scores; ties to the lower index.
 
@@ -294,30 +300,29 @@ def choose(scores: Mapping[int, np.ndarray], budget: Budget) -> dict[int, tuple[
 def choose_ranked(keys: Mapping[int, Sequence[Any]], budget: Budget) -> dict[int, tuple[int, ...]]:
     """Spread a budget over the layers: in each the protected and best ones up to the floor, then the best of all.
 
-    Where the routers allow only some numbers of experts in a layer, the next ones are taken together, in the order of
-    the best of them.
+    Where layers keep only some numbers of experts (a router's groups, a ``multiple``), the next ones of a layer are
+    taken together: of each group the best that are left. Such a step is judged by all it adds, the sum of its keys.
+    The steps of a layer never improve, so of scores the highest sum is kept that any choice within the budget has.
 
     Args:
-        keys: For each layer of the budget a sort key per expert, lowest = keep first, comparable between layers. Ties
-            go to the lower expert and only then to the lower layer, which would favour early layers.
+        keys: For each layer of the budget a sort key per expert, a number or numbers, lowest = keep first, comparable
+            between layers. Ties go to the lower expert and only then to the lower layer, which would favour early
+            layers.
         budget: How many. A uniform budget takes the best of each layer.
     """
-    retained, steps = {}, []
-    for layer, count in budget.original.items():
-        protected, key = budget.protected[layer], keys[layer]
-        order = sorted((expert not in protected, key[expert], expert) for expert in range(count))
-        experts = [expert for _, _, expert in order]
+    retained: dict[int, list[int]] = {}
+    steps = []
+    for layer, key in ((layer, keys[layer]) for layer in budget.original):
+        experts = budget.order(layer, key)
         if isinstance(budget, UniformBudget):
             retained[layer] = experts[: budget.num_experts[layer]]
-        else:
-            allowed = budget.allowed(layer)
-            retained[layer] = experts[: allowed[0]]
-            more = [
-                experts[low:high] for low, high in pairwise(allowed)
-            ]  # one expert each, where the rule has no gaps
-            steps += [(key[step[0]], step[0], layer, step) for step in more]
+            continue
+        allowed = budget.allowed(layer)
+        retained[layer] = experts[: allowed[0]]
+        more = [experts[low:high] for low, high in pairwise(allowed)]  # one expert each, where there are no gaps
+        steps.append([(np.sum([key[e] for e in step], axis=0).tolist(), step[0], layer, step) for step in more])
     left = budget.total - sum(map(len, retained.values()))
-    for _, _, layer, step in sorted(steps):
+    for _, _, layer, step in merge(*steps):  # whatever rounding does to sums, a layer's steps stay in their order
         if left < len(step):
             break
         retained[layer] += step

@@ -8,12 +8,11 @@ comes from router logits and Gram matrices (see ``replay``), exactly.
 
 Up to ``max_sets`` sets all are tried. Beyond, experts are dropped one at a time, always the one whose removal raises
 the loss least; for how a layer of 60 experts is enumerated the paper says nothing, Mosaic Pruning uses this
-elimination.
+elimination. Where the router has groups, a set holds as many experts of each: no other sets are counted and tried.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +24,7 @@ from .budget import UniformBudget
 from .registry import register_method
 from .replay_search import Replay
 from .selection import Selection
+from .sets import num_sets
 
 Search = Literal["auto", "exhaustive", "greedy"]
 
@@ -71,17 +71,16 @@ def enumeration(stats: CalibrationStats, budget: UniformBudget, options: SearchO
     return Selection(retained, notes=search_notes(budget.num_experts, budget, options))
 
 
-def num_sets(index: int, size: int, budget: UniformBudget) -> int:
+def _num_sets(index: int, size: int, budget: UniformBudget) -> int:
     """The sets of ``size`` experts of a layer that hold the protected ones."""
-    protected = len(budget.protected[index])
-    return math.comb(budget.original[index] - protected, size - protected)
+    return num_sets(budget.rule, budget.original[index], size, budget.protected[index])
 
 
 def search_notes(sizes: Mapping[int, int], budget: UniformBudget, options: SearchOptions) -> tuple[str, ...]:
     """What is to be said of searches for sets of these sizes, by layer: where not all sets are tried."""
     if options.search != "auto":
         return ()
-    searches = {(num_sets(index, size, budget), size): None for index, size in sizes.items()}
+    searches = {(_num_sets(index, size, budget), size): None for index, size in sizes.items()}
     return tuple(
         f"{sets} sets of {size} experts are more than max_sets={options.max_sets}; eliminated greedily"
         for sets, size in searches
@@ -100,7 +99,7 @@ def best_set(
     required = budget.protected[index]
     if size == len(required):
         return required
-    sets = num_sets(index, size, budget)
+    sets = _num_sets(index, size, budget)
     if options.search == "exhaustive" and sets > MOST_SETS:
         raise RequestError(
             f"search='exhaustive' would try {sets} sets of {size} experts in layer {index}; the most is {MOST_SETS}. "

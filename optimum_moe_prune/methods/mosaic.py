@@ -26,6 +26,8 @@ What the paper leaves open, and what is done here:
   differences between the others.
 - The tree is cut by merge order, so there are always exactly :math:`r - m` clusters.
 - Protected experts count as generalists.
+- Where a router has groups, of which each keeps the same number of experts, each group's other experts are clustered
+  for themselves, into as many clusters as the group still has places; the domains are those of the whole layer.
 - Ties go to the lower expert index; domains without tokens are left out.
 """
 
@@ -119,10 +121,10 @@ class Clusters:
     """Steps 2 to 6 in one layer.
 
     Attributes:
-        experts: Those that are no generalists, C of them.
+        experts: Those that are no generalists, C of them; without those of a group that generalists fill.
         domain: Domain of each kept token ``(N,)``.
         vectors: Performance vectors of the experts ``(C, D)``.
-        tree: Ward's merges ``(C - 1, 4)``, as scipy writes them.
+        trees: Ward's merges ``(C - 1, 4)``, as scipy writes them; of each group of the router that is clustered.
         label: Cluster of each expert ``(C,)``.
         scores: Activation Variability Score of each expert ``(C,)``, in bits.
         representatives: The expert that stands for each cluster.
@@ -131,7 +133,7 @@ class Clusters:
     experts: tuple[int, ...]
     domain: np.ndarray
     vectors: np.ndarray
-    tree: np.ndarray
+    trees: tuple[np.ndarray, ...]
     label: np.ndarray
     scores: np.ndarray
     representatives: tuple[int, ...]
@@ -147,17 +149,23 @@ def cluster_layer(layer: LayerStats, first: tuple[int, ...], clusters: int, seed
         seed: For K-Means.
         options: Of the method.
     """
-    others = [expert for expert in range(layer.num_experts) if expert not in first]
     domain = token_domains(layer, clusters if options.num_domains is None else options.num_domains, seed)
-    vectors = performance_vectors(layer, domain)[others]
-    tree = ward_tree(vectors, options.ward)
-    label = cut(tree, clusters)
+    vectors = performance_vectors(layer, domain)
+    others: list[int] = []
+    trees, label = [], np.zeros(0, dtype=np.int64)
+    for group in layer.routing.grouped(range(layer.num_experts), layer.num_experts):
+        free = [expert for expert in group if expert not in first]
+        places = (len(first) + clusters) // layer.routing.groups - (len(group) - len(free))
+        if places > 0:
+            others += free
+            trees.append(ward_tree(vectors[free], options.ward))
+            label = np.concatenate([label, label.max(initial=-1) + 1 + cut(trees[-1], places)])
     scores = variability_scores(layer)[others]
     representatives = tuple(
         others[max(np.flatnonzero(label == cluster), key=lambda row: (scores[row], -row))]
-        for cluster in range(clusters)
+        for cluster in range(label.max() + 1)
     )
-    return Clusters(tuple(others), domain, vectors, tree, label, scores, representatives)
+    return Clusters(tuple(others), domain, vectors[others], tuple(trees), label, scores, representatives)
 
 
 def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: int) -> np.ndarray:

@@ -165,10 +165,12 @@ def most_paths(rank: Mapping[int, np.ndarray], budget: Budget, num_paths: int) -
     """
     size = np.zeros(num_paths, dtype=np.int64)
     for layer in budget.original:
-        protected, allowed = list(budget.protected[layer]), np.array(budget.allowed(layer))
-        others = np.sort(np.delete(rank[layer], protected))
-        on_paths = np.searchsorted(others, np.arange(num_paths), side="right") + len(protected)
-        size += allowed[np.searchsorted(allowed, on_paths)]
+        first = rank[layer].copy()
+        first[list(budget.protected[layer])] = -1
+        groups = [np.sort(first[experts]) for experts in budget.rule.grouped(range(len(first)), len(first))]
+        on_paths = np.max([np.searchsorted(group, np.arange(num_paths), side="right") for group in groups], axis=0)
+        allowed = np.array([*budget.allowed(layer), budget.total + 1])  # the last: more than the layer can keep
+        size += allowed[np.searchsorted(allowed, len(groups) * on_paths)]
     return int((size <= budget.total).sum())
 
 

@@ -21,7 +21,9 @@ What the paper leaves open, and what is done here:
   to the first :math:`m` that no longer fits. Ties go by the weight of the best path through the expert, relative to
   the sample's best: in the sample where it is largest, then summed over samples (experts on best paths all have 1 in
   some sample); only then to the lower expert and the lower layer. Every layer keeps at least ``top_k`` experts. With
-  ``allocation="uniform"`` the same order decides in each layer.
+  ``allocation="uniform"`` the same order decides in each layer. Where a layer's numbers lie in steps (groups of the
+  router, ``count_multiple_of``), a step is judged by the sums over its experts, so those on the paths still come
+  first; and paths fit if the steps do that hold their experts.
 - With sums over a sample's tokens, :math:`t_{ij}` is a product of one factor for each layer, and no transition
   depends on where it comes from. ``transitions="conditional"`` is :math:`t_{ij} = a_i c_{ij}`, with :math:`c_{ij}` the
   mean of :math:`p_j^{(l+1)}` over the tokens that layer :math:`l` routed to :math:`i`; :math:`p_j` if there are none.

@@ -90,11 +90,14 @@ class Method:
             experts = retained.get(layer, ())
             fixed = budget.num_experts[layer] if isinstance(budget, UniformBudget) else None
             enough = len(experts) in budget.allowed(layer) if fixed is None else len(experts) == fixed
-            if not enough or not set(budget.protected[layer]) <= set(experts):
-                count = f"{budget.floor} or more" if fixed is None else fixed
+            total, rule = budget.original[layer], budget.rule
+            inside = set(budget.protected[layer]) <= set(experts) <= set(range(total))
+            if not enough or not inside or not rule.admits(sorted(experts), len(experts), total):
+                count = f"{budget.allowed(layer)[0]} or more" if fixed is None else fixed
+                shared = f", as many in each of the router's {rule.groups} groups," if rule.groups > 1 else ""
                 raise RunError(
                     f"method {self.name!r} retains {list(experts)} in layer {layer}, where the budget keeps {count} "
-                    f"experts and protects {list(budget.protected[layer])}."
+                    f"experts{shared} and protects {list(budget.protected[layer])}."
                 )
         total = sum(len(retained[layer]) for layer in budget.original)
         if total != budget.total:

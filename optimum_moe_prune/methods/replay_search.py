@@ -20,6 +20,7 @@ from torch import Tensor
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
 from .replay import TIE, WORKING_BYTES, first_minimum, gram_index, reconstruction_loss, squared_errors
+from .sets import RetainedSet, num_sets, sets_of
 
 _TABLE_BITS = 20  # a table of 2**20 entries at most
 _TABLE_SUBSETS = 20_000
@@ -28,8 +29,6 @@ _CHUNK_SETS = 65_536  # a multiple of _SETS_AT_ONCE
 _CHUNK_BYTES = 128 * 2**20
 _DECIDED_BY_DEFINITION = 8  # sets
 _NONE_LEFT = "no set with the protected experts is one that the model's routers admit; protect fewer, or keep more."
-
-RetainedSet = tuple[int, ...]
 
 
 class Replay:
@@ -204,11 +203,8 @@ class Replay:
 
     def _sets(self, size: int, required: RetainedSet) -> Iterator[list[RetainedSet]]:
         """The sets of ``size`` experts that hold ``required``, in lexicographic order, so many at once."""
-        free = [expert for expert in range(self.num_experts) if expert not in required]
-        left = math.comb(len(free), size - len(required))
-        sets: Iterator[RetainedSet] = (
-            tuple(sorted(required + others)) for others in itertools.combinations(free, size - len(required))
-        )
+        left = num_sets(self.routing, self.num_experts, size, required)
+        sets = sets_of(self.routing, self.num_experts, size, required)
         if not self.routing.ranked:
             sets = (retained for retained in sets if self.routing.admits(retained, size, self.num_experts))
         room = _CHUNK_BYTES // (8 * (len(self.weights) + self.num_experts))
@@ -231,16 +227,18 @@ class Replay:
         """
         required = set(required)
         alive = torch.ones(self.num_experts, dtype=torch.bool)
-        state = _Elimination(self, alive) if self.routing.ranked else None
+        routing = self.routing
+        state = _Elimination(self, alive) if routing.ranked else None
         while len(left := alive.nonzero().flatten().tolist()) > size:
             candidates = [e for e in left if e not in required]
+            if not routing.ranked or routing.groups > 1:
+                rests = {e: tuple(other for other in left if other != e) for e in candidates}
+                candidates = [e for e in candidates if routing.admits(rests[e], size, self.num_experts)]
+                if not candidates:
+                    raise RequestError(_NONE_LEFT)
             if state is not None:
                 losses = state.losses_without()[candidates]
             else:
-                rests = {e: tuple(other for other in left if other != e) for e in candidates}
-                candidates = [e for e in candidates if self.routing.admits(rests[e], size, self.num_experts)]
-                if not candidates:
-                    raise RequestError(_NONE_LEFT)
                 losses = self.losses([rests[e] for e in candidates])
             victim = candidates[len(candidates) - 1 - first_minimum(losses.flip(0))]
             alive[victim] = False

@@ -19,6 +19,7 @@ from ..progress import progress
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
 from .enumeration import SearchOptions, best_set, search_notes
+from .limits import allowed_counts
 from .registry import register_method
 from .selection import Selection
 
@@ -73,13 +74,27 @@ def generalists(layer: LayerStats, index: int, budget: UniformBudget, options: G
 
 
 def num_generalists(index: int, budget: UniformBudget, options: GeneralistOptions) -> int:
-    """How many generalists a layer has."""
-    return max(options.num_generalists, len(budget.protected[index]))
+    """How many generalists a layer has; where its router has groups, the next number that can be a layer.
+
+    A set whose groups are not equal is none, so it has no reconstruction loss.
+    """
+    rule, protected, asked = budget.rule, budget.protected[index], options.num_generalists
+    if asked <= len(protected) or rule.groups == 1:
+        return max(asked, len(protected))
+    total = budget.original[index]
+    return next(n for n in allowed_counts(rule, total, rule.least_with(protected, total)) if n >= asked)
 
 
 def generalist_notes(budget: UniformBudget, options: GeneralistOptions) -> tuple[str, ...]:
     """What is to be said of the search for generalists."""
-    return search_notes({i: num_generalists(i, budget, options) for i in budget.num_experts}, budget, options)
+    numbers = {i: num_generalists(i, budget, options) for i in budget.num_experts}
+    more = {n for i, n in numbers.items() if n > max(options.num_generalists, len(budget.protected[i]))}
+    notes = tuple(
+        f"num_generalists={options.num_generalists} is raised to {n}, the next number that the router's "
+        f"{budget.rule.groups} groups can share"
+        for n in sorted(more)
+    )
+    return notes + search_notes(numbers, budget, options)
 
 
 @register_method(
@@ -102,7 +117,5 @@ def variability(stats: CalibrationStats, budget: UniformBudget, options: General
     for index, count in progress(budget.num_experts.items(), "variability", unit="layer"):
         layer = stats.layers[index]
         first = generalists(layer, index, budget, options)
-        order = np.argsort(-variability_scores(layer), kind="stable").tolist()
-        ranked = [expert for expert in order if expert not in first]
-        retained[index] = tuple(sorted([*first, *ranked[: count - len(first)]]))
+        retained[index] = tuple(sorted(budget.order(index, -variability_scores(layer), first)[:count]))
     return Selection(retained, notes=generalist_notes(budget, options))

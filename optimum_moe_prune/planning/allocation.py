@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import RequestError
 from ..methods.budget import Budget
+from ..methods.limits import nearest
 from .sensitivity import ALL, Divergence, MethodSensitivity
 
 
@@ -92,10 +93,9 @@ def _not_met(total: int, costs: Mapping[int, Mapping[int, float]]) -> RequestErr
             f"the budget keeps {total} experts, fewer than the smallest numbers measured add up to ({totals[0]}); "
             "measure smaller ones (counts), or keep more."
         )
-    nearest = max(n for n in totals if n < total), min(n for n in totals if n > total)
     return RequestError(
         f"the budget keeps {total} experts, and the numbers that layers can keep do not add up to it; ask for a total "
-        f"of {nearest[0]} or {nearest[1]}."
+        f"of {nearest(totals, total)}."
     )
 
 

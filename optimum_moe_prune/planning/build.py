@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
 from ..methods import get_method
 from ..methods.budget import Budget, UniformBudget, global_budget, rounding_note, uniform_budget
+from ..methods.limits import check_retained
 from ..methods.selection import Selection
 from ..methods.super_experts import super_experts
 from ..names import BY_SENSITIVITY
@@ -52,6 +53,7 @@ def budget_for(
         "protect": {layer: tuple(e) for layer, e in (config.protect if protect is None else protect).items()},
         "skip_layers": config.skip_layers,
         "seed": config.seed,
+        "multiple": config.count_multiple_of,
     }
     if config.allocates == "uniform":
         budget: Budget = uniform_budget(original, rule, **settings)
@@ -122,6 +124,8 @@ def quiet_plan(
         selection = method.select(stats, budget, options)
     chosen, scores = selection.retained, selection.scores
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
+    check_retained(stats.routing, retained, original, f"method {config.method!r}")
+    notes.append(_odd_note([(original[layer], len(experts)) for layer, experts in retained.items()]))
     provenance: Json = {
         "made": now(),
         "model": stats.model,
@@ -147,6 +151,24 @@ def quiet_plan(
         scores=None if scores is None else {layer: tuple(map(float, s)) for layer, s in sorted(scores.items())},
         config=config.to_dict(),
         provenance=provenance,
+    )
+
+
+def _odd_note(counts: Sequence[tuple[int, int]]) -> str | None:
+    """What is to be said of layers that devices could share evenly before and cannot after.
+
+    Args:
+        counts: Experts before and after, of each layer.
+    """
+    odd = [(before, after) for before, after in counts if before % 2 == 0 and after % 2]
+    if not odd:
+        return None
+    alike = len({after for _, after in odd}) == 1
+    what = f"{odd[0][1]} experts" if alike else f"the odd numbers of experts in {len(odd)} layers"
+    devices = ", ".join(str(n) for n in (8, 4) if any(before % n == 0 for before, _ in odd))
+    return (
+        f"{what} cannot be spread evenly over {devices}{' or ' if devices else ''}2 devices; count_multiple_of (2, 4, "
+        "8 ...) keeps numbers that can"
     )
 
 
@@ -210,5 +232,6 @@ def _exact_budget(budget: Budget, num_experts: dict[int, int]) -> UniformBudget:
         budget.rule,
         {layer: budget.protected[layer] for layer in num_experts},
         budget.seed,
+        budget.multiple,
         num_experts=num_experts,
     )

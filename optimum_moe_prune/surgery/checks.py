@@ -13,6 +13,7 @@ from ..checkpoints.layout import Layout
 from ..compat import ModelConfig, text_config
 from ..errors import RequestError
 from ..methods.budget import Budget, UniformBudget
+from ..methods.limits import check_retained
 from ..models.blocks import fingerprint, moe_blocks
 from ..plan import PruningPlan
 from ..storage.folders import check_space
@@ -30,12 +31,13 @@ def check_plan_for_config(plan: PruningPlan, config: ModelConfig) -> None:
     """Raise unless a plan fits a model as far as its config tells, before weights are read.
 
     Raises:
-        RequestError: If it was made for another model.
+        RequestError: If it was made for another model, or retains what its routers cannot work with.
     """
     spec = architecture_of(config)
     if plan.model_type != spec.model_type:
         raise RequestError(f"this plan is for a {plan.model_type!r} model, and the model is {spec.model_type!r}.")
-    if (found := spec.routing(config).top_k) != plan.top_k:
+    rule = spec.routing(config)
+    if (found := rule.top_k) != plan.top_k:
         raise RequestError(f"this plan is for another model, with top_k {plan.top_k}; this model has {found}. {_WHEN}")
     for layer, expected in sorted(plan.original_num_experts.items()):
         if layer >= text_config(config).num_hidden_layers:
@@ -48,6 +50,7 @@ def check_plan_for_config(plan: PruningPlan, config: ModelConfig) -> None:
                 f"this plan is for another model, with {expected} experts in layer {layer}; this model has {found}. "
                 f"{_WHEN}"
             )
+    check_retained(rule, plan.retained, plan.original_num_experts, "the plan")
 
 
 def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:

@@ -327,6 +327,14 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
         ((*RUN, "--num-experts", "1", "{out}"), "num_experts=1 leaves layer 0 with 1 experts, and every token uses 2"),
         ((*RUN, "--num-experts", "8", "{out}"), "nothing to prune"),
         ((*RUN, "--num-experts", "9", "{out}"), "asks for more experts than layer 0 has (8)"),
+        (
+            (*RUN, "--num-experts", "5", "--count-multiple-of", "2", "{out}"),
+            "leaves layer 0 with 5 experts, and count_multiple_of is 2. Ask for 4 or 6",
+        ),
+        (
+            (*RUN, "--method", "pathfinder", "--total-experts", "13", "--count-multiple-of", "4", "{out}"),
+            "count_multiple_of is 4: what layers keep adds up to 12 or 16. Ask for 12 or 16",
+        ),
         ((*RUN, "--num-experts", "4", "--sparsity", "0.5", "{out}"), "given: num_experts and sparsity"),
         ((*RUN, "{out}"), "given: none"),
         ((*RUN, "--sparsity", "1.5", "{out}"), "sparsity is 1.5"),
@@ -505,6 +513,23 @@ def test_a_plan_from_another_precision_applies(
         call(capsys, "apply", "--model", tmp_path / "model", "--plan", tmp_path / "plan.json", tmp_path / "out")[0]
         == 0
     )
+
+
+def test_counts_of_a_multiple(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """From a flag or a saved recipe; where none is asked for, an odd number is noted, once."""
+    model, texts, stats = place / "model", place / "texts.jsonl", tmp_path / "stats"
+    call(capsys, "score", "--model", model, "--calibration", texts, stats)
+    recipe = MoEPrunerConfig(method="pathfinder", sparsity=0.5, count_multiple_of=4).save_pretrained(tmp_path)
+    budget = ("--method", "pathfinder", "--sparsity", 0.5)
+    for number, how in enumerate([(*budget, "--count-multiple-of", 4), ("--config", recipe)]):
+        code, _, _ = call(capsys, "plan", "--stats", stats, *how, tmp_path / f"{number}.json")
+        plan = PruningPlan.load(tmp_path / f"{number}.json")
+        assert code == 0 and set(plan.num_experts.values()) == {4} and plan.config["count_multiple_of"] == 4
+        assert "evenly" not in caplog.text
+    code, _, _ = call(capsys, "plan", "--stats", stats, "--method", "reap", "--num-experts", 5, tmp_path / "o.json")
+    assert code == 0 and caplog.text.count("5 experts cannot be spread evenly over 8, 4 or 2 devices") == 1
 
 
 def test_score_gathers_what_options_need(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

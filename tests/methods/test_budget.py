@@ -91,7 +91,8 @@ def test_impossible_requests_are_refused(request_: dict[str, object], message: s
 def test_the_range_a_refusal_names_is_right(experts: int, top_k: int) -> None:
     with pytest.raises(RequestError) as refused:
         uniform_budget({0: experts}, softmax_rule(top_k), sparsity=1e-6)
-    least, most = re.search(r"Ask for a sparsity of (\S+) to (\S+)\.$", str(refused.value)).groups()
+    found = re.search(r"Ask for a sparsity of (\S+?)(?: to (\S+))?\.$", str(refused.value))
+    least, most = found[1], found[2] or found[1]
     assert uniform_budget({0: experts}, softmax_rule(top_k), sparsity=float(least)).num_experts == {0: experts - 1}
     assert uniform_budget({0: experts}, softmax_rule(top_k), sparsity=float(most)).num_experts == {0: top_k}
 
@@ -236,10 +237,10 @@ def test_a_budget_cannot_be_written_into() -> None:
 
 def test_the_numbers_that_a_rule_allows() -> None:
     assert allowed_counts(softmax_rule(2), 5) == [2, 3, 4, 5]
-    assert allowed_counts(softmax_rule(2), 5, protected=4) == [4, 5]
+    assert allowed_counts(softmax_rule(2), 5, least=4) == [4, 5]
     assert allowed_counts(softmax_rule(2), 2) == allowed_counts(softmax_rule(3), 2) == [2]
     assert allowed_counts(IN_FOURS, 14) == [4, 8, 12, 14]
-    assert allowed_counts(IN_FOURS, 14, protected=5) == [8, 12, 14]
+    assert allowed_counts(IN_FOURS, 14, least=5) == [8, 12, 14]
     budget = uniform_budget({0: 16, 2: 16}, IN_FOURS, num_experts=8, protect={2: range(5)})
     assert budget.floor == 4 and budget.allowed(0) == [4, 8, 12, 16] and budget.allowed(2) == [8, 12, 16]
 
@@ -248,12 +249,12 @@ def test_the_numbers_that_a_rule_allows() -> None:
     ("request_", "message"),
     [
         ({"num_experts": 6}, "num_experts=6 leaves layer 0 with 6 experts, and its router does not allow that number. "
-            "Ask for 4, 8, 12."),
+            "Ask for 4 or 8."),
         ({"num_experts": 3}, "leaves layer 0 with 3 experts, and its router does not allow that number. Ask for 4, 8"),
         ({"num_experts": 1}, "leaves layer 0 with 1 experts, and every token uses 2. Ask for 4, 8, 12."),
         ({"num_experts": 2}, "leaves layer 0 with 2 experts, and its router does not allow that number. Ask for 4, 8"),
         ({"sparsity": 0.4}, "sparsity=0.4 removes 6 of 16 experts, which leaves layer 0 with 10 experts, and its "
-            "router does not allow that number. Ask for a sparsity of 0.25, 0.5, 0.75."),
+            "router does not allow that number. Ask for a sparsity of 0.25 or 0.5."),
     ],
 )  # fmt: skip
 def test_a_number_that_the_rule_does_not_allow_is_refused(request_: dict[str, object], message: str) -> None:
@@ -269,12 +270,12 @@ def test_a_number_that_the_rule_does_not_allow_is_refused(request_: dict[str, ob
     ("request_", "message"),
     [
         ({"total_experts": 22}, "total_experts=22 keeps 22 of the 40 experts in 3 layers, and the numbers that the "
-            "routers allow in a layer add up to 20 or 24. Ask for 16, 20, 24, 28, 32, 36."),
+            "routers allow in a layer add up to 20 or 24. Ask for 20 or 24."),
         ({"total_experts": 13}, "each layer keeps at least the 4 that every token uses and those protected, together "
             "16. Ask for 16, 20, "),
         ({"sparsity": 0.42}, "sparsity=0.42 keeps 23 of the 40 experts in 3 layers, and the numbers that the routers "
-            "allow in a layer add up to 20 or 24. Ask for a sparsity of 0.1, 0.2, 0.3, 0.4, 0.5, 0.6."),
-        ({"num_experts": 9}, "add up to 24 or 28. Ask for 8, 12."),
+            "allow in a layer add up to 20 or 24. Ask for a sparsity of 0.4 or 0.5."),
+        ({"num_experts": 9}, "add up to 24 or 28. Ask for 8 or 12."),
         ({"total_experts": 40}, "nothing to prune. Ask for 16, "),
     ],
 )  # fmt: skip
@@ -304,14 +305,14 @@ def test_a_choice_over_all_layers_keeps_what_the_rule_allows() -> None:
         kept = choose(scores, budget)
         sizes = {layer: len(experts) for layer, experts in kept.items()}
         assert sum(sizes.values()) == total and all(sizes[layer] in budget.allowed(layer) for layer in layers)
-        # The next four of a layer go in by the best of them, so no step left out begins better than one taken.
+        # The next four of a layer go in by their sum, so no step left out adds more than one taken.
         relative = {layer: -values / values.mean() for layer, values in scores.items()}
         taken, left = [], []
         for layer, count in layers.items():
             first = [*range(6)] if layer == 0 else []
             order = [*first, *sorted(set(range(count)) - set(first), key=lambda e, v=relative[layer]: v[e])]
             assert set(kept[layer]) == set(order[: sizes[layer]])
-            steps = [relative[layer][order[low]] for low in budget.allowed(layer)[:-1]]
+            steps = [relative[layer][order[low : low + 4]].sum() for low in budget.allowed(layer)[:-1]]
             done = budget.allowed(layer).index(sizes[layer])
             taken += steps[:done]
             left += steps[done:]

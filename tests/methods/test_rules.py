@@ -82,10 +82,6 @@ class SigmoidTopK(RoutingRule, kind="test_sigmoid"):
     def of_router(self, tensors: Mapping[str, Tensor]) -> RoutingRule:
         return dataclasses.replace(self, bias=tuple(tensors["gate.e_score_correction_bias"].tolist()))
 
-    def admits(self, retained: Sequence[int], size: int, num_experts: int) -> bool:
-        group = [expert // (num_experts // self.groups) for expert in retained]
-        return all(group.count(number) >= size / self.groups for number in range(self.groups))
-
     def choose(self, logits: Tensor, retained: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         scores = logits.float().sigmoid()
         keys = alone(self.ranking(logits), retained)

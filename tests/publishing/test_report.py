@@ -23,6 +23,7 @@ from conftest import make_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from synthetic import GroupedTopK, random_statistics
 
 from optimum_moe_prune import (
     CalibrationSet,
@@ -502,10 +503,31 @@ def test_mosaic_is_explained_as_it_chose(stats: CalibrationStats, settings: dict
         assert layer.shares.sum() == pytest.approx(1) and (np.diff(layer.shares) <= 0).all()
         assert layer.silhouette is None or -1 <= layer.silhouette <= 1
         joined: dict[int, set[int]] = {n: {e} for n, e in enumerate(layer.clusters.experts)}
-        for n, (a, b, *_) in enumerate(layer.clusters.tree[: len(joined) - len(layer.representatives)], len(joined)):
+        (tree,) = layer.clusters.trees
+        for n, (a, b, *_) in enumerate(tree[: len(joined) - len(layer.representatives)], len(joined)):
             joined[n] = joined.pop(int(a)) | joined.pop(int(b))
         assert sorted(map(sorted, layer.members.values())) == sorted(map(sorted, joined.values()))  # the tree, cut
         assert all(first in members for first, members in layer.members.items())
+
+
+def test_mosaic_of_a_router_with_groups_is_explained_by_a_tree_for_each(tmp_path: Path) -> None:
+    grouped = random_statistics(GroupedTopK(2, groups=2, top_groups=1), 2, 10, tokens=20)
+    plan = planned(grouped, "mosaic", num_experts=8, protect={0: (0, 1, 2, 3)}, method_options={"num_generalists": 0})
+    found = list(explain.mosaic_layers(plan, explain.recipe_of(plan, grouped)))
+    assert [layer.agrees for layer in found] == [True, True]
+    for layer, trees in zip(found, ([range(5, 10)], [range(5), range(5, 10)]), strict=True):
+        assert layer.clusters.experts == tuple(e for tree in trees for e in tree)
+        assert [len(tree) + 1 for tree in layer.clusters.trees] == [5] * len(trees)
+        (axes, *_) = drawn(graphs.clusters, layer).axes
+        (tree,) = [c for c in axes.collections if c.get_gid() == "tree"]
+        joints = [np.asarray(path.vertices) for path in tree.get_paths()]
+        assert len(joints) == 4 * len(trees)
+        for n in range(len(trees)):  # side by side, each above its own leaves
+            own = [j for j in joints if 5 * n - 0.5 < j[:, 0].min() and j[:, 0].max() < 5 * n + 4.5]
+            assert sorted(j[1, 1] for j in own) == pytest.approx(sorted(layer.clusters.trees[n][:, 2]))
+        cuts = [line for line in axes.lines if line.get_gid() == "cut"]
+        assert len(cuts) == (layer.cut is not None) == (len(trees) == 1)
+    page(write_report(tmp_path / "r.html", stats=grouped, plans={"grouped": plan}))
 
 
 def test_what_cannot_be_explained_is_said(

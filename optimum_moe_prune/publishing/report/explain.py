@@ -79,10 +79,10 @@ class MosaicLayer:
 
     @property
     def cut(self) -> float | None:
-        """The distance at which the tree is cut: 0 if among experts that are alike; None without a tree."""
-        if self.clusters is None or not len(self.clusters.tree):
+        """The distance at which the tree is cut: 0 if among experts that are alike; None without one tree."""
+        if self.clusters is None or len(self.clusters.trees) > 1 or not len(tree := self.clusters.trees[0]):
             return None
-        heights = [0.0, *self.clusters.tree[:, 2], 1.3 * self.clusters.tree[-1, 2]]
+        heights = [0.0, *tree[:, 2], 1.3 * tree[-1, 2]]
         merges = len(self.clusters.experts) - len(self.representatives)
         return (heights[merges] + heights[merges + 1]) / 2
 

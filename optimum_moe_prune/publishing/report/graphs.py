@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,24 +23,22 @@ if TYPE_CHECKING:
 
 
 def clusters(found: MosaicLayer) -> Figure:
-    """The tree of a layer's experts with its cut, and below it where each expert is good.
+    """The tree of a layer's experts (of a router with groups one for each), its cut, and where each expert is good.
 
     Experts stand in the order of the tree's leaves; clusters on bands, every other one tinted; representatives are
     marked. The map below has the domains down: the rank, from 1, of each among the domains of an expert by its error
     (with fewer than 3 domains, where ranks say nothing, the logarithm of the error in standard deviations).
     """
     from matplotlib.colors import Normalize
-    from scipy.cluster.hierarchy import dendrogram
 
     assert found.clusters is not None
-    tree = found.clusters.tree
-    shape = dendrogram(tree, no_plot=True) if len(tree) else {"leaves": [0], "icoord": [], "dcoord": []}
-    leaves, domains = shape["leaves"], len(found.shares)
+    leaves, joints = _forest(found.clusters.trees)
+    domains = len(found.shares)
     width = min(WIDTH, 1.6 + max(0.5 * len(leaves), 2.0))
     down = min(0.17 * domains, 2.6) + 0.15
     figure = sheet(2.5 + down, width)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.3, down])
-    _draw_tree(above, found, shape)
+    _draw_tree(above, found, leaves, joints)
 
     values, ticks, label = _merits(found.vectors)
     cell = (width - 1.0) / len(leaves)
@@ -79,18 +78,29 @@ def _number_experts(axes: Axes, found: MosaicLayer, leaves: list[int], cell: flo
     axes.annotate("expert", (0, 0), (-4, -4), **{**look, "xycoords": "axes fraction", "ha": "right", "rotation": 0})
 
 
-def _draw_tree(axes: Axes, found: MosaicLayer, shape: Json) -> None:
+def _forest(trees: Sequence[np.ndarray]) -> tuple[list[int], list[np.ndarray]]:
+    """The order of the leaves of trees side by side, and their joints as lines ``(4, 2)`` above the leaves' places."""
+    from scipy.cluster.hierarchy import dendrogram
+
+    leaves: list[int] = []
+    joints = []
+    for tree in trees:
+        shape = dendrogram(tree, no_plot=True) if len(tree) else {"leaves": [0], "icoord": [], "dcoord": []}
+        shapes = zip(shape["icoord"], shape["dcoord"], strict=True)  # scipy's leaves stand at 5, 15, 25 ...
+        joints += [np.column_stack([len(leaves) + (np.array(across) - 5) / 10, up]) for across, up in shapes]
+        leaves += [len(leaves) + leaf for leaf in shape["leaves"]]
+    return leaves, joints
+
+
+def _draw_tree(axes: Axes, found: MosaicLayer, leaves: list[int], joints: list[np.ndarray]) -> None:
     from matplotlib.collections import LineCollection
 
     assert found.clusters is not None
-    leaves, heights = shape["leaves"], found.clusters.tree[:, 2]
-    cut = found.cut
+    heights, cut = np.concatenate(found.clusters.trees)[:, 2], found.cut
     label = found.clusters.label[leaves]
     starts = [0, *(np.flatnonzero(np.diff(label)) + 1).tolist(), len(leaves)]
     for begin, end in list(itertools.pairwise(starts))[::2]:
         axes.axvspan(begin - 0.5, end - 0.5, color="#eef2f6", linewidth=0, zorder=0)
-    shapes = zip(shape["icoord"], shape["dcoord"], strict=True)  # scipy's leaves stand at 5, 15, 25 ...
-    joints = [np.column_stack([(np.array(across) - 5) / 10, up]) for across, up in shapes]
     below = [joint[1, 1] <= (cut or 0.0) for joint in joints]
     colours, widths = np.where(below, RETAINED, "#9a9a9a").tolist(), np.where(below, 1.4, 0.9)
     axes.add_collection(LineCollection(joints, colors=colours, linewidths=widths, gid="tree"), autolim=False)
