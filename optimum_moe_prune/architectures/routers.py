@@ -44,6 +44,9 @@ class RoutingRule(ABC):
         epsilon: Added to the sum of numerators.
         groups: Groups of equal size in which the router sees its experts, in their order. A model that is pruned cuts
             the experts that are left into as many equal groups, so each has to keep the same number.
+        fixed: Columns of the logits after those of the experts, which stay whatever is pruned. Where they are chosen
+            like experts (``fixed_are_chosen``) their outputs are observed as well.
+        replays: Whether the layer's output with fewer experts follows from its logits and its experts' outputs.
     """
 
     kind: ClassVar[str]
@@ -52,6 +55,9 @@ class RoutingRule(ABC):
     scale: float | tuple[float, ...] = 1.0
     epsilon: float = 0.0
     groups: int = 1
+    fixed: int = 0
+    fixed_are_chosen: bool = False
+    replays: bool = True
 
     def __init_subclass__(cls, kind: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

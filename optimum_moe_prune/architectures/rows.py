@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .rules import Form, Softmax
+from .rules import Form, Mixer, Softmax
 from .spec import MoESpec
 
 # softmax over all experts, the K best; or the K best logits and the softmax of these, which is the same
@@ -124,6 +124,27 @@ ROWS = (
     MoESpec("flint", Form("sigmoid", renormalise="norm_topk_prob")),
     MoESpec("kolibri1", Form("sigmoid", by_logits=True, renormalise="norm_topk_prob", bias="e_score_correction_bias")),
     MoESpec("llama4_text", Form("sigmoid", by_logits=True, on_input=True)),
+    MoESpec(
+        "inkling_text",
+        Form(
+            "sigmoid",
+            scale="route_scale",
+            expert_scale="global_scale",
+            bias="e_score_correction_bias",
+            fixed="n_shared_experts",
+            shared=True,
+        ),
+        notes="what shared experts give changes with the choice: no methods that replay it",
+    ),
+    # ------------------------------------------------------------------------------------------- of their own
+    MoESpec(
+        "longcat_flash",
+        Form(
+            renormalise=False, scale="routed_scaling_factor", bias="e_score_correction_bias", fixed="zero_expert_num"
+        ),
+        notes="experts that do nothing always stay",
+    ),
+    MoESpec("phimoe", Mixer("router_jitter_noise")),
     # ------------------------------------------------------------------------------------------- by a key
     MoESpec("cohere2_moe", Form("expert_selection_fn", by_logits=True, renormalise="norm_topk_prob", exact=False)),
     MoESpec(
@@ -153,7 +174,4 @@ ROWS = (
     MoESpec("ernie4_5_vl_moe_text", refused="its blocks hold two sets of experts of different widths"),
     MoESpec("diffusion_gemma_text", refused="it denoises whole texts; a token's routing changes from step to step"),
     MoESpec("openai_privacy_filter", refused="it labels tokens and is no causal language model"),
-    MoESpec("longcat_flash", refused="some of its experts do nothing, and its layers hold two blocks each"),
-    MoESpec("inkling_text", refused="its shared experts take part in the weights of those that are chosen"),
-    MoESpec("phimoe", refused="its routers choose experts one after the other, each time by thresholds of their own"),
 )

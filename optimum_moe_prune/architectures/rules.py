@@ -43,6 +43,8 @@ class TopK(RoutingRule, kind="top_k"):
         softcap: Logits become ``softcap * tanh(logits / softcap)`` first; 0 leaves them.
         multiplier: What logits are multiplied by first.
         exact: Whether scores are computed in float32 whatever the dtype of the logits.
+        fixed: Columns after the experts' that stay: experts that do nothing, or (``shared``) those of shared experts.
+        shared: Whether these are not chosen, and only count in the sum that is divided by.
         on_input: Whether the score multiplies what goes into an expert and not what comes out. An expert's output is
             then that of its own input, and every chosen one counts with 1.
         bias_from: Name of the router's tensor with the bias; a layer's own rule has it read.
@@ -63,6 +65,8 @@ class TopK(RoutingRule, kind="top_k"):
     softcap: float = 0.0
     multiplier: float = 1.0
     exact: bool = True
+    fixed: int = 0
+    shared: bool = False
     on_input: bool = False
     bias_from: str = ""
     scale_from: str = ""
@@ -80,6 +84,14 @@ class TopK(RoutingRule, kind="top_k"):
         return bool(self.bias_from or self.scale_from)
 
     @property
+    def fixed_are_chosen(self) -> bool:  # type: ignore[override]
+        return self.fixed > 0 and not self.shared
+
+    @property
+    def replays(self) -> bool:  # type: ignore[override]
+        return not self.shared  # what shared experts give changes with the choice as well
+
+    @property
     def normalised_over(self) -> Normalisation:
         if self.on_input:
             return "none"
@@ -88,7 +100,8 @@ class TopK(RoutingRule, kind="top_k"):
     @property
     def ranked(self) -> bool:
         # Probabilities over those that are left change with the set, and a bias does not change with them.
-        return self.groups == 1 and not (self.score == "softmax" and self.bias_from and not self.by_logits)
+        moving = self.score == "softmax" and self.bias_from and not self.by_logits
+        return self.groups == 1 and self.fixed == 0 and not moving
 
     @property
     def fewest_in_group(self) -> int:
@@ -111,7 +124,8 @@ class TopK(RoutingRule, kind="top_k"):
         changes: dict[str, Any] = {"bias": read(self.bias_from)} if self.bias_from else {}
         if self.scale_from:
             assert not isinstance(self.scale, tuple)
-            changes["scale"] = tuple(self.scale * scale for scale in read(self.scale_from))
+            scales = tuple(self.scale * scale for scale in read(self.scale_from))
+            changes["scale"] = scales[0] if len(scales) == 1 else scales
         return replace(self, **changes)
 
     # -- how it routes
@@ -119,11 +133,12 @@ class TopK(RoutingRule, kind="top_k"):
     def choose(self, logits: Tensor, retained: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         import torch
 
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        if retained is not None:
-            if not self.admits(retained, len(retained), logits.shape[1]):
-                raise RequestError(f"the routers' {self.groups} groups of experts have to keep the same number each.")
-            ids = torch.as_tensor(retained, device=logits.device)
+        count = logits.shape[1] - self.fixed
+        if retained is not None and self.groups > 1 and not self.admits(retained, len(retained), count):
+            raise RequestError(f"the routers' {self.groups} groups of experts have to keep the same number each.")
+        kept = range(count) if retained is None else retained
+        fixed = range(count, logits.shape[1]) if self.fixed_are_chosen else ()
+        ids = torch.tensor([*kept, *fixed], device=logits.device)
         score = self._score(logits[:, ids])
         key = self._key(logits[:, ids], score, ids)
         if self.groups > 1:
@@ -134,12 +149,15 @@ class TopK(RoutingRule, kind="top_k"):
             return ids[chosen], torch.ones_like(weights)
         if self.renormalise:
             total = weights.sum(dim=-1, keepdim=True) + self.epsilon
+            if self.shared:
+                total = total + self._score(logits[:, count:]).float().sum(dim=-1, keepdim=True)
             weights = weights / (total.clamp(min=self.floor) if self.floor else total)
         return ids[chosen], weights * self._scale(ids)[chosen].float()
 
     def ranking(self, logits: Tensor) -> Tensor:
         import torch
 
+        logits = logits[:, : logits.shape[1] - self.fixed] if self.shared else logits
         return self._key(logits, self._score(logits), torch.arange(logits.shape[1], device=logits.device))
 
     def numerators(self, logits: Tensor) -> Tensor:
@@ -220,6 +238,72 @@ class Hashed(TopK, kind="hashed"):
 
 
 @dataclass(frozen=True)
+class SparseMixer(RoutingRule, kind="sparse_mixer"):
+    """The best expert, then the best of the others (arXiv 2409.12136, as it decides after training).
+
+    Each is weighed by the softmax over those that come near it: whose logits are less than ``2 jitter`` of their own
+    size below the best one's.
+
+    Attributes:
+        top_k: Experts used per token; 2.
+        jitter: How near.
+    """
+
+    top_k: int
+    jitter: float
+
+    def __post_init__(self) -> None:
+        if self.top_k != 2:
+            raise ValueError(f"top_k is {self.top_k!r}; this rule chooses 2 experts")
+
+    @property
+    def normalised_over(self) -> Normalisation:
+        return "retained"
+
+    @property
+    def ranked(self) -> bool:
+        return False
+
+    def choose(self, logits: Tensor, retained: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        import torch
+
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        if retained is not None:
+            ids = torch.as_tensor(retained, device=logits.device)
+        logits = logits[:, ids]
+        left, chosen, weights = logits, [], []
+        for _ in range(self.top_k):
+            best, place = left.max(dim=-1, keepdim=True)
+            far = (best - logits) / logits.abs().clamp(min=best) > 2 * self.jitter
+            weights.append(left.masked_fill(far, -torch.inf).softmax(dim=-1).gather(1, place))
+            chosen.append(place)
+            left = left.scatter(1, place, -torch.inf)
+        return ids[torch.cat(chosen, dim=1)], torch.cat(weights, dim=1).float()
+
+    def ranking(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def numerators(self, logits: Tensor) -> Tensor:
+        logits = logits.double()
+        return (logits - logits.amax(dim=1, keepdim=True)).clamp_(min=-300).exp_()
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """:class:`SparseMixer` as a row states it.
+
+    Attributes:
+        jitter: The config's key.
+    """
+
+    jitter: str
+
+    def rule(self, config: Any, top_k: int) -> RoutingRule:
+        """As :meth:`Form.rule`."""
+        return SparseMixer(top_k, float(getattr(config, self.jitter)))
+
+
+@dataclass(frozen=True)
 class Form:
     """A rule as a row states it: texts are keys of the text model's config, other values are as they are.
 
@@ -232,6 +316,8 @@ class Form:
         expert_scale: Name of the one with a scale for each expert.
         table: Name of the router's tensor that says by a token's id where it goes, in the layers that have one.
         limited: A key and the value with which the groups count; without it they always do.
+        fixed: Key of the number of columns after the experts' that stay.
+        shared: Whether these are of shared experts.
     """
 
     score: str = "softmax"
@@ -251,6 +337,8 @@ class Form:
     expert_scale: str = ""
     table: str = ""
     limited: tuple[str, str] | None = None
+    fixed: str = ""
+    shared: bool = False
 
     def rule(self, config: Any, top_k: int) -> RoutingRule:
         """The rule of a model.
@@ -282,6 +370,8 @@ class Form:
             multiplier=float(said(self.multiplier)),
             exact=self.exact,
             on_input=self.on_input,
+            fixed=int(getattr(config, self.fixed) or 0) if self.fixed else 0,
+            shared=self.shared,
             bias_from=self.bias if not self.bias_if or getattr(config, self.bias_if) else "",
             scale_from=self.expert_scale,
         )

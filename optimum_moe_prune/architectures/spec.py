@@ -15,7 +15,7 @@ from typing import Any
 from ..compat import ModelConfig, text_config
 from ..errors import RequestError
 from .routers import RoutingRule
-from .rules import Form, Softmax
+from .rules import Form, Mixer, Softmax
 
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
@@ -38,7 +38,7 @@ class MoESpec:
     """
 
     model_type: str
-    form: Form | Softmax | None = None
+    form: Form | Softmax | Mixer | None = None
     count_key: str = ""
     top_k_key: str = ""
     also: tuple[str, ...] = ()

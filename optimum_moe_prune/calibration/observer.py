@@ -126,7 +126,8 @@ class LayerObserver:
         self.before = before
         self.num_experts = block.num_experts
         self.routed = Routed(self.num_experts)
-        triangle = torch.triu_indices(self.num_experts, self.num_experts)
+        self.num_outputs = self.num_experts + (self.rule.fixed if self.rule.fixed_are_chosen else 0)
+        triangle = torch.triu_indices(self.num_outputs, self.num_outputs)
         self.triangle = (triangle[0], triangle[1])
         self.tensors: Mapping[str, Tensor] = {}
         self.logits: Tensor | None = None
@@ -158,7 +159,7 @@ class LayerObserver:
             before = 0 if self.before is None else self.before.num_experts
             shapes = layer_shapes(
                 self.needs, self.current.num_samples, len(self.current.token_sample), self.num_experts, before,
-                x.shape[1] - own.scores, logits.dtype, x.dtype,
+                x.shape[1] - own.scores, logits.dtype, x.dtype, self.rule,
             )  # fmt: skip
             self.tensors = self.allocate(self.block.layer, shapes)
         self._routing(logits, chosen)
@@ -193,7 +194,7 @@ class LayerObserver:
     def _routing(self, logits: Tensor, chosen: Tensor) -> None:
         if not self.needs & {Need.ROUTING, Need.COACTIVATION}:
             return
-        log_p = self.rule.log_probabilities(logits)
+        log_p = self.rule.log_probabilities(logits)[:, : self.num_experts]
         p = log_p.exp()
         if Need.COACTIVATION in self.needs:
             self._coactivation(p.cpu(), chosen.cpu())
@@ -203,7 +204,7 @@ class LayerObserver:
         self._add("probability", p)
         self._add("probability_log2", p * log_p / math.log(2))
         self._add_chosen("routed_tokens", chosen, torch.ones_like(chosen, dtype=torch.float64))
-        self._add_chosen("routed_probability", chosen, p.gather(1, chosen))
+        self._add_chosen("routed_probability", chosen, p.gather(1, chosen.clamp(max=self.num_experts - 1)))
 
     def _coactivation(self, p: Tensor, chosen: Tensor) -> None:
         """Probabilities ``(T, E)`` here, summed over the tokens routed to each expert of the MoE layer before."""
@@ -214,8 +215,9 @@ class LayerObserver:
         assert routed_before is not None
         for number in self.current.sample.unique().tolist():  # the whole of a sample is in one batch
             rows = (self.current.sample == number).nonzero().flatten()
-            routed = torch.zeros(len(rows), self.before.num_experts, dtype=torch.float64)
-            routed.scatter_(1, routed_before[rows], 1.0)
+            before = routed_before[rows]
+            routed = torch.zeros(len(rows), max(self.before.num_experts, int(before.max()) + 1), dtype=torch.float64)
+            routed = routed.scatter_(1, before, 1.0)[:, : self.before.num_experts]
             self.tensors["coactivation"][number] = (routed.T @ p[rows]).float()
 
     def _routed(self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
@@ -230,13 +232,13 @@ class LayerObserver:
         """The block's output from the outputs of all experts, and the statistics that need them all."""
         outputs = []
         chosen_sizes = []
-        size = max(1, _CHUNK_BYTES // (4 * self.num_experts * x.shape[1]))
+        size = max(1, _CHUNK_BYTES // (4 * self.num_outputs * x.shape[1]))
         for rows in torch.arange(len(x), device=x.device).split(size):
             part, ids, w = x[rows], chosen[rows], weight[rows]
             one = torch.ones(len(rows), 1, dtype=weight.dtype, device=x.device)
             size = x.shape[1] - own.scores
-            y = torch.empty(len(rows), self.num_experts, size, dtype=torch.float32, device=x.device)
-            for expert in range(self.num_experts):
+            y = torch.empty(len(rows), self.num_outputs, size, dtype=torch.float32, device=x.device)
+            for expert in range(self.num_outputs):
                 y[:, expert] = own(part, torch.full_like(ids[:, :1], expert), one)
             if not all_finite(y):
                 raise RunError(f"layer {self.block.layer}: an expert's output is NaN or infinite.")
@@ -246,7 +248,7 @@ class LayerObserver:
             if Need.ROUTED_NORMS in self.needs:
                 chosen_sizes.append(_sizes(routed))
             if Need.DENSE_NORMS in self.needs:
-                self._add("dense_norm", torch.linalg.vector_norm(y, dim=-1), rows)
+                self._add("dense_norm", torch.linalg.vector_norm(y[:, : self.num_experts], dim=-1), rows)
             if Need.SINGLE_ERROR in self.needs:
                 lone = self.rule.lone_weights(logits[rows])  # what the expert alone would be weighted with
                 error = torch.stack(
@@ -272,8 +274,8 @@ class LayerObserver:
         self._add_chosen("norm_applied", chosen, norm * weight.double())
         self._add_chosen("norm_probability", chosen, norm * p)
         self._add_chosen("norm_renormalised", chosen, norm * p / p.sum(1, keepdim=True))
-        slot = self.current.sample[:, None] * self.num_experts + chosen.cpu()
-        self.tensors["max_element"].view(-1).scatter_reduce_(0, slot.flatten(), largest.cpu().flatten(), "amax")
+        slot, real = self._slots(chosen)
+        self.tensors["max_element"].view(-1).scatter_reduce_(0, slot, largest.cpu().flatten()[real], "amax")
 
     def _keep_gram(self, y: Tensor, rows: Tensor) -> None:
         """Keep upper triangles of Gram matrices, in float32 or better whatever the process allows elsewhere."""
@@ -297,8 +299,15 @@ class LayerObserver:
 
     def _add_chosen(self, name: str, chosen: Tensor, values: Tensor) -> None:
         """Add ``(T, K)`` values to the samples of the tokens and the experts ``chosen``."""
-        slot = self.current.sample[:, None] * self.num_experts + chosen.cpu()
-        self.tensors[name].view(-1).index_add_(0, slot.flatten(), values.double().cpu().flatten())
+        slot, real = self._slots(chosen)
+        self.tensors[name].view(-1).index_add_(0, slot, values.double().cpu().flatten()[real])
+
+    def _slots(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the values of chosen experts belong, and which of them are of experts: others stay and have none."""
+        chosen = chosen.cpu()
+        slot = self.current.sample[:, None] * self.num_experts + chosen
+        real = (chosen < self.num_experts).flatten()
+        return slot.flatten()[real], real
 
     def _kept_among(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which of some tokens are kept: their places among ``rows`` and their rows in the kept tensors."""

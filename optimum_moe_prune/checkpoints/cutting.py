@@ -63,7 +63,9 @@ def select(plan: PruningPlan, layout: Layout) -> dict[str, Piece]:
     names: dict[str, str] = {}  # new names
     for index, layer in layout.layers.items():
         retained = plan.retained[index]
-        _select_numbered(layer.experts, retained, changed, names)
+        _select_numbered(
+            layer.experts, [*retained, *range(layer.num_experts, layer.num_experts + layer.fixed)], changed, names
+        )
         if len(retained) == layer.num_experts:
             continue
         for name, (axis, each, extra) in layer.axes.items():

@@ -190,6 +190,7 @@ def _sort(layout: Layout, index: int, names: WeightNames, name: str, path: str, 
             if converter is not None:
                 shape = names.parameter_shape(f"{layout.structure.layers}.{index}.{path}")
                 layer.projections.update(names.source_shapes(converter, shape))
+                layer.fixed = max(layer.fixed, 0 if axis is None else axis.extra)
             _put(layout, layer.experts.setdefault(int(match[2]), {}), match[3], name)
         else:
             _put(layout, layer.fused, name.rpartition(".")[2] if beside else path[len(experts) :], name)
@@ -275,14 +276,14 @@ def _elements(
 def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
     """Check experts with tensors of their own: all there, and alike."""
     checkpoint, count = layout.checkpoint, layer.num_experts
-    beyond = [number for number in layer.experts if number >= count]
+    beyond = [number for number in layer.experts if number >= count + layer.fixed]
     if beyond:
         name = next(iter(layer.experts[min(beyond)].values()))
         raise RequestError(
             f"{checkpoint.tensors[name].file}: {name} is there, and config.json says {count} experts (0 to "
             f"{count - 1})."
         )
-    paths = {path for tensors in layer.experts.values() for path in tensors}
+    paths = {path for number, tensors in layer.experts.items() if number < count for path in tensors}
     for number in range(count):
         have = layer.experts.get(number, {})
         for path in sorted(paths - set(have)):

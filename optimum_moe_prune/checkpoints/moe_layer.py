@@ -17,6 +17,7 @@ class MoELayer:
         router: Tensors with something of each expert: path below the decoder layer -> name.
         table: The table that says by a token's id where it goes, in a layer that has one.
         whole: Tensors beside these that are of no single expert: scales of a whole router or of all experts.
+        fixed: Experts after these that stay, and do not count.
         projections: What each expert has of its own, with the shape the config says where that can be told.
         axes: Dimension, length for one expert and length beyond all, of each tensor that is cut.
     """
@@ -27,5 +28,6 @@ class MoELayer:
     router: dict[str, str] = field(default_factory=dict)
     table: str = ""
     whole: list[str] = field(default_factory=list)
+    fixed: int = 0
     projections: dict[str, tuple[int, ...]] = field(default_factory=dict)
     axes: dict[str, tuple[int, int, int]] = field(default_factory=dict)

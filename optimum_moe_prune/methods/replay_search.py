@@ -48,7 +48,12 @@ class Replay:
         self.gram = gram
         self.sample = sample.long()
         self.weights = weights.double()
-        self.num_tokens, self.num_experts = logits.shape
+        if not routing.replays:
+            raise RequestError(
+                "in this model shared experts take part in the choice, so what a layer gives with fewer experts does "
+                "not follow from its statistics; use a method of scores."
+            )
+        self.num_tokens, self.num_experts = len(logits), logits.shape[1] - routing.fixed
         self.index = gram_index(self.num_experts)
         if routing.ranked:
             self._prepare()

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..architectures.routers import RoutingRule
 from ..storage.tensor_files import Shapes
 
 
@@ -86,6 +87,7 @@ def layer_shapes(
     hidden_size: int,
     logits_dtype: torch.dtype,
     inputs_dtype: torch.dtype,
+    rule: RoutingRule | None = None,
 ) -> Shapes:
     """Shape and dtype of each tensor of a layer's statistics.
 
@@ -98,12 +100,15 @@ def layer_shapes(
         hidden_size: H.
         logits_dtype: Of the router's logits.
         inputs_dtype: Of the block's input.
+        rule: The routers'; says what stands beside the experts (``fixed``).
     """
+    fixed = 0 if rule is None else rule.fixed
+    outputs = num_experts + (fixed if rule is not None and rule.fixed_are_chosen else 0)
     others = {
         "coactivation": ((num_samples, experts_before, num_experts), torch.float32),
-        "logits": ((num_tokens, num_experts), logits_dtype),
+        "logits": ((num_tokens, num_experts + fixed), logits_dtype),
         "token_single_error": ((num_tokens, num_experts), torch.float32),
-        "gram": ((num_tokens, num_experts * (num_experts + 1) // 2), torch.float32),
+        "gram": ((num_tokens, outputs * (outputs + 1) // 2), torch.float32),
         "inputs": ((num_tokens, hidden_size), inputs_dtype),
     }
     return {name: others.get(name, ((num_samples, num_experts), torch.float64)) for name in tensor_names(needs)}

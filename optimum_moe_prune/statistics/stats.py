@@ -276,7 +276,7 @@ class CalibrationStats:
             there = tensor_shapes(layer.tensors)
             hidden = there["inputs"][0][-1] if "inputs" in there else 0
             counts = (len(self.samples), len(kept), layer.num_experts, before, hidden)
-            shapes = layer_shapes(self.needs, *counts, logits_dtype=torch.float32, inputs_dtype=torch.float32)
+            shapes = layer_shapes(self.needs, *counts, torch.float32, torch.float32, rule=layer.routing)
             for name in self.names:
                 shape, _ = shapes[today.get(name, name)]
                 if there[name][0] != shape or there[name][1] not in _DTYPES:
