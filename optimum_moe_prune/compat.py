@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 ModelConfig = Any
@@ -165,6 +166,15 @@ class WeightNames:
             target, pattern = name, None
         return target, pattern, None if pattern is None else self._of_pattern[pattern]
 
+    def in_files(self, parameter: str) -> list[str]:
+        """The names under which files may hold a parameter, the one that transformers saves it under first."""
+        names = [parameter]
+        for entry in self._renamings:
+            for source, target in zip(entry.source_patterns, entry.target_patterns, strict=False):
+                if target in parameter and not set(source) & set("^$()\\*+?[]|"):
+                    names.insert(0, parameter.replace(target, source))
+        return list(dict.fromkeys(names))
+
     @staticmethod
     def stacks_experts(converter: Any) -> bool:
         """Whether a converter makes each expert's part of that expert's tensors alone."""
@@ -177,13 +187,48 @@ class WeightNames:
             and all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
         )
 
-    def converted(self, parameter: str, converter: Any, tensors: Mapping[str, list[Tensor]]) -> Tensor:
-        """A parameter made by a converter of tensors, by pattern."""
-        converter = copy.deepcopy(converter)  # it collects what it is given
+    def parameter_shape(self, parameter: str) -> tuple[int, ...]:
+        """The shape of a parameter of the model."""
+        return tuple(self._parameters[parameter].shape)
+
+    def source_shapes(self, converter: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """What each expert has in files of a parameter of all: names below the expert, and shapes where they follow.
+
+        Args:
+            converter: What makes the parameter.
+            shape: Its shape, expert first.
+        """
+        one = list(shape[1:])
+        if self.stacks_experts(converter):
+            for operation in converter.operations[1:]:
+                one[operation.dim - 1] //= len(converter.source_patterns)
+        else:
+            one = []
+        ends = (pattern.rpartition("*.")[2].removesuffix("$") for pattern in converter.source_patterns)
+        return {end.removesuffix(".weight"): tuple(one) for end in ends}
+
+    @staticmethod
+    def made_with(target: str, converter: Any) -> list[str]:
+        """The parameters that a converter makes together with its first one."""
+        targets = [] if converter is None else converter.target_patterns
+        return [target, *(target.replace(targets[0], other) for other in targets[1:])]
+
+    def converted(
+        self, parameter: str, converter: Any, tensors: Mapping[str, list[Tensor]], first: str | None = None
+    ) -> Tensor:
+        """A parameter made by a converter of tensors, by pattern.
+
+        Args:
+            parameter: Its name.
+            converter: The converter.
+            tensors: What it is made of.
+            first: The first of the parameters that the converter makes; by default this one.
+        """
+        converter, first = copy.deepcopy(converter), first or parameter  # it collects what it is given
         for pattern, values in tensors.items():
             for value in values:
-                converter.add_tensor(parameter, parameter, pattern, value)
-        made = converter.convert(parameter, model=self._model, config=self._model.config)[parameter]
+                converter.add_tensor(first, first, pattern, value)
+        made = converter.convert(first, model=self._model, config=self._model.config)[parameter]
         return made[0] if isinstance(made, list) else made
 
 
@@ -195,3 +240,75 @@ def initialise(model: Any, module: nn.Module) -> None:
 def keep_from_initialising(value: Tensor) -> None:
     """Mark a tensor as loaded: :func:`initialise` leaves it as it is (it looks for ``_is_hf_initialized``)."""
     value._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+# ------------------------------------------------------------------------------------------- building
+
+
+def model_class(config: ModelConfig) -> Any:
+    """The class that a checkpoint's config says it is of, else the one that reads text, else one that sees as well.
+
+    Why: ``AutoModelForCausalLM`` gives the text part alone of some models that see, and has no class for others. The
+    tables of the auto classes are not exported.
+
+    Raises:
+        LookupError: If transformers has none.
+    """
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, name, None)
+        if named is not None and hasattr(named, "from_pretrained"):
+            return named
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise LookupError(config.model_type)
+
+
+def loader_of(config: ModelConfig, trust_remote_code: bool = False) -> Any:
+    """What has ``from_pretrained`` for a config: the class it is of, or an auto class where code comes with it.
+
+    Raises:
+        LookupError: If transformers has none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    return model_class(config)
+
+
+def default_config(model_type: str) -> ModelConfig:
+    """The config of a model type with the values it has of itself.
+
+    Raises:
+        ValueError: If transformers does not know it, or it has no such values.
+    """
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type)
+
+
+def build_on_meta(config: ModelConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+    """A model without weights, of the class that loads its checkpoints, in evaluation mode.
+
+    Why: ``PreTrainedModel._from_config`` is private, and ``from_config`` is of auto classes alone.
+    """
+    import torch
+
+    loader, config = loader_of(config, trust_remote_code), copy.deepcopy(config)
+    with torch.device("meta"):
+        if hasattr(loader, "_from_config"):
+            return loader._from_config(config, dtype=dtype).eval()
+        return loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+
+
+def built_like(model: Any, config: ModelConfig) -> Any:
+    """A model of the same class with another config, without weights."""
+    import torch
+
+    with torch.device("meta"):
+        return type(model)._from_config(config)

@@ -6,6 +6,12 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
+from datetime import datetime, timezone
+
+
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .calibration.calibrate import statistics_for
 from .calibration.samples import CalibrationInput, CalibrationSet
 from .checkpoints.layout import Layout, open_layout
 from .checkpoints.source import Source
 from .compat import ModelConfig, commit_of_config
 from .config import MoEPrunerConfig
 from .errors import RequestError
-from .evaluation.choosing import choose_experts, statistics_for
+from .evaluation.choosing import choose_experts
 from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
 from .models.blocks import moe_blocks, moe_layers
 from .models.checks import check_model
@@ -223,7 +224,7 @@ class MoEPruner:
         """
         model = self.layout() if model is None else model
         samples = self._samples_for(model, _needed(calibration))
-        stats = statistics_for(self._recipe(), model, samples, Compute(**compute), workspace)
+        stats = statistics_for([self._recipe()], model, samples, Compute(**compute), workspace)
         self.stats, self.pruning_plan = self._with_commit(stats), None  # an earlier plan does not rest on these
         return self.stats
 
@@ -490,7 +491,7 @@ class MoEPruner:
         if isinstance(calibration, CalibrationStats):
             self.stats = calibration
         elif texts is not None or self.stats is None or not recipe.needs:
-            stats = statistics_for(recipe, model, samples, compute, workspace.part("calibration"))
+            stats = statistics_for([recipe], model, samples, compute, workspace.part("calibration"))
             self.stats = self._with_commit(stats)
         plan, sensitivity = choose_experts(
             model,

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -16,6 +18,7 @@ SMALL = EXAMPLES / "small_models"
 sys.path[:0] = [str(SMALL), str(EXAMPLES)]
 import blocks  # noqa: E402
 import corpus  # noqa: E402
+from train import watch_loads  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +87,41 @@ def test_records_and_files_are_sound(tmp_path: Path) -> None:
     assert summary["samples"]["heldout"] == dict.fromkeys(corpus.DOMAINS, 10)
 
 
-@pytest.mark.parametrize(("name", "experts", "top_k"), [("mixtral", 8, 2), ("qwen2_moe", 16, 4)])
+@pytest.mark.parametrize(
+    ("name", "experts", "top_k"),
+    [("mixtral", 8, 2), ("qwen2_moe", 16, 4), ("qwen3_moe", 32, 4), ("deepseek_v3", 32, 4)],
+)
 def test_the_small_models_are_what_they_should_be(name: str, experts: int, top_k: int) -> None:
     config = AutoConfig.from_pretrained(SMALL / name)
-    assert (config.num_experts, config.num_experts_per_tok) == (experts, top_k)
+    number = config.n_routed_experts if name == "deepseek_v3" else config.num_experts
+    assert (number, config.num_experts_per_tok) == (experts, top_k)
     assert str(config.dtype) == "torch.bfloat16"
     assert (SMALL / name / "model.safetensors").stat().st_size <= 12_000_000
     tokenizer = AutoTokenizer.from_pretrained(SMALL / name)
-    assert tokenizer("1 + 1")["input_ids"][0] == tokenizer.bos_token_id or name == "qwen2_moe"
+    assert tokenizer("1 + 1")["input_ids"][0] == tokenizer.bos_token_id or name.startswith("qwen")
     if name == "qwen2_moe":
         assert config.norm_topk_prob is False and config.mlp_only_layers == [2]
+    if name == "deepseek_v3":
+        assert (config.n_group, config.topk_group, config.first_k_dense_replace) == (4, 2, 1)
+        with safe_open(SMALL / name / "model.safetensors", "pt") as tensors:
+            bias = tensors.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias")
+        assert bias.dtype == torch.float32 and not torch.equal(bias, bias.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_every_expert_is_used_and_domains_differ(name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(SMALL / name, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(SMALL / name)
+    last, loads = watch_loads(model), {}
+    for sample in corpus.make_corpus({"heldout": 20})["heldout"]:
+        tokens = tokenizer(sample["text"], truncation=True, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+        loads[sample["domain"]] = loads.get(sample["domain"], 0) + torch.stack(list(last.values()))
+    by_domain = torch.stack([load / load.sum(1, keepdim=True) for load in loads.values()])
+    everywhere = by_domain.mean(0)
+    assert 0.7 < (everywhere * 32).min() and (everywhere * 32).max() < 1.3
+    assert ((by_domain - everywhere).abs().sum(2) / 2).mean() > 0.2
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])

@@ -1,19 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tells models apart: a hash of their routers."""
+"""What tells models apart: a hash of their routers, and what results remember of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from ..compat import ModelConfig, commit_of_config, name_of_config
+from ..storage.values import Json
+from .spec import MoESpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def fingerprint_of(layers: Iterable[tuple[int, int, int, Iterable[Tensor]]]) -> str:
-    """The fingerprint of a model from layer index, number of experts, top_k and router tensors of each MoE layer."""
-    digest = hashlib.sha256()
+_NAMES = ("fingerprint", "fingerprint_bfloat16")
+
+
+def fingerprints_of(layers: Iterable[tuple[int, int, int, Iterable[Tensor]]]) -> Json:
+    """The fingerprints of a model from layer index, number of experts, top_k and router tensors of each MoE layer.
+
+    ``fingerprint`` is of the numbers as they are; ``fingerprint_bfloat16`` of the same rounded, so that a model and
+    its files know each other whichever precision the model was loaded in.
+    """
+    import torch
+
+    digests = {name: hashlib.sha256() for name in _NAMES}
     for layer, num_experts, top_k, tensors in layers:
-        digest.update(f"{layer}:{num_experts}:{top_k};".encode())
+        for digest in digests.values():
+            digest.update(f"{layer}:{num_experts}:{top_k};".encode())
         for tensor in tensors:
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+            exact = tensor.detach().float().cpu().contiguous()
+            for digest, values in zip(digests.values(), (exact, exact.to(torch.bfloat16).float()), strict=True):
+                digest.update(values.numpy().tobytes())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def same_routers(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two models, by what is remembered of them, have the same routers, perhaps in another precision.
+
+    Of what an earlier version remembers there is one fingerprint, of numbers in the precision it was loaded in. What
+    remembers none is not compared.
+    """
+    ours = {some[name] for name in _NAMES if name in some}
+    theirs = {others[name] for name in _NAMES if name in others}
+    return not ours or not theirs or bool(ours & theirs)
+
+
+def facts_of(spec: MoESpec, config: ModelConfig, fingerprints: Json, dense_layers: list[int]) -> Json:
+    """What statistics and plans remember of the model they were made for (``storage/FORMATS.md``)."""
+    return {
+        "model_type": spec.model_type,
+        "top_k": spec.routing(config).top_k,
+        **fingerprints,
+        "dense_layers": dense_layers,
+        "name_or_path": name_of_config(config),
+        "revision": commit_of_config(config),
+    }

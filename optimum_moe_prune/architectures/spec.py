@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What has to be known about an architecture to prune it: one frozen row per model type.
 
-Everything else (collecting, surgery, checks, the command line) reads these rows; nothing else asks for a model type.
+A row says how the routers choose, which no shape tells. Where experts and routers are, their tensors, the counts that
+modules remember and the names in files are found (``structure``), and the rule is proven against what the model does,
+on the first batch of every layer. Nothing else asks for a model type.
 """
 
 from __future__ import annotations
@@ -11,86 +13,90 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compat import ModelConfig, text_config
-from .routers import RoutingRule, SoftmaxTopK
+from ..errors import RequestError
+from .routers import RoutingRule
+from .rules import Form, Softmax
+
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
 
 
 @dataclass(frozen=True)
 class MoESpec:
     """One architecture.
 
-    Dotted paths follow attributes of modules. The experts are one module with fused tensors, called with hidden
-    states, the ids of the chosen experts and their weights, as in transformers 5.
-
     Attributes:
-        model_type: ``config.model_type``.
-        block_class: Class name of the MoE block; a decoder layer whose block has another class is dense.
-        layer_class: Class name of the decoder layer.
-        count_key: The config's own (canonical) key for the number of routed experts.
-        layers: From the causal language model to its decoder layers.
-        block: From a decoder layer to its MoE block.
-        experts: From the block to the module with the experts' tensors.
-        router: From the block to the module whose first output is the router's logits.
-        expert_tensors: Tensors of the experts module, expert first.
-        router_tensors: Tensors of the block (parameters or buffers, such as a correction bias) with a row per expert.
-        block_counts: Attributes below the block in which modules remember the number of experts.
-        model_counts: Attributes of the causal language model that do.
-        top_k_key: The config's key for the experts used per token.
-        renormalise: Whether the router divides the chosen weights by their sum: always, never, or by that config key.
-        cast_weights: Whether the router rounds the weights to the dtype of its logits.
-        rule: Makes the routers' rule of a model's config, where it is another one than these settings of a softmax.
-        modelling: The module with these classes; by default the one of the model type in transformers.
-        file_block: Name of the block in checkpoint files, where another one than ``block`` may stand there.
-        file_experts: Where files hold one tensor per expert and projection, ``BLOCK.EXPERTS.7.w1.weight``: name of
-            each projection, and the config's keys of its output and input size.
+        model_type: ``model_type`` of the config of its text part.
+        form: How its routers choose.
+        count_key: The config's key for the number of routed experts; by default the one of the usual names it has.
+        top_k_key: The config's key for the experts used per token; likewise.
+        also: Other model types that the same row describes.
+        rule: Makes the rule of a model's config, in place of ``form``.
+        modelling: The module with its classes, where that is not one of transformers.
+        refused: Why models of this type are not pruned; empty for all others.
+        notes: What a person should know of it (``architectures/README.md``).
     """
 
     model_type: str
-    block_class: str
-    layer_class: str
-    count_key: str
-    layers: str = "model.layers"
-    block: str = "mlp"
-    experts: str = "experts"
-    router: str = "gate"
-    expert_tensors: tuple[str, ...] = ("gate_up_proj", "down_proj")
-    router_tensors: tuple[str, ...] = ("gate.weight",)
-    block_counts: tuple[str, ...] = ("experts.num_experts", "gate.num_experts")
-    model_counts: tuple[str, ...] = ("num_experts",)
-    top_k_key: str = "num_experts_per_tok"
-    renormalise: bool | str = True
-    cast_weights: bool = False
+    form: Form | Softmax | None = None
+    count_key: str = ""
+    top_k_key: str = ""
+    also: tuple[str, ...] = ()
     rule: Callable[[Any], RoutingRule] | None = None
     modelling: str = ""
-    file_block: str = ""
-    file_experts: tuple[tuple[str, str, str], ...] = ()
+    refused: str = ""
+    notes: str = ""
 
-    @property
-    def modelling_module(self) -> str:
-        """The module with the architecture's classes."""
-        return self.modelling or f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+    def key_of_count(self, config: ModelConfig) -> str:
+        """The text config's own (canonical) key for the number of routed experts."""
+        return _canonical(text_config(config), (self.count_key,) if self.count_key else COUNT_KEYS, self.model_type)
 
-    @property
-    def file_blocks(self) -> tuple[str, ...]:
-        """The names under which checkpoint files may hold the block."""
-        return tuple(dict.fromkeys((self.file_block or self.block, self.block)))
+    def key_of_top_k(self, config: ModelConfig) -> str:
+        """The text config's own key for the experts used per token."""
+        return _canonical(text_config(config), (self.top_k_key,) if self.top_k_key else _TOP_K_KEYS, self.model_type)
 
     def is_unequal(self, config: ModelConfig) -> bool:
         """Whether a model's layers have different numbers of experts (``per_layer_config``)."""
         from .unequal import is_unequal  # it needs torch
 
-        return is_unequal(text_config(config), self.count_key)
+        return is_unequal(text_config(config), self.key_of_count(config))
 
     def num_experts(self, config: ModelConfig, layer: int) -> int:
         """Routed experts of a decoder layer, should it be sparse."""
         from .unequal import count_of_layer
 
-        return count_of_layer(text_config(config), self.count_key, layer)
+        return count_of_layer(text_config(config), self.key_of_count(config), layer)
 
     def routing(self, config: ModelConfig) -> RoutingRule:
-        """The rule of this architecture's router, with the settings of one model."""
-        config, renormalise = text_config(config), self.renormalise
+        """The rule of this architecture's routers, with the settings of one model."""
+        config = text_config(config)
         if self.rule is not None:
             return self.rule(config)
-        if isinstance(renormalise, str):
-            renormalise = bool(getattr(config, renormalise))
-        return SoftmaxTopK(int(getattr(config, self.top_k_key)), renormalise, self.cast_weights)
+        top_k = getattr(config, self.key_of_top_k(config))
+        if isinstance(top_k, list):  # one for each layer; rules have one
+            if len(set(top_k)) > 1:
+                raise RequestError(f"the layers of this model differ in experts per token ({top_k}); not supported.")
+            top_k = top_k[0]
+        if self.form is None:
+            raise RequestError(f"the row of {self.model_type!r} names no rule of its routers (form, or rule).")
+        return self.form.rule(config, int(top_k))
+
+    def by_table(self, rule: RoutingRule) -> RoutingRule:
+        """The rule of a layer that goes by a table of token ids, of the rule of the others."""
+        assert isinstance(self.form, Form)
+        return self.form.by_table(rule)
+
+
+def _canonical(config: Any, names: tuple[str, ...], model_type: str) -> str:
+    """The one key of a config that goes by one of these names, aliases resolved.
+
+    Raises:
+        RequestError: If there is none, or several that differ.
+    """
+    aliases = getattr(type(config), "attribute_map", {})
+    values = vars(config)
+    found = {aliases.get(name, name): None for name in names if aliases.get(name, name) in values}
+    if len(found) != 1:
+        what = ", ".join(found) or f"none of {', '.join(names)}"
+        raise RequestError(f"the config of this {model_type!r} model has {what}; which key counts cannot be told.")
+    return next(iter(found))

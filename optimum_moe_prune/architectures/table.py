@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The known architectures, by model type."""
+"""The known architectures, by the model type of their text part."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from ..compat import ModelConfig
+from ..compat import ModelConfig, text_config
 from ..errors import RequestError, nearest_first
-from .mixtral import MIXTRAL
-from .qwen2_moe import QWEN2_MOE
+from .rows import ROWS
 from .spec import MoESpec
 
 _ROWS: dict[str, MoESpec] = {}
@@ -24,9 +23,11 @@ def register_architecture(spec: MoESpec) -> MoESpec:
     Raises:
         RequestError: If its model type is known already.
     """
-    if spec.model_type in _ROWS:
-        raise RequestError(f"architecture {spec.model_type!r} is registered already.")
-    _ROWS[spec.model_type] = spec
+    types = (spec.model_type, *spec.also)
+    for model_type in types:
+        if model_type in _ROWS:
+            raise RequestError(f"architecture {model_type!r} is registered already.")
+    _ROWS.update(dict.fromkeys(types, spec))
     for listener in on_register:
         listener(spec)
     return spec
@@ -34,26 +35,27 @@ def register_architecture(spec: MoESpec) -> MoESpec:
 
 def list_architectures() -> list[str]:
     """Model types that can be pruned."""
-    return sorted(_ROWS)
+    return sorted(model_type for model_type, spec in _ROWS.items() if not spec.refused)
 
 
 def all_architectures() -> list[MoESpec]:
     """The rows."""
-    return list(_ROWS.values())
+    return list(dict.fromkeys(_ROWS.values()))
 
 
 def architecture_of(config: ModelConfig) -> MoESpec:
     """The row for a model's config.
 
     Args:
-        config: A ``PretrainedConfig``.
+        config: A ``PretrainedConfig``; of a model that sees or hears as well, the row of its text part is meant.
 
     Raises:
-        RequestError: If the model type is not known, or the model has no experts.
+        RequestError: If the model type is not known, or refused, or the model has no experts.
     """
-    model_type = getattr(config, "model_type", None) or type(config).__name__
-    if model_type in _ROWS:
-        return _ROWS[model_type]
+    spec = find_architecture(config)
+    if spec is not None:
+        return spec
+    model_type = _model_type(config)
     has_experts = _names_experts(config.to_dict())
     known = nearest_first(model_type, list_architectures())
     if has_experts:
@@ -67,6 +69,24 @@ def architecture_of(config: ModelConfig) -> MoESpec:
     )
 
 
+def find_architecture(config: ModelConfig) -> MoESpec | None:
+    """The row for a model's config, or None where none is known.
+
+    Raises:
+        RequestError: If models of this type are refused, and why.
+    """
+    for model_type in (_model_type(text_config(config)), _model_type(config)):
+        if (spec := _ROWS.get(model_type)) is not None:
+            if spec.refused:
+                raise RequestError(f"a {model_type!r} model cannot be pruned: {spec.refused}.")
+            return spec
+    return None
+
+
+def _model_type(config: ModelConfig) -> str:
+    return getattr(config, "model_type", None) or type(config).__name__
+
+
 def _names_experts(values: Any) -> bool:
     """Whether a config, or one nested in it, has a key about experts."""
     if not isinstance(values, dict):
@@ -74,5 +94,5 @@ def _names_experts(values: Any) -> bool:
     return any("expert" in str(key) or "moe" in str(key) or _names_experts(value) for key, value in values.items())
 
 
-for _spec in (MIXTRAL, QWEN2_MOE):
+for _spec in ROWS:
     register_architecture(_spec)

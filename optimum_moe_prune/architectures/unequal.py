@@ -8,6 +8,7 @@ it comes from.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,12 @@ def is_unequal(config: Any, count_key: str) -> bool:
     """Whether ``per_layer_config`` gives layers numbers of experts of their own, under the key or an alias of it."""
     aliases = getattr(type(config), "attribute_map", {})
     return any(aliases.get(key, key) == count_key for key in getattr(config, "per_layer_attributes", None) or ())
+
+
+def build_like(block: torch.nn.Module, own: Any, layer: int) -> torch.nn.Module:
+    """A block of the same class for a layer's own config."""
+    named = inspect.signature(type(block).__init__).parameters
+    return type(block)(own, layer) if "layer_idx" in named else type(block)(own)
 
 
 def share_config(module: torch.nn.Module, own: Any, config: Any) -> None:
@@ -82,15 +89,16 @@ def damage(config: Any, loading_info: Any, layers: str, block: str, counted: tup
     """What is wrong with the experts that were loaded, or None.
 
     Args:
-        config: The model's config; only those that say something of their layers are looked at.
+        config: The config of the model's text part; only those that say something of their layers are looked at.
         loading_info: What transformers found, in its last step before it fills gaps with random weights.
         layers: Name of the list of decoder layers.
-        block: Path from a decoder layer to its MoE block.
+        block: Path from a decoder layer to its MoE block; empty where that is the layer.
         counted: Paths below the block of the tensors with a row per expert.
     """
     if not getattr(config, "is_heterogeneous", False):
         return None
-    inside = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.{re.escape(block)}\.(.+)")
+    block = re.escape(f"{block}." if block else "")
+    inside = re.compile(rf"(?:^|\.){re.escape(layers)}\.(\d+)\.{block}(.+)")
     advice = "The checkpoint is damaged or was edited; it is not loaded, since these experts would be random."
     for name, found, expected in sorted(loading_info.mismatched_keys):
         if match := inside.search(name):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Union
 
@@ -94,7 +94,9 @@ def calibrate(
             stats = collect_streamed(skeleton, calibration, gathered, **settings, store=store)
         else:
             try:
-                stats = collect(load_model(layout, compute), calibration, gathered, **settings, store=store)
+                stats = collect(
+                    load_model(layout.checkpoint.source, compute), calibration, gathered, **settings, store=store
+                )
             except RunError:
                 layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
                 raise
@@ -103,6 +105,37 @@ def calibrate(
         store.close()
     provenance = {**stats.provenance, "streamed": compute.stream, "statistics_on_disk": store.spilled}
     return replace(stats, provenance=provenance)
+
+
+def statistics_for(
+    recipes: Sequence[MoEPrunerConfig],
+    model: Model,
+    samples: CalibrationSet | None,
+    compute: Compute = Compute(),
+    workspace: Workspace = Workspace(),
+) -> CalibrationStats:
+    """What the methods of recipes read: statistics of the samples, or of no calibration where none needs one.
+
+    Batches, kept tokens and seed are the first recipe's.
+
+    Raises:
+        RequestError: If samples are needed and there are none.
+    """
+    first = recipes[0]
+    if not any(recipe.needs for recipe in recipes):
+        return no_calibration(model, first.seed)
+    if samples is None:
+        raise RequestError(f"method {first.method!r} needs a calibration; pass calibration=texts.")
+    return calibrate(
+        model,
+        samples,
+        recipes,
+        batch_size=first.batch_size,
+        max_tokens=first.max_tokens,
+        seed=first.seed,
+        compute=compute,
+        workspace=workspace,
+    )
 
 
 def no_calibration(model: Model, seed: int = 0) -> CalibrationStats:
@@ -114,7 +147,7 @@ def no_calibration(model: Model, seed: int = 0) -> CalibrationStats:
     """
     layout = layout_of(model)
     if layout is None:
-        blocks = moe_blocks(model)  # type: ignore[arg-type]
+        blocks = moe_blocks(model)
         counts = {block.layer: block.num_experts for block in blocks}
         return empty_stats(model_facts(model), counts, blocks[0].rule, seed=seed)  # type: ignore[arg-type]
     open_skeleton(layout, Compute("float32"))  # looks whether all tensors are there

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from ..architectures.routers import RoutingRule
 from ..compat import ModelConfig, text_config
-from ..models.blocks import model_facts, moe_blocks
+from ..models.blocks import decoder_of, model_facts, moe_blocks
 from ..models.checks import check_finite, check_model, evaluating, input_device, vocabulary
 from ..progress import progress
-from ..provenance import versions
+from ..provenance import now, versions
 from ..statistics.files import layer_file
 from ..statistics.needs import PER_SAMPLE, Need, layer_shapes, tensor_names
 from ..statistics.stats import CalibrationStats, LayerStats
@@ -89,7 +88,7 @@ def collect(
         for observer in observers:
             observer.tensors = store.tensors(layer_file(observer.block.layer), None)
 
-    decoder = model.base_model
+    decoder = decoder_of(model)
     device = input_device(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -144,7 +143,7 @@ def assemble(
         max_tokens=max_tokens,
         seed=seed,
         provenance={
-            "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "made": now(),
             "versions": versions(),
             "sources": list(calibration.sources),
             "truncated_samples": calibration.truncated,
@@ -185,5 +184,5 @@ def empty_stats(
         index: LayerStats(count, routing, {}, torch.zeros(0, dtype=torch.float64), nothing)
         for index, count in num_experts.items()
     }
-    provenance = {"made": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": versions()}
+    provenance = {"made": now(), "versions": versions()}
     return CalibrationStats(facts, (), layers, frozenset(), nothing, nothing, 0, seed, provenance)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..errors import RunError
 from ..models.batches import Batch
-from ..models.blocks import ExpertsForward, MoEBlock
+from ..models.blocks import MoEBlock
+from ..models.experts import ExpertsForward
 from ..statistics.needs import DENSE, Need, layer_shapes
 from ..statistics.samples import keep_tokens
 from ..statistics.stats import LayerStats
@@ -148,8 +149,8 @@ class LayerObserver:
             raise RunError(
                 f"layer {self.block.layer}: the experts ran without their router; this model cannot be observed."
             )
-        shape = hidden.shape
-        hidden = hidden.view(-1, shape[-1])
+        shape = (*hidden.shape[:-1], hidden.shape[-1] - own.scores)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
         real = self.current.real
         x, chosen, weight = real(hidden), real(ids), real(weights)
         self._prove_rule(logits, chosen, weight)
@@ -157,12 +158,12 @@ class LayerObserver:
             before = 0 if self.before is None else self.before.num_experts
             shapes = layer_shapes(
                 self.needs, self.current.num_samples, len(self.current.token_sample), self.num_experts, before,
-                x.shape[1], logits.dtype, x.dtype,
+                x.shape[1] - own.scores, logits.dtype, x.dtype,
             )  # fmt: skip
             self.tensors = self.allocate(self.block.layer, shapes)
         self._routing(logits, chosen)
         if Need.INPUTS in self.needs:
-            self._keep("inputs", x)
+            self._keep("inputs", x[:, : x.shape[1] - own.scores])
         if self.needs & DENSE:
             output = self._dense(own, x, logits, chosen, weight)
         elif Need.ROUTED_NORMS in self.needs:
@@ -170,7 +171,7 @@ class LayerObserver:
         else:
             return own(hidden, ids, weights).view(shape)
         if self.current.padded:  # the output on padding reaches no real token
-            whole = torch.zeros_like(hidden)
+            whole = hidden.new_zeros(len(hidden), shape[-1])
             whole[self.current.rows.to(hidden.device)] = output
             output = whole
         return output.view(shape)
@@ -233,7 +234,8 @@ class LayerObserver:
         for rows in torch.arange(len(x), device=x.device).split(size):
             part, ids, w = x[rows], chosen[rows], weight[rows]
             one = torch.ones(len(rows), 1, dtype=weight.dtype, device=x.device)
-            y = torch.empty(len(rows), self.num_experts, x.shape[1], dtype=torch.float32, device=x.device)
+            size = x.shape[1] - own.scores
+            y = torch.empty(len(rows), self.num_experts, size, dtype=torch.float32, device=x.device)
             for expert in range(self.num_experts):
                 y[:, expert] = own(part, torch.full_like(ids[:, :1], expert), one)
             if not all_finite(y):

@@ -8,7 +8,7 @@ mapping, the hidden states of all calibration samples go through it, its statist
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,9 +76,6 @@ def collect_streamed(
     batches = list(calibration.batches(batch_size))
     blocks = {block.layer: block for block in skeleton.blocks}
     top_k = skeleton.blocks[0].rule.top_k if Need.COACTIVATION in needs else None
-    hidden_size = text_config(config).hidden_size
-    states = _States(store, _state_shapes(batches, hidden_size, skeleton.dtype, top_k))
-    store.check_space(statistics_bytes(layout.num_experts, needs, current, config) + 2 * states.nbytes)
 
     def allocate(layer: int, shapes: Shapes) -> Mapping[str, Tensor]:
         return store.tensors(layer_file(layer), shapes)
@@ -96,6 +93,8 @@ def collect_streamed(
 
     skeleton.prepare()
     with skeleton.running(), skeleton.reading_ahead() as ahead:
+        states = _States(store, _state_shapes(batches, skeleton.state_shape, top_k))
+        store.check_space(statistics_bytes(layout.num_experts, needs, current, config) + 2 * states.nbytes)
         if store.finished:
             states.open()
         else:
@@ -167,7 +166,7 @@ class _States:
         self._from, self._to = index % len(self._files), (index + 1) % len(self._files)
 
     def hidden(self, number: int) -> Tensor:
-        """What goes into the layer ``(B, L, H)``; a copy, so that it is aligned as any tensor."""
+        """The state that goes into the layer; a copy, so that it is aligned as any tensor."""
         return self._files[self._from][f"hidden_{number}"].clone()
 
     def chosen(self, number: int) -> Tensor:
@@ -181,10 +180,12 @@ class _States:
             self._files[self._to][f"chosen_{number}"].copy_(self.chosen(number) if chosen is None else chosen)
 
 
-def _state_shapes(batches: Sequence[Batch], hidden_size: int, dtype: torch.dtype, top_k: int | None) -> Shapes:
+def _state_shapes(
+    batches: Sequence[Batch], state_shape: Callable[[Batch], tuple[tuple[int, ...], torch.dtype]], top_k: int | None
+) -> Shapes:
     shapes: Shapes = {}
     for number, batch in enumerate(batches):
-        shapes[f"hidden_{number}"] = ((*batch.input_ids.shape, hidden_size), dtype)
+        shapes[f"hidden_{number}"] = state_shape(batch)
         if top_k is not None:
             shapes[f"chosen_{number}"] = ((int(batch.attention_mask.sum()), top_k), torch.int64)
     return shapes

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How experts are cut out of a checkpoint, whatever its layout: what is retained of each tensor."""
+"""How experts are cut out of a checkpoint, whatever its layout: what is retained of each tensor.
+
+Bytes are copied, nothing is quantised anew: an expert's scales and shapes travel with it. The few small tensors whose
+experts do not lie one after the other, and tables of ids, are made here and held until they are written.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from ..architectures.tables import remapped
 from ..errors import RequestError
 from ..plan import PruningPlan
 from .layout import Layout
+from .moe_layer import MoELayer
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,7 @@ class Piece:
         shape: The shape of what is retained.
         nbytes: Its bytes.
         rows: The retained rows of the first dimension, or None for all.
+        data: The bytes themselves, where they are not the source's.
         checked: Whether NaN and infinity in it are an error.
     """
 
@@ -29,6 +39,7 @@ class Piece:
     shape: tuple[int, ...]
     nbytes: int
     rows: tuple[int, ...] | None = None
+    data: bytes | None = field(default=None, repr=False)
     checked: bool = False
 
 
@@ -39,42 +50,81 @@ def select(plan: PruningPlan, layout: Layout) -> dict[str, Piece]:
         RequestError: If the plan is for another model, or a tensor cannot be pruned.
         RunError: If a router holds NaN or infinity.
     """
-    checkpoint, spec = layout.checkpoint, layout.spec
-    for index in sorted(set(layout.num_experts) ^ set(plan.original_num_experts)):
-        if index in layout.num_experts:
-            raise RequestError(f"this plan is for another model: it does not name layer {index}, which has experts.")
+    checkpoint = layout.checkpoint
+    for index in sorted(set(layout.num_experts) - set(plan.original_num_experts)):
+        raise RequestError(f"this plan is for another model: it does not name layer {index}, which has experts.")
+    heads = {head.index: head for head in layout.heads}
+    for index in sorted(set(plan.original_num_experts) - set(layout.num_experts) - set(heads)):
         raise RequestError(
             f"the files of {checkpoint.name_or_path} hold no experts of layer {index}, which the plan names; the "
             "checkpoint is damaged."
         )
-    changed: dict[str, tuple[str, tuple[int, ...] | None] | None] = {}  # name -> new name and rows, or None: pruned
+    changed: dict[str, Piece | None] = {}  # by name in the source; None: pruned
+    names: dict[str, str] = {}  # new names
     for index, layer in layout.layers.items():
         retained = plan.retained[index]
-        number_of = {old: new for new, old in enumerate(retained)}
-        for number, tensors in layer.experts.items():
-            for path, name in tensors.items():
-                if number not in number_of:
-                    changed[name] = None
-                    continue
-                start = name[: -len(f"{number}.{path}")]
-                changed[name] = (f"{start}{number_of[number]}.{path}", None)
-        rows = None if len(retained) == layer.num_experts else retained
-        for name in layer.fused.values():
-            changed[name] = (name, rows)
-        for path, name in layer.router.items():
-            whole = path not in spec.router_tensors and math.prod(checkpoint.tensors[name].shape) == 1
-            changed[name] = (name, None if whole else rows)
-    pieces = {}
-    for name, tensor in checkpoint.tensors.items():
-        new = changed.get(name, (name, None))
-        if new is None:
+        _select_numbered(layer.experts, retained, changed, names)
+        if len(retained) == layer.num_experts:
             continue
-        new_name, kept = new
-        shape, nbytes = tensor.shape, tensor.nbytes
-        if kept is not None:
-            if nbytes % shape[0]:
-                raise RequestError(f"{name} ({tensor.dtype}) cannot be cut between rows: they share bytes.")
-            shape, nbytes = (len(kept), *shape[1:]), nbytes // shape[0] * len(kept)
+        for name, (axis, each, extra) in layer.axes.items():
+            own = [expert * each + row for expert in retained for row in range(each)]
+            rows = (*own, *range(layer.num_experts * each, layer.num_experts * each + extra))
+            changed[name] = _cut(layout, name, axis, rows)
+        if layer.table:
+            changed[layer.table] = _remapped(layout, layer, index, retained)
+    pieces = {}
+    routed = {name for layer in layout.layers.values() for name in layer.axes}
+    for name, tensor in checkpoint.tensors.items():
+        checked = name in routed or name in names
+        piece = changed.get(name, Piece(name, tensor.dtype, tensor.shape, tensor.nbytes, checked=checked))
+        if piece is None:
+            continue
+        new_name = names.get(name, name)
         assert new_name not in pieces  # the layout holds each tensor once
-        pieces[new_name] = Piece(name, tensor.dtype, shape, nbytes, kept, checked=name in changed)
+        pieces[new_name] = piece
     return pieces
+
+
+def _select_numbered(
+    experts: Mapping[int, Mapping[str, str]],
+    retained: Sequence[int],
+    changed: dict[str, Piece | None],
+    names: dict[str, str],
+) -> None:
+    """Drop the tensors of experts that go, and number those that stay."""
+    number_of = {old: new for new, old in enumerate(retained)}
+    for number, tensors in experts.items():
+        for path, name in tensors.items():
+            if number not in number_of:
+                changed[name] = None
+            else:
+                names[name] = f"{name[: -len(f'{number}.{path}')]}{number_of[number]}.{path}"
+
+
+def _cut(layout: Layout, name: str, axis: int, rows: tuple[int, ...]) -> Piece:
+    """A tensor without the rows of experts that go."""
+    tensor = layout.checkpoint.tensors[name]
+    shape = (*tensor.shape[:axis], len(rows), *tensor.shape[axis + 1 :])
+    if axis == 0:
+        if tensor.nbytes % tensor.shape[0]:
+            raise RequestError(f"{name} ({tensor.dtype}) cannot be cut between rows: they share bytes.")
+        nbytes = tensor.nbytes // tensor.shape[0] * len(rows)
+        return Piece(name, tensor.dtype, shape, nbytes, rows, checked=True)
+    return _made(layout, name, _read(layout, name).index_select(axis, torch.tensor(rows)))
+
+
+def _remapped(layout: Layout, layer: MoELayer, index: int, retained: Sequence[int]) -> Piece:
+    """A table of ids that names the retained experts."""
+    router = layer.router[layout.structure.moe[index].logits_from]
+    return _made(layout, layer.table, remapped(_read(layout, layer.table), _read(layout, router), retained))
+
+
+def _read(layout: Layout, name: str) -> Tensor:
+    with layout.checkpoint.reader() as read:
+        return layout.checkpoint.finite(name, read(name)).clone()
+
+
+def _made(layout: Layout, name: str, value: Tensor) -> Piece:
+    tensor, value = layout.checkpoint.tensors[name], value.contiguous()
+    data = value.flatten().view(torch.uint8).numpy().tobytes()
+    return Piece(name, tensor.dtype, tuple(value.shape), len(data), data=data, checked=True)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a checkpoint holds experts and routers: found by name, checked against the config; no model is built.
+"""Where a checkpoint holds experts and routers: by the parameter that transformers makes of each tensor.
 
-Files hold one tensor per expert and projection (``...experts.7.w1.weight``), or fused tensors with the experts in the
-first dimension (``...experts.gate_up_proj``), whatever the modules look like.
+Files hold one tensor per expert and projection (``...experts.7.w1.weight``), or fused tensors with the experts in one
+dimension (``...experts.gate_up_proj``), under names of their own; quantised ones come with scales and shapes beside
+them. transformers' own mapping of names says which parameter each is for (``compat.WeightNames``), so no names are
+written down here; the model is built without weights for it.
 """
 
 from __future__ import annotations
@@ -10,39 +12,28 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..architectures.fingerprint import fingerprint_of
+from ..architectures.fingerprint import facts_of, fingerprints_of
 from ..architectures.spec import MoESpec
+from ..architectures.structure import Structure, structure_of
 from ..architectures.table import architecture_of
-from ..compat import ModelConfig, commit_of_config, name_of_config, text_config
+from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, text_config
 from ..errors import RequestError
 from ..storage.tensor_files import TORCH_DTYPES
 from ..storage.values import Json
 from .checkpoint import Checkpoint
+from .heads import Head, find_heads
+from .moe_layer import MoELayer
 from .source import Source
 
-
-@dataclass
-class MoELayer:
-    """The tensors of one MoE block in files, by name in the checkpoint.
-
-    Attributes:
-        num_experts: Experts, as the config says.
-        experts: By expert, where each has tensors of its own: path below the expert -> name.
-        fused: Tensors with the experts in the first dimension: path below the experts -> name.
-        router: Tensors with a row per expert: path below the block -> name.
-    """
-
-    num_experts: int
-    experts: dict[int, dict[str, str]] = field(default_factory=dict)
-    fused: dict[str, str] = field(default_factory=dict)
-    router: dict[str, str] = field(default_factory=dict)
+_NUMBER = re.compile(r"(.*\.)([0-9]{1,6})\.(.+?)")
+_PLAIN = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass
@@ -53,15 +44,17 @@ class Layout:
         checkpoint: The files.
         spec: The architecture.
         config: The model's config.
+        structure: Where the model has its experts.
         layers: The MoE layers.
-        outside: Experts' tensors that belong to none of the model's layers (heads for predicting further tokens).
+        heads: Heads for further tokens, with experts of their own, that no layer of the model is.
     """
 
     checkpoint: Checkpoint
     spec: MoESpec
     config: ModelConfig
+    structure: Structure
     layers: dict[int, MoELayer] = field(default_factory=dict)
-    outside: list[str] = field(default_factory=list)
+    heads: list[Head] = field(default_factory=list)
 
     @property
     def num_experts(self) -> dict[int, int]:
@@ -80,42 +73,37 @@ class Layout:
         """Decoder layers without experts."""
         return [index for index in range(text_config(self.config).num_hidden_layers) if index not in self.layers]
 
-    def fingerprint(self) -> str:
-        """The fingerprint of the model that transformers loads from these files in their own precision.
+    def fingerprints(self) -> Json:
+        """The fingerprints of the routers that the files hold (``architectures.fingerprint``).
 
         Raises:
             RunError: If a router holds NaN or infinity.
         """
-        dtype = model_dtype(self.config, self.checkpoint)
         top_k = self.spec.routing(self.config).top_k
-        names = [layer.router[path] for _, layer in sorted(self.layers.items()) for path in self.spec.router_tensors]
-        tensors = {}
         with self.checkpoint.reader() as read:
-            for name in names:
-                tensor = self.checkpoint.finite(name, read(name))
-                tensors[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).clone()
-        return fingerprint_of(
-            (index, layer.num_experts, top_k, [tensors[layer.router[path]] for path in self.spec.router_tensors])
-            for index, layer in sorted(self.layers.items())
-        )
+            return fingerprints_of(
+                (
+                    index,
+                    layer.num_experts,
+                    top_k,
+                    [
+                        self.checkpoint.finite(name, read(name)).clone()
+                        for name in map(layer.router.__getitem__, self.structure.moe[index].router_tensors)
+                    ],
+                )
+                for index, layer in sorted(self.layers.items())
+            )
 
     def facts(self) -> Json:
         """What statistics and plans remember of the model they were made for (as ``models.blocks.model_facts``)."""
-        return {
-            "model_type": self.spec.model_type,
-            "top_k": self.spec.routing(self.config).top_k,
-            "fingerprint": self.fingerprint(),
-            "dense_layers": self.dense_layers,
-            "name_or_path": name_of_config(self.config),
-            "revision": commit_of_config(self.config),
-        }
+        return facts_of(self.spec, self.config, self.fingerprints(), self.dense_layers)
 
 
 def model_dtype(config: ModelConfig, checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") -> torch.dtype:
     """The dtype transformers loads a checkpoint in: the one asked for, or the config's, or that of its tensors."""
     if dtype != "auto":
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    own = getattr(config, "dtype", None)
+    own = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     if own is None:
         return checkpoint.floating_dtype()
     return getattr(torch, own) if isinstance(own, str) else own
@@ -143,39 +131,83 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
         RequestError: Naming the tensor and its file, or what is missing.
     """
     spec = architecture_of(config)
-    layout = Layout(checkpoint, spec, config)
-    layer_list = spec.layers.rpartition(".")[2]
-    prefix = re.escape(spec.layers.removesuffix(layer_list))
-    blocks = "|".join(map(re.escape, spec.file_blocks))
-    inside = re.compile(rf"(?:{prefix})?{re.escape(layer_list)}\.([0-9]{{1,6}})\.(?:{blocks})\.(.+)")
-    anywhere = re.compile(rf"(?:^|\.){re.escape(spec.experts)}\.")
-    router_paths = {spec.router, *(path.rpartition(".")[0] for path in spec.router_tensors)} - {""}
+    model = build_on_meta(config, trust_remote_code=checkpoint.source.trust_remote_code)
+    structure = structure_of(model, spec)
+    layout = Layout(checkpoint, spec, config, structure)
+    names = WeightNames(model)
+    parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    inside = re.compile(rf"{re.escape(structure.layers)}\.([0-9]{{1,6}})\.(.+)")
+    outside = []
     for name in checkpoint.tensors:
-        match = inside.fullmatch(name)
-        if match is None or int(match[1]) >= text_config(config).num_hidden_layers:
-            if anywhere.search(name):
-                layout.outside.append(name)
+        target, converter, beside = _located(name, names, parameters)
+        match = inside.fullmatch(target)
+        index = -1 if match is None else int(match[1])
+        if match is None or index not in structure.moe:
+            outside.append(name)
             continue
-        index, path = int(match[1]), match[2]
-        if path.startswith(f"{spec.experts}."):
-            layer = layout.layers.setdefault(index, MoELayer(spec.num_experts(config, index)))
-            number, _, rest = path.removeprefix(f"{spec.experts}.").partition(".")
-            if re.fullmatch("[0-9]{1,6}", number):
-                _put(layout, layer.experts.setdefault(int(number), {}), rest, name)
-            else:
-                _put(layout, layer.fused, path.removeprefix(f"{spec.experts}."), name)
-        elif path in spec.router_tensors or any(path.startswith(f"{router}.") for router in router_paths):
-            layer = layout.layers.setdefault(index, MoELayer(spec.num_experts(config, index)))
-            _put(layout, layer.router, path, name)
+        layout.layers.setdefault(index, MoELayer(spec.num_experts(config, index)))
+        _sort(layout, index, names, name, match[2], converter, beside)
+    layout.layers = {index: layer for index, layer in sorted(layout.layers.items()) if _is_moe(layer)}
     if not layout.layers:
         raise RequestError(
             f"the files of {checkpoint.name_or_path} hold no experts of a {spec.model_type!r} model "
-            f"(layers.N.{spec.file_blocks[0]}.{spec.experts}...), so there is nothing to prune."
+            f"({structure.layers}.N.{next(iter(structure.moe.values())).experts}...), so there is nothing to prune."
         )
-    for index, layer in sorted(layout.layers.items()):
-        _check_layer(layout, index, layer)
-    layout.layers = dict(sorted(layout.layers.items()))
+    projections = {name: shape for layer in layout.layers.values() for name, shape in layer.projections.items()}
+    for index, layer in layout.layers.items():
+        layer.projections = projections
+        _check_layer(layout, index, layer, parameters)
+    layout.heads = find_heads(outside, layout.layers, text_config(config).num_hidden_layers)
     return layout
+
+
+def _located(name: str, names: WeightNames, parameters: Mapping[str, Any]) -> tuple[str, Any, bool]:
+    """The parameter a tensor is for, what it is converted by, and whether it only lies beside it, as scales do."""
+    target, _, converter = names.parameter_of(name)
+    if target in parameters:
+        return target, converter, False
+    start, _, last = name.rpartition(".")
+    for beside in (f"{start}.weight", f"{start}.{last.split('_')[0]}", f"{start}.{last.rpartition('_')[0]}"):
+        found, _, converter = names.parameter_of(beside)
+        if beside != name and found in parameters:
+            return found, converter, True
+    return target, None, False
+
+
+def _is_moe(layer: MoELayer) -> bool:
+    return bool(layer.experts or layer.fused or layer.router)
+
+
+def _sort(layout: Layout, index: int, names: WeightNames, name: str, path: str, converter: Any, beside: bool) -> None:
+    """Put a tensor of a MoE layer where it belongs; what is of no expert and no router stays as it is."""
+    layer, found = layout.layers[index], layout.structure.moe[index]
+    experts, tensor = f"{found.experts}.", layout.checkpoint.tensors[name]
+    axis = found.tensors.get(path)
+    if path.startswith(experts):
+        match = _NUMBER.fullmatch(name)
+        numbered = re.match(r"\d+\.", path[len(experts) :]) or _takes_numbers(converter)
+        if numbered and match is not None:
+            if converter is not None:
+                shape = names.parameter_shape(f"{layout.structure.layers}.{index}.{path}")
+                layer.projections.update(names.source_shapes(converter, shape))
+            _put(layout, layer.experts.setdefault(int(match[2]), {}), match[3], name)
+        else:
+            _put(layout, layer.fused, name.rpartition(".")[2] if beside else path[len(experts) :], name)
+            layer.axes[name] = (0, 1, axis.extra if axis is not None and not beside else 0)
+    elif axis is not None and not beside:
+        layer.axes[name] = (axis.axis, axis.each, axis.extra)
+        _put(layout, layer.router, path, name)
+    elif axis is not None and math.prod(tensor.shape) == 1:
+        layer.whole.append(name)
+    elif axis is not None:
+        layer.axes[name] = (0, 1, 0)
+        _put(layout, layer.router, f"{path}.{name.rpartition('.')[2]}", name)
+    elif path.startswith(f"{found.router}.") and path.rpartition(".")[2] == getattr(layout.spec.form, "table", None):
+        layer.table = name
+
+
+def _takes_numbers(converter: Any) -> bool:
+    return converter is not None and any("*" in pattern for pattern in converter.source_patterns)
 
 
 def _put(layout: Layout, into: dict[str, str], path: str, name: str) -> None:
@@ -187,8 +219,8 @@ def _put(layout: Layout, into: dict[str, str], path: str, name: str) -> None:
     into[path] = name
 
 
-def _check_layer(layout: Layout, index: int, layer: MoELayer) -> None:
-    checkpoint, spec, count = layout.checkpoint, layout.spec, layer.num_experts
+def _check_layer(layout: Layout, index: int, layer: MoELayer, parameters: Mapping[str, tuple[int, ...]]) -> None:
+    checkpoint, count, found = layout.checkpoint, layer.num_experts, layout.structure.moe[index]
     where = f"layer {index} of {checkpoint.name_or_path}"
     if layer.experts and layer.fused:
         raise RequestError(
@@ -197,44 +229,51 @@ def _check_layer(layout: Layout, index: int, layer: MoELayer) -> None:
         )
     if not layer.experts and not layer.fused:
         raise RequestError(f"{where} has a router and no experts; the checkpoint is damaged.")
+    held = layer.experts[min(layer.experts)].values() if layer.experts else layer.fused.values()
     if layer.experts:
         _check_numbered(layout, where, layer)
     else:
-        missing = set(spec.expert_tensors) - set(layer.fused)
-        if missing:
-            raise RequestError(f"{where}: {spec.experts}.{min(missing)} is missing.")
-        elements = 0
-        for path, name in layer.fused.items():
+        for name in list(layer.fused.values()):
             tensor = checkpoint.tensors[name]
-            if not tensor.shape or tensor.shape[0] != count:
+            if math.prod(tensor.shape) == 1 and count > 1:
+                layer.whole.append(name)
+                del layer.axes[name]
+            elif not tensor.shape or tensor.shape[0] != count + layer.axes[name][2]:
                 raise RequestError(
                     f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts."
                 )
-            elements += math.prod(tensor.shape[1:]) if path in spec.expert_tensors else 0
-        expected = sum(math.prod(shape) for shape in _projections(layout).values())
-        if expected and elements != expected and _is_plain(layer.fused.values(), checkpoint):
-            raise RequestError(
-                f"{where}: an expert has {elements} weights, and config.json says {expected}; the checkpoint or its "
-                "config is damaged."
-            )
-    for path in spec.router_tensors:
+    expected = _elements(layout, index, found.expert_tensors, parameters, layer)
+    elements = sum(math.prod(checkpoint.tensors[name].shape) for name in held) // (1 if layer.experts else count)
+    if _is_plain(held, checkpoint) and elements != expected:
+        raise RequestError(
+            f"{where}: an expert has {elements} weights, and config.json says {expected}; the checkpoint or its "
+            "config is damaged."
+        )
+    for path in found.router_tensors:
         if path not in layer.router:
             raise RequestError(f"{where}: the router's {path} is missing.")
-    for path, name in layer.router.items():
+        name = layer.router[path]
+        tensor, shape = checkpoint.tensors[name], parameters[f"{layout.structure.layers}.{index}.{path}"]
+        if tensor.shape != shape and TORCH_DTYPES.get(tensor.dtype) is not None:
+            raise RequestError(f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {shape}.")
+    for name, (axis, each, extra) in layer.axes.items():
         tensor = checkpoint.tensors[name]
-        rows = tensor.shape[0] if tensor.shape else 0
-        if rows == count and tensor.shape[1:] in ((), (text_config(layout.config).hidden_size,)):
-            continue
-        if path not in spec.router_tensors and math.prod(tensor.shape) == 1:
-            continue  # one number for the whole router
-        raise RequestError(
-            f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts and hidden size "
-            f"{text_config(layout.config).hidden_size}."
-        )
+        if len(tensor.shape) <= axis or tensor.shape[axis] != count * each + extra:
+            raise RequestError(
+                f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts."
+            )
+
+
+def _elements(
+    layout: Layout, index: int, paths: Iterable[str], parameters: Mapping[str, tuple[int, ...]], layer: MoELayer
+) -> int:
+    """The weights of one expert, by the parameters of the model."""
+    shapes = [parameters[f"{layout.structure.layers}.{index}.{path}"] for path in paths]
+    return sum(math.prod(shape[1:]) for shape in shapes)
 
 
 def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
-    """Check experts with tensors of their own: all there, alike, and of the shape the config says."""
+    """Check experts with tensors of their own: all there, and alike."""
     checkpoint, count = layout.checkpoint, layer.num_experts
     beyond = [number for number in layer.experts if number >= count]
     if beyond:
@@ -244,7 +283,6 @@ def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
             f"{count - 1})."
         )
     paths = {path for tensors in layer.experts.values() for path in tensors}
-    some = next(iter(layer.experts.values()))
     for number in range(count):
         have = layer.experts.get(number, {})
         for path in sorted(paths - set(have)):
@@ -252,16 +290,17 @@ def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
             known = next(n for n, t in layer.experts.items() if path in t)
             name = pattern.replace(f".{known}.{path}", f".{number}.{path}")
             raise RequestError(f"{name} is missing in {checkpoint.name_or_path}; the other experts have it.")
-    shapes = _projections(layout)
-    for projection in shapes:
-        if not any(path.startswith(f"{projection}.") for path in paths):
-            raise RequestError(f"{where}: no expert has {projection!r}; its experts have {', '.join(sorted(some))}.")
+    for projection in layer.projections:
+        if not any(path == projection or path.startswith(f"{projection}.") for path in paths):
+            some = ", ".join(sorted(next(iter(layer.experts.values()))))
+            raise RequestError(f"{where}: no expert has {projection!r}; its experts have {some}.")
     for number, tensors in layer.experts.items():
         for path, name in tensors.items():
-            tensor, first = checkpoint.tensors[name], checkpoint.tensors[layer.experts[0][path]]
-            expected = shapes.get(path.removesuffix(".weight"))
-            if expected and TORCH_DTYPES.get(tensor.dtype) is not None and tensor.shape != expected:
+            expected = layer.projections.get(path.removesuffix(".weight"), ())
+            tensor = checkpoint.tensors[name]
+            if expected and tensor.dtype in _PLAIN and tensor.shape != expected:
                 raise RequestError(f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {expected}.")
+            tensor, first = checkpoint.tensors[name], checkpoint.tensors[layer.experts[0][path]]
             if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
                 raise RequestError(
                     f"{tensor.file}: {name} is {tensor.dtype} {tensor.shape}, and that of expert 0 {first.dtype} "
@@ -269,16 +308,9 @@ def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
                 )
 
 
-def _projections(layout: Layout) -> Mapping[str, tuple[int, int]]:
-    config = text_config(layout.config)
-    return {
-        name: (getattr(config, rows), getattr(config, columns)) for name, rows, columns in layout.spec.file_experts
-    }
-
-
-def _is_plain(names: Any, checkpoint: Checkpoint) -> bool:
-    """Whether all tensors hold one number per weight; packed ones hold fewer."""
-    return all(TORCH_DTYPES.get(checkpoint.tensors[name].dtype) is not None for name in names)
+def _is_plain(names: Iterable[str], checkpoint: Checkpoint) -> bool:
+    """Whether all tensors hold one number per weight; packed ones hold fewer, and scales come beside others."""
+    return all(checkpoint.tensors[name].dtype in _PLAIN for name in names)
 
 
 def identity(layout: Layout) -> Json:
@@ -289,4 +321,4 @@ def identity(layout: Layout) -> Json:
     folder = Path(os.path.realpath(checkpoint.name_or_path))
     found = {file: os.stat(folder / file) for file in ("config.json", *checkpoint.files)}
     files = {file: {"bytes": stat.st_size, "changed at": stat.st_mtime_ns} for file, stat in found.items()}
-    return {"name": str(folder), "fingerprint": layout.fingerprint(), **files}
+    return {"name": str(folder), "fingerprint": layout.fingerprints()["fingerprint"], **files}

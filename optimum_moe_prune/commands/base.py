@@ -59,12 +59,9 @@ def execute(command: type[Command], args: argparse.Namespace) -> int:
 
 def as_flags(message: str) -> str:
     """A message of the library, which speaks of arguments, in the words of the command line."""
-    message = re.sub(r"\b(overwrite|restart|standalone|stream|allow_code)=True\b", r"--\1", message)
+    switches = r"\b(?:overwrite|restart|standalone|stream|allow_code)=True\b"
+    settings = r"^(?:batch_size|new_tokens|num_fewshot|gen_kwargs)(?= is )"
     message = re.sub(
-        r"^(batch_size|new_tokens|num_fewshot|gen_kwargs)(?= is )|--allow_code", lambda found: _flag(found[0]), message
+        f"{switches}|{settings}", lambda found: f"--{found[0].removesuffix('=True').replace('_', '-')}", message
     )
     return re.sub(r"\b(device|dtype)='([^']*)'", r"--\1 \2", message)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.removeprefix("--").replace("_", "-")

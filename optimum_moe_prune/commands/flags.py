@@ -71,14 +71,19 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, budget: b
         add_settings(group, METHOD[1:])
     else:
         add_settings(group, METHOD)
-    group.add_argument(
-        "--config", metavar="FILE", help="a saved recipe (moe_pruner_config.json); other flags take precedence"
-    )
+    add_config(group)
     if budget:
         add_settings(group, BUDGET)
     add_settings(group, CHOICE)
     group.add_argument(
         "--domain-weight", action="append", default=[], metavar="DOMAIN=W", help="share of a domain; may be repeated"
+    )
+
+
+def add_config(group: Any) -> None:
+    """A saved recipe."""
+    group.add_argument(
+        "--config", metavar="FILE", help="a saved recipe (moe_pruner_config.json); other flags take precedence"
     )
 
 

@@ -22,9 +22,7 @@ class ScoreCommand(Command):
         group = parser.add_argument_group("method")
         group.add_argument("--method", metavar="NAME", help="gather what it needs, or all (default all)")
         flags.add_settings(group, flags.METHOD[1:])
-        group.add_argument(
-            "--config", metavar="FILE", help="a saved recipe (moe_pruner_config.json); other flags take precedence"
-        )
+        flags.add_config(group)
         flags.add_settings(parser, ["seed"])
         flags.add_common(parser, "STATS_DIR", "folder of the statistics, absent or empty")
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From texts to a plan: calibrate what a recipe reads, measure where its allocation asks for it, and choose."""
+"""From statistics to a plan: measure where a recipe's allocation asks for it, and choose."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..calibration.calibrate import Model, calibrate, no_calibration
+from ..calibration.calibrate import Model
 from ..calibration.samples import CalibrationSet
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
@@ -67,31 +67,3 @@ def choose_experts(
             workspace=workspace,
         )
     return build_plan(stats, recipe, domain_weights, sensitivity), sensitivity
-
-
-def statistics_for(
-    recipe: MoEPrunerConfig,
-    model: Model,
-    samples: CalibrationSet | None,
-    compute: Compute = Compute(),
-    workspace: Workspace = Workspace(),
-) -> CalibrationStats:
-    """What a recipe's method reads: statistics of the samples, or of no calibration where it needs none.
-
-    Raises:
-        RequestError: If it needs samples and there are none.
-    """
-    if not recipe.needs:
-        return no_calibration(model, recipe.seed)
-    if samples is None:
-        raise RequestError(f"method {recipe.method!r} needs a calibration; pass calibration=texts.")
-    return calibrate(
-        model,
-        samples,
-        recipe,
-        batch_size=recipe.batch_size,
-        max_tokens=recipe.max_tokens,
-        seed=recipe.seed,
-        compute=compute,
-        workspace=workspace,
-    )

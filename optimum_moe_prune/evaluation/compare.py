@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
 from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import RequestError, RunError
-from ..models.memory import Compute
+from ..models.memory import Compute, load_model
 from ..provenance import versions
 from ..storage.values import Json, Values
 from .comparison import Comparison, ModelResult, reference_of
@@ -82,10 +82,7 @@ def compare(
     texts = None if data is None else held_out(every[0], data, tokenizer, max_length)
 
     def loaded(model: Source | PreTrainedModel) -> PreTrainedModel:
-        if not isinstance(model, Source):
-            return model
-        settings = {"dtype": compute.dtype, "device_map": compute.device, **model.for_transformers}
-        return AutoModelForCausalLM.from_pretrained(model.name_or_path, **settings)
+        return load_model(model, compute) if isinstance(model, Source) else model
 
     def result(source: Source | PreTrainedModel, model: PreTrainedModel, evaluation: Evaluation | None) -> ModelResult:
         settings = {"batch_size": batch_size, "seed": seed, **task_settings}

@@ -23,7 +23,7 @@ from ..models.batches import Batch
 from ..models.layerwise import LayerByLayer
 from ..progress import progress_bar
 from ..storage.growing import Store
-from ..storage.tensor_files import Shapes
+from ..storage.tensor_files import Shapes, shapes_bytes
 from ..storage.values import Values
 from ..storage.workspace import Workspace
 
@@ -243,18 +243,16 @@ def _pass(
 ) -> None:
     """Measure some of the plans in one pass through the files; ``before`` steps belong to earlier passes."""
     layers, last = _tree([plans[p] for p in chosen], runner)
-    hidden_size = text_config(runner.model.config).hidden_size
-    shape_of = [(*batch.input_ids.shape, hidden_size) for batch in batches]
+    shapes_of = [runner.state_shape(batch) for batch in batches]
 
     def states_of(layer: int, written: bool = False) -> Mapping[str, Tensor]:
         """The hidden states that go into a layer, of every batch and branch."""
         count = 1 if layer == 0 else len(layers[layer - 1])
-        shapes = {f"{number}": ((count, *shape), runner.dtype) for number, shape in enumerate(shape_of)}
+        shapes = {f"{number}": ((count, *shape), dtype) for number, (shape, dtype) in enumerate(shapes_of)}
         return store.tensors(_states_file(layer), None if written else shapes)
 
-    tokens = sum(batch.input_ids.numel() for batch in batches)
     most = max(len(a) + len(b) for a, b in zip(layers, [*layers[1:], []], strict=True))
-    store.check_space(most * tokens * hidden_size * runner.dtype.itemsize)
+    store.check_space(most * shapes_bytes({str(number): spec for number, spec in enumerate(shapes_of)}))
     finished = store.finished - before  # of this pass
     if finished:
         states = states_of(finished, written=True)

@@ -7,12 +7,12 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 
 import torch
 from torch import Tensor
 
-from ..calibration.calibrate import Model, calibrate, layout_of, no_calibration
+from ..architectures.fingerprint import same_routers
+from ..calibration.calibrate import Model, layout_of, statistics_for
 from ..calibration.samples import CalibrationSet
 from ..checkpoints.layout import identity
 from ..config import MoEPrunerConfig
@@ -31,11 +31,11 @@ from ..planning.sensitivity import (
     Sensitivity,
     decisive,
 )
-from ..provenance import versions
+from ..provenance import now, versions
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
-from ..storage.values import Values
+from ..storage.values import Json, Values
 from ..storage.workspace import Workspace
 from .divergence import divergences as measure_divergences
 from .sensitivity_sets import SPARSITIES, check_grid, layer_sets, whole_plans
@@ -83,7 +83,7 @@ def measure_sensitivity(
     layout = layout_of(model)
     if layout is None:
         check_model(model)  # type: ignore[arg-type]
-        blocks = moe_blocks(model)  # type: ignore[arg-type]
+        blocks = moe_blocks(model)
         num_experts, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].rule
     else:
         num_experts, rule = layout.num_experts, layout.spec.routing(layout.config)
@@ -95,13 +95,14 @@ def measure_sensitivity(
     for recipe in recipes:
         check_grid(recipe, num_experts, rule, counts)
     if stats is None:
-        stats = _statistics(model if layout is None else layout, samples, recipes, compute, workspace)
+        meant = model if layout is None else layout
+        stats = statistics_for(recipes, meant, samples, compute, workspace.part("calibration"))
     samples = samples.take(recipes[0].sensitivity_samples)
     settings = (stats, recipes, domain_weights, counts, sparsities)
     if layout is None:
         check_model_of(stats, fingerprint(blocks))
         return _measured(_Divergences(LayerByLayer(model), samples, batch_size), *settings)
-    check_model_of(stats, layout.fingerprint())
+    check_model_of(stats, layout.fingerprints())
     streamed = None  # as unfinished work was
     if workspace.folder is not None and not workspace.restart:
         parts = (unfinished(workspace.folder / part) for part in ("layers", "models"))
@@ -116,28 +117,6 @@ def measure_sensitivity(
         "versions": versions(),
     }
     return _measured(_Divergences(runner, samples, batch_size, work, workspace), *settings)
-
-
-def _statistics(
-    model: Model,
-    samples: CalibrationSet,
-    recipes: Sequence[MoEPrunerConfig],
-    compute: Compute,
-    workspace: Workspace,
-) -> CalibrationStats:
-    """Statistics for the recipes' methods; of no calibration where none is needed."""
-    if not any(recipe.needs for recipe in recipes):
-        return no_calibration(model, recipes[0].seed)
-    return calibrate(
-        model,
-        samples,
-        recipes,
-        batch_size=recipes[0].batch_size,
-        max_tokens=recipes[0].max_tokens,
-        seed=recipes[0].seed,
-        compute=compute,
-        workspace=workspace.part("calibration"),
-    )
 
 
 def _measured(
@@ -166,7 +145,7 @@ def _measured(
         }
         methods[recipe.method] = MethodSensitivity(decisive(recipe), layers)
     provenance = {
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made": now(),
         "versions": versions(),
         "calibration": stats.fingerprint,
         "samples": divergences.samples.fingerprint,
@@ -185,16 +164,16 @@ def _measured(
     return sensitivity
 
 
-def check_model_of(stats: CalibrationStats, model_fingerprint: str) -> None:
-    """Raise unless statistics are of the model with a fingerprint.
+def check_model_of(stats: CalibrationStats, found: Json) -> None:
+    """Raise unless statistics are of the model with these fingerprints.
 
     Raises:
         RequestError: If they are of another one.
     """
-    if (expected := stats.model["fingerprint"]) != model_fingerprint:
+    if not same_routers(stats.model, found):
         raise RequestError(
-            f"the statistics are of another model: its routers have the fingerprint {expected[:12]}, and those of "
-            f"this model {model_fingerprint[:12]}."
+            f"the statistics are of another model: its routers have the fingerprint {stats.model['fingerprint'][:12]},"
+            f" and those of this model {found['fingerprint'][:12]}."
         )
 
 

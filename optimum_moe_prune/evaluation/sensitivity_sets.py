@@ -10,9 +10,10 @@ from dataclasses import replace
 from ..architectures.routers import RoutingRule
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
-from ..methods import BY_SENSITIVITY, get_method
+from ..methods import get_method
 from ..methods.budget import UniformBudget, checked_layers
 from ..methods.limits import allowed_counts, least_kept
+from ..names import BY_SENSITIVITY
 from ..planning.build import protected_experts, quiet_plan
 from ..planning.sensitivity import Retained, Sensitivity
 from ..statistics.stats import CalibrationStats

@@ -73,7 +73,7 @@ def measure_generation(
     if new_tokens < 2:
         raise RequestError(f"new_tokens is {new_tokens}; at least 2 tell how long one takes.")
     source = Source.of(source)
-    loading = {"dtype": compute.dtype, "device_map": compute.device, **source.for_transformers}
+    loading = {**compute.for_transformers, **source.for_transformers}
     request = {
         "name_or_path": source.name_or_path,
         "prompt_tokens": prompt_tokens,
@@ -95,11 +95,12 @@ def _measure(
     name_or_path: str, prompt_tokens: int, new_tokens: int, repeats: int, seed: int, loading: Json
 ) -> Generation:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from ..calibration.samples import sample_length
+    from ..compat import loader_of
 
-    model = AutoModelForCausalLM.from_pretrained(name_or_path, **loading).eval()
+    model = loader_of(AutoConfig.from_pretrained(name_or_path)).from_pretrained(name_or_path, **loading).eval()
     text = text_config(model.config)
     prompt_tokens = max(1, min(prompt_tokens, sample_length(prompt_tokens + new_tokens, text) - new_tokens))
     generator = torch.Generator().manual_seed(seed)

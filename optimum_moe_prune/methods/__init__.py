@@ -16,10 +16,9 @@ from . import (
     transition,
     variability,
 )
-from .registry import BY_SENSITIVITY, Method, get_method, list_methods, make_options, register_method
+from .registry import Method, get_method, list_methods, make_options, register_method
 
 __all__ = [
-    "BY_SENSITIVITY",
     "Method",
     "ean",
     "enumeration",

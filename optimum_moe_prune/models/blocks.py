@@ -4,28 +4,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from ..architectures.fingerprint import fingerprint_of
+from ..architectures.fingerprint import facts_of, fingerprints_of
 from ..architectures.routers import RoutingRule
 from ..architectures.spec import MoESpec
+from ..architectures.structure import ExpertAxis, LayerStructure, owner, part, structure_of
 from ..architectures.table import architecture_of
-from ..compat import ModelConfig, commit_of_config, name_of_config
+from ..architectures.tables import remapped
+from ..compat import ModelConfig, build_on_meta, text_config
 from ..errors import RequestError, RunError
 from ..storage.values import Json
+from .experts import ExpertsForward, Observing, ObservingScaledInput, OnLogits, StandIn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Hidden states ``(T, H)``, chosen ids ``(T, K)``, weights ``(T, K)`` -> weighted sum ``(T, H)``."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,15 @@ class MoEBlock:
     Attributes:
         spec: The architecture.
         layer: Index of its decoder layer.
-        module: The block.
+        decoder_layer: That layer.
+        structure: Where it has what.
         rule: The rule of the model's routers, as its row and its config say.
     """
 
     spec: MoESpec
     layer: int
-    module: nn.Module
+    decoder_layer: nn.Module
+    structure: LayerStructure
     rule: RoutingRule
 
     @property
@@ -50,69 +50,65 @@ class MoEBlock:
         return self.rule.of_router(self.router_tensors)
 
     @property
+    def module(self) -> nn.Module:
+        """The block; the decoder layer itself where that has experts and router."""
+        return part(self.decoder_layer, self.structure.block)
+
+    @property
     def experts(self) -> nn.Module:
-        return attrgetter(self.spec.experts)(self.module)
+        return part(self.decoder_layer, self.structure.experts)
 
     @property
     def router(self) -> nn.Module:
-        return attrgetter(self.spec.router)(self.module)
+        return part(self.decoder_layer, self.structure.router)
 
     @property
     def num_experts(self) -> int:
-        return len(self.expert_tensors[self.spec.expert_tensors[0]])
+        path = self.structure.expert_tensors[0]
+        axis = self.structure.tensors[path]
+        return (part(self.decoder_layer, path).shape[axis.axis] - axis.extra) // axis.each
 
     @property
     def expert_tensors(self) -> dict[str, Tensor]:
         """The experts' tensors by name, expert first."""
-        return {name: getattr(self.experts, name) for name in self.spec.expert_tensors}
+        return {path.rpartition(".")[2]: part(self.decoder_layer, path) for path in self.structure.expert_tensors}
 
     @property
     def router_tensors(self) -> dict[str, Tensor]:
-        """The router's tensors with a row per expert, by path below the block."""
-        return {path: attrgetter(path)(self.module) for path in self.spec.router_tensors}
+        """The router's tensors that hold experts, by path below the block; the one that makes the logits first."""
+        return {self._below(path): part(self.decoder_layer, path) for path in self.structure.router_tensors}
+
+    @property
+    def table(self) -> str | None:
+        """The path of the table that says by a token's id where it goes, in a layer that has one."""
+        return table_of(self.spec, self.decoder_layer, self.structure)
 
     def retain(self, retained: Sequence[int]) -> None:
         """Keep these experts only: their tensors, their rows of the router, and every count the modules remember."""
-        for name, tensor in self.expert_tensors.items():
-            _replace(self.experts, name, _rows(tensor, retained))
-        for path, tensor in self.router_tensors.items():
-            owner, name = _owner(self.module, path)
-            _replace(owner, name, _rows(tensor, retained))
-        for path in self.spec.block_counts:
-            owner, name = _owner(self.module, path)
-            setattr(owner, name, len(retained))
+        count = self.num_experts
+        if (table := self.table) is not None:
+            ids = remapped(
+                part(self.decoder_layer, table), part(self.decoder_layer, self.structure.logits_from), retained
+            )
+            _replace(*owner(self.decoder_layer, table), ids)
+        for path, axis in self.structure.tensors.items():
+            _replace(*owner(self.decoder_layer, path), _cut(part(self.decoder_layer, path), axis, retained, count))
+        for path, more in self.structure.counts.items():
+            module, name = owner(self.decoder_layer, path)
+            setattr(module, name, len(retained) + more)
 
     @contextlib.contextmanager
-    def observed(
-        self,
-        on_logits: Callable[[Tensor], None],
-        forward: Callable[[ExpertsForward, Tensor, Tensor, Tensor], Tensor],
-    ) -> Iterator[None]:
+    def observed(self, on_logits: OnLogits, forward: StandIn) -> Iterator[None]:
         """Watch the router and stand in for the experts inside a ``with``.
 
         Args:
-            on_logits: Called with the router's logits ``(T, E)``.
+            on_logits: Called with the router's logits ``(T, E)``, as its own matrix product gives them.
             forward: Called in place of the experts with their own forward, the hidden states ``(T, H)``, and the ids
                 and weights ``(T, K)`` the router really chose; what it returns is the experts' output.
         """
-        experts = self.experts
-        # Hooks of accelerate live in the instance as well: stand before them, and leave them as they were.
-        before = experts.__dict__.get("forward")
-        original = experts.forward
-
-        def observing(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            return forward(original, hidden_states, top_k_index, top_k_weights)
-
-        handle = self.router.register_forward_hook(lambda _module, _inputs, output: on_logits(output[0]))
-        experts.forward = observing
-        try:
+        kind = ObservingScaledInput if getattr(self.rule, "on_input", False) else Observing
+        with kind(self.experts, self.router, part(self.decoder_layer, self.structure.logits_from), on_logits, forward):
             yield
-        finally:
-            handle.remove()
-            if before is None:
-                del experts.forward
-            else:
-                experts.forward = before
 
     @contextlib.contextmanager
     def restricted(self, retained: Sequence[int]) -> Iterator[None]:
@@ -121,35 +117,43 @@ class MoEBlock:
         The router has the rows it would have in the pruned model; the ids it chooses are put back into the numbering
         of the experts that are there.
         """
-        of_router = f"{self.spec.router}."
+        layer, structure, count = self.decoder_layer, self.structure, self.num_experts
         before: list[tuple[nn.Module, str, Any]] = []
-        for path, tensor in self.router_tensors.items():
-            owner, name = _owner(self.module, path)
-            before.append((owner, name, getattr(owner, name)))
-            _replace(owner, name, _rows(tensor, retained))
-        for path in self.spec.block_counts:
-            if path.startswith(of_router):
-                owner, name = _owner(self.module, path)
-                before.append((owner, name, getattr(owner, name)))
-                setattr(owner, name, len(retained))
-        ids = torch.tensor(retained, device=next(iter(self.router_tensors.values())).device)
 
-        def forward(experts: ExpertsForward, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            return experts(hidden_states, ids[index], weights)
+        def swap(path: str, value: Any) -> None:
+            module, name = owner(layer, path)
+            before.append((module, name, getattr(module, name)))
+            _replace(module, name, value)
+
+        if (table := self.table) is not None:
+            swap(table, remapped(part(layer, table), part(layer, structure.logits_from), retained))
+        for path in structure.router_tensors:
+            swap(path, _cut(part(layer, path), structure.tensors[path], retained, count))
+        for path, more in structure.counts.items():
+            if path.startswith(f"{structure.router}."):
+                swap(path, len(retained) + more)
+        extra = structure.tensors[structure.logits_from].extra
+        ids = torch.tensor([*retained, *range(count, count + extra)], device=part(layer, structure.logits_from).device)
+
+        def forward(experts: ExpertsForward, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            return experts(experts.renumbered(hidden, ids), ids[index], weights)
 
         try:
             with self.observed(lambda logits: None, forward):
                 yield
         finally:
-            for owner, name, value in before:
-                setattr(owner, name, value)
+            for module, name, value in reversed(before):
+                setattr(module, name, value)
+
+    def _below(self, path: str) -> str:
+        return path.removeprefix(f"{self.structure.block}.") if self.structure.block else path
 
 
-def moe_blocks(model: nn.Module) -> list[MoEBlock]:
+def moe_blocks(model: Any) -> list[MoEBlock]:
     """The MoE blocks of a model, in layer order; dense layers are left out.
 
     Args:
-        model: A causal language model of a known architecture.
+        model: A causal language model of a known architecture, or one that sees or hears as well.
 
     Raises:
         RequestError: If the architecture is not known, or no layer has experts.
@@ -157,85 +161,81 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     config: ModelConfig = model.config
     spec = architecture_of(config)
     rule = spec.routing(config)
-    own = set(getattr(config, "per_layer_attributes", None) or ()) & {spec.top_k_key, spec.renormalise}
+    own = set(getattr(text_config(config), "per_layer_attributes", None) or ()) & {spec.key_of_top_k(config)}
     if own:
-        raise RequestError(
-            f"the layers of this model differ in {', '.join(sorted(map(str, own)))}; that is not supported."
-        )
-    try:
-        layers = attrgetter(spec.layers)(model)
-    except AttributeError as error:
-        raise RequestError(
-            f"a {type(model).__name__} has no {spec.layers!r}; load the model with AutoModelForCausalLM."
-        ) from error
+        raise RequestError(f"the layers of this model differ in {', '.join(sorted(own))}; that is not supported.")
+    structure = structure_of(model, spec)
+    layers = part(model, structure.layers)
     blocks = []
-    for index, layer in enumerate(layers):
-        module = attrgetter(spec.block)(layer)
-        if type(module).__name__ == spec.block_class:
-            blocks.append(MoEBlock(spec, index, module, rule))
-    if not blocks:
-        raise RequestError(
-            f"none of the {len(layers)} layers of this {spec.model_type!r} model has experts, so there is nothing to "
-            "prune."
-        )
-    for block in blocks:
+    for index, found in structure.moe.items():
+        layer = layers[index]
         try:
-            tensors = {**block.expert_tensors, **block.router_tensors}
+            tensors = {path: part(layer, path).shape for path in found.tensors}
         except AttributeError as error:
             raise RequestError(
-                f"layer {block.layer}: {error}. Only unquantised models with fused experts (transformers 5) can be "
-                "pruned."
+                f"layer {index}: {error}. Only unquantised models with fused experts (transformers 5) can be pruned."
             ) from error
-        counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
+        counts = {
+            path: (tensors[path][axis.axis] - axis.extra) // axis.each
+            for path, axis in found.tensors.items()
+            if len(tensors[path]) > axis.axis
+        }
         if len(set(counts.values())) != 1:
-            raise RunError(f"layer {block.layer}: its tensors disagree about the number of experts: {counts}.")
+            raise RunError(f"layer {index}: its tensors disagree about the number of experts: {counts}.")
+        of_layer = rule if table_of(spec, layer, found) is None else spec.by_table(rule)
+        blocks.append(MoEBlock(spec, index, layer, found, of_layer))
     return blocks
+
+
+def table_of(spec: MoESpec, layer: nn.Module, structure: LayerStructure) -> str | None:
+    """The path below a decoder layer of the table that sends tokens to experts by their ids, or None."""
+    name = getattr(spec.form, "table", "")
+    return f"{structure.router}.{name}" if name and hasattr(part(layer, structure.router), name) else None
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a model that runs the decoder layers, and takes token ids."""
+    return part(model, structure_of(model, architecture_of(model.config)).decoder)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers."""
+    return part(model, structure_of(model, architecture_of(model.config)).layers)
 
 
 def dense_layers(model: Any) -> list[int]:
     """Decoder layers without experts."""
-    sparse = {block.layer for block in moe_blocks(model)}
-    return [i for i in range(len(attrgetter(architecture_of(model.config).layers)(model))) if i not in sparse]
+    structure = structure_of(model, architecture_of(model.config))
+    return [index for index in range(len(part(model, structure.layers))) if index not in structure.moe]
 
 
-def fingerprint(blocks: Sequence[MoEBlock]) -> str:
-    """sha256 of the router weights in layer order as float32, with expert counts and top_k."""
-    return fingerprint_of((b.layer, b.num_experts, b.rule.top_k, b.router_tensors.values()) for b in blocks)
+def fingerprint(blocks: Sequence[MoEBlock]) -> Json:
+    """The fingerprints of a model (``architectures.fingerprint``)."""
+    return fingerprints_of((b.layer, b.num_experts, b.rule.top_k, b.router_tensors.values()) for b in blocks)
 
 
-def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    parent, _, name = path.rpartition(".")
-    return (attrgetter(parent)(module) if parent else module), name
+def _cut(tensor: Tensor, axis: ExpertAxis, retained: Sequence[int], count: int) -> Tensor:
+    """What is left of a tensor of ``count`` experts; always a tensor of its own."""
+    rows = axis.rows(retained, count)
+    return tensor.detach().index_select(axis.axis, torch.tensor(rows, device=tensor.device))
 
 
-def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    return tensor.detach().index_select(0, torch.tensor(rows, device=tensor.device))
-
-
-def _replace(owner: nn.Module, name: str, value: Tensor) -> None:
-    """Put a new tensor in place of a parameter or buffer."""
-    old = getattr(owner, name)
+def _replace(module: nn.Module, name: str, value: Any) -> None:
+    """Put something new in place of a parameter, a buffer or a number."""
+    old = getattr(module, name)
     if isinstance(old, nn.Parameter):
-        setattr(owner, name, nn.Parameter(value, requires_grad=old.requires_grad))
+        setattr(module, name, nn.Parameter(value, requires_grad=old.requires_grad))
     else:
-        setattr(owner, name, value)
+        setattr(module, name, value)
 
 
 def moe_layers(model_config: ModelConfig) -> tuple[dict[int, int], RoutingRule]:
     """Experts in each MoE layer and the rule of their routers, from a config alone (a model without weights)."""
-    with torch.device("meta"):
-        blocks = moe_blocks(AutoModelForCausalLM.from_config(model_config))
+    blocks = moe_blocks(build_on_meta(model_config))
     return {block.layer: block.num_experts for block in blocks}, blocks[0].rule
 
 
 def model_facts(model: PreTrainedModel) -> Json:
     """What statistics and plans remember of the model they were made for."""
     blocks = moe_blocks(model)
-    return {
-        "model_type": blocks[0].spec.model_type,
-        "top_k": blocks[0].rule.top_k,
-        "fingerprint": fingerprint(blocks),
-        "dense_layers": dense_layers(model),
-        "name_or_path": name_of_config(model.config),
-        "revision": commit_of_config(model.config),
-    }
+    return facts_of(blocks[0].spec, model.config, fingerprint(blocks), dense_layers(model))

@@ -3,23 +3,33 @@
 
 Masks and positions come from the model's own forward, run for every batch with only that layer real. The model may be
 in memory (``LayerByLayer``) or on disk (``skeleton.Skeleton``).
+
+What goes from layer to layer is one tensor, the *state*: the hidden states as they are, or, where layers also hand on
+which positions they looked at, bytes of both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..compat import text_config
+from ..errors import RequestError
 from .batches import Batch
-from .blocks import moe_blocks
+from .blocks import decoder_layers, decoder_of, moe_blocks
 from .checks import evaluating, input_device
 
 _HEAD = -1  # in place of a layer's index: only what comes after the layers is run
+_HANDED_ON = "prev_topk_indices"  # what layers with sparse attention take of the one before
+
+
+class _LayerRan(Exception):
+    """The layer at work has run: what comes after it in the model's forward is not needed."""
 
 
 class LayerByLayer:
@@ -43,26 +53,35 @@ class LayerByLayer:
         self.blocks = moe_blocks(model)
         self.device = input_device(model) if device is None else device
         self.dtype: torch.dtype = model.dtype
-        self._layers: Sequence[nn.Module] = attrgetter(self.blocks[0].spec.layers)(model)
+        self._layers: Sequence[nn.Module] = list(decoder_layers(model))
+        self._run_decoder = decoder_of(model)
         self.num_layers = len(self._layers)
+        self._hands_on = _HANDED_ON in inspect.signature(type(self._layers[0]).forward).parameters
+        self._inner: tuple[int, ...] | None = None  # the shape of a position's hidden states
         self._active: int | None = None
-        self._input = self._output = torch.empty(0)
+        self._input = self._output = self._filler = torch.empty(0)
+        self._extra: Tensor | None = None
+        self._seen: list[Tensor] | None = None
+        self._is_layerwise = False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Have the layers stand in for themselves inside a ``with``; nothing else of the model's may run there."""
-        before = [layer.__dict__.get("forward") for layer in self._layers]  # hooks of accelerate live there as well
+        embeddings = self.model.get_input_embeddings()
+        modules = [*self._layers, embeddings]
+        before = [module.__dict__.get("forward") for module in modules]  # hooks of accelerate live there as well
         try:
             with torch.no_grad(), evaluating(self.model):
                 for index, layer in enumerate(self._layers):
                     layer.forward = self._standing_in(index, layer.forward)
+                embeddings.forward = self._embedding(embeddings.forward)
                 yield
         finally:
-            for layer, forward in zip(self._layers, before, strict=True):
+            for module, forward in zip(modules, before, strict=True):
                 if forward is not None:
-                    layer.forward = forward
-                elif "forward" in layer.__dict__:
-                    del layer.forward
+                    module.forward = forward
+                elif "forward" in module.__dict__:
+                    del module.forward
 
     def prepare(self) -> None:
         """Load what stands beside the layers, but the embeddings and the head."""
@@ -83,42 +102,150 @@ class LayerByLayer:
         yield
 
     def embedded(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """What goes into the first layer, of each batch ``(B, L, H)``."""
-        self._active = None
+        """What goes into the first layer: the state of each batch ``(B, L, ...)``."""
         for batch in batches:
-            self._decoder(batch, input_ids=batch.input_ids.to(self.device))
-            yield self._output
+            self._active = None
+            self._decoder(batch)
+            self._inner = tuple(self._output.shape[2:])
+            yield self._packed(self._output, None)
 
-    def forward(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        """What comes out of a loaded layer ``(B, L, H)``."""
-        self._active, self._input = index, hidden.to(self.device)
-        self._decoder(batch, inputs_embeds=self._input)
-        output, self._input, self._output = self._output, torch.empty(0), torch.empty(0)
+    def state_shape(self, batch: Batch) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of a batch's state; inside :meth:`running`, after :meth:`prepare`."""
+        if self._inner is None:
+            self._active, self._filler = 0, torch.zeros(())
+            self._input = torch.empty(0)
+            self._seen = []
+            with contextlib.suppress(_LayerRan):
+                self._call(batch)
+            self._inner, self._seen = tuple(self._output.shape[2:]), None
+        shape = tuple(batch.input_ids.shape)
+        if not self._hands_on:
+            return (*shape, *self._inner), self.dtype
+        hidden = self.dtype.itemsize * int(torch.tensor(self._inner).prod())
+        return (*shape, hidden + 4 * self._positions(shape[1])), torch.uint8
+
+    def forward(self, index: int, batch: Batch, state: Tensor) -> Tensor:
+        """The state that comes out of a loaded layer."""
+        if index > 0 and not self._is_layerwise:
+            self._check_layerwise(index, batch)
+        self._active = index
+        self._input, self._extra = self._unpacked(state.to(self.device))
+        self._extra_out: Tensor | None = None
+        self._decoder(batch)
+        output = self._packed(self._output, self._extra_out)
+        self._input, self._output, self._extra = torch.empty(0), torch.empty(0), None
         return output
 
-    def logits(self, batch: Batch, hidden: Tensor) -> Tensor:
+    def logits(self, batch: Batch, state: Tensor) -> Tensor:
         """The model's logits ``(B, L, V)`` for what came out of the last layer, inside :meth:`head`."""
-        self._active, self._input = _HEAD, hidden.to(self.device)
-        options = {"output_router_logits": False} if hasattr(self.model.config, "output_router_logits") else {}
-        mask = batch.attention_mask.to(self.device)
-        output = self.model(inputs_embeds=self._input, attention_mask=mask, use_cache=False, **options)
+        self._active = _HEAD
+        self._input, _ = self._unpacked(state.to(self.device))
+        has_routers = hasattr(text_config(self.model.config), "output_router_logits")
+        options = {"output_router_logits": False} if has_routers else {}
+        ids, mask = (tensor.to(self.device) for tensor in (batch.input_ids, batch.attention_mask))
+        output = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
         self._input = torch.empty(0)
         return output.logits
 
-    def _decoder(self, batch: Batch, **inputs: Tensor) -> None:
-        self.model.base_model(attention_mask=batch.attention_mask.to(self.device), use_cache=False, **inputs)
+    # -- the model's own forward, with one layer at work
+
+    def _decoder(self, batch: Batch) -> None:
+        with contextlib.suppress(_LayerRan):
+            self._call(batch)
+
+    def _call(self, batch: Batch) -> None:
+        ids, mask = (tensor.to(self.device) for tensor in (batch.input_ids, batch.attention_mask))
+        self._run_decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def _embedding(self, real: Any) -> Any:
+        """The embeddings' forward, which only counts where the state that goes into the first layer is asked for."""
+        weight = self.model.get_input_embeddings().weight
+
+        def forward(input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._active is None:
+                return real(input_ids, *args, **kwargs)
+            filler = self._filler if self._filler.numel() else torch.zeros(())
+            return filler.to(self.device, self.dtype).expand(*input_ids.shape, weight.shape[1]).clone()
+
+        return forward
 
     def _standing_in(self, index: int, real: Any) -> Any:
         """A layer's forward that does something for the layer at work only, and hands on what it got."""
 
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._active == index:
+                if self._seen is not None:
+                    self._output = hidden_states
+                    self._seen += _tensors((args, kwargs))
+                    raise _LayerRan
                 output = real(self._input, *args, **kwargs)
-                self._output = output if isinstance(output, Tensor) else output[0]
-            elif self._active is None and index == 0:
+                if isinstance(output, Tensor):
+                    self._output = output
+                else:
+                    self._output = output[0]
+                    self._extra_out = output[1] if self._hands_on else None
+                raise _LayerRan
+            if self._active is None:
                 self._output = hidden_states
-            elif self._active == _HEAD and index == self.num_layers - 1:
-                return self._input
-            return hidden_states
+                raise _LayerRan
+            output = self._input if self._active == _HEAD and index == self.num_layers - 1 else hidden_states
+            extra = self._extra if self._active == index + 1 else None
+            return (output, extra) if self._hands_on else output
 
         return forward
+
+    def _check_layerwise(self, index: int, batch: Batch) -> None:
+        """Raise unless what a layer is given beside its hidden states is independent of the layers before.
+
+        Raises:
+            RequestError: If the model mixes them itself, which one layer at a time cannot follow.
+        """
+        given = []
+        for filler in (0.25, -1.5):
+            self._active, self._filler, self._seen, self._extra = index, torch.tensor(filler), [], None
+            self._decoder(batch)
+            given.append(self._seen)
+        self._seen, self._filler = None, torch.empty(0)
+        if len(given[0]) != len(given[1]) or not all(map(torch.equal, *given)):
+            raise RequestError(
+                f"a {type(self.model).__name__} hands what several layers gave on to later ones; it cannot be run one "
+                "layer at a time. Calibrate it in memory (stream=False)."
+            )
+        self._is_layerwise = True
+
+    # -- states
+
+    def _positions(self, length: int) -> int:
+        """How many positions layers with sparse attention hand on, at most."""
+        return min(int(text_config(self.model.config).index_topk), length)
+
+    def _packed(self, hidden: Tensor, extra: Tensor | None) -> Tensor:
+        if not self._hands_on:
+            return hidden
+        shape = hidden.shape[:2]
+        places = torch.full((*shape, self._positions(shape[1])), -1, dtype=torch.int32, device=hidden.device)
+        if extra is not None:
+            places[..., : extra.shape[-1]] = extra
+        parts = (hidden.reshape(*shape, -1).contiguous(), places)
+        return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
+
+    def _unpacked(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self._hands_on:
+            return state, None
+        size = 4 * self._positions(state.shape[1])
+        hidden = state[..., :-size].contiguous().view(self.dtype)
+        if self._inner is not None:
+            hidden = hidden.view(*state.shape[:2], *self._inner)
+        places = state[..., -size:].contiguous().view(torch.int32)
+        return hidden, None if bool((places < 0).all()) else places.long()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    if isinstance(value, (tuple, list, type({}.values()))):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import get_max_memory
-from transformers import AutoModelForCausalLM
 
 from ..checkpoints.layout import Layout, model_dtype
+from ..checkpoints.source import Source
+from ..compat import loader_of
 from ..errors import RequestError
+from ..storage.values import Json
 from .checks import check_model
 from .layerwise import LayerByLayer
 from .skeleton import Skeleton
@@ -70,17 +72,20 @@ class Compute:
         return Compute(self.dtype, device, stream)
 
     @property
+    def for_transformers(self) -> Json:
+        """What ``from_pretrained`` takes."""
+        return {"dtype": self.dtype, "device_map": self.device}
+
+    @property
     def device_type(self) -> str:
         """``cpu``, ``cuda`` ..."""
         return torch.device(self.device.replace("auto", "cuda")).type
 
 
-def load_model(layout: Layout, compute: Compute) -> Any:
-    """A whole model in memory, of the commit whose files were looked at."""
-    source = layout.checkpoint.source
-    return AutoModelForCausalLM.from_pretrained(
-        source.name_or_path, dtype=compute.dtype, device_map=compute.device, **source.for_transformers
-    )
+def load_model(source: Source, compute: Compute) -> Any:
+    """A whole model in memory."""
+    settings = {**compute.for_transformers, **source.for_transformers}
+    return loader_of(source.config, source.trust_remote_code).from_pretrained(source.name_or_path, **settings)
 
 
 def open_skeleton(layout: Layout, compute: Compute) -> Skeleton:
@@ -93,7 +98,7 @@ def open_runner(layout: Layout, compute: Compute) -> LayerByLayer:
     compute = compute.settled(layout)
     if compute.stream:
         return open_skeleton(layout, compute)
-    model = load_model(layout, compute)
+    model = load_model(layout.checkpoint.source, compute)  # of the commit whose files were looked at
     check_model(model)  # nothing may be offloaded
     return LayerByLayer(model)
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
+import inspect
 import logging
 import re
 import sys
@@ -29,14 +30,16 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.table import all_architectures, on_register
-from ..compat import LOADING_HOOK, PER_LAYER_WARNER, ModelConfig
-from ..errors import RunError
+from ..architectures.spec import COUNT_KEYS
+from ..architectures.table import all_architectures, find_architecture, on_register
+from ..compat import LOADING_HOOK, PER_LAYER_WARNER, ModelConfig, text_config
+from ..errors import RequestError, RunError
 
 if TYPE_CHECKING:
     from ..architectures.spec import MoESpec
 
 _WARNING = re.compile(r"global config value for per-layer attribute `(\w+)`")
+_EXPERTS = re.compile(r"Experts|MoE|Moe")
 _ABSENT: Any = object()
 
 _undo: list[tuple[Any, str, Any]] = []
@@ -70,8 +73,8 @@ def disable() -> None:
 
 def extend_registered(spec: MoESpec) -> None:
     """Reach a new architecture, also if its modelling module was imported before, or is not one of transformers."""
-    if _finder in sys.meta_path:
-        _extend_loaded(spec.modelling_module)
+    if _finder in sys.meta_path and spec.modelling:
+        _extend_loaded(spec.modelling)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -99,7 +102,11 @@ on_register.append(extend_registered)
 
 
 def _is_modelling(name: str) -> bool:
-    return any(spec.modelling_module == name for spec in all_architectures())
+    return (name.startswith("transformers.models.") and ".modeling_" in name) or _is_registered(name)
+
+
+def _is_registered(name: str) -> bool:
+    return any(spec.modelling == name for spec in all_architectures() if spec.modelling)
 
 
 def _extend_loaded(name: str) -> None:
@@ -110,21 +117,37 @@ def _extend_loaded(name: str) -> None:
 
 
 def _extend(module: ModuleType) -> None:
-    """Extend the classes of a modelling module, if it is that of a known architecture."""
-    for spec in all_architectures():
-        layer_class = getattr(module, spec.layer_class, None) if spec.modelling_module == module.__name__ else None
-        # Without the class it is another version of transformers: such checkpoints then fail to load, loudly.
-        if layer_class is None or hasattr(layer_class.__init__, "moe_prune"):
-            continue
-        from ..architectures.unequal import GLOBAL_COUNT_ALLOWED, PERMISSION, balanced_by_layer
+    """Extend the classes of a modelling module that has experts; in others there is nothing to extend."""
+    own = {name: value for name, value in vars(module).items() if _is_own_class(value, module)}
+    if not _is_registered(module.__name__) and not any(_EXPERTS.search(name) for name in own):
+        return
+    from transformers import PreTrainedConfig
 
-        _set(layer_class, "__init__", _layer_init(layer_class.__init__, spec))
-        if hasattr(module, "load_balancing_loss_func"):
-            _set(module, "load_balancing_loss_func", balanced_by_layer(module.load_balancing_loss_func))
-        for base in _model_bases(module):
-            _set(base, LOADING_HOOK, _checked(getattr(base, LOADING_HOOK), spec))
-            if (config_class := getattr(base, "config_class", None)) is not None:
-                _set(config_class, PERMISSION, GLOBAL_COUNT_ALLOWED)
+    from ..architectures.unequal import GLOBAL_COUNT_ALLOWED, PERMISSION, balanced_by_layer
+
+    for value in own.values():
+        if _is_layer(value) and not hasattr(value.__init__, "moe_prune"):
+            _set(value, "__init__", _layer_init(value.__init__))
+        if value.__name__.endswith("PreTrainedModel") and hasattr(value, LOADING_HOOK):
+            _set(value, LOADING_HOOK, _checked(getattr(value, LOADING_HOOK)))
+    if hasattr(module, "load_balancing_loss_func"):
+        _set(module, "load_balancing_loss_func", balanced_by_layer(module.load_balancing_loss_func))
+    for value in list(vars(module).values()):  # of the whole model, and of its text part
+        if isinstance(value, type) and issubclass(value, PreTrainedConfig) and value is not PreTrainedConfig:
+            _set(value, PERMISSION, GLOBAL_COUNT_ALLOWED)
+
+
+def _is_own_class(value: Any, module: ModuleType) -> bool:
+    return isinstance(value, type) and value.__module__ == module.__name__
+
+
+def _is_layer(value: type) -> bool:
+    """Whether a class is that of decoder layers: built of a config and the layer's index."""
+    from torch import nn
+
+    if not issubclass(value, nn.Module) or not re.search(r"(Layer|Block)$", value.__name__):
+        return False
+    return {"config", "layer_idx"} <= set(inspect.signature(value.__init__).parameters)
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
@@ -132,45 +155,49 @@ def _set(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _layer_init(init: Callable[..., None], spec: MoESpec) -> Callable[..., None]:
+def _row(config: ModelConfig) -> MoESpec | None:
+    """The row of a config, also where models of the type are refused or not known: None then."""
+    try:
+        return find_architecture(config)
+    except RequestError:
+        return None
+
+
+def _layer_init(init: Callable[..., None]) -> Callable[..., None]:
     """A decoder layer's ``__init__`` that reads the layer's own config."""
     from ..architectures.unequal import share_config
 
+    signature = inspect.signature(init)
+
     @functools.wraps(init)
-    def __init__(self: Any, config: ModelConfig, layer_idx: int, *args: Any, **kwargs: Any) -> None:
-        if not spec.is_unequal(config):
-            init(self, config, layer_idx, *args, **kwargs)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        config, index = given.arguments["config"], given.arguments["layer_idx"]
+        spec = _row(config) if getattr(config, "per_layer_attributes", None) else None
+        if spec is None or not spec.is_unequal(config):
+            init(self, *args, **kwargs)
             return
-        own = config.per_layer_config[layer_idx]
-        init(self, own, layer_idx, *args, **kwargs)
+        own = given.arguments["config"] = config.per_layer_config[index]
+        init(*given.args, **given.kwargs)
         share_config(self, own, config)
 
     vars(__init__)["moe_prune"] = True
     return __init__
 
 
-def _model_bases(module: ModuleType) -> list[Any]:
-    """The classes of a modelling module that its models derive from and that can be told what was loaded."""
-    return [
-        value
-        for name, value in vars(module).items()
-        if name.endswith("PreTrainedModel")
-        and getattr(value, "__module__", None) == module.__name__
-        and hasattr(value, LOADING_HOOK)
-    ]
-
-
-def _checked(finalize: Callable[..., Any], spec: MoESpec) -> staticmethod:
+def _checked(finalize: Callable[..., Any]) -> staticmethod:
     """The last step of loading, which fills gaps with random weights, after a check that the experts have none."""
     from ..architectures.unequal import damage
 
-    experts = tuple(f"{spec.experts}.{name}" for name in spec.expert_tensors)
-    where = (spec.layers.rpartition(".")[2], spec.block, (*experts, *spec.router_tensors))
-
     @functools.wraps(finalize)
     def _finalize_model_loading(model: Any, load_config: ModelConfig, loading_info: Any) -> Any:
-        if found := damage(model.config, loading_info, *where):
-            raise RunError(found)
+        config = text_config(model.config)
+        spec = _row(config) if getattr(config, "is_heterogeneous", False) else None
+        if spec is not None and (loading_info.mismatched_keys or loading_info.missing_keys):
+            from ..architectures.structure import structure_of
+
+            if found := damage(config, loading_info, *structure_of(model, spec).where):
+                raise RunError(found)
         return finalize(model, load_config, loading_info)
 
     return staticmethod(_finalize_model_loading)
@@ -181,4 +208,4 @@ def _unless_ours(record: logging.LogRecord) -> bool:
     match = _WARNING.search(str(record.msg))
     if match is None:
         return True
-    return match[1] not in {spec.count_key for spec in all_architectures()}
+    return match[1] not in {*COUNT_KEYS, *(spec.count_key for spec in all_architectures())}

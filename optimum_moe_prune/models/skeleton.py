@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import Layout
-from ..compat import WeightNames, initialise, keep_from_initialising, text_config
+from ..compat import WeightNames, build_on_meta, initialise, keep_from_initialising, text_config
 from ..errors import MoEPruneError, RequestError
 from .batches import Batch
 from .layerwise import LayerByLayer
@@ -73,10 +71,12 @@ class _Source:
 
     Attributes:
         converter: What makes it of its tensors, or None where it is one tensor under another name.
+        first: The first of the parameters that the converter makes of them.
         tensors: Names in the checkpoint, by the converter's pattern.
     """
 
     converter: Any
+    first: str = ""
     tensors: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -110,11 +110,10 @@ class Skeleton(LayerByLayer):
     def __init__(self, layout: Layout, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
         self.layout = layout
         self.checkpoint = layout.checkpoint
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(layout.config), dtype=dtype).eval()
+        model = build_on_meta(layout.config, dtype, layout.checkpoint.source.trust_remote_code)
         super().__init__(model, torch.device("cuda" if device == "auto" else device))
         self.dtype = dtype
-        self._layer_path = layout.spec.layers
+        self._layer_path = layout.structure.layers
         self._parameters = self.model.state_dict()
         self._names = WeightNames(self.model)
         self._sources = self._find_sources()
@@ -180,8 +179,10 @@ class Skeleton(LayerByLayer):
         sources: dict[str, _Source] = {}
         for name in self._names.sorted(self.checkpoint.tensors):
             target, pattern, converter = self._names.parameter_of(name)
-            if target in self._parameters:  # else of no use to the model; transformers passes over it as well
-                sources.setdefault(target, _Source(converter)).tensors.setdefault(pattern or name, []).append(name)
+            for parameter in self._names.made_with(target, converter):
+                if parameter in self._parameters:  # else of no use to the model; transformers passes over it as well
+                    source = sources.setdefault(parameter, _Source(converter, target))
+                    source.tensors.setdefault(pattern or name, []).append(name)
         return sources
 
     def _check(self) -> None:
@@ -192,11 +193,7 @@ class Skeleton(LayerByLayer):
                 + ("" if index in self.layout.layers else " the files hold none; the checkpoint is damaged.")
             )
         backbone = f"{self.model.base_model_prefix}."
-        made = set(self._sources)
-        for name, source in self._sources.items():
-            targets = [] if source.converter is None else source.converter.target_patterns
-            made.update(name.replace(targets[0], target) for target in targets)
-        missing = sorted(n for n in self._parameters if n.startswith(backbone) and n not in made)
+        missing = sorted(n for n in self._parameters if n.startswith(backbone) and n not in self._sources)
         if missing:
             raise RequestError(
                 f"{self.checkpoint.name_or_path} lacks {missing[0]}"
@@ -268,9 +265,8 @@ class Skeleton(LayerByLayer):
             value = finite(source.names[0])
             return value if in_place else value.clone()
         if not source.by_expert:
-            return self._names.converted(
-                name, source.converter, {p: [*map(finite, n)] for p, n in source.tensors.items()}
-            )
+            tensors = {p: [*map(finite, n)] for p, n in source.tensors.items()}
+            return self._names.converted(name, source.converter, tensors, source.first)
         whole = torch.empty(self._parameters[name].shape, dtype=dtype)
         for expert in range(len(whole)):
             tensors = {pattern: [finite(names[expert])] for pattern, names in source.tensors.items()}

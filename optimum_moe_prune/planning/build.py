@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
-from ..methods import BY_SENSITIVITY, get_method
+from ..methods import get_method
 from ..methods.budget import Budget, UniformBudget, global_budget, rounding_note, uniform_budget
 from ..methods.limits import check_retained
 from ..methods.selection import Selection
 from ..methods.super_experts import super_experts
+from ..names import BY_SENSITIVITY
 from ..plan import PruningPlan
+from ..provenance import now
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from .allocation import allocate
@@ -126,7 +127,7 @@ def quiet_plan(
     check_retained(stats.routing, retained, original, f"method {config.method!r}")
     notes.append(_odd_note([(original[layer], len(experts)) for layer, experts in retained.items()]))
     provenance: Json = {
-        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "made": now(),
         "model": stats.model,
         "calibration": {
             "fingerprint": stats.fingerprint,

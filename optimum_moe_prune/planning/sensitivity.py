@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.fingerprint import same_routers
 from ..errors import RequestError
 from ..storage.files import write_json
 from ..storage.values import Json, Values, check_version, is_integer, read_json
@@ -114,7 +115,7 @@ class Sensitivity:
         Raises:
             RequestError: If it was measured on another model, of other methods, or with other settings.
         """
-        if self.model.get("fingerprint") != model.get("fingerprint"):
+        if not same_routers(self.model, model):
             raise RequestError(
                 f"the sensitivity was measured on another model ({self.model.get('name_or_path') or 'unnamed'})."
             )

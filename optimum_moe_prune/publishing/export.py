@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..architectures.table import all_architectures
+from ..architectures.patterns import patterns_of_type
 from ..errors import RequestError, nearest_first
 from ..plan import PruningPlan
-from ..storage.values import Json, check_version
+from ..storage.values import Json, check_version, no_constant
 
 FORMAT = "optimum-moe-prune/experts"
 FORMAT_VERSION = 1
@@ -80,7 +80,7 @@ def import_plan(text: str) -> dict[int, tuple[int, ...]]:
         RequestError: If it is another format, a newer version, damaged, or contradicts itself.
     """
     try:
-        values = json.loads(text, parse_constant=_refused, object_pairs_hook=_object)
+        values = json.loads(text, parse_constant=no_constant, object_pairs_hook=_object)
         if values["format"] != FORMAT:
             raise RequestError(f"the file's format is {values['format']!r}, and {FORMAT!r} is read.")
         check_version(values, FORMAT_VERSION, "the exported plan")
@@ -107,15 +107,7 @@ def import_plan(text: str) -> dict[int, tuple[int, ...]]:
 
 
 def _json(plan: PruningPlan) -> str:
-    spec = next((spec for spec in all_architectures() if spec.model_type == plan.model_type), None)
-    tensors = None
-    if spec is not None:
-        blocks = [f"{spec.layers}.{{layer}}.{block}" for block in spec.file_blocks]
-        tensors = {
-            "router": [f"{block}.{path}" for block in blocks for path in spec.router_tensors],
-            "expert": [f"{block}.{spec.experts}.{{expert}}." for block in blocks],
-            "fused_experts": [f"{block}.{spec.experts}.{path}" for block in blocks for path in spec.expert_tensors],
-        }
+    known = patterns_of_type(plan.model_type)
     head = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -123,8 +115,8 @@ def _json(plan: PruningPlan) -> str:
         "model_type": plan.model_type,
         "top_k": plan.top_k,
         "method": plan.method,
-        "num_experts_key": None if spec is None else spec.count_key,
-        "tensors": tensors,
+        "num_experts_key": None if known is None else known.count_key,
+        "tensors": None if known is None else known.tensors,
     }
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
     layers = [f"    {json.dumps(str(layer))}: {json.dumps(_layer(plan, layer))}" for layer in sorted(plan.retained)]
@@ -157,7 +149,3 @@ def _object(pairs: list[tuple[str, Any]]) -> Json:
     if len(values) < len(pairs):
         raise ValueError("a key is there twice")
     return values
-
-
-def _refused(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")

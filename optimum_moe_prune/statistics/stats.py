@@ -269,7 +269,7 @@ class CalibrationStats:
             raise ValueError(f"{wrong[0]!r} has the wrong type")
         if not self.layers:
             raise ValueError("there are no layers")
-        before, kept = 0, self.token_sample
+        before, kept, today = 0, self.token_sample, {old: name for name, old in IN_FORMAT_1.items()}
         for index, layer in sorted(self.layers.items()):
             if index < 0 or not self.model["top_k"] == layer.routing.top_k <= layer.num_experts:
                 raise ValueError(f"layer {index} has {layer.num_experts} experts and top_k {layer.routing.top_k}")
@@ -277,10 +277,8 @@ class CalibrationStats:
             hidden = there["inputs"][0][-1] if "inputs" in there else 0
             counts = (len(self.samples), len(kept), layer.num_experts, before, hidden)
             shapes = layer_shapes(self.needs, *counts, logits_dtype=torch.float32, inputs_dtype=torch.float32)
-            for name, (shape, _) in shapes.items():
-                name = name if name in there else IN_FORMAT_1.get(name, name)
-                if name in IN_FORMAT_1.values() and name not in there:
-                    continue
+            for name in self.names:
+                shape, _ = shapes[today.get(name, name)]
                 if there[name][0] != shape or there[name][1] not in _DTYPES:
                     raise ValueError(f"layer {index}: {name} has shape and dtype {there[name]}, not {shape}")
             before = layer.num_experts

@@ -25,7 +25,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
     except FileNotFoundError as error:
         raise RequestError(f"{path} does not exist.") from error
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -51,5 +51,6 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _no_constant(name: str) -> float:
+def no_constant(name: str) -> float:
+    """For ``json.loads(parse_constant=...)``: NaN and infinity, which Python reads, are not JSON."""
     raise ValueError(f"{name} is not JSON")

@@ -7,6 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from ..architectures.fingerprint import same_routers
 from ..architectures.table import architecture_of
 from ..checkpoints.layout import Layout
 from ..compat import ModelConfig, text_config
@@ -16,6 +17,7 @@ from ..methods.limits import check_retained
 from ..models.blocks import fingerprint, moe_blocks
 from ..plan import PruningPlan
 from ..storage.folders import check_space
+from ..storage.values import Json
 from .config_json import source_config
 from .standalone import standalone_class
 
@@ -70,21 +72,21 @@ def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
     check_routers(plan, fingerprint(blocks))
 
 
-def check_routers(plan: PruningPlan, found: str) -> None:
-    """Raise unless a plan was made for a model with these router weights.
+def check_routers(plan: PruningPlan, found: Json) -> None:
+    """Raise unless a plan was made for a model with these router weights, perhaps in another precision.
 
     Args:
         plan: The plan.
-        found: The model's fingerprint.
+        found: The model's fingerprints (``architectures.fingerprint``).
 
     Raises:
         RequestError: If it was made for others.
     """
-    if plan.made_for.get("fingerprint", found) != found:
+    if not same_routers(plan.made_for, found):
         raise RequestError(
             "this plan was made for a model with other router weights "
             f"({plan.made_for.get('name_or_path') or 'unnamed'}, fingerprint {plan.made_for['fingerprint'][:12]}; "
-            f"this model: {found[:12]})."
+            f"this model: {found['fingerprint'][:12]})."
         )
 
 
@@ -113,10 +115,11 @@ def check_request(layout: Layout, uniform: bool, standalone: bool) -> None:
     """
     if standalone and not uniform:
         standalone_class(layout.config)
-    if layout.outside and uniform:
-        more = f" and {len(layout.outside) - 1} more tensors" if len(layout.outside) > 1 else ""
+    outside = [name for head in layout.heads for name in head.names]
+    if outside and uniform:
+        more = f" and {len(outside) - 1} more tensors" if len(outside) > 1 else ""
         raise RequestError(
-            f"{layout.outside[0]}{more} of {layout.checkpoint.name_or_path} are experts outside the model's layers, "
+            f"{outside[0]}{more} of {layout.checkpoint.name_or_path} are experts outside the model's layers, "
             "which no plan names and config.json would number wrongly. Remove them from the checkpoint, or prune with "
             "a global allocation, which leaves the model-wide number as it is."
         )
@@ -130,8 +133,8 @@ def _check_quantization(layout: Layout) -> None:
     text = json.dumps(settings if isinstance(settings, dict) else getattr(settings, "__dict__", {}), default=str)
     for index, layer in layout.layers.items():
         for number in layer.experts:
-            if f".{index}." in text and f"{layout.spec.experts}.{number}." in text:
+            if f".{index}." in text and f"experts.{number}." in text:
                 raise RequestError(
                     "the quantization_config of this checkpoint names single experts "
-                    f"({layout.spec.experts}.{number}), which pruning numbers anew; that is not supported."
+                    f"(experts.{number}), which pruning numbers anew; that is not supported."
                 )

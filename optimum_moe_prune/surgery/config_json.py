@@ -12,7 +12,7 @@ from ..architectures.table import architecture_of
 from ..architectures.unequal import without_standalone
 from ..checkpoints.layout import Layout
 from ..checkpoints.source import Source
-from ..compat import ModelConfig
+from ..compat import ModelConfig, text_config
 from ..errors import RequestError
 from ..plan import PruningPlan
 from ..storage.values import Json, read_json
@@ -29,19 +29,23 @@ def write_counts(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int]) 
     tensors of other shapes and stops. transformers' permission to read it stays unwritten (``unequal``).
     Code that came with the checkpoint (``standalone``) is for the numbers it had, and is no longer named.
     """
-    layers = config.to_dict().get("per_layer_config") or {}
+    text, count_key = text_config(config), spec.key_of_count(config)
+    layers = text.to_dict().get("per_layer_config") or {}
     own = {int(layer): dict(values) for layer, values in layers.items()}
-    aliases = type(config).attribute_map
+    aliases = type(text).attribute_map
     for layer, values in own.items():
-        own[layer] = {key: value for key, value in values.items() if aliases.get(key, key) != spec.count_key}
-    config.per_layer_config = None
-    if len(set(counts.values())) == 1:
-        setattr(config, spec.count_key, next(iter(counts.values())))
+        own[layer] = {key: value for key, value in values.items() if aliases.get(key, key) != count_key}
+    text.per_layer_config = None
+    whole = getattr(text, count_key)
+    if isinstance(whole, list):  # one for each layer, which says all
+        setattr(text, count_key, [counts.get(layer, count) for layer, count in enumerate(whole)])
+    elif len(set(counts.values())) == 1:
+        setattr(text, count_key, next(iter(counts.values())))
     else:
         for layer, count in counts.items():
-            own.setdefault(layer, {})[spec.count_key] = count
+            own.setdefault(layer, {})[count_key] = count
     if any(own.values()):
-        config.per_layer_config = own
+        text.per_layer_config = own
     if hasattr(config, "auto_map"):
         config.auto_map = without_standalone(config.auto_map)
         if not config.auto_map:
@@ -58,19 +62,44 @@ def pruned_config(values: Json, before: Any, after: Any, spec: MoESpec) -> Json:
         spec: The architecture.
     """
     values = dict(values)
+    count_key, text = spec.key_of_count(after), text_config(after)
     was, now = before.to_dict(), after.to_dict()
-    aliases = [alias for alias, key in type(after).attribute_map.items() if key == spec.count_key]
-    for key in [key for key in (spec.count_key, *aliases) if key in values] or [spec.count_key]:
-        values[key] = now[spec.count_key]  # the attribute may not be read where layers have their own
-    own = {spec.count_key, "dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"}
-    for name in now.keys() - own:
+    nested = _name_of_part(after, text)
+    if nested is not None:
+        inner = dict(values.get(nested) or {})
+        _change(inner, text_config(before).to_dict(), text.to_dict(), type(text).attribute_map, count_key)
+        values[nested] = inner
+        del was[nested], now[nested]
+        for name in now.keys() - _NOT_OURS:
+            if now[name] != was.get(name):
+                values[name] = now[name]
+    else:
+        _change(values, was, now, type(after).attribute_map, count_key)
+    if auto_map := without_standalone(values.pop("auto_map", {})):
+        values["auto_map"] = auto_map
+    return values
+
+
+_NOT_OURS = frozenset({"dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures"})
+
+
+def _name_of_part(config: Any, text: Any) -> str | None:
+    """The key of a config under which the one of its text part stands; None where it is that itself."""
+    if text is config:
+        return None
+    return next(name for name, value in vars(config).items() if value is text)
+
+
+def _change(values: Json, was: Json, now: Json, attribute_map: Mapping[str, str], count_key: str) -> None:
+    """Put into a config's own values what is different now."""
+    aliases = [alias for alias, key in attribute_map.items() if key == count_key]
+    for key in [key for key in (count_key, *aliases) if key in values] or [count_key]:
+        values[key] = now[count_key]  # the attribute may not be read where layers have their own
+    for name in now.keys() - _NOT_OURS - {count_key}:
         if now[name] != was.get(name):
             values[name] = now[name]
     if "per_layer_config" not in now:
         values.pop("per_layer_config", None)
-    if auto_map := without_standalone(values.pop("auto_map", {})):
-        values["auto_map"] = auto_map
-    return values
 
 
 def source_config(source: Source) -> Json:

@@ -51,6 +51,12 @@ def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, ba
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             try:
                 for file, ranges in _ranges(pieces, checkpoint):
+                    made = ranges[0].piece.data
+                    if made is not None:
+                        os.pwrite(target, made, position)
+                        bar.update(len(made))
+                        position += len(made)
+                        continue
                     if file not in opened:
                         opened[file] = checkpoint.opened(file)
                         files.callback(os.close, opened[file])
@@ -82,10 +88,19 @@ class _Range:
 
 
 def _ranges(pieces: Mapping[str, Piece], checkpoint: Checkpoint) -> Iterator[tuple[str, list[_Range]]]:
-    """The ranges of source files that the pieces are, in their order; neighbours stand together, up to a bound."""
+    """The ranges of source files that the pieces are, in their order; neighbours stand together, up to a bound.
+
+    A piece whose bytes are not the source's stands alone, with no file.
+    """
     file = ""
     together: list[_Range] = []
     for piece in pieces.values():
+        if piece.data is not None:
+            if together:
+                yield file, together
+                together = []
+            yield "", [_Range(piece, 0, piece.nbytes)]
+            continue
         entry = checkpoint.entry(piece.source)
         source = checkpoint.tensors[piece.source]
         if piece.rows is None:

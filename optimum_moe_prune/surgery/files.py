@@ -9,6 +9,7 @@ for NaN and infinity beside the copying; what is pruned is not read.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -41,7 +42,10 @@ from ..storage.values import Json, Values
 from .checks import check_plan_for_config, check_request, check_routers
 from .config_json import config_of_files
 from .copying import _write_file
+from .side_files import carried
 from .standalone import write_standalone
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
 _OWN_FILES = (
@@ -97,7 +101,7 @@ def pruned_checkpoint(
     uniform = plan.uniform_num_experts is not None
     check_request(layout, uniform, standalone)
     pieces = select(plan, layout)
-    check_routers(plan, layout.fingerprint())
+    check_routers(plan, layout.fingerprints())
     files = split_state_dict_into_shards_factory(
         pieces,
         get_storage_size=lambda piece: piece.nbytes,
@@ -145,13 +149,19 @@ def add_records(folder: Path, plan: PruningPlan, recipe: Values | None) -> None:
     write_json(folder / CONFIG_NAME, plan.config if recipe is None else recipe, indent=2)
 
 
-def carry_files(source: Source, folder: Path) -> None:
+def carry_files(source: Source, folder: Path) -> dict[str, str]:
     """Copy what lies beside a model's weights and is not there yet: tokenizer, generation config, code, ...
 
     The model card is kept under another name, since the pruned model has its own. Of a model that was pruned before
     it is the card of the model before that which is kept.
+
+    Returns:
+        What stays out though it lies there, and why.
     """
-    names = source.other_files()
+    names, left_out = carried(source.files(), source.find)
+    names = [name for name in source.other_files() if name in set(names)]
+    for name, reason in left_out.items():
+        logger.info("%s of %s stays out of the pruned copy: %s.", name, source.name_or_path, reason)
     if CARD_NAME in names and BASE_CARD_NAME not in names:
         card = source.find(CARD_NAME)
         if card is not None:
@@ -164,3 +174,4 @@ def carry_files(source: Source, folder: Path) -> None:
             raise RunError(f"{name} of {source.name_or_path} is listed there and cannot be fetched.")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(found, folder / name)
+    return left_out

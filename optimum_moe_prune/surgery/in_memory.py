@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..architectures.structure import owner, structure_of
 from ..models.blocks import moe_blocks
 from ..models.checks import check_finite, check_model
 from ..plan import PruningPlan
@@ -37,10 +38,12 @@ def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
     check_finite(model)
     blocks = moe_blocks(model)
     spec = blocks[0].spec
+    counts = structure_of(model, spec).counts
     for block in blocks:
         block.retain(plan.retained[block.layer])
     write_counts(spec, model.config, plan.num_experts)
     if plan.uniform_num_experts is not None:
-        for name in spec.model_counts:
-            setattr(model, name, plan.uniform_num_experts)
+        for path in counts:
+            module, name = owner(model, path)
+            setattr(module, name, plan.uniform_num_experts)
     return model

@@ -9,14 +9,16 @@ class of ours random.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from pathlib import Path
 from string import Template
 
 from ..architectures import unequal
+from ..architectures.structure import structure_of
 from ..architectures.table import architecture_of
-from ..compat import ModelConfig, causal_lm_class
+from ..compat import ModelConfig, build_on_meta, causal_lm_class, text_config
 from ..errors import RequestError
 
 _CLASSES = Template(
@@ -42,9 +44,9 @@ class Unequal$causal(modelling.$causal):
         for index, layer in enumerate(self.$layers):
             block = layer.$block
             count = count_of_layer(config, "$count_key", index)
-            if type(block).__name__ == "$block_class" and len(block.$experts.$tensor) != count:
+            if hasattr(block, "$experts") and len(block.$experts.$tensor) != count:
                 own = config.per_layer_config[index]
-                layer.$block = type(block)(own)
+                layer.$block = build_like(block, own, index)
                 share_config(layer.$block, own, config)
         self.post_init()
 
@@ -65,9 +67,20 @@ def standalone_class(config: ModelConfig) -> str:
     """
     model_type = architecture_of(config).model_type
     name = causal_lm_class(model_type)
-    if name is None:
-        raise RequestError(f"standalone: transformers has no causal language model of type {model_type!r} of its own.")
+    if name is None or text_config(config) is not config:
+        raise RequestError(f"standalone: transformers has no causal language model of type {config.model_type!r}.")
+    spec, model = architecture_of(config), build_on_meta(uniform_copy(config))
+    layer = next(iter(structure_of(model, spec).moe.values()))
+    if not layer.block:
+        raise RequestError(f"standalone: layers of a {model_type!r} model have no block to put another in place of.")
     return name
+
+
+def uniform_copy(config: ModelConfig) -> ModelConfig:
+    """A config whose layers all have the number of experts of the whole model; the classes are the same."""
+    config = copy.deepcopy(config)
+    text_config(config).per_layer_config = None
+    return config
 
 
 def write_standalone(folder: str | Path, config: ModelConfig) -> Path:
@@ -80,19 +93,20 @@ def write_standalone(folder: str | Path, config: ModelConfig) -> Path:
     Returns:
         The file.
     """
-    spec = architecture_of(config)
+    spec, model = architecture_of(config), build_on_meta(uniform_copy(config))
+    structure = structure_of(model, spec)
+    layer = next(iter(structure.moe.values()))
     causal = standalone_class(config)
     classes = _CLASSES.substitute(
-        module=spec.modelling_module,
+        module=type(model).__module__,
         causal=causal,
-        block=spec.block,
-        block_class=spec.block_class,
-        count_key=spec.count_key,
-        experts=spec.experts,
-        tensor=spec.expert_tensors[0],
-        layers=spec.layers,
-        layer_list=spec.layers.rpartition(".")[2],
-        counted=repr((*(f"{spec.experts}.{name}" for name in spec.expert_tensors), *spec.router_tensors)),
+        block=layer.block,
+        count_key=spec.key_of_count(config),
+        experts=layer.experts.rpartition(".")[2],
+        tensor=layer.expert_tensors[0].rpartition(".")[2],
+        layers=structure.layers,
+        layer_list=structure.where[0],
+        counted=repr(structure.where[2]),
     )
     path = Path(folder) / f"{unequal.FILE_STEM}.py"
     path.write_text(inspect.getsource(unequal) + classes, encoding="utf-8")

@@ -16,7 +16,7 @@ from oracles import assert_identical, calibrated, layout_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-import optimum_moe_prune.evaluation.choosing as choosing
+import optimum_moe_prune.calibration.calibrate as calibrating
 import optimum_moe_prune.models.memory as memory
 import optimum_moe_prune.storage.growing as growing
 from optimum_moe_prune import (
@@ -233,7 +233,7 @@ def test_both_ways_refuse_what_is_missing(
 def test_what_cannot_be_written_is_refused_before_the_calibration(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choosing, "calibrate", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr(calibrating, "calibrate", lambda *_, **__: pytest.fail("work began"))
     pruner = MoEPruner.from_pretrained(folder, method="reap", num_experts=4)
     edited(folder, lambda tensors: tensors.update({"mtp.layers.0.mlp.experts.0.w1": torch.ones(2)}))
     with pytest.raises(RequestError, match=r"mtp.layers.0.mlp.experts.0.w1 .* are experts outside the model's layers"):

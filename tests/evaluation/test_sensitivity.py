@@ -29,6 +29,7 @@ from optimum_moe_prune import (
     Workspace,
     measure_sensitivity,
 )
+from optimum_moe_prune.calibration import calibrate as calibrating
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.evaluation import divergence as divergence_module
 from optimum_moe_prune.evaluation import measure_sensitivity as measuring
@@ -402,7 +403,7 @@ def test_what_cannot_be_measured_is_refused_before_work(
     recipe = MoEPrunerConfig(method="soft_frequency")
     stats = collect(load(folder), samples, set(recipe.needs))
     monkeypatch.setattr(measuring, "open_runner", lambda *_: pytest.fail("work began"))
-    monkeypatch.setattr(measuring, "calibrate", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr(calibrating, "calibrate", lambda *_, **__: pytest.fail("work began"))
     for given in (None, stats):
         with pytest.raises(RequestError, match="domain_weights must give a positive number for each domain"):
             measure_sensitivity(folder, samples, [recipe], given, domain_weights={"nowhere": 1.0})

@@ -35,8 +35,8 @@ from optimum_moe_prune import (
     register_architecture,
 )
 from optimum_moe_prune.architectures import table
-from optimum_moe_prune.architectures.mixtral import MIXTRAL
 from optimum_moe_prune.architectures.routers import Normalisation, RoutingRule, SoftmaxTopK, rule_from_dict
+from optimum_moe_prune.architectures.rules import Softmax
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.calibration.streamed import collect_streamed
 from optimum_moe_prune.methods import list_methods
@@ -450,11 +450,8 @@ class SigmoidRouter(modeling_mixtral.MixtralTopKRouter):
         return logits, weights * 2.5, chosen
 
 
-ROW = dataclasses.replace(
-    MIXTRAL,
-    rule=lambda config: SigmoidTopK(config.num_experts_per_tok, scale=2.5),
-    router_tensors=("gate.weight", "gate.e_score_correction_bias"),
-)
+MIXTRAL = table._ROWS["mixtral"]
+ROW = dataclasses.replace(MIXTRAL, rule=lambda config: SigmoidTopK(config.num_experts_per_tok, scale=2.5))
 
 
 @pytest.fixture
@@ -634,7 +631,7 @@ class SigmoidWithoutBias(SigmoidTopK, kind="test_sigmoid_without_bias"):
         return self
 
 
-@pytest.mark.parametrize("changes", [{"renormalise": False}, {"top_k_key": "num_hidden_layers"}])
+@pytest.mark.parametrize("changes", [{"form": Softmax(False)}, {"top_k_key": "num_hidden_layers"}])
 def test_a_wrong_softmax_is_refused(
     samples: CalibrationSet, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ from optimum_moe_prune import (
     register_architecture,
 )
 from optimum_moe_prune.architectures import table
+from optimum_moe_prune.architectures.rules import Softmax
 from optimum_moe_prune.models import reload
 from optimum_moe_prune.models.blocks import moe_blocks
 from optimum_moe_prune.names import PLAN_NAME
@@ -238,17 +239,9 @@ def test_modelling_code_of_other_packages_is_reached(
 ) -> None:
     """A module outside transformers that is imported after its architecture was registered."""
     monkeypatch.syspath_prepend(tmp_path)
-    code = "class OwnLayer:\n    def __init__(self, config, layer_idx): self.config = config\n"
+    code = "from torch import nn\nclass OwnLayer(nn.Module):\n    def __init__(self, config, layer_idx): pass\n"
     (tmp_path / "own_modelling.py").write_text(code)
-    register_architecture(
-        MoESpec(
-            model_type="own",
-            block_class="OwnBlock",
-            layer_class="OwnLayer",
-            count_key="num_experts",
-            modelling="own_modelling",
-        )
-    )
+    register_architecture(MoESpec("own", Softmax(), modelling="own_modelling"))
     import own_modelling
 
     assert own_modelling.OwnLayer.__init__.moe_prune
@@ -480,19 +473,11 @@ def test_modules_that_are_imported_again_are_extended_again(tmp_path: Path) -> N
 
 
 @torch.no_grad()
-def test_any_registered_architecture_reloads(own_rows: None, tmp_path: Path) -> None:
+def test_any_registered_architecture_reloads(own_rows: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    register_architecture(
-        MoESpec(
-            model_type="olmoe",
-            block_class="OlmoeSparseMoeBlock",
-            layer_class="OlmoeDecoderLayer",
-            count_key="num_experts",
-            renormalise="norm_topk_prob",
-            cast_weights=True,
-        )
-    )
+    monkeypatch.delitem(table._ROWS, "olmoe")
+    register_architecture(MoESpec("olmoe", Softmax("norm_topk_prob")))
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=96, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_experts=8,

@@ -535,7 +535,7 @@ def test_what_cannot_be_explained_is_said(
 ) -> None:
     plan = plans["clusters"]
     calibration = {**plan.provenance["calibration"], "domain_weights": {"nowhere": 1.0}}
-    other_model = {**plan.provenance, "model": {**plan.provenance["model"], "fingerprint": "other"}}
+    other_model = {**plan.provenance, "model": {"fingerprint": "other"}}
     cases: list[tuple[CalibrationStats, PruningPlan, str]] = [
         (stats, replace(plan, provenance=other_model), "made for another model"),
         (stats, replace(plan, retained={0: (0, 1, 2)}, original_num_experts={0: 7}), "names other layers"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import assert_equal_states, load, make_model, save_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import optimum_moe_prune.surgery.files as checkpoint_module
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, RunError
@@ -119,15 +119,15 @@ def test_only_the_pruning_keys_of_the_config_change(folder: Path, kind: str, tmp
     assert "[README.base.md](README.base.md)" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_no_model_is_built(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_weights_are_loaded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = random_plan(folder)
 
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a model was built")
+        raise AssertionError("a model was loaded")
 
-    for name in ("from_pretrained", "from_config"):
-        monkeypatch.setattr(AutoModelForCausalLM, name, refuse)
-    monkeypatch.setattr(torch.nn.Module, "__init__", refuse)
+    for kind in (AutoModelForCausalLM, PreTrainedModel):
+        monkeypatch.setattr(kind, "from_pretrained", refuse)
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: self.weight.is_meta or refuse())
     plan.apply_to_checkpoint(folder, tmp_path / "out")
 
 
@@ -519,7 +519,7 @@ def shape_of_a_router(folder: Path) -> str:
 def missing_router(folder: Path) -> str:
     name = next(n for n in tensors_of(folder) if n.endswith((".mlp.gate.weight", "block_sparse_moe.gate.weight")))
     edit(folder, lambda tensors: tensors.pop(name, None) is None or None)
-    return "the router's gate.weight is missing"
+    return "the router's mlp.gate.weight is missing"
 
 
 def missing_experts(folder: Path) -> str:

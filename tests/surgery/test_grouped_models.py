@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load, make_model, make_tokenizer
+from optimum_moe_prune.architectures.mixtral import MIXTRAL
 from oracles import call, masked_routers, plan_for
 from synthetic import GroupedTopK
 from torch import Tensor
@@ -28,7 +29,6 @@ from optimum_moe_prune import (
     register_architecture,
 )
 from optimum_moe_prune.architectures import table
-from optimum_moe_prune.architectures.mixtral import MIXTRAL
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.methods import list_methods
 from optimum_moe_prune.models.blocks import moe_blocks

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from ...architectures.fingerprint import same_routers
 from ...errors import RequestError
 from ...methods import get_method
 from ...plan import PruningPlan
@@ -114,8 +115,7 @@ def score_grid(plan: PruningPlan) -> np.ndarray | None:
 
 def mismatch(plan: PruningPlan, stats: CalibrationStats) -> str | None:
     """Why a plan and statistics cannot be related, in words for people; None where they can."""
-    mine, theirs = plan.made_for.get("fingerprint"), stats.model.get("fingerprint")
-    if mine and theirs and mine != theirs:
+    if not same_routers(plan.made_for, stats.model):
         return "the plan was made for another model than the statistics"
     if plan.original_num_experts != stats.num_experts:
         return "the plan names other layers or numbers of experts than the statistics"

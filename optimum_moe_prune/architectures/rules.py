@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms in which routers of transformers choose and weigh experts: two rules, and how a row names one.
+
+:class:`TopK` is the general one: scores of the logits, perhaps a bias and groups for choosing, weights of the scores
+alone. :class:`SoftmaxTopK` (``routers``) is its oldest and commonest case. :class:`Hashed` is for layers that send a
+token where a table says. A row says which by a :class:`Form`, whose texts are keys of the model's config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import RequestError
+from .routers import Normalisation, RoutingRule, SoftmaxTopK
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+_SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+
+
+@dataclass(frozen=True)
+class TopK(RoutingRule, kind="top_k"):
+    """Scores of the logits; the K best of score and bias, perhaps in the best groups alone; weights of the scores.
+
+    Attributes:
+        top_k: Experts used per token.
+        score: What a logit becomes: ``"softmax"`` (over the experts that are there), ``"sigmoid"``,
+            ``"sqrtsoftplus"`` (the root of softplus).
+        by_logits: Whether experts are chosen by their logits, in place of their scores.
+        bias: Added for choosing, one for each expert; no part of the weights.
+        renormalise: Whether the scores of the chosen experts are divided by their sum.
+        epsilon: Added to that sum.
+        floor: The least that is divided by.
+        scale: What weights are multiplied by: one number, or one for each expert.
+        groups: Contiguous groups of experts, of which only the best are chosen from.
+        top_groups: How many.
+        group_score: What groups are compared by: the sum of their two best experts, or the best one.
+        softcap: Logits become ``softcap * tanh(logits / softcap)`` first; 0 leaves them.
+        multiplier: What logits are multiplied by first.
+        exact: Whether scores are computed in float32 whatever the dtype of the logits.
+        on_input: Whether the score multiplies what goes into an expert and not what comes out. An expert's output is
+            then that of its own input, and every chosen one counts with 1.
+        bias_from: Name of the router's tensor with the bias; a layer's own rule has it read.
+        scale_from: Name of the one with a scale for each expert.
+    """
+
+    top_k: int
+    score: Score = "softmax"
+    by_logits: bool = False
+    bias: tuple[float, ...] = field(default=(), repr=False)
+    renormalise: bool = True
+    epsilon: float = 0.0
+    floor: float = 0.0
+    scale: float | tuple[float, ...] = field(default=1.0, repr=False)
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["top2", "max"] = "top2"
+    softcap: float = 0.0
+    multiplier: float = 1.0
+    exact: bool = True
+    on_input: bool = False
+    bias_from: str = ""
+    scale_from: str = ""
+
+    def __post_init__(self) -> None:
+        if type(self.top_k) is not int or self.top_k < 1 or self.score not in _SCORES:
+            raise ValueError(f"top_k is {self.top_k!r} and score {self.score!r}")
+        if self.groups < 1 or not 1 <= self.top_groups <= self.groups:
+            raise ValueError(f"groups is {self.groups!r} and top_groups {self.top_groups!r}")
+
+    # -- what the rule says of itself
+
+    @property
+    def reads_router(self) -> bool:  # type: ignore[override]
+        return bool(self.bias_from or self.scale_from)
+
+    @property
+    def normalised_over(self) -> Normalisation:
+        if self.on_input:
+            return "none"
+        return "chosen" if self.renormalise else "retained" if self.score == "softmax" else "none"
+
+    @property
+    def ranked(self) -> bool:
+        # Probabilities over those that are left change with the set, and a bias does not change with them.
+        return self.groups == 1 and not (self.score == "softmax" and self.bias_from and not self.by_logits)
+
+    @property
+    def fewest_in_group(self) -> int:
+        return max(2 if self.group_score == "top2" and self.groups > 1 else 1, ceil(self.top_k / self.top_groups))
+
+    @property
+    def fewest(self) -> int:
+        return self.top_k if self.groups == 1 else self.groups * self.fewest_in_group
+
+    def allows(self, num_experts: int) -> bool:
+        return num_experts >= self.fewest and num_experts % self.groups == 0
+
+    def of_router(self, tensors: Mapping[str, Tensor]) -> RoutingRule:
+        def read(name: str) -> tuple[float, ...]:
+            found = [tensor for path, tensor in tensors.items() if path.rpartition(".")[2] == name]
+            if len(found) != 1:
+                raise RequestError(f"the router has {len(found)} tensors named {name!r}; its rule reads one.")
+            return tuple(found[0].detach().double().flatten().tolist())
+
+        changes: dict[str, Any] = {"bias": read(self.bias_from)} if self.bias_from else {}
+        if self.scale_from:
+            assert not isinstance(self.scale, tuple)
+            changes["scale"] = tuple(self.scale * scale for scale in read(self.scale_from))
+        return replace(self, **changes)
+
+    # -- how it routes
+
+    def choose(self, logits: Tensor, retained: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        import torch
+
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        if retained is not None:
+            if not self.admits(retained, len(retained), logits.shape[1]):
+                raise RequestError(f"the routers' {self.groups} groups of experts have to keep the same number each.")
+            ids = torch.as_tensor(retained, device=logits.device)
+        score = self._score(logits[:, ids])
+        key = self._key(logits[:, ids], score, ids)
+        if self.groups > 1:
+            key = self._in_best_groups(key)
+        chosen = key.topk(min(self.top_k, len(ids)), dim=-1).indices
+        weights = score.gather(1, chosen).float()
+        if self.on_input:
+            return ids[chosen], torch.ones_like(weights)
+        if self.renormalise:
+            total = weights.sum(dim=-1, keepdim=True) + self.epsilon
+            weights = weights / (total.clamp(min=self.floor) if self.floor else total)
+        return ids[chosen], weights * self._scale(ids)[chosen].float()
+
+    def ranking(self, logits: Tensor) -> Tensor:
+        import torch
+
+        return self._key(logits, self._score(logits), torch.arange(logits.shape[1], device=logits.device))
+
+    def numerators(self, logits: Tensor) -> Tensor:
+        import torch
+
+        logits = self._before(logits).double()
+        if self.on_input:
+            return torch.ones_like(logits)
+        if self.score == "softmax":
+            return (logits - logits.amax(dim=1, keepdim=True)).clamp_(min=-300).exp_()
+        if self.score == "sigmoid":
+            return logits.clamp(min=-300).sigmoid()
+        return torch.nn.functional.softplus(logits.clamp(min=-300)).sqrt()
+
+    def input_scores(self, logits: Tensor) -> Tensor:
+        """With ``on_input``: what multiplies the input of each expert, were it chosen ``(T, E)``."""
+        return self._score(logits).to(logits.dtype)
+
+    # -- its parts
+
+    def _before(self, logits: Tensor) -> Tensor:
+        logits = logits.float() if self.exact else logits
+        if self.multiplier != 1.0:
+            logits = logits * self.multiplier
+        return (logits / self.softcap).tanh() * self.softcap if self.softcap else logits
+
+    def _score(self, logits: Tensor) -> Tensor:
+        import torch
+
+        logits = self._before(logits)
+        if self.score == "softmax":
+            return torch.softmax(logits, dim=-1)
+        return logits.sigmoid() if self.score == "sigmoid" else torch.nn.functional.softplus(logits).sqrt()
+
+    def _key(self, logits: Tensor, score: Tensor, ids: Tensor) -> Tensor:
+        import torch
+
+        key = self._before(logits) if self.by_logits else score
+        return key + torch.tensor(self.bias, device=key.device)[ids] if self.bias else key
+
+    def _scale(self, ids: Tensor) -> Tensor:
+        import torch
+
+        scale = torch.as_tensor(self.scale, dtype=torch.float64, device=ids.device)
+        return scale[ids] if scale.ndim else scale.expand(len(ids))
+
+    def _in_best_groups(self, key: Tensor) -> Tensor:
+        """The same keys, minus infinity outside the best groups."""
+        import torch
+
+        by_group = key.view(len(key), self.groups, -1)
+        best = by_group.topk(2, dim=-1).values.sum(-1) if self.group_score == "top2" else by_group.amax(-1)
+        taken = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(self.top_groups).indices, True)
+        return by_group.masked_fill(~taken[..., None], -torch.inf).flatten(1)
+
+
+@dataclass(frozen=True)
+class Hashed(TopK, kind="hashed"):
+    """A table says by its id which experts a token is sent to; its logits only weigh them."""
+
+    @property
+    def ranked(self) -> bool:
+        return False
+
+    def choose(self, logits: Tensor, retained: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        raise RequestError(
+            "layers that send tokens to experts by their ids have no choice to replay: use a method of scores, or "
+            "leave them whole (skip_layers)."
+        )
+
+    def disagreement(self, logits: Tensor, chosen: Tensor, weights: Tensor) -> str:
+        score = self._score(logits).gather(1, chosen).float()
+        expected = score / (score.sum(dim=-1, keepdim=True) + self.epsilon) * self._scale(chosen[0])[:1].float()
+        difference = (expected - weights.float()).abs().max()
+        if difference > (1e-5 if weights.dtype == logits.dtype and logits.element_size() == 4 else 1e-2):
+            return f"experts are given weights up to {difference:.3g} away from those by the rule"
+        return ""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A rule as a row states it: texts are keys of the text model's config, other values are as they are.
+
+    Attributes:
+        score, by_logits, renormalise, epsilon, floor, scale, softcap, multiplier, exact, on_input: As in
+            :class:`TopK`.
+        groups: Whether ``n_group`` and ``topk_group`` limit the choice.
+        group_score: As in :class:`TopK`.
+        bias: Name of the router's tensor with a bias for choosing.
+        expert_scale: Name of the one with a scale for each expert.
+        table: Name of the router's tensor that says by a token's id where it goes, in the layers that have one.
+        limited: A key and the value with which the groups count; without it they always do.
+    """
+
+    score: str = "softmax"
+    by_logits: bool = False
+    renormalise: bool | str = True
+    epsilon: float | str = 0.0
+    floor: float | str = 0.0
+    scale: float | str = 1.0
+    softcap: float | str = 0.0
+    multiplier: float | str = 1.0
+    exact: bool = True
+    on_input: bool = False
+    groups: bool = False
+    group_score: Literal["top2", "max"] = "top2"
+    bias: str = ""
+    bias_if: str = ""
+    expert_scale: str = ""
+    table: str = ""
+    limited: tuple[str, str] | None = None
+
+    def rule(self, config: Any, top_k: int) -> RoutingRule:
+        """The rule of a model.
+
+        Args:
+            config: The config of its text part.
+            top_k: Experts used per token.
+        """
+
+        def said(value: Any) -> Any:
+            return getattr(config, value) if isinstance(value, str) else value
+
+        score = self.score if self.score in _SCORES else str(getattr(config, self.score))
+        if score not in _SCORES:
+            raise RequestError(f"routers with {self.score}={score!r} are not known here; known: {', '.join(_SCORES)}.")
+        grouped = self.groups and (self.limited is None or getattr(config, self.limited[0]) == self.limited[1])
+        return TopK(
+            top_k=top_k,
+            score=score,  # type: ignore[arg-type]  # checked above
+            by_logits=self.by_logits,
+            renormalise=bool(said(self.renormalise)),
+            epsilon=float(said(self.epsilon)),
+            floor=float(said(self.floor)),
+            scale=float(said(self.scale)),
+            groups=int(getattr(config, "n_group", None) or 1) if grouped else 1,
+            top_groups=int(getattr(config, "topk_group", None) or 1) if grouped else 1,
+            group_score=self.group_score,
+            softcap=float(said(self.softcap) or 0.0),
+            multiplier=float(said(self.multiplier)),
+            exact=self.exact,
+            on_input=self.on_input,
+            bias_from=self.bias if not self.bias_if or getattr(config, self.bias_if) else "",
+            scale_from=self.expert_scale,
+        )
+
+    def by_table(self, rule: RoutingRule) -> RoutingRule:
+        """The rule of a layer that goes by a table of token ids, of the rule of the others."""
+        assert isinstance(rule, TopK)
+        return Hashed(**{**vars(rule), "bias": (), "bias_from": ""})
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Softmax, the K best, renormalised (always, never, or by a key of the config); weights in the logits' dtype.
+
+    Choosing by logits and taking the softmax of the chosen is the same.
+    """
+
+    renormalise: bool | str = True
+    cast_weights: bool = True
+
+    def rule(self, config: Any, top_k: int) -> RoutingRule:
+        """As :meth:`Form.rule`."""
+        renormalise = getattr(config, self.renormalise) if isinstance(self.renormalise, str) else self.renormalise
+        return SoftmaxTopK(top_k, bool(renormalise), self.cast_weights)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of one MoE layer in files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class MoELayer:
+    """The tensors of one MoE block in files, by name in the checkpoint.
+
+    Attributes:
+        num_experts: Experts, as the config says.
+        experts: By expert, where each has tensors of its own: path below the expert -> name.
+        fused: Tensors with all experts: path below the experts -> name.
+        router: Tensors with something of each expert: path below the decoder layer -> name.
+        table: The table that says by a token's id where it goes, in a layer that has one.
+        whole: Tensors beside these that are of no single expert: scales of a whole router or of all experts.
+        projections: What each expert has of its own, with the shape the config says where that can be told.
+        axes: Dimension, length for one expert and length beyond all, of each tensor that is cut.
+    """
+
+    num_experts: int
+    experts: dict[int, dict[str, str]] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
+    router: dict[str, str] = field(default_factory=dict)
+    table: str = ""
+    whole: list[str] = field(default_factory=list)
+    projections: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    axes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
