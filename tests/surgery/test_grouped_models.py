@@ -52,7 +52,9 @@ class GroupedRouter(modeling_mixtral.MixtralTopKRouter):
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], PreTrainedModel]]:
     """Mixtral is such a model inside the test, and its row says so; the function makes one of twelve experts."""
-    row = dataclasses.replace(MIXTRAL, rule=lambda config: GroupedTopK(config.num_experts_per_tok, 2, 1))
+    row = dataclasses.replace(
+        table._ROWS["mixtral"], rule=lambda config: GroupedTopK(config.num_experts_per_tok, 2, 1)
+    )
     monkeypatch.setattr(modeling_mixtral, "MixtralTopKRouter", GroupedRouter)
     monkeypatch.setattr(table, "_ROWS", {name: row for name, row in table._ROWS.items() if name != "mixtral"})
     register_architecture(row)
