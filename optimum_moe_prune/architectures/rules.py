@@ -134,15 +134,13 @@ class TopK(RoutingRule, kind="top_k"):
         import torch
 
         count = logits.shape[1] - self.fixed
-        if retained is not None and self.groups > 1 and not self.admits(retained, len(retained), count):
-            raise RequestError(f"the routers' {self.groups} groups of experts have to keep the same number each.")
         kept = range(count) if retained is None else retained
         fixed = range(count, logits.shape[1]) if self.fixed_are_chosen else ()
         ids = torch.tensor([*kept, *fixed], device=logits.device)
         score = self._score(logits[:, ids])
         key = self._key(logits[:, ids], score, ids)
         if self.groups > 1:
-            key = self._in_best_groups(key)
+            key = self._in_best_groups(key, ids, logits.shape[1])
         chosen = key.topk(min(self.top_k, len(ids)), dim=-1).indices
         weights = score.gather(1, chosen).float()
         if self.on_input:
@@ -204,14 +202,15 @@ class TopK(RoutingRule, kind="top_k"):
         scale = torch.as_tensor(self.scale, dtype=torch.float64, device=ids.device)
         return scale[ids] if scale.ndim else scale.expand(len(ids))
 
-    def _in_best_groups(self, key: Tensor) -> Tensor:
-        """The same keys, minus infinity outside the best groups."""
+    def _in_best_groups(self, key: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+        """The same keys, minus infinity outside the best groups; these are what is left of those of the whole layer."""
         import torch
 
-        by_group = key.view(len(key), self.groups, -1)
+        whole = key.new_full((len(key), num_experts), -torch.inf).index_copy_(1, ids, key)
+        by_group = whole.view(len(key), self.groups, -1)
         best = by_group.topk(2, dim=-1).values.sum(-1) if self.group_score == "top2" else by_group.amax(-1)
         taken = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(self.top_groups).indices, True)
-        return by_group.masked_fill(~taken[..., None], -torch.inf).flatten(1)
+        return by_group.masked_fill(~taken[..., None], -torch.inf).flatten(1)[:, ids]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from synthetic import GroupedTopK, random_statistics
 
 from optimum_moe_prune import RequestError
 from optimum_moe_prune.architectures.routers import RoutingRule, SoftmaxTopK
+from optimum_moe_prune.architectures.rules import TopK
 from optimum_moe_prune.methods.budget import Budget, choose, choose_ranked, global_budget, uniform_budget
 from optimum_moe_prune.methods.limits import check_retained, num_removed
 from optimum_moe_prune.methods.path_selection import best_paths, first_path, most_paths, on_best_paths
@@ -38,6 +39,7 @@ RULES: dict[str, RoutingRule] = {
     "by the two best": GroupedTopK(3, groups=2, top_groups=1),
     "by the best": GroupedTopK(2, groups=4, top_groups=2, best=1),
     "four groups": GroupedTopK(4, groups=4, top_groups=3),
+    "the general rule": TopK(3, score="sigmoid", groups=4, top_groups=2),
 }
 
 
@@ -48,8 +50,8 @@ def members(rule: RoutingRule, experts: int) -> list[range]:
 
 def fewest(rule: RoutingRule) -> int:
     """As the router's own code needs them."""
-    if isinstance(rule, GroupedTopK) and rule.groups > 1:
-        return rule.groups * max(rule.best, -(-rule.top_k // rule.top_groups))
+    if isinstance(rule, (GroupedTopK, TopK)) and rule.groups > 1:
+        return rule.groups * max(getattr(rule, "best", 2), -(-rule.top_k // rule.top_groups))
     return next(n for n in itertools.count(rule.top_k) if n % rule.groups == 0)
 
 
@@ -85,6 +87,25 @@ def test_what_can_be_a_layer(name: str) -> None:
             assert rule.admits(kept, size, 8) == possible
         if rule.groups > 1:
             assert not any(rule.admits(kept, size, 8) for size in range(1, fewest(rule)))
+
+
+@pytest.mark.parametrize(("score", "best"), [("sigmoid", 2), ("sigmoid", 1), ("sqrtsoftplus", 2)])
+def test_the_general_rule_chooses_of_what_is_left_of_each_group(score: str, best: int) -> None:
+    """Also where groups are not equal, which searches come by: as if the others were at minus infinity."""
+    group_score = "top2" if best == 2 else "max"
+    rule = TopK(3, score=score, groups=2, top_groups=1, group_score=group_score)
+    logits = 2 * torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
+    scores = logits.sigmoid() if score == "sigmoid" else torch.nn.functional.softplus(logits).sqrt()
+    for kept in subsets(10):
+        if min(len(set(kept) & set(group)) for group in members(rule, 10)) < 3:
+            continue
+        chosen, weights = rule.choose(logits, kept)
+        for token, row in enumerate(scores.tolist()):
+            left = [sorted((row[e], e) for e in group if e in kept)[::-1] for group in members(rule, 10)]
+            first = max(left, key=lambda group: sum(value for value, _ in group[:best]))[:3]
+            assert chosen[token].tolist() == [e for _, e in first]
+            total = sum(value for value, _ in first)
+            assert weights[token].tolist() == pytest.approx([value / total for value, _ in first], rel=1e-5)
 
 
 def test_groups_of_a_long_layer_stand_side_by_side() -> None:
