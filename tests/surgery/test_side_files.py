@@ -501,6 +501,11 @@ def test_random_globs() -> None:
             },
             "of another group name the same experts",
         ),
+        ({"a": ["model.layers.1.mlp.experts.0", 8]}, "stands in a list with other values"),
+        ({"a": [[*(["re:.*experts.7"] * 2), 8]]}, "stands in a list with other values"),
+        ({"ignore": [r"model\.layers\.1\.mlp\.experts\.(?:7|8)\..*"]}, "write it after 're:'"),
+        ({"ignore": ["model.layers.1.mlp.experts.[^7].gate_proj"]}, "write it after 're:'"),
+        ({"experts": {str(number): 1 for number in range(13)}}, "seem to be numbers of experts"),
         ({"expert_bits": list(range(12))}, "has one entry per expert and says no layer"),
         ({"protected_experts": [7, 3]}, "seems to list experts by number"),
         ({"expert_ids": list(range(12))}, "seems to list experts by number"),
@@ -550,6 +555,19 @@ def test_records_about_pruned_experts_go() -> None:
     assert new == {
         "layers": [{"name": f"model.layers.1.mlp.experts.{n}", "bits": old} for n, old in enumerate(UNEQUAL[1])]
     }
+    pairs = [[record["name"], record["bits"]] for record in records]
+    assert rewritten({"layers": pairs}, make_cut(), "quant.json") == {
+        "layers": [[record["name"], record["bits"]] for record in new["layers"]]
+    }
+
+
+def test_a_model_whose_modules_are_not_numbered() -> None:
+    cut = Cut(UNEQUAL, dict.fromkeys(UNEQUAL, 12), {})
+    stays = {"ignore": ["lm_head", "re:.*experts.*", "model.layers.9.mlp.experts.7", "model.layers.2.mlp.experts.7"]}
+    assert rewritten(stays, cut, "quant.json") == stays
+    for entry in ("model.layers.1.mlp.experts.7", r"re:model\.layers\.1\.mlp\.experts\.7\..*", "*.experts.7"):
+        with pytest.raises(RequestError, match="no such module is known"):
+            rewritten({"ignore": [entry]}, cut, "quant.json")
 
 
 # ------------------------------------------------------------------------------------------- numbers
@@ -571,6 +589,14 @@ def test_counts(key: str) -> None:
     assert rewritten(values, make_cut(UNIFORM), "params.json") == expected
     expected["moe"][key], expected["model.layers.1"][key] = 12, 3  # config.json keeps the number for the whole, too
     assert rewritten(values, make_cut(UNEQUAL), "params.json") == expected
+    head = {(3, n): (f"mtp.layers.0.mlp.experts.{n}",) for n in range(12)}
+    for kept in (UNIFORM[0], tuple(range(12))):
+        extra = Cut({**UNIFORM, 3: kept}, dict.fromkeys(range(4), 12), {**make_cut().modules, **head})
+        assert rewritten({"mtp_config": {key: 12}}, extra, "a.json") == {"mtp_config": {key: len(kept)}}
+        assert rewritten({"mtp": {key: 11}, "audio": {key: 12}}, extra, "a.json") == {
+            "mtp": {key: 11},
+            "audio": {key: 12},
+        }
     mixed = Cut(UNIFORM, {0: 12, 1: 12, 2: 11}, make_cut().modules)
     with pytest.raises(RequestError, match=r"params.json \(moe > .*\): 12 counts experts, of which layers had diff"):
         rewritten({"moe": {key: 12}}, mixed, "params.json")
