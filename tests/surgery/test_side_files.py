@@ -249,6 +249,7 @@ REGEXES = [
     r".*experts\.\d{2}\.gate_proj$",
     r".*layers\.[01]\.mlp\.experts\.(?:7|11)\.(?:gate|up)_proj$",
     r".*experts\.7\.(?!gate_proj).*",
+    r".*experts\.7\.up_proj\.(?!weight$).*",
     r"(?!.*experts\.7\.).*",
     r".*(experts\.7|lm_head).*",
     r".*\.7\..*",
@@ -269,8 +270,8 @@ PREFIXES = ("", "model.", "language_model.model.", "backbone.")
 @pytest.mark.parametrize("regex", REGEXES)
 def test_regular_expressions(regex: str, known: bool, cut: str) -> None:
     made = make_cut(CUTS[cut], known=known)
-    if not known and "(?!gate" in regex:
-        with pytest.raises(RequestError, match="names parts of experts"):
+    if not known and "\\.(?!" in regex:
+        with pytest.raises(RequestError, match=r"names (?:parts|tensors) of experts"):
             after("compressed-tensors", [f"re:{regex}"], made)
         return
     for prefixes in ((), PREFIXES):
@@ -371,6 +372,14 @@ def test_part_of_the_name_of_another_expert(number: int, rest: str) -> None:
                 assert_same_experts("awq", [entry, "lm_head"], cut)
                 if rest != ".":
                     assert_same_experts("transformers", [entry], cut)
+
+
+def test_names_keep_their_spelling_where_they_can() -> None:
+    name = "model.layers.{}.mlp.experts.{}"
+    for tool in ("awq", "transformers"):
+        assert after(tool, [name.format(1, 7), name.format(1, 8)], make_cut()) == [name.format(1, 1)]
+        assert after(tool, [name.format(0, 3)], make_cut()) == [name.format(0, 2)]
+    assert after("awq", [name.format(1, 1)], make_cut()) == [name.format(1, 2)]  # of experts 1, 10 and 11 the last
 
 
 def test_a_last_dot_that_transformers_takes_for_any_character() -> None:
@@ -604,7 +613,7 @@ def test_counts(key: str) -> None:
 
 
 def test_counts_of_each_layer() -> None:
-    assert rewritten({"num_experts": [12, 12, 12, 0]}, make_cut(), "a.json") == {"num_experts": [5, 3, 12, 0]}
+    assert rewritten({"num_experts": [12, 12, 12, 6]}, make_cut(), "a.json") == {"num_experts": [5, 3, 12, 6]}
     assert rewritten({"num_experts": [1, 2]}, make_cut(), "a.json") == {"num_experts": [1, 2]}
     with pytest.raises(RequestError, match="not those of each layer in turn"):
         rewritten({"num_experts": [12, 12]}, make_cut(), "a.json")
@@ -666,6 +675,10 @@ def test_files(tmp_path: Path) -> None:
         ("ignore", ["lm_head", name.format(2)]),
         ("scheme", "FP8"),
     ]
+
+    path = tmp_path / "quant.json"
+    path.write_text(json.dumps({"ignore": [r"re:.*\.7\..*"]}))
+    assert rewritten_file(path, cut) not in (None, path.read_bytes())  # without the word
 
     for file, text in {
         "tokenizer.json": '{"vocab": {"experts": 7}}',
@@ -738,6 +751,12 @@ def test_what_is_carried(name: str, reason: str | None, tmp_path: Path) -> None:
     assert (name in kept) == (reason == "")
     assert out.get(name) == (reason or None)
     assert "special_tokens_map.json" in kept and "model.safetensors.index.json" not in [*kept, *out]
+
+
+def test_without_an_index() -> None:
+    names = ["model.safetensors.index.json", "model-00001-of-00001.safetensors", "a.txt"]
+    kept, out = carried(names, lambda name: None)
+    assert kept == ["a.txt"] and list(out) == ["model-00001-of-00001.safetensors"]
 
 
 def test_a_single_file_of_weights_hides_an_index() -> None:
