@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -25,7 +25,8 @@ class Cut:
     """How experts were numbered anew.
 
     Attributes:
-        retained: By layer, of all layers with experts: the old numbers of the retained ones, sorted.
+        retained: By layer, of all layers with experts: the old numbers of the retained ones, sorted. Extra heads that
+            are left whole need not be there.
         original: By layer: experts before.
         modules: (layer, old number) -> names of that expert's module, in the files and in the model; they end in the
             old number.
@@ -37,7 +38,7 @@ class Cut:
     original: Mapping[int, int]
     modules: Mapping[tuple[int, int], tuple[str, ...]]
     parts: Sequence[str] | None = None
-    others: Iterable[str] | None = None
+    others: Collection[str] | None = None
 
 
 class Reading(Enum):
@@ -96,10 +97,12 @@ class ExpertNames:
                 prefixes.setdefault((layer, before, at, after, kind_of(prefix)), {})[prefix] = None
         self.places = [Place(*key, tuple(before)) for key, before in prefixes.items()]
         self._at = {(p.before, p.number, p.after, p.kind): p for p in self.places}
-        self._numbers = {(place.kind, place.number) for place in self.places}
-        last = {re.search(r"[^.]*\.?$", place.after)[0] for place in self.places}  # type: ignore[index]
-        heads = "|".join(map(re.escape, sorted(last))) or "(?!)"
-        words = "|".join(sorted({re.escape(word.rstrip(".")) for word in last})) or "(?!)"
+        pruned = {layer for layer, kept in cut.retained.items() if len(kept) < cut.original[layer]}
+        self._numbers = {(place.kind, place.number) for place in self.places if place.layer in pruned}
+        self._numbers |= {((), str(layer)) for layer in pruned}  # a model that has them fused has no names for them
+        last = {"experts."} | {re.search(r"[^.]*\.?$", place.after)[0] for place in self.places}  # type: ignore[index]
+        heads = "|".join(map(re.escape, sorted(last)))
+        words = "|".join(sorted({re.escape(word.rstrip(".")) for word in last}))
         self._name = re.compile(rf"((?:[^.]+\.)*?(?:{heads}))(0|[1-9][0-9]*)((?:\..*)?)")
         self.word = re.compile(rf"(?<![A-Za-z0-9_])(?:{words})", re.IGNORECASE)
         self.by_number = re.compile(rf"(?<![A-Za-z0-9_])(?:{words})\W{{0,6}}[0-9]", re.IGNORECASE)
@@ -107,9 +110,9 @@ class ExpertNames:
         elsewhere = [split(match[1])[1:] for match in names_elsewhere if match]
         self._elsewhere = {*elsewhere, *((p.before, p.number, p.after) for p in self.places if p.kind)}
 
-    def has_layer(self, kind: tuple[str, ...], number: str) -> bool:
-        """Whether experts are known in a layer, by the number in names."""
-        return (kind, number) in self._numbers
+    def layers_of(self, part: str) -> set[int]:
+        """The layers with experts of an extra part of the model."""
+        return {place.layer for place in self.places if part in place.kind}
 
     def layer_of(self, names: Sequence[str]) -> tuple[bool, int | None]:
         """Whether dotted names, outermost first, say a layer; and which layer with experts that is, if it is one."""
@@ -153,7 +156,7 @@ class ExpertNames:
         place = self._at.get((before, number, after, kind))
         if place is None:
             known = not kind or any(kind == place.kind for place in self.places)
-            if OTHER_PARTS & set(kind) or (known and not self.has_layer(kind, number)):
+            if OTHER_PARTS & set(kind) or (known and (kind, number) not in self._numbers):
                 return None  # another part of the model, or a layer that is not pruned
             raise Refusal("names an expert by number, and no such module is known")
         retained, count = self.cut.retained[place.layer], self.cut.original[place.layer]

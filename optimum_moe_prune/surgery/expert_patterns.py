@@ -221,7 +221,7 @@ class ExpertPatterns:
                 raise Refusal("names experts in an expression with comments")
             regex = regex.removeprefix(flags)
             anything = ".*" if pattern.anywhere else ""
-            bodies.insert(0, f"{flags}{start}(?!{self._any_expert})(?:{anything}(?:{regex}))")
+            bodies.insert(0, f"{flags}{start}(?!{self._any_expert}){anything}(?:{regex})")
         return [pattern.mark + body for body in bodies]
 
     @functools.cached_property

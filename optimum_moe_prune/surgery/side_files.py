@@ -42,7 +42,7 @@ _FIRST_HOLDS = {
     "layer_quant_config": Reading.NAMES,
 }
 """Objects with patterns as keys, of which the first that fits is taken."""
-_OTHER_CONFIGS = re.compile(rf"^(?:{'|'.join(sorted(OTHER_PARTS))})(?:_config|_encoder|_cfg)?$")
+_OTHER_CONFIGS = re.compile(rf"({'|'.join(sorted(OTHER_PARTS))})(?:_config|_encoder|_cfg)?")
 _IDS = re.compile(r"(?:^|_)experts?(?:_ids?|_idx|_ind(?:ex|ices)|_list)?$")
 
 _ANOTHER_FORMAT = "unpruned weights in another format"
@@ -159,9 +159,12 @@ class _Rewriter:
         self.names = ExpertNames(cut)
         self.patterns = ExpertPatterns(self.names)
         self.all_settings = bool(re.search("quant|recipe|dtype", where.rpartition("/")[2].lower()))
-        pruned = {layer: len(kept) for layer, kept in cut.retained.items()}
-        self.uniform = next(iter(pruned.values())) if len(set(pruned.values())) == 1 else None
-        alike = {(cut.original[layer], kept) for layer, kept in cut.retained.items()}
+        extra = {place.layer for place in self.names.places if place.kind}
+        layers = [layer for layer in cut.retained if layer not in extra]
+        counts = {len(cut.retained[layer]) for layer in layers}
+        self.uniform = next(iter(counts)) if len(counts) == 1 else None
+        self.before = {cut.original[layer] for layer in layers}
+        alike = {(cut.original[layer], cut.retained[layer]) for layer in layers}
         self.alike = next(iter(alike)) if len(alike) == 1 else None
         self.nothing = all(len(kept) == cut.original[layer] for layer, kept in cut.retained.items())
 
@@ -239,18 +242,22 @@ class _Rewriter:
         if path and path[-1] in COUNT_KEYS and all(type(item) is int for item in value):
             return self._counts(value, path)
         rows = self._rows(value, path)
+        mixed = not all(isinstance(item, str) for item in value)
         new: list[Any] = []
         for item in value if rows is None else [value[row] for row in rows]:
             if isinstance(item, str):
                 names = self._string(item, path, method)
+                if mixed and names is not None and len(names) != 1:
+                    raise self._refused(
+                        path, item, "stands in a list with other values, and names no single expert now"
+                    )
                 new += [item] if names is None else names
                 continue
-            if isinstance(item, dict):  # a record about a pruned expert goes with it
-                said = [self._string(text, (*path, key), method) for key, text in _strings(item)]
-                if [] in said:
-                    if any(said):
-                        raise self._refused(path, item, "is about experts that are pruned and others that are not")
-                    continue
+            said = [self._string(text, (*path, *key), method) for key, text in _said_of(item)]
+            if [] in said:  # a record about a pruned expert goes with it
+                if any(said):
+                    raise self._refused(path, item, "is about experts that are pruned and others that are not")
+                continue
             new.append(self._value(item, path, method))
         return new
 
@@ -259,8 +266,8 @@ class _Rewriter:
         targets = [
             (name, text, self._string(text, (*path, name, "targets"), ""))
             for name, group in groups.items()
-            if isinstance(group, dict)
-            for text in group.get("targets") or []
+            if isinstance(group, dict) and isinstance(group.get("targets"), list)
+            for text in group["targets"]
             if isinstance(text, str) and text.startswith("re:")
         ]
         for name, text, new in targets:
@@ -274,18 +281,18 @@ class _Rewriter:
         return self.names.layer_of(path)
 
     def _count(self, value: int, path: Sequence[str]) -> int:
-        if any(_OTHER_CONFIGS.match(key) for key in path[:-1]):
-            return value
+        for part in filter(None, map(_OTHER_CONFIGS.fullmatch, path[:-1])):
+            counts = {(self.cut.original[n], len(self.cut.retained[n])) for n in self.names.layers_of(part[1])}
+            return next(iter(counts))[1] if {before for before, _ in counts} == {value} and len(counts) == 1 else value
         said, layer = self._layer(path)
         if said:
             matches = layer is not None and value == self.cut.original[layer]
             return len(self.cut.retained[layer]) if matches else value  # type: ignore[index]
         if self.uniform is None or value == self.uniform:
             return value  # config.json as well keeps the number for the whole model where layers differ
-        before = set(self.cut.original.values())
-        if len(before) > 1:
+        if len(self.before) > 1:
             raise self._refused(path, value, "counts experts, of which layers had different numbers")
-        return self.uniform if {value} == before else value
+        return self.uniform if {value} == self.before else value
 
     def _counts(self, value: list[int], path: Sequence[str]) -> list[int]:
         """One count per layer."""
@@ -339,19 +346,22 @@ class _Rewriter:
         said, layer = self._layer(path)
         if said and (layer is None or len(self.cut.retained[layer]) == self.cut.original[layer]):
             return None
-        retained = self.cut.retained[layer] if layer is not None else self.alike and self.alike[1]
-        count = self.cut.original[layer] if layer is not None else self.alike and self.alike[0]
-        if not retained or not count or max(map(int, value)) >= count or (not said and len(value) != count):
+        cut = self.alike if layer is None else (self.cut.original[layer], self.cut.retained[layer])
+        if cut is None or max(map(int, value)) >= cut[0] or (not said and len(value) != cut[0]):
             raise self._refused(path, list(value), "seem to be numbers of experts, and of no layer that is known")
-        return {old: [new] for new, old in enumerate(retained)}
+        return {old: [new] for new, old in enumerate(cut[1])}
 
 
 def _is_number(key: Any) -> bool:
     return type(key) is int or (isinstance(key, str) and re.fullmatch("0|[1-9][0-9]*", key) is not None)
 
 
-def _strings(record: dict[Any, Any]) -> Iterator[tuple[str, str]]:
-    yield from ((str(key), item) for key, item in record.items() if isinstance(item, str))
+def _said_of(record: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The strings of what is no mere list of strings."""
+    if isinstance(record, dict):
+        yield from (((str(key),), item) for key, item in record.items() if isinstance(item, str))
+    elif isinstance(record, list) and not all(isinstance(item, str) for item in record):
+        yield from (((), item) for item in record if isinstance(item, str))
 
 
 def _short(value: Any) -> str:

@@ -249,6 +249,7 @@ REGEXES = [
     r".*experts\.\d{2}\.gate_proj$",
     r".*layers\.[01]\.mlp\.experts\.(?:7|11)\.(?:gate|up)_proj$",
     r".*experts\.7\.(?!gate_proj).*",
+    r".*experts\.7\.up_proj\.(?!weight$).*",
     r"(?!.*experts\.7\.).*",
     r".*(experts\.7|lm_head).*",
     r".*\.7\..*",
@@ -269,8 +270,8 @@ PREFIXES = ("", "model.", "language_model.model.", "backbone.")
 @pytest.mark.parametrize("regex", REGEXES)
 def test_regular_expressions(regex: str, known: bool, cut: str) -> None:
     made = make_cut(CUTS[cut], known=known)
-    if not known and "(?!gate" in regex:
-        with pytest.raises(RequestError, match="names parts of experts"):
+    if not known and "\\.(?!" in regex:
+        with pytest.raises(RequestError, match=r"names (?:parts|tensors) of experts"):
             after("compressed-tensors", [f"re:{regex}"], made)
         return
     for prefixes in ((), PREFIXES):
@@ -371,6 +372,14 @@ def test_part_of_the_name_of_another_expert(number: int, rest: str) -> None:
                 assert_same_experts("awq", [entry, "lm_head"], cut)
                 if rest != ".":
                     assert_same_experts("transformers", [entry], cut)
+
+
+def test_names_keep_their_spelling_where_they_can() -> None:
+    name = "model.layers.{}.mlp.experts.{}"
+    for tool in ("awq", "transformers"):
+        assert after(tool, [name.format(1, 7), name.format(1, 8)], make_cut()) == [name.format(1, 1)]
+        assert after(tool, [name.format(0, 3)], make_cut()) == [name.format(0, 2)]
+    assert after("awq", [name.format(1, 1)], make_cut()) == [name.format(1, 2)]  # of experts 1, 10 and 11 the last
 
 
 def test_a_last_dot_that_transformers_takes_for_any_character() -> None:
@@ -501,6 +510,11 @@ def test_random_globs() -> None:
             },
             "of another group name the same experts",
         ),
+        ({"a": ["model.layers.1.mlp.experts.0", 8]}, "stands in a list with other values"),
+        ({"a": [[*(["re:.*experts.7"] * 2), 8]]}, "stands in a list with other values"),
+        ({"ignore": [r"model\.layers\.1\.mlp\.experts\.(?:7|8)\..*"]}, "write it after 're:'"),
+        ({"ignore": ["model.layers.1.mlp.experts.[^7].gate_proj"]}, "write it after 're:'"),
+        ({"experts": {str(number): 1 for number in range(13)}}, "seem to be numbers of experts"),
         ({"expert_bits": list(range(12))}, "has one entry per expert and says no layer"),
         ({"protected_experts": [7, 3]}, "seems to list experts by number"),
         ({"expert_ids": list(range(12))}, "seems to list experts by number"),
@@ -550,6 +564,19 @@ def test_records_about_pruned_experts_go() -> None:
     assert new == {
         "layers": [{"name": f"model.layers.1.mlp.experts.{n}", "bits": old} for n, old in enumerate(UNEQUAL[1])]
     }
+    pairs = [[record["name"], record["bits"]] for record in records]
+    assert rewritten({"layers": pairs}, make_cut(), "quant.json") == {
+        "layers": [[record["name"], record["bits"]] for record in new["layers"]]
+    }
+
+
+def test_a_model_whose_modules_are_not_numbered() -> None:
+    cut = Cut(UNEQUAL, dict.fromkeys(UNEQUAL, 12), {})
+    stays = {"ignore": ["lm_head", "re:.*experts.*", "model.layers.9.mlp.experts.7", "model.layers.2.mlp.experts.7"]}
+    assert rewritten(stays, cut, "quant.json") == stays
+    for entry in ("model.layers.1.mlp.experts.7", r"re:model\.layers\.1\.mlp\.experts\.7\..*", "*.experts.7"):
+        with pytest.raises(RequestError, match="no such module is known"):
+            rewritten({"ignore": [entry]}, cut, "quant.json")
 
 
 # ------------------------------------------------------------------------------------------- numbers
@@ -571,6 +598,14 @@ def test_counts(key: str) -> None:
     assert rewritten(values, make_cut(UNIFORM), "params.json") == expected
     expected["moe"][key], expected["model.layers.1"][key] = 12, 3  # config.json keeps the number for the whole, too
     assert rewritten(values, make_cut(UNEQUAL), "params.json") == expected
+    head = {(3, n): (f"mtp.layers.0.mlp.experts.{n}",) for n in range(12)}
+    for kept in (UNIFORM[0], tuple(range(12))):
+        extra = Cut({**UNIFORM, 3: kept}, dict.fromkeys(range(4), 12), {**make_cut().modules, **head})
+        assert rewritten({"mtp_config": {key: 12}}, extra, "a.json") == {"mtp_config": {key: len(kept)}}
+        assert rewritten({"mtp": {key: 11}, "audio": {key: 12}}, extra, "a.json") == {
+            "mtp": {key: 11},
+            "audio": {key: 12},
+        }
     mixed = Cut(UNIFORM, {0: 12, 1: 12, 2: 11}, make_cut().modules)
     with pytest.raises(RequestError, match=r"params.json \(moe > .*\): 12 counts experts, of which layers had diff"):
         rewritten({"moe": {key: 12}}, mixed, "params.json")
@@ -578,7 +613,7 @@ def test_counts(key: str) -> None:
 
 
 def test_counts_of_each_layer() -> None:
-    assert rewritten({"num_experts": [12, 12, 12, 0]}, make_cut(), "a.json") == {"num_experts": [5, 3, 12, 0]}
+    assert rewritten({"num_experts": [12, 12, 12, 6]}, make_cut(), "a.json") == {"num_experts": [5, 3, 12, 6]}
     assert rewritten({"num_experts": [1, 2]}, make_cut(), "a.json") == {"num_experts": [1, 2]}
     with pytest.raises(RequestError, match="not those of each layer in turn"):
         rewritten({"num_experts": [12, 12]}, make_cut(), "a.json")
@@ -640,6 +675,10 @@ def test_files(tmp_path: Path) -> None:
         ("ignore", ["lm_head", name.format(2)]),
         ("scheme", "FP8"),
     ]
+
+    path = tmp_path / "quant.json"
+    path.write_text(json.dumps({"ignore": [r"re:.*\.7\..*"]}))
+    assert rewritten_file(path, cut) not in (None, path.read_bytes())  # without the word
 
     for file, text in {
         "tokenizer.json": '{"vocab": {"experts": 7}}',
@@ -712,6 +751,12 @@ def test_what_is_carried(name: str, reason: str | None, tmp_path: Path) -> None:
     assert (name in kept) == (reason == "")
     assert out.get(name) == (reason or None)
     assert "special_tokens_map.json" in kept and "model.safetensors.index.json" not in [*kept, *out]
+
+
+def test_without_an_index() -> None:
+    names = ["model.safetensors.index.json", "model-00001-of-00001.safetensors", "a.txt"]
+    kept, out = carried(names, lambda name: None)
+    assert kept == ["a.txt"] and list(out) == ["model-00001-of-00001.safetensors"]
 
 
 def test_a_single_file_of_weights_hides_an_index() -> None:
