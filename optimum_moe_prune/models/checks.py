@@ -28,8 +28,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise RequestError("this model carries PEFT adapters; merge them first (model.merge_and_unload()).")
     if is_quantised(model):
         raise RequestError(
-            "this model is quantised in memory. Name the folder or Hub id of its checkpoint instead: it is dequantised "
-            "to be calibrated, and pruned as it is. Or load the model with a quantization_config of dequantize=True."
+            "this model is quantised in memory. Name the folder or Hub id of its checkpoint instead, which is "
+            "dequantised for calibrating only; or load the model with a quantization_config of dequantize=True."
         )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
