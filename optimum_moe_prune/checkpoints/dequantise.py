@@ -31,7 +31,7 @@ def scaled(weight: Tensor, scale: Tensor, blocks: Iterable[Block] = ()) -> Tenso
         scale: A number, ``(R,)``, ``(R, 1)``, or one per block; powers of two may be given by their exponent.
         blocks: As for :func:`block_of`.
     """
-    return weight.float() * spread(factors(scale), tuple(weight.shape), blocks)
+    return weight.float().mul_(spread(factors(scale), tuple(weight.shape), blocks))
 
 
 def four_bits(packed: Tensor, scale: Tensor, whole: Tensor | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def four_bits(packed: Tensor, scale: Tensor, whole: Tensor | None = None) -> Ten
     if packed.shape[-1] == scale.shape[-1]:
         return four_bits(packed.mT, scale.mT, whole).mT
     grid = factors(scale) if whole is None else factors(scale) * whole.float()
-    return (_pairs(packed).unflatten(-1, (grid.shape[-1], -1)) * grid.unsqueeze(-1)).flatten(-2)
+    return _pairs(packed).unflatten(-1, (grid.shape[-1], -1)).mul_(grid.unsqueeze(-1)).flatten(-2)
 
 
 def in_blocks(blocks: Tensor, scale: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def in_blocks(blocks: Tensor, scale: Tensor) -> Tensor:
     Returns:
         ``(C, R)``.
     """
-    return (_pairs(blocks) * factors(scale).unsqueeze(-1)).flatten(-2).mT
+    return _pairs(blocks).mul_(factors(scale).unsqueeze(-1)).flatten(-2).mT
 
 
 def whole_numbers(packed: Tensor, scale: Tensor, bits: int, columns: int, blocks: Iterable[Block] = ()) -> Tensor:
@@ -124,4 +124,5 @@ def block_of(shape: tuple[int, ...], scale: tuple[int, ...], blocks: Iterable[Bl
 
 def _pairs(packed: Tensor) -> Tensor:
     """Bytes ``(..., n)`` as the floats of four bits in them ``(..., 2 n)``."""
-    return _PAIRS.to(packed.device)[packed.contiguous().view(torch.uint8).int()].flatten(-2)
+    places = packed.contiguous().view(torch.uint8).flatten().int()
+    return _PAIRS.to(packed.device).index_select(0, places).reshape(*packed.shape[:-1], -1)

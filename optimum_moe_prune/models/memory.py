@@ -103,12 +103,12 @@ def load_model(model: Source | Layout, compute: Compute) -> Any:
         return loader_of(source.config, source.trust_remote_code).from_pretrained(source.name_or_path, **settings)
     plain.check()
     dtype = model_dtype(source.config, plain.checkpoint, compute.dtype)
-    with plain.checkpoint.reader() as read:
-        made = {
-            name: functools.partial(plain.read, read, name, dtype if tensor.format else None)
-            for name, tensor in plain.tensors.items()
-        }
-        return load_made(source.config, made, source.name_or_path, {**settings, "dtype": dtype})
+    read = plain.checkpoint.held_open()
+    made = {
+        name: functools.partial(plain.read, read, name, dtype if tensor.format else None)
+        for name, tensor in plain.tensors.items()
+    }
+    return load_made(source.config, made, source.name_or_path, {**settings, "dtype": dtype})
 
 
 def open_skeleton(layout: Layout, compute: Compute) -> Skeleton:

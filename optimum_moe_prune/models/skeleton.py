@@ -275,7 +275,7 @@ class Skeleton(LayerByLayer):
 
         if source.converter is None:
             value = finite(source.names[0])
-            return value if in_place else value.clone()
+            return value if in_place or self._plain.tensors[source.names[0]].format else value.clone()
         if not source.by_expert:
             tensors = {p: [*map(finite, n)] for p, n in source.tensors.items()}
             return self._names.converted(name, source.converter, tensors, source.first)
