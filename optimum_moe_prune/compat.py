@@ -66,8 +66,12 @@ def causal_lm_class(model_type: str) -> str | None:
 
 
 def is_quantised(model: Any) -> bool:
-    """Whether a model in memory has quantised weights (``hf_quantizer`` is set by ``from_pretrained`` alone)."""
-    return bool(getattr(model, "hf_quantizer", None) or quantization_of(model.config))
+    """Whether a model in memory has quantised weights.
+
+    ``hf_quantizer`` is set by ``from_pretrained`` alone, which takes it back from a model that it dequantises; what
+    the config of the text part says it leaves as it was, so that is not asked.
+    """
+    return bool(getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None))
 
 
 def quantization_of(config: ModelConfig) -> Mapping[str, Any]:

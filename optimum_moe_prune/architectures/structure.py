@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from ..compat import ModelConfig, built_like, text_config, unquantised
+from ..compat import ModelConfig, built_like, quantization_of, text_config, unquantised
 from ..errors import RequestError
 from .spec import MoESpec
 
@@ -115,7 +115,9 @@ def structure_of(model: Any, spec: MoESpec) -> Structure:
     Raises:
         RequestError: If it cannot be told, and why.
     """
-    config = unquantised(model.config)  # what is built has plain weights
+    config = model.config
+    if quantization_of(config):  # what is built has plain weights
+        config = unquantised(config)
     text = json.dumps(config.to_dict(), sort_keys=True, default=str)
     key = (type(model), spec, text, getattr(text_config(config), "_attn_implementation", None))
     if key not in _found:

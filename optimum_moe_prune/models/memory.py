@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 _HEADROOM_BYTES = 2**30  # for activations and statistics
+_MODELOPT = "hf_quant_config.json"  # its first versions say it there alone
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -95,7 +96,7 @@ def load_model(model: Source | Layout, compute: Compute) -> Any:
     settings = {**compute.for_transformers, **source.for_transformers}
     if isinstance(model, Layout):
         plain = model.plain
-    elif quantization_of(source.config):
+    elif quantization_of(source.config) or _MODELOPT in source.files():
         plain = Plain(Checkpoint.open(source), source.config)
     else:
         plain = None

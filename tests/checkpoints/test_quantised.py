@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from architectures.tiny import tiny_model
 from conftest import load, make_model, make_texts, make_tokenizer
 from oracles import call
 from safetensors.torch import load_file
-from transformers import MixtralConfig
+from transformers import FineGrainedFP8Config, MixtralConfig, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import dequantize_convertops
 
@@ -454,6 +455,23 @@ def test_float8_without_scales_is_plain_where_nothing_says_otherwise(tmp_path: P
     write(tmp_path / "model", {"a.weight": weight, "b.bias": torch.ones(3, dtype=torch.uint8)}, {}, shards=1)
     plain = Plain(Checkpoint.open(str(tmp_path / "model")), MixtralConfig())
     assert plain.formats == [] and torch.equal(values_of(plain, "a.weight").float(), weight.float())
+
+
+@pytest.mark.parametrize("layout, config", [("qwen3_moe_fp8", FineGrainedFP8Config), ("gpt_oss_mxfp4", Mxfp4Config)])
+def test_a_model_that_transformers_dequantised(
+    layout: str, config: Any, published: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """It is pruned and saved as a plain one, and its plan fits the quantised files."""
+    folder = published(layout)
+    model = load(folder, quantization_config=config(dequantize=True))
+    pruner = MoEPruner.from_pretrained(folder, MoEPrunerConfig(method="reap", num_experts=8))
+    pruned = pruner.prune(model, calibration=samples())
+    pruner.save_pretrained(tmp_path / "plain", pruned)
+    assert "quantization_config" not in config_of(tmp_path / "plain") and open_layout(tmp_path / "plain").num_experts
+    pruner.pruning_plan.apply_to_checkpoint(folder, tmp_path / "files")
+    plain, files = (load_model(Source.of(tmp_path / name), Compute()) for name in ("plain", "files"))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, files.state_dict()[name]), name
 
 
 def test_a_model_that_is_still_quantised_in_memory(published: Callable[[str], Path]) -> None:
