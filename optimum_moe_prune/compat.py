@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,34 @@ def causal_lm_class(model_type: str) -> str | None:
 
 
 def is_quantised(model: Any) -> bool:
-    """Whether a model in memory has quantised weights (``hf_quantizer`` is set by ``from_pretrained`` alone)."""
+    """Whether a model in memory has quantised weights.
+
+    ``hf_quantizer`` is set by ``from_pretrained`` alone, which takes it back from a model that it dequantises; what
+    the config of the text part says it leaves as it was, so that is not asked.
+    """
     return bool(getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None))
+
+
+def quantization_of(config: ModelConfig) -> Mapping[str, Any]:
+    """What a config says about quantised weights, of the model or of its text part; empty where it says nothing.
+
+    Why: ``quantization_config`` is a key of ``config.json`` that config classes have no field for: a dict as it was
+    read, an object once ``from_pretrained`` has used it.
+    """
+    for part in (config, text_config(config)):
+        settings = getattr(part, "quantization_config", None)
+        if settings:
+            return settings if isinstance(settings, Mapping) else settings.to_dict()
+    return {}
+
+
+def unquantised(config: ModelConfig) -> Any:
+    """A copy of a config that says nothing about quantised weights."""
+    config = copy.deepcopy(config)
+    for part in (config, text_config(config)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 # ------------------------------------------------------------------------------------------- the Hub
@@ -240,6 +266,46 @@ def initialise(model: Any, module: nn.Module) -> None:
 def keep_from_initialising(value: Tensor) -> None:
     """Mark a tensor as loaded: :func:`initialise` leaves it as it is (it looks for ``_is_hf_initialized``)."""
     value._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+class _Made:
+    """A tensor that is made when ``from_pretrained`` asks for it; see :func:`load_made`."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+
+    def __getitem__(self, whole: Any) -> Tensor:
+        return self._make()
+
+
+def load_made(config: ModelConfig, tensors: Mapping[str, Callable[[], Tensor]], name: str, settings: Any) -> Any:
+    """A model of tensors that are made one by one, as ``from_pretrained`` loads an unquantised one of its files.
+
+    Why: ``from_pretrained(None, state_dict=...)`` takes all tensors at once, in memory. It asks for each with
+    ``value[...]`` only when a layer needs it (``core_model_loading._materialize_copy``, 5.14 to 5.24), which is how it
+    reads slices of files, so anything that answers to that will do.
+
+    Args:
+        config: The model's config; what it says about quantised weights is left out.
+        tensors: By name in files.
+        name: The folder or Hub id, for its generation config, and to be remembered.
+        settings: Of ``from_pretrained``: ``dtype``, ``device_map``, and how the model is reached.
+    """
+    from transformers import GenerationConfig
+
+    settings, config = dict(settings), unquantised(config)
+    loading = {key: settings.pop(key) for key in ("dtype", "device_map")}
+    remote = settings.pop("trust_remote_code", False)
+    try:
+        loading["generation_config"] = GenerationConfig.from_pretrained(name, **settings)
+    except OSError:  # it has none
+        pass
+    loader = type(build_on_meta(config, trust_remote_code=True)) if remote else loader_of(config)
+    model = loader.from_pretrained(
+        None, config=config, state_dict={key: _Made(make) for key, make in tensors.items()}, **loading
+    )
+    model.config.name_or_path = name
+    return model
 
 
 # ------------------------------------------------------------------------------------------- building

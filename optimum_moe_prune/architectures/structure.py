@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from ..compat import ModelConfig, built_like, text_config
+from ..compat import ModelConfig, built_like, quantization_of, text_config, unquantised
 from ..errors import RequestError
 from .spec import MoESpec
 
@@ -116,9 +116,8 @@ def structure_of(model: Any, spec: MoESpec) -> Structure:
         RequestError: If it cannot be told, and why.
     """
     config = model.config
-    if getattr(config, "quantization_config", None) is not None:  # what is built has plain weights
-        config = copy.deepcopy(config)
-        del config.quantization_config
+    if quantization_of(config):  # what is built has plain weights
+        config = unquantised(config)
     text = json.dumps(config.to_dict(), sort_keys=True, default=str)
     key = (type(model), spec, text, getattr(text_config(config), "_attn_implementation", None))
     if key not in _found:

@@ -94,9 +94,7 @@ def calibrate(
             stats = collect_streamed(skeleton, calibration, gathered, **settings, store=store)
         else:
             try:
-                stats = collect(
-                    load_model(layout.checkpoint.source, compute), calibration, gathered, **settings, store=store
-                )
+                stats = collect(load_model(layout, compute), calibration, gathered, **settings, store=store)
             except RunError:
                 layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
                 raise
@@ -104,6 +102,8 @@ def calibrate(
     finally:
         store.close()
     provenance = {**stats.provenance, "streamed": compute.stream, "statistics_on_disk": store.spilled}
+    if layout.plain.formats:
+        provenance["dequantised"] = layout.plain.formats
     return replace(stats, provenance=provenance)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..compat import text_config
-from ..errors import RequestError
 from ..models.batches import Batch
 from ..models.skeleton import Skeleton
 from ..progress import progress
@@ -58,17 +57,14 @@ def collect_streamed(
         parameters are aligned alike.
 
     Raises:
-        RequestError: If the checkpoint does not fit its config, or a token id is outside its vocabulary.
+        RequestError: If the checkpoint does not fit its config, or is quantised in a way that is not read here, or a
+            token id is outside its vocabulary.
         RunError: If a weight, a router's logits or an expert's output is NaN or infinite.
     """
     needs = frozenset(needs)
     store = Store() if store is None else store
     layout = skeleton.layout
     config = layout.config
-    if getattr(config, "quantization_config", None):
-        raise RequestError(
-            "this checkpoint is quantised; calibrate with the unquantised one. A plan can be applied to both (apply)."
-        )
     calibration.check_vocabulary(text_config(config).vocab_size)
     store.check_steps(skeleton.num_layers)
     facts = layout.facts() if layout.checkpoint.is_local else None  # on the Hub it would fetch all files first

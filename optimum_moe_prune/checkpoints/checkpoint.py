@@ -8,6 +8,7 @@ downloaded when its bytes are first asked for, into the cache of ``huggingface_h
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -215,6 +216,14 @@ class Checkpoint:
                 return opened[file].get_tensor(name)
 
             yield read
+
+    def held_open(self) -> Callable[[str], Tensor]:
+        """As :meth:`reader`, for several threads; files stay open as long as anything refers to the function.
+
+        Why: a file that one thread reads from cannot be closed by another, as happens where loading fails.
+        """
+        opened = functools.cache(lambda file: safe_open(self.path(file), framework="pt"))
+        return lambda name: opened(self.tensors[name].file).get_tensor(name)
 
     def floating_dtype(self) -> torch.dtype:
         """The dtype of the first tensor of floating point; float32 where there is none."""

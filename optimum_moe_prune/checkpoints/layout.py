@@ -9,6 +9,7 @@ written down here; the model is built without weights for it.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -23,13 +24,14 @@ from ..architectures.fingerprint import facts_of, fingerprints_of
 from ..architectures.spec import MoESpec
 from ..architectures.structure import Structure, structure_of
 from ..architectures.table import architecture_of
-from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, text_config
+from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, quantization_of, text_config
 from ..errors import RequestError
 from ..storage.tensor_files import TORCH_DTYPES
 from ..storage.values import Json
 from .checkpoint import Checkpoint
 from .heads import Head, find_heads
 from .moe_layer import MoELayer
+from .plain import Plain
 from .source import Source
 
 _NUMBER = re.compile(r"(.*\.)([0-9]{1,6})\.(.+?)")
@@ -55,6 +57,11 @@ class Layout:
     structure: Structure
     layers: dict[int, MoELayer] = field(default_factory=dict)
     heads: list[Head] = field(default_factory=list)
+
+    @functools.cached_property
+    def plain(self) -> Plain:
+        """Its tensors, dequantised where they are quantised."""
+        return Plain(self.checkpoint, self.config)
 
     @property
     def num_experts(self) -> dict[int, int]:
@@ -100,12 +107,15 @@ class Layout:
 
 
 def model_dtype(config: ModelConfig, checkpoint: Checkpoint, dtype: str | torch.dtype = "auto") -> torch.dtype:
-    """The dtype transformers loads a checkpoint in: the one asked for, or the config's, or that of its tensors."""
+    """The dtype transformers loads a checkpoint in: the one asked for, or the config's, or that of its tensors.
+
+    Of quantised ones, whose tensors have several, it is bfloat16.
+    """
     if dtype != "auto":
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
     own = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
     if own is None:
-        return checkpoint.floating_dtype()
+        return torch.bfloat16 if quantization_of(config) else checkpoint.floating_dtype()
     return getattr(torch, own) if isinstance(own, str) else own
 
 
@@ -139,7 +149,7 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     inside = re.compile(rf"{re.escape(structure.layers)}\.([0-9]{{1,6}})\.(.+)")
     outside = []
     for name in checkpoint.tensors:
-        target, converter, beside = _located(name, names, parameters)
+        target, converter, beside = _located(name, layout.plain.owners.get(name, name), names, parameters)
         match = inside.fullmatch(target)
         index = -1 if match is None else int(match[1])
         if match is None or index not in structure.moe:
@@ -161,13 +171,20 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     return layout
 
 
-def _located(name: str, names: WeightNames, parameters: Mapping[str, Any]) -> tuple[str, Any, bool]:
-    """The parameter a tensor is for, what it is converted by, and whether it only lies beside it, as scales do."""
+def _located(name: str, owner: str, names: WeightNames, parameters: Mapping[str, Any]) -> tuple[str, Any, bool]:
+    """The parameter a tensor is for, what it is converted by, and whether it only lies beside it, as scales do.
+
+    Args:
+        name: The tensor.
+        owner: The weight that it is known to be of; else itself, and where to look is tried.
+        names: Of parameters.
+        parameters: Those that there are.
+    """
     target, _, converter = names.parameter_of(name)
     if target in parameters:
         return target, converter, False
     start, _, last = name.rpartition(".")
-    for beside in (f"{start}.weight", f"{start}.{last.split('_')[0]}", f"{start}.{last.rpartition('_')[0]}"):
+    for beside in (owner, f"{start}.weight", f"{start}.{last.rpartition('_')[0]}"):
         found, _, converter = names.parameter_of(beside)
         if beside != name and found in parameters:
             return found, converter, True
@@ -230,7 +247,6 @@ def _check_layer(layout: Layout, index: int, layer: MoELayer, parameters: Mappin
         )
     if not layer.experts and not layer.fused:
         raise RequestError(f"{where} has a router and no experts; the checkpoint is damaged.")
-    held = layer.experts[min(layer.experts)].values() if layer.experts else layer.fused.values()
     if layer.experts:
         _check_numbered(layout, where, layer)
     else:
@@ -244,8 +260,8 @@ def _check_layer(layout: Layout, index: int, layer: MoELayer, parameters: Mappin
                     f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts."
                 )
     expected = _elements(layout, index, found.expert_tensors, parameters, layer)
-    elements = sum(math.prod(checkpoint.tensors[name].shape) for name in held) // (1 if layer.experts else count)
-    if _is_plain(held, checkpoint) and elements != expected:
+    elements = _elements_in_files(layout, layer)
+    if elements is not None and elements != expected:
         raise RequestError(
             f"{where}: an expert has {elements} weights, and config.json says {expected}; the checkpoint or its "
             "config is damaged."
@@ -297,11 +313,11 @@ def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
             raise RequestError(f"{where}: no expert has {projection!r}; its experts have {some}.")
     for number, tensors in layer.experts.items():
         for path, name in tensors.items():
-            expected = layer.projections.get(path.removesuffix(".weight"), ())
-            tensor = checkpoint.tensors[name]
-            if expected and tensor.dtype in _PLAIN and tensor.shape != expected:
-                raise RequestError(f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {expected}.")
+            expected = layer.projections.get(path.removesuffix("_packed").removesuffix(".weight"), ())
             tensor, first = checkpoint.tensors[name], checkpoint.tensors[layer.experts[0][path]]
+            shape = _plain_shape(layout, name)
+            if expected and shape and shape != expected:
+                raise RequestError(f"{tensor.file}: {name} has shape {shape}, and config.json says {expected}.")
             if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
                 raise RequestError(
                     f"{tensor.file}: {name} is {tensor.dtype} {tensor.shape}, and that of expert 0 {first.dtype} "
@@ -309,9 +325,25 @@ def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
                 )
 
 
-def _is_plain(names: Iterable[str], checkpoint: Checkpoint) -> bool:
-    """Whether all tensors hold one number per weight; packed ones hold fewer, and scales come beside others."""
-    return all(checkpoint.tensors[name].dtype in _PLAIN for name in names)
+def _elements_in_files(layout: Layout, layer: MoELayer) -> int | None:
+    """The weights of one expert, by the files; None where it is not known how they are packed."""
+    held = layer.experts[min(layer.experts)].values() if layer.experts else layer.fused.values()
+    shapes = [_plain_shape(layout, name) for name in held if not _is_beside(layout, name)]
+    if None in shapes:
+        return None
+    return sum(math.prod(shape or ()) for shape in shapes) // (1 if layer.experts else layer.num_experts)
+
+
+def _is_beside(layout: Layout, name: str) -> bool:
+    """Whether a tensor only says how to read another."""
+    return layout.plain.tensors[layout.plain.owners.get(name, name)].parts["weight"] != name
+
+
+def _plain_shape(layout: Layout, name: str) -> tuple[int, ...] | None:
+    """The shape of a weight as plain numbers; None where it is not known how it is packed, or it is beside one."""
+    plain = layout.plain.tensors[layout.plain.owners.get(name, name)]
+    is_known = plain.format or layout.checkpoint.tensors[name].dtype in _PLAIN
+    return plain.shape if is_known and not plain.fault and not _is_beside(layout, name) else None
 
 
 def identity(layout: Layout) -> Json:

@@ -28,7 +28,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise RequestError("this model carries PEFT adapters; merge them first (model.merge_and_unload()).")
     if is_quantised(model):
         raise RequestError(
-            "this model is quantised; load it without quantization_config, prune, and quantise the result."
+            "this model is quantised in memory. Name the folder or Hub id of its checkpoint instead, which is "
+            "dequantised for calibrating only; or load the model with a quantization_config of dequantize=True."
         )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory
 
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import Layout, model_dtype
+from ..checkpoints.plain import Plain
 from ..checkpoints.source import Source
-from ..compat import loader_of
+from ..compat import load_made, loader_of, quantization_of
 from ..errors import RequestError
 from ..storage.values import Json
 from .checks import check_model
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 _HEADROOM_BYTES = 2**30  # for activations and statistics
+_MODELOPT = "hf_quant_config.json"  # its first versions say it there alone
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -82,10 +86,30 @@ class Compute:
         return torch.device(self.device.replace("auto", "cuda")).type
 
 
-def load_model(source: Source, compute: Compute) -> Any:
-    """A whole model in memory."""
+def load_model(model: Source | Layout, compute: Compute) -> Any:
+    """A whole model in memory; a quantised one is dequantised where its number formats are known here.
+
+    Raises:
+        RequestError: If a tensor of a quantised one cannot be read.
+    """
+    source = model.checkpoint.source if isinstance(model, Layout) else model
     settings = {**compute.for_transformers, **source.for_transformers}
-    return loader_of(source.config, source.trust_remote_code).from_pretrained(source.name_or_path, **settings)
+    if isinstance(model, Layout):
+        plain = model.plain
+    elif quantization_of(source.config) or _MODELOPT in source.files():
+        plain = Plain(Checkpoint.open(source), source.config)
+    else:
+        plain = None
+    if plain is None or not plain.formats:
+        return loader_of(source.config, source.trust_remote_code).from_pretrained(source.name_or_path, **settings)
+    plain.check()
+    dtype = model_dtype(source.config, plain.checkpoint, compute.dtype)
+    read = plain.checkpoint.held_open()
+    made = {
+        name: functools.partial(plain.read, read, name, dtype if tensor.format else None)
+        for name, tensor in plain.tensors.items()
+    }
+    return load_made(source.config, made, source.name_or_path, {**settings, "dtype": dtype})
 
 
 def open_skeleton(layout: Layout, compute: Compute) -> Skeleton:
@@ -98,7 +122,7 @@ def open_runner(layout: Layout, compute: Compute) -> LayerByLayer:
     compute = compute.settled(layout)
     if compute.stream:
         return open_skeleton(layout, compute)
-    model = load_model(layout.checkpoint.source, compute)  # of the commit whose files were looked at
+    model = load_model(layout, compute)  # of the commit whose files were looked at
     check_model(model)  # nothing may be offloaded
     return LayerByLayer(model)
 
@@ -118,9 +142,9 @@ def _fits(layout: Layout, dtype: str, device: str) -> bool:
 
 
 def model_bytes(layout: Layout, dtype: str) -> int:
-    """Bytes of a whole model in memory, in a precision or (``"auto"``) the checkpoint's."""
+    """Bytes of a whole model in memory, dequantised, in a precision or (``"auto"``) the checkpoint's."""
     size = model_dtype(layout.config, layout.checkpoint, dtype).itemsize
-    return sum(math.prod(t.shape) for t in layout.checkpoint.tensors.values()) * size
+    return sum(math.prod(tensor.shape) for tensor in layout.plain.tensors.values()) * size
 
 
 def available_memory(device: str) -> int:

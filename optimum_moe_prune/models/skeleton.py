@@ -72,7 +72,7 @@ class _Source:
     Attributes:
         converter: What makes it of its tensors, or None where it is one tensor under another name.
         first: The first of the parameters that the converter makes of them.
-        tensors: Names in the checkpoint, by the converter's pattern.
+        tensors: Names of plain tensors, by the converter's pattern.
     """
 
     converter: Any
@@ -110,6 +110,7 @@ class Skeleton(LayerByLayer):
     def __init__(self, layout: Layout, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
         self.layout = layout
         self.checkpoint = layout.checkpoint
+        self._plain = layout.plain
         model = build_on_meta(layout.config, dtype, layout.checkpoint.source.trust_remote_code)
         super().__init__(model, torch.device("cuda" if device == "auto" else device))
         self.dtype = dtype
@@ -130,7 +131,8 @@ class Skeleton(LayerByLayer):
 
     def sources(self, index: int) -> list[str]:
         """The tensors in the checkpoint that a layer is made of; none beyond the last layer."""
-        return [name for parameter in self._names_of(index) for name in self._sources[parameter].names]
+        plain = [name for parameter in self._names_of(index) for name in self._sources[parameter].names]
+        return [part for name in plain for part in self._plain.tensors[name].names]
 
     @contextlib.contextmanager
     def reading_ahead(self) -> Iterator[Callable[[int], None]]:
@@ -177,7 +179,7 @@ class Skeleton(LayerByLayer):
     def _find_sources(self) -> dict[str, _Source]:
         """For each parameter the tensors it is made of, by transformers' own mapping of names."""
         sources: dict[str, _Source] = {}
-        for name in self._names.sorted(self.checkpoint.tensors):
+        for name in self._names.sorted(self._plain.tensors):
             target, pattern, converter = self._names.parameter_of(name)
             for parameter in self._names.made_with(target, converter):
                 if parameter in self._parameters:  # else of no use to the model; transformers passes over it as well
@@ -192,8 +194,17 @@ class Skeleton(LayerByLayer):
                 + ("has no experts, and the files hold some." if index in self.layout.layers else "has experts, and")
                 + ("" if index in self.layout.layers else " the files hold none; the checkpoint is damaged.")
             )
+        used = (self._plain.tensors[name] for source in self._sources.values() for name in source.names)
+        for tensor in used:
+            if tensor.fault:
+                raise RequestError(tensor.fault)
         backbone = f"{self.model.base_model_prefix}."
         missing = sorted(n for n in self._parameters if n.startswith(backbone) and n not in self._sources)
+        if missing and self._plain.method and not self._plain.formats:
+            raise RequestError(
+                f"{self.checkpoint.name_or_path} is quantised with {self._plain.method!r}, which is not read here. "
+                "Calibrate with an unquantised checkpoint; its plan can be applied to this one."
+            )
         if missing:
             raise RequestError(
                 f"{self.checkpoint.name_or_path} lacks {missing[0]}"
@@ -203,12 +214,13 @@ class Skeleton(LayerByLayer):
         for name, source in self._sources.items():
             expected = tuple(self._parameters[name].shape)
             if source.converter is None:
-                tensor = self.checkpoint.tensors[source.names[0]]
+                tensor = self._plain.tensors[source.names[0]]
                 if len(source.names) > 1:
                     raise RequestError(f"{name} is in the checkpoint twice: {' and '.join(source.names)}.")
                 if tensor.shape != expected:
                     raise RequestError(
-                        f"{tensor.file}: {source.names[0]} has shape {tensor.shape}, and config.json says {expected}."
+                        f"{self.checkpoint.tensors[tensor.names[0]].file}: {tensor.names[0]} has shape {tensor.shape}"
+                        f"{' as plain numbers' if tensor.format else ''}, and config.json says {expected}."
                     )
 
     def prepare(self) -> None:
@@ -259,11 +271,11 @@ class Skeleton(LayerByLayer):
         dtype = self._parameters[name].dtype
 
         def finite(tensor_name: str) -> Tensor:
-            return self.checkpoint.finite(tensor_name, read(tensor_name)).to(dtype)
+            return self._plain.read(read, tensor_name, dtype)
 
         if source.converter is None:
             value = finite(source.names[0])
-            return value if in_place else value.clone()
+            return value if in_place or self._plain.tensors[source.names[0]].format else value.clone()
         if not source.by_expert:
             tensors = {p: [*map(finite, n)] for p, n in source.tensors.items()}
             return self._names.converted(name, source.converter, tensors, source.first)

@@ -125,11 +125,13 @@ def config_of_model(model: PreTrainedModel, source: Source, before: Any) -> Json
     """The source's ``config.json`` with the pruning keys, and what was changed in memory, put in.
 
     Args:
-        model: The pruned model.
+        model: The pruned model, whose weights are plain, whatever the source's are.
         source: The original.
         before: The original's config.
     """
     values = pruned_config(source_config(source), before, model.config, architecture_of(model.config))
     dtype = str(model.dtype).removeprefix("torch.")
     values["torch_dtype" if "torch_dtype" in values else "dtype"] = dtype
+    for part in (values, *(part for part in values.values() if isinstance(part, dict))):
+        part.pop("quantization_config", None)  # a model is pruned in memory with plain weights only
     return values
