@@ -325,7 +325,9 @@ class _Trunk:
         self.lm_head = model.get_output_embeddings()
         self.get_decoder = lambda: decoder
         self.get_input_embeddings = model.get_input_embeddings
-        self._weight_conversions = get_model_conversion_mapping(model)
+        # those of a text part in a larger model are for names below that part's, which heads have not
+        nested = text_config(model.config) is not model.config
+        self._weight_conversions = get_model_conversion_mapping(decoder if nested else model)
 
 
 def build_heads(model: Any, decoder: Any, config: ModelConfig, dtype: torch.dtype | None = None) -> Any:
@@ -358,6 +360,13 @@ def build_heads(model: Any, decoder: Any, config: ModelConfig, dtype: torch.dtyp
 def names_of_heads(heads: Any, model: Any, decoder: Any, config: ModelConfig) -> WeightNames:
     """The mapping from tensors in files to the parameters of heads; see :func:`build_heads`."""
     return WeightNames(heads, heads.get_weight_conversions(_Trunk(model, decoder, config)))
+
+
+def cache_of_heads(heads: Any) -> Any:
+    """An empty cache of heads (``cache_utils.MtpCache`` is not exported)."""
+    from transformers.cache_utils import MtpCache
+
+    return MtpCache(config=heads.config)
 
 
 def share_with_heads(heads: Any, model: Any, decoder: Any, config: ModelConfig) -> None:

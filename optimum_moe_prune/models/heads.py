@@ -20,7 +20,7 @@ from ..architectures.heads import with_heads
 from ..architectures.structure import LayerStructure, part
 from ..checkpoints.heads import Head
 from ..checkpoints.layout import Layout
-from ..compat import ModelConfig, build_heads, build_on_meta, names_of_heads, share_with_heads
+from ..compat import ModelConfig, build_heads, build_on_meta, cache_of_heads, names_of_heads, share_with_heads
 from .batches import Batch
 from .blocks import MoEBlock, decoder_layers, decoder_of
 from .skeleton import Skeleton, Weights
@@ -78,7 +78,9 @@ class Heads:
         with contextlib.ExitStack() as watching, torch.no_grad():
             for block in self.blocks:
                 watching.enter_context(block.observed(_ignore, lambda own, hidden, *_: torch.empty_like(hidden)))
-            self._run(batch, hidden, torch.device("meta"))
+            self._run(
+                batch, hidden, torch.device("meta"), cache_of_heads(self._model)
+            )  # without, values are looked at
 
     @contextlib.contextmanager
     def loaded(self, model: Any = None) -> Iterator[None]:
@@ -110,13 +112,13 @@ class Heads:
         """
         self._run(batch, hidden.to(self._device), self._model.embed_tokens.weight.device)
 
-    def _run(self, batch: Batch, hidden: Tensor, device: torch.device) -> None:
+    def _run(self, batch: Batch, hidden: Tensor, device: torch.device, cache: Any = None) -> None:
         lengths = batch.attention_mask.sum(1, keepdim=True)
         place = torch.arange(batch.input_ids.shape[1])
         for head in range(len(self.blocks)):
             ids = batch.input_ids.gather(1, torch.where(place < lengths, (place + head + 1) % lengths, place))
             positions = (place + head + 1)[None].to(hidden.device)
-            hidden = self._model.forward_layer(head, hidden, positions, None, input_ids=ids.to(device))
+            hidden = self._model.forward_layer(head, hidden, positions, cache, input_ids=ids.to(device))
 
 
 def _ignore(logits: Tensor) -> None:
