@@ -23,7 +23,9 @@ from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPruner, MoEPr
 from optimum_moe_prune.calibration.calibrate import calibrate
 from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.methods import list_methods
+from optimum_moe_prune.evaluation.measure_sensitivity import measure_sensitivity
 from optimum_moe_prune.planning.build import build_plan
+from optimum_moe_prune.publishing.report import write_report
 from optimum_moe_prune.storage.growing import Store
 
 
@@ -33,10 +35,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def folder(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    folder = checkpoint(kind, tmp_path / "model", loads=False)
-    tokenizer.save_pretrained(folder)
-    return folder
+def folder(kind: str, tmp_path: Path) -> Path:
+    return checkpoint(kind, tmp_path / "model", loads=False)
 
 
 @pytest.mark.usefixtures("heads_of_tiny_models")
@@ -126,8 +126,10 @@ def test_every_method_plans_a_head_by_itself(method: str, folder: Path, samples:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_from_texts_to_a_pruned_checkpoint(folder: Path, tmp_path: Path, stream: bool) -> None:
-    pruner = MoEPruner.from_pretrained(folder, MoEPrunerConfig(method="reap", num_experts=8))
+def test_from_texts_to_a_pruned_checkpoint(
+    folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, stream: bool
+) -> None:
+    pruner = MoEPruner(MoEPrunerConfig(method="reap", num_experts=8), source=folder, tokenizer=tokenizer)
     pruner.prune_checkpoint(tmp_path / "out", calibration=make_texts(), stream=stream)
     plan = PruningPlan.load(tmp_path / "out")
     assert plan.retained[LAYERS] == pruner.pruning_plan.retained[LAYERS] and plan.scores[LAYERS]
@@ -135,6 +137,20 @@ def test_from_texts_to_a_pruned_checkpoint(folder: Path, tmp_path: Path, stream:
     assert "pruned in the same way" in (tmp_path / "out" / "README.md").read_text()
     head = open_layout(tmp_path / "out").heads[0]
     assert head.layer.num_experts == 8 and not head.problem
+
+
+def test_reports_and_sensitivities_are_of_the_layers(
+    folder: Path, tmp_path: Path, samples: CalibrationSet
+) -> None:
+    stats = calibrated(open_layout(folder), samples, "all", stream=False)
+    recipe = MoEPrunerConfig(method="reap", num_experts=8, sensitivity_samples=2)
+    sensitivity = measure_sensitivity(folder, samples, [recipe], stats, counts=[8], sparsities=())
+    assert LAYERS not in sensitivity.methods["reap"].layers
+    by_sensitivity = MoEPrunerConfig(method="reap", num_experts=10, allocation="sensitivity")
+    assert not build_plan(stats, by_sensitivity, sensitivity=sensitivity).heads
+    plans = {"reap": build_plan(stats, recipe), "kept": build_plan(stats, MoEPrunerConfig("reap", 8, mtp="keep"))}
+    write_report(tmp_path / "report.html", stats=stats, plans=plans)
+    assert "8 of 12" in (tmp_path / "report.html").read_text()
 
 
 def test_a_head_that_cannot_be_run(tmp_path: Path, samples: CalibrationSet, caplog: pytest.LogCaptureFixture) -> None:
