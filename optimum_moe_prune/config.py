@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RequestError, nearest_first
-from .names import BY_SENSITIVITY, CONFIG_NAME, GLOBAL, UNIFORM
+from .names import BY_SENSITIVITY, CONFIG_NAME, DROP, GLOBAL, KEEP, PRUNE, UNIFORM
 from .storage.files import write_text
 from .storage.values import Json, Values, is_integer, read_json
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 BUDGETS = ("num_experts", "sparsity", "total_experts")
 SAMPLE_SELECTIONS = ("first", "random", "kmeans")
 ALLOCATIONS = (UNIFORM, GLOBAL, BY_SENSITIVITY)
+MTP = (PRUNE, KEEP, DROP)
 
 
 def _setting(default: Any, help: str, metavar: str = "", least: int | None = None, most: int = 2**63 - 1) -> Any:
@@ -71,6 +72,9 @@ class MoEPrunerConfig:
         sensitivity_samples: With ``allocation="sensitivity"``: samples to measure divergences on at most, in equal
             shares of the domains.
         seed: For whatever is drawn.
+        mtp: What becomes of heads for further tokens (MTP) in a checkpoint's files: ``"prune"``, as a layer is;
+            ``"keep"``, whole; ``"drop"``, left out; None for what loads: pruned where every layer keeps the same
+            number of experts, else whole.
     """
 
     method: str = _setting("mosaic", "see: list methods", "NAME")
@@ -101,6 +105,12 @@ class MoEPrunerConfig:
     pack: bool = _setting(False, "join samples and cut them into full lengths")
     sensitivity_samples: int = _setting(32, "samples to measure divergences on", "N", least=1)
     seed: int = _setting(0, "for whatever is drawn", "S", least=0, most=2**32 - 1)
+    mtp: str | None = _setting(
+        None,
+        "heads for further tokens (MTP): prune, as layers are; keep, whole; drop, left out (default: prune where all "
+        "layers keep the same number of experts, else keep)",
+        "prune|keep|drop",
+    )
 
     def __post_init__(self) -> None:
         from .methods import get_method, make_options
@@ -110,9 +120,10 @@ class MoEPrunerConfig:
         # Plain values, so that they compare and travel as JSON.
         self.method_options = {name: getattr(options, name) for name in self.method_options}
         self._check_numbers()
-        for name, known in (("allocation", ALLOCATIONS), ("sample_selection", SAMPLE_SELECTIONS)):
+        texts = (("allocation", ALLOCATIONS), ("sample_selection", SAMPLE_SELECTIONS), ("mtp", MTP))
+        for name, known in texts:
             value = getattr(self, name)
-            if value not in known and not (name == "allocation" and value is None):
+            if value not in known and not (name in ("allocation", "mtp") and value is None):
                 raise RequestError(f"{name} {value!r} is not known. Known: {nearest_first(str(value), [*known])}.")
         if self.allocation not in (None, *method.takes):
             raise RequestError(

@@ -24,3 +24,8 @@ since it travels."""
 UNIFORM = "uniform"
 GLOBAL = "global"
 BY_SENSITIVITY = "sensitivity"
+
+# What becomes of heads for further tokens (MTP).
+PRUNE = "prune"
+KEEP = "keep"
+DROP = "drop"

@@ -31,11 +31,14 @@ class PruningPlan:
         model_type: Of that model.
         top_k: Experts used per token.
         method: How the experts were chosen.
-        retained: Sorted ids of the retained experts, by layer. Dense layers are absent.
+        retained: Sorted ids of the retained experts, by layer. Dense layers are absent. Heads for further tokens (MTP)
+            count as layers after the last; one that is not named is left whole or out, or pruned by its router
+            (``mtp``).
         original_num_experts: Experts before pruning, by layer.
         scores: The method's scores ``(E,)`` by layer; None for methods that choose sets.
         config: The recipe, as plain values.
         provenance: Model and calibration it was made from, versions, times.
+        heads: Those of the layers that are heads.
     """
 
     model_type: str
@@ -46,6 +49,7 @@ class PruningPlan:
     scores: dict[int, tuple[float, ...]] | None = None
     config: Json = field(default_factory=dict)
     provenance: Json = field(default_factory=dict)
+    heads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._check()
@@ -55,6 +59,8 @@ class PruningPlan:
             raise RequestError(
                 "a plan names retained experts and the original number for each MoE layer, the same layers."
             )
+        if not set(self.heads) < set(self.retained):
+            raise RequestError("the plan's heads are layers that it does not name, or all it names.")
         if not is_integer(self.top_k) or self.top_k < 1:
             raise RequestError(f"the plan's top_k is {self.top_k!r}; it must be a positive integer.")
         if not isinstance(self.provenance.get("findings", {}), dict):
@@ -112,9 +118,22 @@ class PruningPlan:
 
     @property
     def uniform_num_experts(self) -> int | None:
-        """The number of experts where every layer retains the same, else None."""
-        counts = set(self.num_experts.values())
+        """The number of experts where every layer of the model retains the same, else None."""
+        counts = {len(experts) for layer, experts in self.retained.items() if layer not in self.heads}
         return counts.pop() if len(counts) == 1 else None
+
+    @property
+    def without_heads(self) -> PruningPlan:
+        """The plan of the model's own layers."""
+        if not self.heads:
+            return self
+
+        def of_layers(values: dict[int, Any]) -> dict[int, Any]:
+            return {layer: value for layer, value in values.items() if layer not in self.heads}
+
+        scores = None if self.scores is None else of_layers(self.scores)
+        retained, original = of_layers(self.retained), of_layers(self.original_num_experts)
+        return replace(self, retained=retained, original_num_experts=original, scores=scores, heads=())
 
     def summary(self) -> str:
         """A table for people: one line per layer."""
@@ -126,7 +145,8 @@ class PruningPlan:
         width = max(len(str(layer)) for layer in self.retained)
         for layer, experts in sorted(self.retained.items()):
             ids = " ".join(map(str, experts))
-            lines.append(f"  layer {layer:>{width}}  {len(experts)} of {self.original_num_experts[layer]}: {ids}")
+            counts = f"{len(experts)} of {self.original_num_experts[layer]}"
+            lines.append(f"  layer {layer:>{width}}  {counts}: {ids}{' (head)' if layer in self.heads else ''}")
         if found := self.provenance.get("findings"):
             lines.append("  found: " + "; ".join(f"{name} {_shown(value)}" for name, value in found.items()))
         return "\n".join(lines)
@@ -153,8 +173,8 @@ class PruningPlan:
         Args:
             source: The folder or Hub id of the model the plan was made for.
             target: The folder to write, absent or empty.
-            options: ``max_shard_size``, ``overwrite``, ``standalone``; and for the Hub ``revision``, ``token``,
-                ``cache_dir``, ``trust_remote_code``.
+            options: ``max_shard_size``, ``overwrite``, ``standalone``, ``mtp``; and for the Hub ``revision``,
+                ``token``, ``cache_dir``, ``trust_remote_code``.
         """
         from .checkpoints.layout import open_layout
         from .checkpoints.source import Source
@@ -193,6 +213,7 @@ class PruningPlan:
                     "num_experts": len(experts),
                     "retained": list(experts),
                     "scores": list(scores[layer]) if layer in scores else None,
+                    **({"head": True} if layer in self.heads else {}),
                 }
                 for layer, experts in sorted(self.retained.items())
             },
@@ -227,6 +248,7 @@ class PruningPlan:
                 scores=scores or None,
                 config=dict(values.get("config") or {}),
                 provenance=dict(values.get("provenance") or {}),
+                heads=tuple(sorted(layer for layer, entry in layers.items() if entry.get("head"))),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, RequestError):

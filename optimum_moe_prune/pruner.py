@@ -332,6 +332,7 @@ class MoEPruner:
         overwrite: bool = False,
         restart: bool = False,
         standalone: bool = False,
+        mtp: str | None = None,
         **compute: Any,
     ) -> Path:
         """Prune a checkpoint's files: calibrate, plan, and write the pruned checkpoint; or apply the plan there is.
@@ -348,6 +349,7 @@ class MoEPruner:
             overwrite: Replace an earlier output of this package.
             restart: Begin an interrupted calibration anew.
             standalone: As for :meth:`save_pretrained`.
+            mtp: What becomes of heads for further tokens, in place of what the recipe, or the plan, says.
             compute: Of the calibration, as for :meth:`calibrate`.
 
         Returns:
@@ -366,11 +368,12 @@ class MoEPruner:
         if plan is not None:
             check_plan_for_config(plan, read.config)
         layout = open_layout(read)
+        mtp = mtp or (None if self.config is None else self.config.mtp)
         workspace = Workspace.beside(output_dir, restart)
         with working_on(output_dir):
             if plan is None:
                 budget = budget_for(self._recipe(), layout.num_experts, layout.spec.routing(layout.config))
-                check_output(layout, budget, output_dir, standalone)
+                check_output(layout, budget, output_dir, standalone, mtp)
                 plan = self._plan(layout, calibration, domain_weights, workspace, way)
             apply_to_checkpoint(
                 plan,
@@ -380,6 +383,7 @@ class MoEPruner:
                 max_shard_size=max_shard_size,
                 overwrite=overwrite,
                 standalone=standalone,
+                mtp=mtp,
             )
             if calibration is not None:
                 for part in ("calibration", "sensitivity"):

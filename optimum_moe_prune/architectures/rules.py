@@ -203,7 +203,7 @@ class TopK(RoutingRule, kind="top_k"):
         return scale[ids] if scale.ndim else scale.expand(len(ids))
 
     def _in_best_groups(self, key: Tensor, ids: Tensor, num_experts: int) -> Tensor:
-        """The same keys, minus infinity outside the best groups; these are what is left of those of the whole layer."""
+        """The same keys, minus infinity outside the best groups: what is left of those of the whole layer."""
         import torch
 
         whole = key.new_full((len(key), num_experts), -torch.inf).index_copy_(1, ids, key)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from ..config import MoEPrunerConfig
 from ..errors import RequestError, RunError
 from ..methods import get_method, make_options
 from ..models.blocks import model_facts, moe_blocks
+from ..models.heads import Heads, open_heads
 from ..models.memory import Compute, load_model, open_skeleton
 from ..provenance import versions
 from ..statistics.stats import CalibrationStats, Need
@@ -88,13 +90,17 @@ def calibrate(
         "versions": versions(),
     }
     skeleton = open_skeleton(layout, compute)  # checks all tensors
+    found = open_heads(layout, skeleton)
+    heads = found if isinstance(found, Heads) else None
     store = Store(workspace.folder, work, workspace.restart)
     try:
         if compute.stream:
-            stats = collect_streamed(skeleton, calibration, gathered, **settings, store=store)
+            stats = collect_streamed(skeleton, calibration, gathered, **settings, store=store, heads=heads)
         else:
             try:
-                stats = collect(load_model(layout, compute), calibration, gathered, **settings, store=store)
+                whole = load_model(layout, compute)
+                with contextlib.nullcontext() if heads is None else heads.loaded(whole):
+                    stats = collect(whole, calibration, gathered, **settings, store=store, heads=heads)
             except RunError:
                 layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
                 raise
@@ -104,6 +110,8 @@ def calibrate(
     provenance = {**stats.provenance, "streamed": compute.stream, "statistics_on_disk": store.spilled}
     if layout.plain.formats:
         provenance["dequantised"] = layout.plain.formats
+    if isinstance(found, str):
+        provenance["heads_left_out"] = found
     return replace(stats, provenance=provenance)
 
 

@@ -15,6 +15,7 @@ from ..architectures.routers import RoutingRule
 from ..compat import ModelConfig, text_config
 from ..models.blocks import decoder_of, model_facts, moe_blocks
 from ..models.checks import check_finite, check_model, evaluating, input_device, vocabulary
+from ..models.heads import Heads
 from ..progress import progress
 from ..provenance import now, versions
 from ..statistics.files import layer_file
@@ -23,7 +24,7 @@ from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
 from ..storage.values import Json
-from .observer import Current, LayerObserver
+from .observer import Current, observers_of
 from .samples import CalibrationSet
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def collect(
     max_tokens: int = 8192,
     seed: int = 0,
     store: Store | None = None,
+    heads: Heads | None = None,
 ) -> CalibrationStats:
     """Run a model over the calibration samples once and gather statistics of its MoE layers.
 
@@ -56,6 +58,7 @@ def collect(
         store: Where the statistics grow. With a folder, each finished group of batches is kept there, and a later
             call continues after the last one. By default they are in memory, or in temporary files where they are
             large.
+        heads: The heads of its checkpoint, loaded, which are run and watched as well.
 
     Raises:
         RequestError: If the model cannot be observed, or a token id is outside its vocabulary.
@@ -65,7 +68,7 @@ def collect(
     store = Store() if store is None else store
     check_model(model)
     check_finite(model)
-    blocks = moe_blocks(model)
+    blocks = [*moe_blocks(model), *(heads.blocks if heads is not None else ())]
     calibration.check_vocabulary(vocabulary(model))
     current = Current(calibration, max_tokens, seed)
     batches = list(calibration.batches(batch_size))
@@ -79,10 +82,7 @@ def collect(
             tensors[name][unfinished] = 0  # an interrupted group may have added to them
         return tensors
 
-    observers: list[LayerObserver] = []
-    for block in blocks:
-        before = observers[-1].routed if observers else None
-        observers.append(LayerObserver(block, needs, current, allocate, before))
+    observers = observers_of(blocks, needs, current, allocate, None)
     store.check_space(statistics_bytes({b.layer: b.num_experts for b in blocks}, needs, current, model.config))
     if resumed == len(batches):  # it was interrupted after the last one: nothing will run
         for observer in observers:
@@ -100,11 +100,13 @@ def collect(
             if number < resumed:
                 continue
             current.set(batch)
-            decoder(
+            output = decoder(
                 input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
                 use_cache=False,
             )
+            if heads is not None:
+                heads.run(batch, output.last_hidden_state)
             if time.monotonic() - since >= GROUP_SECONDS or number + 1 == len(batches):
                 store.commit(number + 1)
                 since = time.monotonic()

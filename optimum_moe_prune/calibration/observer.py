@@ -16,7 +16,7 @@ Shapes: E experts, T tokens, S samples, N kept tokens, K top_k, H hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +134,14 @@ class LayerObserver:
 
     def statistics(self, sample_weights: Tensor) -> LayerStats:
         """What was gathered."""
-        return LayerStats(self.num_experts, self.rule, self.tensors, sample_weights, self.current.token_sample)
+        return LayerStats(
+            self.num_experts,
+            self.rule,
+            self.tensors,
+            sample_weights,
+            self.current.token_sample,
+            is_head=self.block.is_head,
+        )
 
     # -- called by the block
 
@@ -323,3 +330,22 @@ class LayerObserver:
         if not already_picked:
             values = values[picked.to(values.device)]
         self.tensors[name][kept_row] = values.cpu()
+
+
+def observers_of(
+    blocks: Iterable[MoEBlock], needs: frozenset[Need], current: Current, allocate: Allocate, before: Routed | None
+) -> list[LayerObserver]:
+    """Observers of MoE layers that follow one another in one pass.
+
+    Args:
+        blocks: Their blocks.
+        needs: As for :class:`LayerObserver`.
+        current: Likewise.
+        allocate: Likewise.
+        before: The choice of the MoE layer before the first, or None.
+    """
+    observers: list[LayerObserver] = []
+    for block in blocks:
+        observers.append(LayerObserver(block, needs, current, allocate, before))
+        before = observers[-1].routed
+    return observers

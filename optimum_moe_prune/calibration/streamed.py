@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..compat import text_config
 from ..models.batches import Batch
+from ..models.heads import Heads
 from ..models.skeleton import Skeleton
 from ..progress import progress
 from ..statistics.files import layer_file
@@ -23,7 +24,7 @@ from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
 from .in_memory import assemble, statistics_bytes
-from .observer import Current, LayerObserver, Routed
+from .observer import Current, LayerObserver, Routed, observers_of
 from .samples import CalibrationSet
 
 
@@ -37,6 +38,7 @@ def collect_streamed(
     seed: int = 0,
     store: Store | None = None,
     read_ahead: bool = True,
+    heads: Heads | None = None,
 ) -> CalibrationStats:
     """Gather statistics of a checkpoint's MoE layers with one decoder layer in memory.
 
@@ -51,6 +53,7 @@ def collect_streamed(
             call continues after the last one. By default they are in memory, or in temporary files where they are
             large.
         read_ahead: Read the next layer's bytes into the system's cache while a layer calculates.
+        heads: The heads of the checkpoint, which are run and watched after the last layer, all at once.
 
     Returns:
         The same statistics as :func:`in_memory.collect` of the same batches in the same precision, to the bit where
@@ -66,7 +69,8 @@ def collect_streamed(
     layout = skeleton.layout
     config = layout.config
     calibration.check_vocabulary(text_config(config).vocab_size)
-    store.check_steps(skeleton.num_layers)
+    steps = skeleton.num_layers + (heads is not None)
+    store.check_steps(steps)
     facts = layout.facts() if layout.checkpoint.is_local else None  # on the Hub it would fetch all files first
     current = Current(calibration, max_tokens, seed)
     batches = list(calibration.batches(batch_size))
@@ -86,11 +90,21 @@ def collect_streamed(
                 rule = block.routing
             layers[index] = LayerStats(block.num_experts, rule, tensors, weights, current.token_sample)
             before = Routed(block.num_experts)
+    of_heads = [] if heads is None else heads.blocks
+    if heads is not None and store.finished == steps:
+        with heads.loaded():
+            for block in of_heads:
+                tensors = store.tensors(layer_file(block.layer), None)
+                rule = block.routing
+                layers[block.layer] = LayerStats(
+                    block.num_experts, rule, tensors, weights, current.token_sample, is_head=True
+                )
 
     skeleton.prepare()
     with skeleton.running(), skeleton.reading_ahead() as ahead:
         states = _States(store, _state_shapes(batches, skeleton.state_shape, top_k))
-        store.check_space(statistics_bytes(layout.num_experts, needs, current, config) + 2 * states.nbytes)
+        counts = {block.layer: block.num_experts for block in (*skeleton.blocks, *of_heads)}
+        store.check_space(statistics_bytes(counts, needs, current, config) + 2 * states.nbytes)
         if store.finished:
             states.open()
         else:
@@ -116,6 +130,19 @@ def collect_streamed(
                 before = Routed(observer.num_experts)
             store.commit(index + 1)
             store.release(layer_file(index))
+        if heads is not None and store.finished < steps:
+            states.turn(skeleton.num_layers)
+            with heads.loaded(), skeleton.embeddings(), contextlib.ExitStack() as watching:
+                observers = observers_of(of_heads, needs, current, allocate, before)
+                for observer in observers:
+                    watching.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
+                for number, batch in enumerate(progress(batches, "calibrating heads", len(batches), unit="batch")):
+                    current.set(batch)
+                    if before is not None:
+                        before.chosen = states.chosen(number)
+                    heads.run(batch, skeleton.last_hidden(batch, states.hidden(number)))
+            layers |= {observer.block.layer: observer.statistics(weights) for observer in observers}
+            store.commit(steps)
     return assemble(
         facts or layout.facts(),
         calibration,

@@ -7,7 +7,7 @@ experts do not lie one after the other, and tables of ids, are made here and hel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,8 +43,13 @@ class Piece:
     checked: bool = False
 
 
-def select(plan: PruningPlan, layout: Layout) -> dict[str, Piece]:
+def select(plan: PruningPlan, layout: Layout, left_out: Collection[str] = ()) -> dict[str, Piece]:
     """What a plan retains of each tensor, under its new name, in the order of the source.
+
+    Args:
+        plan: The plan.
+        layout: The checkpoint.
+        left_out: Tensors that are left out whole.
 
     Raises:
         RequestError: If the plan is for another model, or a tensor cannot be pruned.
@@ -53,15 +58,15 @@ def select(plan: PruningPlan, layout: Layout) -> dict[str, Piece]:
     checkpoint = layout.checkpoint
     for index in sorted(set(layout.num_experts) - set(plan.original_num_experts)):
         raise RequestError(f"this plan is for another model: it does not name layer {index}, which has experts.")
-    heads = {head.index: head for head in layout.heads}
-    for index in sorted(set(plan.original_num_experts) - set(layout.num_experts) - set(heads)):
+    for index in sorted(set(plan.original_num_experts) - set(layout.with_heads)):
         raise RequestError(
             f"the files of {checkpoint.name_or_path} hold no experts of layer {index}, which the plan names; the "
             "checkpoint is damaged."
         )
-    changed: dict[str, Piece | None] = {}  # by name in the source; None: pruned
+    changed: dict[str, Piece | None] = dict.fromkeys(left_out)  # by name in the source; None: pruned
     names: dict[str, str] = {}  # new names
-    for index, layer in layout.layers.items():
+    layers = {index: layer for index, layer in layout.with_heads.items() if index in plan.retained}
+    for index, layer in layers.items():
         retained = plan.retained[index]
         _select_numbered(
             layer.experts, [*retained, *range(layer.num_experts, layer.num_experts + layer.fixed)], changed, names
@@ -75,7 +80,7 @@ def select(plan: PruningPlan, layout: Layout) -> dict[str, Piece]:
         if layer.table:
             changed[layer.table] = _remapped(layout, layer, index, retained)
     pieces = {}
-    routed = {name for layer in layout.layers.values() for name in layer.axes}
+    routed = {name for layer in layers.values() for name in layer.axes}
     for name, tensor in checkpoint.tensors.items():
         checked = name in routed or name in names
         piece = changed.get(name, Piece(name, tensor.dtype, tensor.shape, tensor.nbytes, checked=checked))
@@ -117,7 +122,7 @@ def _cut(layout: Layout, name: str, axis: int, rows: tuple[int, ...]) -> Piece:
 
 def _remapped(layout: Layout, layer: MoELayer, index: int, retained: Sequence[int]) -> Piece:
     """A table of ids that names the retained experts."""
-    router = layer.router[layout.structure.moe[index].logits_from]
+    router = layer.router[layout.structure_of(index).logits_from]
     return _made(layout, layer.table, remapped(_read(layout, layer.table), _read(layout, router), retained))
 
 

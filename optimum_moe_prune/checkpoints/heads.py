@@ -1,113 +1,140 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that predict further tokens (MTP): MoE layers in files that no layer of the model is.
+"""Heads that predict further tokens (MTP): decoder layers in files that the model itself is not built with.
 
 Each is a decoder layer with a few tensors around it, under a number after the last (``model.layers.61.``) or in a
-place of its own (``mtp.layers.0.``). Its tensors are named as those of the model's MoE layers, which is how it is
-known.
+place of its own (``mtp.layers.0.``). Inside it tensors are named as in a decoder layer, which is how it is known, and
+how it is read: as one more layer like one of the model's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .moe_layer import MoELayer
 
 _EXPERT = re.compile(r"(.*\.)?([0-9]{1,6})\.(.+?)")
+_NUMBER = re.compile("[0-9]{1,6}")
+_ITS_PLACE = re.compile(r"(^|[._])(mtp|nextn)")
 
 
 @dataclass
 class Head:
-    """The tensors of one head, by name in the checkpoint.
+    """One head.
 
     Attributes:
         index: The layer it counts as: after the model's last one.
-        prefix: What the names of its MoE block's tensors begin with, where those of a layer have its number.
-        experts: By expert, where each has tensors of its own: path below the expert -> name.
-        fused: Tensors with all experts in the first dimension -> name.
-        router: Tensors with something of each expert: path as in :class:`MoELayer` -> name.
-        others: All else of it.
+        prefix: What the names of its decoder layer's tensors begin with, where those of a layer have its number.
+        like: The MoE layer of the model that has the same tensors.
+        layer: Its experts and router.
+        problem: Why they are not those of a MoE layer; empty where they are.
     """
 
     index: int
     prefix: str
-    experts: dict[int, dict[str, str]] = field(default_factory=dict)
-    fused: dict[str, str] = field(default_factory=dict)
-    router: dict[str, str] = field(default_factory=dict)
-    others: list[str] = field(default_factory=list)
-
-    @property
-    def names(self) -> list[str]:
-        """All its tensors."""
-        numbered = [name for tensors in self.experts.values() for name in tensors.values()]
-        return [*numbered, *self.fused.values(), *self.router.values(), *self.others]
+    like: int
+    layer: MoELayer = field(default_factory=lambda: MoELayer(0))
+    problem: str = ""
 
 
-def find_heads(names: Iterable[str], layers: Mapping[int, MoELayer], num_layers: int) -> list[Head]:
-    """The heads among the tensors that belong to no MoE layer, in the order of their numbers.
+def find_heads(
+    names: Collection[str], outside: Iterable[str], layers: Mapping[int, MoELayer], num_layers: int
+) -> tuple[list[Head], list[str]]:
+    """The heads of a checkpoint, in the order of their numbers, and experts that are of no layer and no head.
 
     Args:
-        names: Those tensors.
+        names: All tensors.
+        outside: Those that the model has no parameter for.
         layers: The model's MoE layers.
         num_layers: Its decoder layers.
     """
-    index, layer = max(layers.items())
-    of_layer = re.compile(rf"(?:^|.*?\.){index}\.(.+)")
-
-    def tail(name: str) -> str:
-        match = of_layer.fullmatch(name)
-        return name if match is None else match[1]
-
-    tails: dict[str, tuple[str, str]] = {}  # the end of a name, below its layer -> what it is, and its path
-    for path, name in layer.router.items():
-        tails[tail(name)] = ("router", path)
-    for path, name in layer.fused.items():
-        tails[tail(name)] = ("fused", path)
-    numbered = ""
-    for tensors in layer.experts.values():
-        for name in tensors.values():
-            match = _EXPERT.fullmatch(tail(name))
-            assert match is not None
-            numbered = match[1] or ""
-            break
-        break
-    heads: dict[str, Head] = {}
-    rest = []
-    for name in names:
-        found = _place(name, tails, numbered, num_layers)
-        if found is None:
-            rest.append(name)
-            continue
-        prefix, kind, path, number = found
-        head = heads.setdefault(prefix, Head(0, prefix))
-        if kind == "expert":
-            head.experts.setdefault(number, {})[path] = name
-        else:
-            getattr(head, kind)[path] = name
-    complete = [head for head in heads.values() if head.experts or head.fused]
-    for number, head in enumerate(
-        sorted(complete, key=lambda head: [int(n) for n in re.findall("[0-9]{1,6}", head.prefix)])
-    ):
-        head.index = num_layers + number
-        head.others = [name for name in rest if name.startswith(head.prefix)]
-    return complete
+    prefixes = {index: prefix_of(layer, index) for index, layer in layers.items()}
+    parents = {prefix[: -len(f"{index}.")] for index, prefix in prefixes.items()}
+    layer, prefix = layers[max(layers)], prefixes[max(layers)]
+    routers = [name.removeprefix(prefix) for name in layer.router.values()]
+    fused = [name.removeprefix(prefix) for name in layer.fused.values()]
+    numbered = next((n for tensors in layer.experts.values() for n in tensors.values()), "").removeprefix(prefix)
+    match = _EXPERT.fullmatch(numbered)
+    block = "" if match is None else match[1] or ""
+    found: set[str] = set()
+    foreign = []
+    for name in outside:
+        place = _place_of_expert(name, fused, block)
+        if place is not None and not any(f".{name}".endswith(f".{tail}") for tail in routers):
+            if _is_head(place, parents, num_layers):
+                found.add(place)
+            else:
+                foreign.append(name)
+    ordered = sorted(found, key=lambda prefix: [int(number) for number in _NUMBER.findall(prefix)])
+    like = _likenesses(names, prefixes, ordered)
+    return [Head(num_layers + k, place, like[place]) for k, place in enumerate(ordered)], foreign
 
 
-def _place(
-    name: str, tails: Mapping[str, tuple[str, str]], numbered: str, num_layers: int
-) -> tuple[str, str, str, int] | None:
-    """What a head's tensor is: the head's prefix, its kind, its path, and its expert's number."""
+def prefix_of(layer: MoELayer, index: int) -> str:
+    """What the names of a decoder layer's tensors begin with."""
+    name = next(iter(layer.router.values()), "") or layer.names[0]
+    match = re.match(rf"(.*?\.)??{index}\.", name)
+    return "" if match is None else match[0]
+
+
+def names_of_heads(heads: Iterable[Head], outside: Collection[str], inside: Iterable[str]) -> list[str]:
+    """All tensors of heads: those of their decoder layers, and what stands beside these in a place of the heads' own.
+
+    Args:
+        heads: The heads.
+        outside: The tensors that the model has no parameter for.
+        inside: All others.
+    """
+    taken = {name[: end.end()] for name in inside for end in re.finditer(r"\.", name)}
+    roots = []
+    for head in heads:
+        starts = [head.prefix[: end.end()] for end in re.finditer(r"\.", head.prefix)]
+        roots.append(next(start for start in [*starts, head.prefix] if start not in taken))
+    return [
+        name
+        for name in outside
+        if roots and (name.startswith(tuple(roots)) or any(_ITS_PLACE.match(part) for part in name.split(".")))
+    ]
+
+
+def _is_head(prefix: str, parents: Collection[str], num_layers: int) -> bool:
+    """Whether a decoder layer is a head: numbered after the model's last, or in a place that is called so."""
+    parent, _, number = prefix.rstrip(".").rpartition(".")
+    if f"{parent}." in parents and _NUMBER.fullmatch(number):
+        return int(number) >= num_layers
+    return any(_ITS_PLACE.match(part) for part in prefix.split("."))
+
+
+def _place_of_expert(name: str, fused: Iterable[str], block: str) -> str | None:
+    """The prefix of the decoder layer that a tensor of experts is in; None for any other tensor.
+
+    Args:
+        name: The tensor.
+        fused: How tensors with all experts are called below a decoder layer of the model.
+        block: What stands there before an expert's number.
+    """
     match = _EXPERT.fullmatch(name)
-    if numbered and match is not None and f".{match[1] or ''}".endswith(f".{numbered}"):
-        return (match[1] or "")[: -len(numbered)], "expert", match[3], int(match[2])
-    for end, (kind, path) in tails.items():
-        if f".{name}".endswith(f".{end}"):
-            return name[: -len(end)], kind, path, 0
-    if match is not None and re.search(r"(^|\.)experts\.$", match[1] or ""):
-        block = (match[1] or "")[: -len("experts.")]
-        return block[: block.rstrip(".").rfind(".") + 1], "expert", match[3], int(match[2])
-    fused = re.fullmatch(r"(.*\.)?([^.]+\.experts\.)(.+)", name)
-    if fused is not None:
-        return fused[1] or "", "fused", fused[3], 0
-    return None
+    if block and match is not None and f".{match[1] or ''}".endswith(f".{block}"):
+        return (match[1] or "")[: -len(block)]
+    for tail in fused:
+        if f".{name}".endswith(f".{tail}"):
+            return name[: -len(tail)]
+    otherwise = re.fullmatch(r"(.*\.)?[^.]+\.experts\.(\d+\..+|[^.]+)", name)  # laid out otherwise than the model
+    return None if otherwise is None else otherwise[1] or ""
+
+
+def _likenesses(names: Iterable[str], layers: Mapping[int, str], heads: Collection[str]) -> dict[str, int]:
+    """For each head the layer with the most tensors of the same names, experts aside; of equals the last."""
+    if not heads:
+        return {}
+    by_prefix: dict[str, set[str]] = {prefix: set() for prefix in (*layers.values(), *heads)}
+    for name in names:
+        if ".experts." in name:
+            continue
+        for end in re.finditer(r"\.", name):
+            if (start := name[: end.end()]) in by_prefix:
+                by_prefix[start].add(name[end.end() :])
+    return {
+        head: max(layers, key=lambda index: (len(by_prefix[layers[index]] & by_prefix[head]), index)) for head in heads
+    }

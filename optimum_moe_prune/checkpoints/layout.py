@@ -22,18 +22,19 @@ import torch
 
 from ..architectures.fingerprint import facts_of, fingerprints_of
 from ..architectures.spec import MoESpec
-from ..architectures.structure import Structure, structure_of
+from ..architectures.structure import LayerStructure, Structure, structure_of
 from ..architectures.table import architecture_of
 from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, quantization_of, text_config
 from ..errors import RequestError
 from ..storage.tensor_files import TORCH_DTYPES
 from ..storage.values import Json
 from .checkpoint import Checkpoint
-from .heads import Head, find_heads
+from .heads import Head, find_heads, names_of_heads, prefix_of
 from .moe_layer import MoELayer
 from .plain import Plain
 from .source import Source
 
+_Shapes = Mapping[str, tuple[int, ...]]
 _NUMBER = re.compile(r"(.*\.)([0-9]{1,6})\.(.+?)")
 _PLAIN = ("F64", "F32", "BF16", "F16")
 
@@ -48,7 +49,9 @@ class Layout:
         config: The model's config.
         structure: Where the model has its experts.
         layers: The MoE layers.
-        heads: Heads for further tokens, with experts of their own, that no layer of the model is.
+        heads: Heads for further tokens with experts, which count as layers after the model's last.
+        head_names: All tensors of heads.
+        foreign: Tensors of experts that are of no layer and no head.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +60,17 @@ class Layout:
     structure: Structure
     layers: dict[int, MoELayer] = field(default_factory=dict)
     heads: list[Head] = field(default_factory=list)
+    head_names: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    def structure_of(self, index: int) -> LayerStructure:
+        """Where a MoE layer, or a head, has what."""
+        return self.structure.moe[next((head.like for head in self.heads if head.index == index), index)]
+
+    @property
+    def with_heads(self) -> dict[int, MoELayer]:
+        """The MoE layers, and heads that are laid out as such."""
+        return {**self.layers, **{head.index: head.layer for head in self.heads if not head.problem}}
 
     @functools.cached_property
     def plain(self) -> Plain:
@@ -147,16 +161,17 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     names = WeightNames(model)
     parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     inside = re.compile(rf"{re.escape(structure.layers)}\.([0-9]{{1,6}})\.(.+)")
-    outside = []
+    outside: dict[str, None] = {}
     for name in checkpoint.tensors:
         target, converter, beside = _located(name, layout.plain.owners.get(name, name), names, parameters)
         match = inside.fullmatch(target)
         index = -1 if match is None else int(match[1])
         if match is None or index not in structure.moe:
-            outside.append(name)
+            if target not in parameters:
+                outside[name] = None
             continue
-        layout.layers.setdefault(index, MoELayer(spec.num_experts(config, index)))
-        _sort(layout, index, names, name, match[2], converter, beside)
+        layer = layout.layers.setdefault(index, MoELayer(spec.num_experts(config, index)))
+        _sort(layout, layer, index, names, name, match[2], converter, beside)
     layout.layers = {index: layer for index, layer in sorted(layout.layers.items()) if _is_moe(layer)}
     if not layout.layers:
         raise RequestError(
@@ -166,12 +181,43 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     projections = {name: shape for layer in layout.layers.values() for name, shape in layer.projections.items()}
     for index, layer in layout.layers.items():
         layer.projections = projections
-        _check_layer(layout, index, layer, parameters)
-    layout.heads = find_heads(outside, layout.layers, text_config(config).num_hidden_layers)
+        _check_layer(layout, index, index, layer, parameters)
+    _find_heads(layout, outside, names, parameters)
     return layout
 
 
-def _located(name: str, owner: str, names: WeightNames, parameters: Mapping[str, Any]) -> tuple[str, Any, bool]:
+def _find_heads(layout: Layout, outside: Mapping[str, None], names: WeightNames, parameters: _Shapes) -> None:
+    """Sort the tensors of heads, each as if it were the layer that it is like."""
+    every = layout.checkpoint.tensors
+    num_layers = text_config(layout.config).num_hidden_layers
+    layout.heads, layout.foreign = find_heads(every, outside, layout.layers, num_layers)
+    layout.head_names = names_of_heads(layout.heads, outside, every.keys() - outside.keys())
+    for head in layout.heads:
+        start, prefix = f"{layout.structure.layers}.{head.like}.", prefix_of(layout.layers[head.like], head.like)
+        try:
+            for name in (name for name in outside if name.startswith(head.prefix)):
+                owner = layout.plain.owners.get(name, name)
+                inside, beside = (prefix + part.removeprefix(head.prefix) for part in (name, owner))
+                located = _located(inside, beside, names, parameters)
+                if located[0].startswith(start):
+                    _sort(layout, head.layer, head.like, names, name, located[0].removeprefix(start), *located[1:])
+            head.layer.num_experts = _counted(layout, head)
+            _check_layer(layout, head.index, head.like, head.layer, parameters)
+        except RequestError as error:
+            head.problem = str(error)
+
+
+def _counted(layout: Layout, head: Head) -> int:
+    """The experts of a head: files say it, since a config need not."""
+    if head.layer.experts:
+        return max(head.layer.experts) + 1
+    found = layout.structure.moe[head.like]
+    name, axis = head.layer.router.get(found.logits_from), found.tensors[found.logits_from]
+    shape = () if name is None else layout.checkpoint.tensors[name].shape
+    return 0 if len(shape) <= axis.axis else (shape[axis.axis] - axis.extra) // axis.each
+
+
+def _located(name: str, owner: str, names: WeightNames, parameters: _Shapes) -> tuple[str, Any, bool]:
     """The parameter a tensor is for, what it is converted by, and whether it only lies beside it, as scales do.
 
     Args:
@@ -195,9 +241,22 @@ def _is_moe(layer: MoELayer) -> bool:
     return bool(layer.experts or layer.fused or layer.router)
 
 
-def _sort(layout: Layout, index: int, names: WeightNames, name: str, path: str, converter: Any, beside: bool) -> None:
-    """Put a tensor of a MoE layer where it belongs; what is of no expert and no router stays as it is."""
-    layer, found = layout.layers[index], layout.structure.moe[index]
+def _sort(
+    layout: Layout, layer: MoELayer, like: int, names: WeightNames, name: str, path: str, converter: Any, beside: bool
+) -> None:
+    """Put a tensor of a MoE layer where it belongs; what is of no expert and no router stays as it is.
+
+    Args:
+        layout: The checkpoint.
+        layer: The layer.
+        like: Its index; of a head, that of the layer it is like.
+        names: Which tensor is for which parameter.
+        name: The tensor.
+        path: The parameter that it is for, below the decoder layer.
+        converter: What makes that of it.
+        beside: Whether it only lies beside the one that it is made of.
+    """
+    found = layout.structure.moe[like]
     experts, tensor = f"{found.experts}.", layout.checkpoint.tensors[name]
     axis = found.tensors.get(path)
     if path.startswith(experts):
@@ -205,7 +264,7 @@ def _sort(layout: Layout, index: int, names: WeightNames, name: str, path: str, 
         numbered = re.match(r"\d+\.", path[len(experts) :]) or _takes_numbers(converter)
         if numbered and match is not None:
             if converter is not None:
-                shape = names.parameter_shape(f"{layout.structure.layers}.{index}.{path}")
+                shape = names.parameter_shape(f"{layout.structure.layers}.{like}.{path}")
                 layer.projections.update(names.source_shapes(converter, shape))
                 layer.fixed = max(layer.fixed, 0 if axis is None else axis.extra)
             _put(layout, layer.experts.setdefault(int(match[2]), {}), match[3], name)
@@ -237,8 +296,9 @@ def _put(layout: Layout, into: dict[str, str], path: str, name: str) -> None:
     into[path] = name
 
 
-def _check_layer(layout: Layout, index: int, layer: MoELayer, parameters: Mapping[str, tuple[int, ...]]) -> None:
-    checkpoint, count, found = layout.checkpoint, layer.num_experts, layout.structure.moe[index]
+def _check_layer(layout: Layout, index: int, like: int, layer: MoELayer, parameters: _Shapes) -> None:
+    """Raise unless a layer's tensors are all there, in the shapes of the parameters of the layer that it is like."""
+    checkpoint, count, found = layout.checkpoint, layer.num_experts, layout.structure.moe[like]
     where = f"layer {index} of {checkpoint.name_or_path}"
     if layer.experts and layer.fused:
         raise RequestError(
@@ -259,7 +319,7 @@ def _check_layer(layout: Layout, index: int, layer: MoELayer, parameters: Mappin
                 raise RequestError(
                     f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts."
                 )
-    expected = _elements(layout, index, found.expert_tensors, parameters, layer)
+    expected = _elements(layout, like, found.expert_tensors, parameters)
     elements = _elements_in_files(layout, layer)
     if elements is not None and elements != expected:
         raise RequestError(
@@ -270,20 +330,21 @@ def _check_layer(layout: Layout, index: int, layer: MoELayer, parameters: Mappin
         if path not in layer.router:
             raise RequestError(f"{where}: the router's {path} is missing.")
         name = layer.router[path]
-        tensor, shape = checkpoint.tensors[name], parameters[f"{layout.structure.layers}.{index}.{path}"]
+        tensor, axis = checkpoint.tensors[name], found.tensors[path]
+        whole = list(parameters[f"{layout.structure.layers}.{like}.{path}"])
+        whole[axis.axis] = count * axis.each + axis.extra  # a head may have another number of experts
+        shape = tuple(whole)
         if tensor.shape != shape and TORCH_DTYPES.get(tensor.dtype) is not None:
             raise RequestError(f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {shape}.")
-    for name, (axis, each, extra) in layer.axes.items():
+    for name, (along, each, extra) in layer.axes.items():
         tensor = checkpoint.tensors[name]
-        if len(tensor.shape) <= axis or tensor.shape[axis] != count * each + extra:
+        if len(tensor.shape) <= along or tensor.shape[along] != count * each + extra:
             raise RequestError(
                 f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts."
             )
 
 
-def _elements(
-    layout: Layout, index: int, paths: Iterable[str], parameters: Mapping[str, tuple[int, ...]], layer: MoELayer
-) -> int:
+def _elements(layout: Layout, index: int, paths: Iterable[str], parameters: _Shapes) -> int:
     """The weights of one expert, by the parameters of the model."""
     shapes = [parameters[f"{layout.structure.layers}.{index}.{path}"] for path in paths]
     return sum(math.prod(shape[1:]) for shape in shapes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of one MoE layer in files."""
+"""The tensors of one MoE block in files."""
 
 from __future__ import annotations
 
@@ -31,3 +31,10 @@ class MoELayer:
     fixed: int = 0
     projections: dict[str, tuple[int, ...]] = field(default_factory=dict)
     axes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All these tensors."""
+        numbered = [name for tensors in self.experts.values() for name in tensors.values()]
+        table = [self.table] if self.table else []
+        return [*numbered, *self.fused.values(), *self.router.values(), *table, *self.whole]

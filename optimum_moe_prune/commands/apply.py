@@ -20,6 +20,7 @@ class ApplyCommand(Command):
         parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
         flags.add_compute(parser, "the evaluation", stream=False)
         flags.add_writing(parser)
+        flags.add_settings(parser, ["mtp"])
         publishing.add_publishing(parser)
         flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
@@ -41,5 +42,6 @@ class ApplyCommand(Command):
             max_shard_size=args.max_shard_size,
             overwrite=args.overwrite,
             standalone=args.standalone,
+            mtp=args.mtp,
         )
         return publishing.result_of_checkpoint(args, pruner)

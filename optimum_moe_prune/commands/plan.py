@@ -22,7 +22,7 @@ class PlanCommand(Command):
         parser.add_argument(
             "--sensitivity", metavar="FILE", help="with --allocation sensitivity: what the command sensitivity wrote"
         )
-        flags.add_settings(parser, ["seed"])
+        flags.add_settings(parser, ["seed", "mtp"])
         flags.add_common(parser, "PLAN.json", "file of the plan")
 
     @staticmethod

@@ -23,7 +23,7 @@ class RunCommand(Command):
         parser.add_argument(
             "--sensitivity", metavar="FILE", help="with --allocation sensitivity: what the command sensitivity wrote"
         )
-        flags.add_settings(parser, ["seed"])
+        flags.add_settings(parser, ["seed", "mtp"])
         flags.add_writing(parser)
         publishing.add_publishing(parser)
         flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")

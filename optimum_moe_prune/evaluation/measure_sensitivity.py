@@ -128,6 +128,7 @@ def _measured(
     sparsities: Sequence[float],
 ) -> Sensitivity:
     """Layers alone and whole models, then the whole models that follow from what the layers lose."""
+    stats = stats.without_heads  # which take no part in the model's own output
     by_tokens = stats.with_domain_weights(domain_weights)
     sets = {r.method: layer_sets(by_tokens, r, counts) for r in recipes}
     plans = {r.method: whole_plans(stats, r, sparsities, domain_weights) for r in recipes}

@@ -36,6 +36,7 @@ class MoEBlock:
         decoder_layer: That layer.
         structure: Where it has what.
         rule: The rule of the model's routers, as its row and its config say.
+        is_head: Whether the layer is a head for further tokens, and no layer of the model itself.
     """
 
     spec: MoESpec
@@ -43,6 +44,7 @@ class MoEBlock:
     decoder_layer: nn.Module
     structure: LayerStructure
     rule: RoutingRule
+    is_head: bool = False
 
     @property
     def routing(self) -> RoutingRule:

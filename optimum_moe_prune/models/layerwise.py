@@ -147,15 +147,23 @@ class LayerByLayer:
         self._input = torch.empty(0)
         return output.logits
 
+    def last_hidden(self, batch: Batch, state: Tensor) -> Tensor:
+        """What the decoder gives ``(B, L, H)`` for what came out of the last layer: after its own last norm."""
+        self._active = _HEAD
+        self._input, _ = self._unpacked(state.to(self.device))
+        output = self._call(batch)
+        self._active, self._input = None, torch.empty(0)
+        return output.last_hidden_state
+
     # -- the model's own forward, with one layer at work
 
     def _decoder(self, batch: Batch) -> None:
         with contextlib.suppress(_LayerRan):
             self._call(batch)
 
-    def _call(self, batch: Batch) -> None:
+    def _call(self, batch: Batch) -> Any:
         ids, mask = (tensor.to(self.device) for tensor in (batch.input_ids, batch.attention_mask))
-        self._run_decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+        return self._run_decoder(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def _embedding(self, real: Any) -> Any:
         """The embeddings' forward, which only counts where the state that goes into the first layer is asked for."""

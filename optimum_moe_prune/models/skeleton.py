@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import Layout
+from ..checkpoints.plain import Plain
 from ..compat import WeightNames, build_on_meta, initialise, keep_from_initialising, text_config
 from ..errors import MoEPruneError, RequestError
 from .batches import Batch
@@ -115,17 +116,14 @@ class Skeleton(LayerByLayer):
         super().__init__(model, torch.device("cuda" if device == "auto" else device))
         self.dtype = dtype
         self._layer_path = layout.structure.layers
-        self._parameters = self.model.state_dict()
-        self._names = WeightNames(self.model)
-        self._sources = self._find_sources()
+        self._weights = Weights(self.model, layout.plain, WeightNames(self.model), self.device)
+        self._parameters, self._sources = self._weights.parameters, self._weights.sources
         self._check()
 
     def embedded(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """As of any model; the embeddings are dropped afterwards."""
-        embeddings = self.model.get_input_embeddings()
-        self._load(self._names_in(embeddings), in_place=True)
-        yield from super().embedded(batches)
-        embeddings.to("meta")
+        with self.embeddings():
+            yield from super().embedded(batches)
 
     # -- loading
 
@@ -144,11 +142,21 @@ class Skeleton(LayerByLayer):
         """A decoder layer with its parameters, inside a ``with``."""
         layer = self._layers[index]
         try:
-            self._load(self._names_of(index))
-            self._init_buffers(layer)
+            self._weights.load(self._names_of(index))
+            self._weights.init_buffers(layer)
             yield
         finally:
             layer.to("meta")
+
+    @contextlib.contextmanager
+    def embeddings(self) -> Iterator[None]:
+        """The embeddings, inside a ``with``; to look tokens up, and not to compute with."""
+        embeddings = self.model.get_input_embeddings()
+        try:
+            self._weights.load(self._names_in(embeddings), in_place=True)
+            yield
+        finally:
+            embeddings.to("meta")
 
     @contextlib.contextmanager
     def head(self) -> Iterator[None]:
@@ -161,7 +169,7 @@ class Skeleton(LayerByLayer):
                     f"{self.checkpoint.name_or_path} lacks the weights of the model's head, and its config does not "
                     "say that they are the embeddings' (tie_word_embeddings); the checkpoint is damaged."
                 )
-            self._load(names or self._names_in(embeddings))
+            self._weights.load(names or self._names_in(embeddings))
             if not names:
                 head.weight = embeddings.weight
             yield
@@ -175,17 +183,6 @@ class Skeleton(LayerByLayer):
 
     def _names_of(self, index: int) -> list[str]:
         return [name for name in self._sources if name.startswith(f"{self._layer_path}.{index}.")]
-
-    def _find_sources(self) -> dict[str, _Source]:
-        """For each parameter the tensors it is made of, by transformers' own mapping of names."""
-        sources: dict[str, _Source] = {}
-        for name in self._names.sorted(self._plain.tensors):
-            target, pattern, converter = self._names.parameter_of(name)
-            for parameter in self._names.made_with(target, converter):
-                if parameter in self._parameters:  # else of no use to the model; transformers passes over it as well
-                    source = sources.setdefault(parameter, _Source(converter, target))
-                    source.tensors.setdefault(pattern or name, []).append(name)
-        return sources
 
     def _check(self) -> None:
         for index in sorted({block.layer for block in self.blocks} ^ set(self.layout.layers)):
@@ -211,39 +208,93 @@ class Skeleton(LayerByLayer):
                 + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
                 + "; the checkpoint is damaged, or its config is of another model."
             )
-        for name, source in self._sources.items():
-            expected = tuple(self._parameters[name].shape)
-            if source.converter is None:
-                tensor = self._plain.tensors[source.names[0]]
-                if len(source.names) > 1:
-                    raise RequestError(f"{name} is in the checkpoint twice: {' and '.join(source.names)}.")
-                if tensor.shape != expected:
-                    raise RequestError(
-                        f"{self.checkpoint.tensors[tensor.names[0]].file}: {tensor.names[0]} has shape {tensor.shape}"
-                        f"{' as plain numbers' if tensor.format else ''}, and config.json says {expected}."
-                    )
+        for name in self._sources:
+            self._weights.check(name)
 
     def prepare(self) -> None:
         """Load what stands beside the layers, but the embeddings and the head."""
         backbone, layers = f"{self.model.base_model_prefix}.", f"{self._layer_path}."
         embeddings = self._names_in(self.model.get_input_embeddings())
         beside = (name for name in self._sources if name.startswith(backbone) and not name.startswith(layers))
-        self._load([name for name in beside if name not in embeddings])
+        self._weights.load([name for name in beside if name not in embeddings])
         inside = {module for layer in self._layers for module in layer.modules()}
         for module in self.model.base_model.modules():
             if module not in inside:
-                self._init_buffers(module, deep=False)
+                self._weights.init_buffers(module, deep=False)
 
-    def _init_buffers(self, root: nn.Module, deep: bool = True) -> None:
+
+class Weights:
+    """The parameters of a model on the meta device, read from a checkpoint's files when they are asked for.
+
+    Args:
+        model: The model.
+        plain: The checkpoint's tensors, dequantised where they are quantised.
+        names: Which tensor is for which parameter.
+        device: Where parameters go.
+        tensors: The tensors to look at; by default all.
+        whole: The model that it is part of, which knows how to make what no checkpoint holds; by default itself.
+
+    Attributes:
+        parameters: The parameters and buffers as they are expected, by name.
+        sources: Where those that the checkpoint has come from.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plain: Plain,
+        names: WeightNames,
+        device: torch.device,
+        tensors: Iterable[str] | None = None,
+        whole: Any = None,
+    ) -> None:
+        self.model = model
+        self._whole = model if whole is None else whole
+        self.checkpoint = plain.checkpoint
+        self._plain = plain
+        self.device = device
+        self.parameters: dict[str, Tensor] = model.state_dict()
+        self._names = names
+        self.sources = self._find_sources(plain.tensors if tensors is None else tensors)
+
+    def _find_sources(self, tensors: Iterable[str]) -> dict[str, _Source]:
+        """For each parameter the tensors it is made of, by transformers' own mapping of names."""
+        sources: dict[str, _Source] = {}
+        for name in self._names.sorted(tensors):
+            target, pattern, converter = self._names.parameter_of(name)
+            for parameter in self._names.made_with(target, converter):
+                if parameter in self.parameters:  # else of no use to the model; transformers passes over it as well
+                    source = sources.setdefault(parameter, _Source(converter, target))
+                    source.tensors.setdefault(pattern or name, []).append(name)
+        return sources
+
+    def check(self, name: str) -> None:
+        """Raise unless a parameter is there once and has the shape that it should have, where that can be told.
+
+        Raises:
+            RequestError: Naming the tensor.
+        """
+        source, expected = self.sources[name], tuple(self.parameters[name].shape)
+        if source.converter is None:
+            tensor = self._plain.tensors[source.names[0]]
+            if len(source.names) > 1:
+                raise RequestError(f"{name} is in the checkpoint twice: {' and '.join(source.names)}.")
+            if tensor.shape != expected:
+                raise RequestError(
+                    f"{self.checkpoint.tensors[tensor.names[0]].file}: {tensor.names[0]} has shape {tensor.shape}"
+                    f"{' as plain numbers' if tensor.format else ''}, and config.json says {expected}."
+                )
+
+    def init_buffers(self, root: nn.Module, deep: bool = True) -> None:
         """Make the buffers that no checkpoint holds, as transformers makes them."""
         for module in root.modules() if deep else [root]:
             names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
             for name in names:
                 setattr(module, name, torch.empty_like(getattr(module, name), device=self.device))
             if names:
-                initialise(self.model, module)
+                initialise(self._whole, module)
 
-    def _load(self, parameters: Iterable[str], in_place: bool = False) -> None:
+    def load(self, parameters: Iterable[str], in_place: bool = False) -> None:
         """Read parameters into the model.
 
         Args:
@@ -252,11 +303,11 @@ class Skeleton(LayerByLayer):
         """
         with self.checkpoint.reader() as read:
             for name in parameters:
-                value = self._made(name, self._sources[name], read, in_place)
-                expected = self._parameters[name]
+                value = self._made(name, self.sources[name], read, in_place)
+                expected = self.parameters[name]
                 if value.shape != expected.shape:
                     raise RequestError(
-                        f"{self._sources[name].names[0]} gives {name} the shape {tuple(value.shape)}, and config.json "
+                        f"{self.sources[name].names[0]} gives {name} the shape {tuple(value.shape)}, and config.json "
                         f"says {tuple(expected.shape)}."
                     )
                 path, _, last = name.rpartition(".")
@@ -268,7 +319,7 @@ class Skeleton(LayerByLayer):
                 setattr(module, last, value)
 
     def _made(self, name: str, source: _Source, read: Any, in_place: bool) -> Tensor:
-        dtype = self._parameters[name].dtype
+        dtype = self.parameters[name].dtype
 
         def finite(tensor_name: str) -> Tensor:
             return self._plain.read(read, tensor_name, dtype)
@@ -279,7 +330,7 @@ class Skeleton(LayerByLayer):
         if not source.by_expert:
             tensors = {p: [*map(finite, n)] for p, n in source.tensors.items()}
             return self._names.converted(name, source.converter, tensors, source.first)
-        whole = torch.empty(self._parameters[name].shape, dtype=dtype)
+        whole = torch.empty(self.parameters[name].shape, dtype=dtype)
         for expert in range(len(whole)):
             tensors = {pattern: [finite(names[expert])] for pattern, names in source.tensors.items()}
             whole[expert : expert + 1] = self._names.converted(name, source.converter, tensors)

@@ -20,6 +20,7 @@ from ..provenance import now
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from .allocation import allocate
+from .heads import selected_in_heads
 from .sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def quiet_plan(
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
     stats.require(config.needs, config.method)
     stats = stats.with_domain_weights(domain_weights)
+    stats, heads = stats.without_heads, stats.of_heads
     protect, said = protected_experts(stats, config)
     original = stats.num_experts
     budget = budget_for(config, original, stats.routing, protect)
@@ -124,6 +126,11 @@ def quiet_plan(
         selection = method.select(stats, budget, options)
     chosen, scores = selection.retained, selection.scores
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
+    in_heads = Selection({}) if heads is None else selected_in_heads(heads, config, retained)
+    if heads is not None and in_heads.retained:
+        retained |= in_heads.retained
+        original = {**original, **heads.num_experts}
+        scores = scores and {**scores, **(in_heads.scores or {})}
     check_retained(stats.routing, retained, original, f"method {config.method!r}")
     notes.append(_odd_note([(original[layer], len(experts)) for layer, experts in retained.items()]))
     provenance: Json = {
@@ -151,6 +158,7 @@ def quiet_plan(
         scores=None if scores is None else {layer: tuple(map(float, s)) for layer, s in sorted(scores.items())},
         config=config.to_dict(),
         provenance=provenance,
+        heads=tuple(sorted(in_heads.retained)),
     )
 
 

@@ -98,6 +98,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
         method=_plain(plan.method),
         explained=get_method(plan.method) if plan.method in list_methods() else None,
         options=_pairs(plan.config.get("method_options"), "="),
+        heads=_heads(plan),
         model_type=_plain(plan.model_type),
         base_model=base_model,
         first_model=first_model,
@@ -181,6 +182,23 @@ def _sizes(plan: PruningPlan, folder: Path, comparison: Comparison | None) -> st
     return markdown_table(rows)
 
 
+def _heads(plan: PruningPlan) -> str:
+    """What became of heads for further tokens."""
+    done = _mapping(plan.provenance.get("heads"))
+    if not done and not plan.heads:
+        return ""
+    layers = ", ".join(map(str, plan.heads))
+    text = f"Head for further tokens (layer {layers}): pruned in the same way."
+    if done:
+        text = f"{_plain(done.get('note')).capitalize()}."
+    if done.get("mtp") == names.KEEP and plan.uniform_num_experts is not None:
+        text += (
+            " It has more experts than a layer, which only transformers can be told (`mtp_per_layer_config`): `import "
+            "optimum_moe_prune` before drafting with it (`generate(use_mtp=True)`)."
+        )
+    return text
+
+
 def _counts(num_experts: Mapping[int, int]) -> str:
     low, high = min(num_experts.values()), max(num_experts.values())
     return f"{low}" if low == high else f"{low} to {high}"
@@ -202,11 +220,12 @@ def _parameters(plan: PruningPlan, folder: Path) -> tuple[tuple[int, int], tuple
         logger.warning("the card says nothing of sizes: %s", error)
         return None
     parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    removed_parameters = removed_bytes = 0
-    for index, layer in layout.layers.items():
+    dropped = _mapping(plan.provenance.get("heads"))
+    removed_parameters, removed_bytes = (int(dropped.get(key) or 0) for key in ("parameters", "bytes"))
+    for index, layer in layout.with_heads.items():
         experts = [name for tensors in layer.experts.values() for name in tensors.values()]
         tensors = [checkpoint.tensors[name] for name in (*experts, *layer.fused.values(), *layer.router.values())]
-        removed = plan.original_num_experts[index] - layer.num_experts
+        removed = plan.original_num_experts.get(index, layer.num_experts) - layer.num_experts  # a kept head is unnamed
         removed_parameters += removed * sum(math.prod(tensor.shape) for tensor in tensors) // layer.num_experts
         removed_bytes += removed * sum(tensor.nbytes for tensor in tensors) // layer.num_experts
     before = (parameters + removed_parameters, checkpoint.nbytes + removed_bytes)

@@ -50,6 +50,7 @@ class LayerStats:
         kept_weights: The weight of each sample in sums over its kept tokens ``(S,)``; None for ``sample_weights``.
         root_weights: The weight of each sample in sums of roots ``(S,)``; None for ``sample_weights``. What the three
             are for says ``statistics.weights``.
+        is_head: Whether it is a head for further tokens (MTP), which counts as a layer after the model's last.
     """
 
     num_experts: int
@@ -59,6 +60,7 @@ class LayerStats:
     token_sample: Tensor
     kept_weights: Tensor | None = None
     root_weights: Tensor | None = None
+    is_head: bool = False
 
     def total(self, name: str) -> Tensor:
         """Weighted sum over samples of a per-sample statistic: ``(E,)`` float64."""
@@ -112,6 +114,20 @@ class CalibrationStats:
     def num_experts(self) -> dict[int, int]:
         """Experts in each MoE layer."""
         return {index: layer.num_experts for index, layer in self.layers.items()}
+
+    @property
+    def without_heads(self) -> CalibrationStats:
+        """The statistics of the model's own layers."""
+        return self._of_layers(is_head=False)
+
+    @property
+    def of_heads(self) -> CalibrationStats | None:
+        """Those of heads for further tokens; None where there are none."""
+        heads = self._of_layers(is_head=True)
+        return heads if heads.layers else None
+
+    def _of_layers(self, is_head: bool) -> CalibrationStats:
+        return replace(self, layers={n: layer for n, layer in self.layers.items() if layer.is_head == is_head})
 
     @property
     def routing(self) -> RoutingRule:
@@ -199,6 +215,7 @@ class CalibrationStats:
             "kept_tokens": len(self.token_sample),
             "layers": {
                 str(index): {"num_experts": layer.num_experts, "routing": layer.routing.to_dict()}
+                | ({"head": True} if layer.is_head else {})
                 for index, layer in sorted(self.layers.items())
             },
             "samples": [asdict(sample) for sample in self.samples],
@@ -240,6 +257,7 @@ class CalibrationStats:
                     tensors=LayerFile(folder / layer_file(int(index)), names),
                     sample_weights=weights,
                     token_sample=token_sample,
+                    is_head=bool(entry.get("head")),
                 )
                 for index, entry in header["layers"].items()
             }
@@ -329,7 +347,9 @@ class CalibrationStats:
                     dtypes = shapes[0][name][1], other[name][1]
                     self._check_same(name, *dtypes, "; calibrate both in the same precision")
             merged = MergedTensors(tensors, rows)
-            layers[index] = LayerStats(layer.num_experts, layer.routing, merged, weights, token_sample)
+            layers[index] = LayerStats(
+                layer.num_experts, layer.routing, merged, weights, token_sample, is_head=layer.is_head
+            )
         return replace(
             self,
             samples=samples,

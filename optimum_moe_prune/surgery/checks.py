@@ -16,9 +16,11 @@ from ..methods.budget import Budget, UniformBudget
 from ..methods.limits import check_retained
 from ..models.blocks import fingerprint, moe_blocks
 from ..plan import PruningPlan
+from ..planning.heads import way_with_heads
 from ..storage.folders import check_space
 from ..storage.values import Json
 from .config_json import source_config
+from .heads import check_heads, check_way
 from .standalone import standalone_class
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def check_plan_for_config(plan: PruningPlan, config: ModelConfig) -> None:
     rule = spec.routing(config)
     if (found := rule.top_k) != plan.top_k:
         raise RequestError(f"this plan is for another model, with top_k {plan.top_k}; this model has {found}. {_WHEN}")
-    for layer, expected in sorted(plan.original_num_experts.items()):
+    for layer, expected in sorted(plan.without_heads.original_num_experts.items()):
         if layer >= text_config(config).num_hidden_layers:
             raise RequestError(
                 f"this plan is for another model: it names layer {layer}, and the model has layers 0 to "
@@ -90,39 +92,37 @@ def check_routers(plan: PruningPlan, found: Json) -> None:
         )
 
 
-def check_output(layout: Layout, budget: Budget, output: str | os.PathLike, standalone: bool) -> None:
+def check_output(
+    layout: Layout, budget: Budget, output: str | os.PathLike, standalone: bool, mtp: str | None = None
+) -> None:
     """Raise unless the pruned copy of a checkpoint can be written, before it is known which experts go.
 
     Raises:
         RequestError: As :func:`check_request`, or if the disk has no room for it.
     """
     uniform = isinstance(budget, UniformBudget) and len(set(budget.num_experts.values())) == 1
-    check_request(layout, uniform, standalone)
+    check_request(layout, uniform, standalone, way_with_heads(mtp, uniform))
+    if isinstance(budget, UniformBudget):
+        check_way(layout, {**layout.num_experts, **budget.num_experts}, mtp)
     share = budget.total / sum(layout.num_experts.values())
     check_space(output, int(layout.checkpoint.nbytes - (1 - share) * layout.expert_bytes))
 
 
-def check_request(layout: Layout, uniform: bool, standalone: bool) -> None:
+def check_request(layout: Layout, uniform: bool, standalone: bool, heads: str) -> None:
     """Raise unless a checkpoint can be pruned, as far as can be told before it is known which experts go.
 
     Args:
         layout: The checkpoint.
         uniform: Whether every layer will keep the same number of experts.
         standalone: Whether a modelling file is asked for.
+        heads: What is to become of heads for further tokens.
 
     Raises:
         RequestError: If it cannot.
     """
     if standalone and not uniform:
         standalone_class(layout.config)
-    outside = [name for head in layout.heads for name in head.names]
-    if outside and uniform:
-        more = f" and {len(outside) - 1} more tensors" if len(outside) > 1 else ""
-        raise RequestError(
-            f"{outside[0]}{more} of {layout.checkpoint.name_or_path} are experts outside the model's layers, "
-            "which no plan names and config.json would number wrongly. Remove them from the checkpoint, or prune with "
-            "a global allocation, which leaves the model-wide number as it is."
-        )
+    check_heads(layout, heads, uniform)
     source_config(layout.checkpoint.source)
     _check_quantization(layout)
 
@@ -131,7 +131,7 @@ def _check_quantization(layout: Layout) -> None:
     """Refuse a quantised checkpoint whose settings name single experts: their numbers change."""
     settings = getattr(layout.config, "quantization_config", None)
     text = json.dumps(settings if isinstance(settings, dict) else getattr(settings, "__dict__", {}), default=str)
-    for index, layer in layout.layers.items():
+    for index, layer in layout.with_heads.items():
         for number in layer.experts:
             if f".{index}." in text and f"experts.{number}." in text:
                 raise RequestError(

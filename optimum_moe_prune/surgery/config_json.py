@@ -7,6 +7,7 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..architectures.heads import write_counts_of_heads, write_no_heads
 from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_of
 from ..architectures.unequal import without_standalone
@@ -14,7 +15,6 @@ from ..checkpoints.layout import Layout
 from ..checkpoints.source import Source
 from ..compat import ModelConfig, text_config
 from ..errors import RequestError
-from ..plan import PruningPlan
 from ..storage.values import Json, read_json
 
 if TYPE_CHECKING:
@@ -114,10 +114,25 @@ def source_config(source: Source) -> Json:
     return read_json(found)
 
 
-def config_of_files(plan: PruningPlan, layout: Layout) -> Json:
-    """The source's ``config.json`` with the pruning keys changed."""
+def config_after(layout: Layout, counts: Mapping[int, int], heads: Mapping[int, int] | None) -> ModelConfig:
+    """The config of a checkpoint after pruning.
+
+    Args:
+        layout: The checkpoint.
+        counts: Experts of its MoE layers.
+        heads: Experts of its heads, by number; None where they are left out.
+    """
     pruned = copy.deepcopy(layout.config)
-    write_counts(layout.spec, pruned, plan.num_experts)
+    write_counts(layout.spec, pruned, counts)
+    if heads is None:
+        write_no_heads(pruned)
+    else:
+        write_counts_of_heads(layout.spec, pruned, heads)
+    return pruned
+
+
+def config_of_files(layout: Layout, pruned: ModelConfig) -> Json:
+    """The source's ``config.json`` with what is different in the config after pruning."""
     return pruned_config(source_config(layout.checkpoint.source), layout.config, pruned, layout.spec)
 
 

@@ -40,8 +40,9 @@ from ..storage.files import write_json
 from ..storage.folders import check_space, check_target, written_folder
 from ..storage.values import Json, Values
 from .checks import check_plan_for_config, check_request, check_routers
-from .config_json import config_of_files
+from .config_json import config_after, config_of_files
 from .copying import _write_file
+from .heads import check_heads_load, head_counts, way_of_plan, with_heads_settled
 from .side_files import carried
 from .standalone import write_standalone
 
@@ -70,6 +71,7 @@ def pruned_checkpoint(
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     standalone: bool = False,
+    mtp: str | None = None,
 ) -> Iterator[Path]:
     """Write a pruned copy of a checkpoint. Memory does not grow with the size of its tensors.
 
@@ -85,6 +87,7 @@ def pruned_checkpoint(
         overwrite: Replace an earlier output of this package.
         standalone: Where layers keep different numbers of experts, add a modelling file, with which
             ``trust_remote_code=True`` loads the checkpoint without this package.
+        mtp: What becomes of heads for further tokens; by default what the plan says, or what loads.
 
     Yields:
         The folder with everything in it, beside the target: what is to be added is added inside the ``with``, and then
@@ -99,8 +102,12 @@ def pruned_checkpoint(
     check_target(target, overwrite, [source])
     check_plan_for_config(plan, layout.config)
     uniform = plan.uniform_num_experts is not None
-    check_request(layout, uniform, standalone)
-    pieces = select(plan, layout)
+    check_request(layout, uniform, standalone, way_of_plan(plan, mtp))
+    plan = with_heads_settled(plan, layout, mtp)
+    heads = head_counts(plan, layout)
+    pruned = config_after(layout, plan.without_heads.num_experts, heads)
+    check_heads_load(layout, pruned, heads or {})
+    pieces = select(plan, layout, layout.head_names if heads is None else ())
     check_routers(plan, layout.fingerprints())
     files = split_state_dict_into_shards_factory(
         pieces,
@@ -110,7 +117,7 @@ def pruned_checkpoint(
     )
     total = sum(piece.nbytes for piece in pieces.values())
     check_space(target, total)
-    config = config_of_files(plan, layout)
+    config = config_of_files(layout, pruned)
     with written_folder(target, overwrite, [source]) as output:
         with progress_bar(total, "writing the checkpoint", "B") as bar:
             for file, names in files.filename_to_tensors.items():

@@ -34,6 +34,7 @@ def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
         RunError: If a parameter holds NaN or infinity.
     """
     check_model(model)
+    plan = plan.without_heads  # transformers loads none with a model
     check_plan(plan, model)
     check_finite(model)
     blocks = moe_blocks(model)

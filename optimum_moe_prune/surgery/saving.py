@@ -59,7 +59,7 @@ def saved_model(
         RequestError: If the model does not match the plan, or the target is in the way.
         RunError: If something cannot be written.
     """
-    if {block.layer: block.num_experts for block in moe_blocks(model)} != plan.num_experts:
+    if {block.layer: block.num_experts for block in moe_blocks(model)} != plan.without_heads.num_experts:
         raise RequestError(
             "this model does not have the numbers of experts of the plan; pass the model that was pruned."
         )

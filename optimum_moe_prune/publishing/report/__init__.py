@@ -75,7 +75,8 @@ def write_report(
     check_file(target, target.suffix, overwrite, _check_is_report)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; name a folder for the pictures.")
-    chosen = named(plans)
+    chosen = {name: plan.without_heads for name, plan in named(plans).items()}  # layers are compared
+    stats = None if stats is None else stats.without_heads
     if stats is None and not chosen and sensitivity is None and evaluation is None:
         raise RequestError("there is nothing to report; give statistics, plans, sensitivities or an evaluation.")
     require_matplotlib()
