@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..architectures.fingerprint import same_routers
-from ..architectures.table import architecture_of
+from ..architectures.table import architecture_for, architecture_of
 from ..checkpoints.layout import Layout
 from ..compat import ModelConfig, text_config
 from ..errors import RequestError
@@ -59,6 +59,7 @@ def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
     Raises:
         RequestError: As :func:`check_plan_for_config`, or if the router weights are others.
     """
+    architecture_for(model, model.config)
     check_plan_for_config(plan, model.config)
     blocks = moe_blocks(model)
     counts = {block.layer: block.num_experts for block in blocks}
