@@ -161,8 +161,8 @@ def _choices(config: Any, observed: Sequence[Observed]) -> Iterator[Form]:
         )
         if not by_logits or bias or groups  # else it makes no difference
     ]  # fmt: skip
-    plain = Form(renormalise=False)
-    return iter(sorted(found, key=lambda form: sum(a != b for a, b in zip(vars(form).values(), vars(plain).values()))))
+    plain = vars(Form(renormalise=False))
+    return iter(sorted(found, key=lambda form: sum(value != plain[name] for name, value in vars(form).items())))
 
 
 def _rule(form: Form, config: Any, top_k: int, o: Observed) -> TopK:

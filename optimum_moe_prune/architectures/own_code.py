@@ -48,8 +48,8 @@ class OwnCode(RoutingRule, kind="own"):
     def refusal(self, what: str) -> RequestError:
         """The error where a formula is asked for."""
         return RequestError(
-            f"{what} needs the rule of the routers: {self.reason}. Use a method of what was observed (frequency, reap, "
-            "ean, man, msan), or register the rule (register_architecture)."
+            f"{what} needs the rule of the routers, and {self.reason}. Use a method that scores what was observed "
+            "(frequency, reap, ean, man, msan), or register the rule (register_architecture)."
         )
 
     def choose(self, logits: Tensor, retained: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

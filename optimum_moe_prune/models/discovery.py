@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models whose type has no row: what has to be known of them is found by trying them.
 
-Where the experts are is found as for any model. How the routers choose is found by comparing all forms of rules that are
-known with the experts that were really called, and by which weights. What is found is proven before it is used: layers
-without some of their experts have to do what the rule says, also when they are really cut, and a model built with fewer
-experts has to be what cutting makes of it. Where no form is right, the router's own code is what is known of it
-(``architectures.own_code``): scores of what was observed are possible, and nothing that asks what it would do.
+Where the experts are is found as for any model. How the routers choose is found by comparing all forms of rules that
+are known with the experts that were really called, and with which weights. What is found is proven before it is used:
+layers without some of their experts have to do what the rule says, also when they are really cut, and a model built
+with fewer experts has to be what cutting makes of it. Where no form is right, the router's own code is all that is
+known (``architectures.own_code``): scores of what was observed are possible, and nothing that asks what it would do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..architectures.candidates import Observed, find_form, of_precision, words_
 from ..architectures.own_code import Own
 from ..architectures.rules import Form, Softmax
 from ..architectures.spec import COUNT_KEYS, TOP_K_KEYS, MoESpec
-from ..architectures.structure import counts_of, shapes_of, structure_of
+from ..architectures.structure import Structure, counts_of, shapes_of, structure_of
 from ..architectures.table import architecture_for, settings_of, supposing
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import find_layout
@@ -154,7 +154,7 @@ def _found(model: Any, supposed: MoESpec, calls: Calls) -> MoESpec:
     rule = spec.routing(config)
     for number, call in enumerate(calls()):
         prove(call, rule, number)
-    _prove_building(model, spec, max(rule.fewest, 1))
+    _prove_building(model, spec)
     return spec
 
 
@@ -167,7 +167,7 @@ def _supposed(model: Any) -> MoESpec:
     config = model.config
     values = {key: value for key, value in text_config(config).to_dict().items() if type(value) in (int, list)}
     top_k_keys = [key for key in TOP_K_KEYS if key in values] or [
-        key for key, value in values.items() if "top" in key and "group" not in key or "per_tok" in key
+        key for key, value in values.items() if ("top" in key and "group" not in key) or "per_tok" in key
     ]
     if not top_k_keys:
         raise RequestError("no key of its config says how many experts a token is sent to.")
@@ -191,38 +191,46 @@ def _supposed(model: Any) -> MoESpec:
     raise RequestError(refusals[0] if refusals else "no key of its config counts experts.")
 
 
-def _prove_building(model: Any, spec: MoESpec, fewest: int) -> None:
-    """Raise unless a model built with fewer experts has the shapes and counts that cutting gives it."""
-    config, structure = copy.deepcopy(model.config), structure_of(model, spec)
-    text = text_config(config)
-    count = getattr(text, spec.count_key)
-    rule = spec.routing(config)
-    less = next((n for n in range(count - 1, fewest - 1, -1) if rule.allows(n)), None) if type(count) is int else None
-    if less is None or spec.is_unequal(config):
+def _prove_building(model: Any, spec: MoESpec) -> None:
+    """Raise unless models built with fewer experts have the shapes and counts that cutting gives them.
+
+    Raises:
+        RequestError: Naming the count or the tensor.
+    """
+    count, rule = getattr(text_config(model.config), spec.count_key), spec.routing(model.config)
+    if type(count) is not int or spec.is_unequal(model.config):
         return
-    setattr(text, spec.count_key, less)
-    try:
-        built = built_like(model, config)
-    except Exception as error:  # a model's own code
-        raise RequestError(f"it cannot be built with {spec.count_key}={less}: {error}.") from error
+    possible = [number for number in range(max(rule.fewest, 1), count) if rule.allows(number)]
+    for number in sorted({*possible[:1], *possible[-1:]}):
+        config = copy.deepcopy(model.config)
+        setattr(text_config(config), spec.count_key, number)
+        try:
+            built = built_like(model, config)
+        except Exception as error:  # a model's own code
+            raise RequestError(f"it cannot be built with {spec.count_key}={number}: {error}.") from error
+        _compare(model, built, structure_of(model, spec), count, number)
+
+
+def _compare(model: Any, built: Any, structure: Structure, count: int, less: int) -> None:
+    """Raise unless a model built with ``less`` experts is what is left of one with ``count``, but for the experts."""
     counts, shapes, now = counts_of(built), shapes_of(built), shapes_of(model)
     for index, layer in structure.moe.items():
         start = f"{structure.layers}.{index}."
         for path, more in layer.counts.items():
             if counts.get(start + path) != less + more:
                 raise RequestError(
-                    f"{start}{path} is {counts.get(start + path)} in a model built with {spec.count_key}={less}, "
-                    f"and {less + more} where experts are removed."
+                    f"{start}{path} is {counts.get(start + path)} in a model built with {less} experts, and would be "
+                    f"{less + more} where experts are removed."
                 )
         for path, axis in layer.tensors.items():
             shape = list(now[start + path])
             shape[axis.axis] += (less - count) * axis.each
             if shapes.get(start + path) != tuple(shape):
-                raise RequestError(f"{start}{path} has another shape in a model built with {spec.count_key}={less}.")
+                raise RequestError(f"{start}{path} has another shape in a model built with {less} experts.")
 
 
 def _few(text: ModelConfig, num_experts: int, top_k: int) -> list[int]:
-    """The fewest experts that a layer can consist of, whether groups limit the choice or not; in all groups as many."""
+    """The fewest experts that a layer can consist of whether groups limit the choice or not, as many in each group."""
     groups = getattr(text, "n_group", None) or 1
     least = top_k if groups == 1 else max(2, -(-top_k // (getattr(text, "topk_group", None) or 1)))
     width = num_experts // groups

@@ -45,9 +45,9 @@ class ObservingModules:
     """Watches a block with a list of experts inside a ``with``; as ``experts.Observing``.
 
     The block's own forward runs with experts that return zeros, which leaves what it adds to them, such as a shared
-    expert's output; their sum comes from the stand-in and is added. Ids and weights are measured in the first call, and
-    in all where the rule has no formula; in later calls they are the rule's, and each expert has to be called with as
-    many tokens as the rule sends to it.
+    expert's output; their sum comes from the stand-in and is added. Ids and weights are measured in the first call,
+    and in all where the rule has no formula; in later calls they are the rule's, and each expert has to be called with
+    as many tokens as the rule sends to it.
 
     Args:
         block: The module that calls them.
@@ -137,7 +137,7 @@ class ObservingModules:
 
     @contextlib.contextmanager
     def _standing_in(self, size: float, first: int = 0) -> Iterator[dict[int, int]]:
-        """Experts that return ``size`` in the place of their number from ``first`` on; how many rows each was given."""
+        """Experts that return ``size`` in the place of their number, from ``first`` on; the rows each was given."""
         calls: dict[int, int] = {}
         before = [expert.__dict__.get("forward") for expert in self.experts]
 

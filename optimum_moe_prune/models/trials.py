@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..architectures.candidates import Observed
 from ..architectures.routers import RoutingRule
-from ..architectures.structure import owner, part
+from ..architectures.structure import owner
 from ..errors import RequestError
 from .blocks import MoEBlock
 from .experts import ExpertsForward
@@ -83,7 +83,7 @@ def check_call(call: Call) -> None:
         seen.append((args, kwargs))
         raise Called
 
-    twin.experts.forward = stand_in  # type: ignore[method-assign]
+    twin.experts.forward = stand_in
     args, kwargs = _inputs(call, torch.float32, _as_they_are)
     try:
         with torch.no_grad():
@@ -162,8 +162,8 @@ def _prove_choice(call: Call, retained: list[int], where: str) -> None:
     same = (ids == found).all(1)
     if int((~same).sum()) > len(same) // 200:  # logits that are all but equal may be rounded apart
         raise RequestError(
-            f"{where}: with {len(retained)} experts {int((~same).sum())} of {len(same)} tokens are sent to others than "
-            "by the rule."
+            f"{where}: with {len(retained)} experts {int((~same).sum())} of {len(same)} tokens are sent elsewhere "
+            "than by the rule."
         )
     difference = (weights.gather(1, order) - less.weights.float().gather(1, own_order))[same].abs().max()
     if float(difference) > 1e-4:

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..architectures.fingerprint import same_routers
+from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_for, architecture_of
 from ..checkpoints.layout import Layout
 from ..compat import ModelConfig, text_config
@@ -103,6 +104,20 @@ def check_output(layout: Layout, budget: Budget, output: str | os.PathLike, stan
     check_space(output, int(layout.checkpoint.nbytes - (1 - share) * layout.expert_bytes))
 
 
+def check_found(spec: MoESpec, uniform: bool) -> None:
+    """Refuse unequal layers of a type without a row: whoever opens the files knows nothing of it.
+
+    Raises:
+        RequestError: If layers would keep different numbers of experts.
+    """
+    if spec.found is not None and not uniform:
+        raise RequestError(
+            f"layers of a {spec.model_type!r} model cannot keep different numbers of experts: what is known of the "
+            "type was found by trial, and is not known where the files are opened. Use a uniform allocation, or "
+            "register_architecture."
+        )
+
+
 def check_request(layout: Layout, uniform: bool, standalone: bool) -> None:
     """Raise unless a checkpoint can be pruned, as far as can be told before it is known which experts go.
 
@@ -114,6 +129,7 @@ def check_request(layout: Layout, uniform: bool, standalone: bool) -> None:
     Raises:
         RequestError: If it cannot.
     """
+    check_found(layout.spec, uniform)
     if standalone and not uniform:
         standalone_class(layout.config)
     outside = [name for head in layout.heads for name in head.names]
