@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .models.reload import enable as _enable_reload
+from .models.unknown import enable as _enable_discovery
 
 if TYPE_CHECKING:
     from .architectures import MoESpec as MoESpec
@@ -86,3 +87,4 @@ def __dir__() -> list[str]:
 
 
 _enable_reload()
+_enable_discovery()

@@ -135,7 +135,9 @@ class MoEPruner:
         if overrides:
             config = MoEPrunerConfig.from_dict({} if config is None else config.to_dict(), **overrides)
         if config is not None and config.has_budget:
-            budget_for(config, *moe_layers(model_config))  # refuses what can be refused before any work
+            budget_for(
+                config, *moe_layers(model_config, trust_remote_code)
+            )  # refuses what can be refused before any work
         pruner.config = config
         return pruner
 

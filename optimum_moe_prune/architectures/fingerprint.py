@@ -55,6 +55,7 @@ def facts_of(spec: MoESpec, config: ModelConfig, fingerprints: Json, dense_layer
         "top_k": spec.routing(config).top_k,
         **fingerprints,
         "dense_layers": dense_layers,
+        **({} if spec.found is None else {"routing": spec.found[0]}),
         "name_or_path": name_of_config(config),
         "revision": commit_of_config(config),
     }

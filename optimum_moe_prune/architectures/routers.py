@@ -39,6 +39,7 @@ class RoutingRule(ABC):
     Attributes:
         kind: The name of the class in statistics.
         reads_router: Whether a layer's rule depends on tensors of its router (see :meth:`of_router`).
+        formula: Whether it says what a router chooses; else only what was observed is known (``own_code``).
         top_k: Experts used per token.
         scale: What weights are multiplied by: one number, or one for each expert.
         epsilon: Added to the sum of numerators.
@@ -51,6 +52,7 @@ class RoutingRule(ABC):
 
     kind: ClassVar[str]
     reads_router: ClassVar[bool] = False
+    formula: ClassVar[bool] = True
     top_k: int
     scale: float | tuple[float, ...] = 1.0
     epsilon: float = 0.0

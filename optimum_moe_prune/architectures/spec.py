@@ -9,16 +9,17 @@ on the first batch of every layer. Nothing else asks for a model type.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..compat import ModelConfig, text_config
 from ..errors import RequestError
+from .own_code import Own
 from .routers import RoutingRule
 from .rules import Form, Mixer, Softmax
 
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class MoESpec:
         modelling: The module with its classes, where that is not one of transformers.
         refused: Why models of this type are not pruned; empty for all others.
         notes: What a person should know of it (``architectures/README.md``).
+        found: How the rule was found, where that was by trying (``models.discovery``), and for which settings.
     """
 
     model_type: str
-    form: Form | Softmax | Mixer | None = None
+    form: Form | Softmax | Mixer | Own | None = None
     count_key: str = ""
     top_k_key: str = ""
     also: tuple[str, ...] = ()
@@ -46,6 +48,7 @@ class MoESpec:
     modelling: str = ""
     refused: str = ""
     notes: str = ""
+    found: tuple[str, str] | None = field(default=None, repr=False)
 
     def key_of_count(self, config: ModelConfig) -> str:
         """The text config's own (canonical) key for the number of routed experts."""
@@ -53,7 +56,7 @@ class MoESpec:
 
     def key_of_top_k(self, config: ModelConfig) -> str:
         """The text config's own key for the experts used per token."""
-        return _canonical(text_config(config), (self.top_k_key,) if self.top_k_key else _TOP_K_KEYS, self.model_type)
+        return _canonical(text_config(config), (self.top_k_key,) if self.top_k_key else TOP_K_KEYS, self.model_type)
 
     def is_unequal(self, config: ModelConfig) -> bool:
         """Whether a model's layers have different numbers of experts (``per_layer_config``)."""

@@ -56,6 +56,7 @@ class LayerStructure:
         logits_from: The tensor whose product with the hidden states are the router's logits.
         tensors: Every tensor that holds experts, those of the experts' module first.
         counts: Attributes in which modules remember a number of experts, with what they count beyond it.
+        numbered: Where each expert is a module of its own, in a list: the paths of its tensors below it.
     """
 
     experts: str
@@ -63,6 +64,7 @@ class LayerStructure:
     logits_from: str
     tensors: Mapping[str, ExpertAxis]
     counts: Mapping[str, int]
+    numbered: tuple[str, ...] = ()
 
     @property
     def block(self) -> str:
@@ -133,7 +135,7 @@ _found: dict[Any, Structure] = {}
 def _structure(model: Any, config: ModelConfig, spec: MoESpec) -> Structure:
     count_key = spec.key_of_count(config)
     twin = built_like(model, with_more_experts(config, count_key))
-    before, after = _shapes(model), _shapes(twin)
+    before, after = shapes_of(model), shapes_of(twin)
     grown = {name: (shape, after[name]) for name, shape in before.items() if after.get(name, shape) != shape}
     by_list: dict[str, dict[int, dict[str, Any]]] = {}
     for name, shapes in grown.items():
@@ -144,27 +146,49 @@ def _structure(model: Any, config: ModelConfig, spec: MoESpec) -> Structure:
                 "such a model cannot be pruned."
             )
         by_list.setdefault(name[: match.start()], {}).setdefault(int(match[1]), {})[name[match.end() :]] = shapes
+    numbered: dict[str, dict[int, dict[str, None]]] = {}  # list of layers -> layer -> paths with * for an expert
+    for name in after.keys() - before.keys():
+        places = list(_INDEX.finditer(name))
+        if len(places) < 2:
+            raise RequestError(
+                f"{name} would be there with twice as many of {count_key} in this {spec.model_type!r} model, and is "
+                "no part of an expert of a layer; such a model cannot be pruned."
+            )
+        of_layer, of_expert = places[0], places[1]
+        path = f"{name[of_layer.end() : of_expert.start()]}.*.{name[of_expert.end() :]}"
+        layer = numbered.setdefault(name[: of_layer.start()], {}).setdefault(int(of_layer[1]), {})
+        layer[path] = None
+        by_list.setdefault(name[: of_layer.start()], {}).setdefault(int(of_layer[1]), {})
     if not by_list:
-        raise RequestError(f"no layer of this {spec.model_type!r} model has experts, so there is nothing to prune.")
+        raise RequestError(
+            f"no tensor of this {spec.model_type!r} model grows with {count_key}: no layer has experts, so there is "
+            "nothing to prune."
+        )
     if len(by_list) > 1:
         raise RequestError(
             f"this {spec.model_type!r} model has experts in {' and in '.join(sorted(by_list))}; one stack of decoder "
             "layers is what can be pruned."
         )
     ((layers, moe),) = by_list.items()
-    numbers, more = _counts(model), _counts(twin)
+    numbers, more = counts_of(model), counts_of(twin)
     counted = {path: value for path, value in numbers.items() if more.get(path, value) != value}
     found = {}
     for index, tensors in sorted(moe.items()):
         start = f"{layers}.{index}."
         counts = {path[len(start) :]: value for path, value in counted.items() if path.startswith(start)}
-        found[index] = _layer(index, tensors, counts, spec.num_experts(config, index), spec)
+        each = tuple(sorted(numbered.get(layers, {}).get(index, {})))
+        found[index] = _layer(index, tensors, counts, spec.num_experts(config, index), spec, each)
     outside = tuple(path for path in counted if not path.startswith(f"{layers}."))
     return Structure(layers, found, outside)
 
 
 def _layer(
-    index: int, tensors: Mapping[str, tuple[tuple[int, ...], ...]], counts: Mapping[str, int], num: int, spec: MoESpec
+    index: int,
+    tensors: Mapping[str, tuple[tuple[int, ...], ...]],
+    counts: Mapping[str, int],
+    num: int,
+    spec: MoESpec,
+    numbered: tuple[str, ...],
 ) -> LayerStructure:
     axes = {}
     for path, (shape, more) in tensors.items():
@@ -176,6 +200,7 @@ def _layer(
             )
         axes[path] = ExpertAxis(differ[0], grew // num, shape[differ[0]] - grew)
     owners = {path.rpartition(".")[0] for path, (shape, _) in tensors.items() if len(shape) >= 3}
+    owners |= {path.partition(".*.")[0] for path in numbered}
     if len(owners) != 1:
         what = (
             f"experts in {len(owners)} places ({', '.join(sorted(owners))})" if owners else "no experts in one tensor"
@@ -196,7 +221,8 @@ def _layer(
     router = f"{block}.{below.split('.')[0]}" if block else below.split(".")[0]
     ordered = sorted(axes, key=lambda path: not path.startswith(f"{experts}."))
     offsets = {path: value - num for path, value in counts.items()}
-    return LayerStructure(experts, router, logits[0], {path: axes[path] for path in ordered}, offsets)
+    each = tuple(path.partition(".*.")[2] for path in numbered)
+    return LayerStructure(experts, router, logits[0], {path: axes[path] for path in ordered}, offsets, each)
 
 
 def with_more_experts(config: ModelConfig, count_key: str) -> ModelConfig:
@@ -219,12 +245,13 @@ def with_more_experts(config: ModelConfig, count_key: str) -> ModelConfig:
     return config
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of parameters and buffers, by path."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
-def _counts(model: nn.Module) -> dict[str, int]:
+def counts_of(model: nn.Module) -> dict[str, int]:
     """Whole numbers that modules remember, by path."""
     return {
         f"{name}.{attribute}" if name else attribute: value

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Union
 
+from ..architectures.own_code import OwnCode
+from ..architectures.routers import RoutingRule
 from ..checkpoints.layout import Layout, identity, open_layout
 from ..checkpoints.source import Source
 from ..config import MoEPrunerConfig
@@ -18,6 +21,7 @@ from ..models.blocks import model_facts, moe_blocks
 from ..models.heads import Heads, open_heads
 from ..models.memory import Compute, load_model, open_skeleton
 from ..provenance import versions
+from ..statistics.needs import WITHOUT_RULE
 from ..statistics.stats import CalibrationStats, Need
 from ..storage.growing import Store, unfinished
 from ..storage.values import Json
@@ -28,6 +32,8 @@ from .streamed import collect_streamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Model = Union["PreTrainedModel", Layout, Source, str, os.PathLike]
 """A model in memory, or the folder, Hub id or ``Source`` of one."""
@@ -69,8 +75,8 @@ def calibrate(
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
     settings: Json = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
-    gathered = needs_of(needs)
     layout = layout_of(model)
+    gathered = _possible(needs_of(needs), needs == "all", rule_of(model if layout is None else layout))
     config = model.config if layout is None else layout.config  # type: ignore[union-attr]
     if not isinstance(samples, CalibrationSet) and tokenizer is None and layout is not None:
         tokenizer = layout.checkpoint.source.tokenizer
@@ -189,6 +195,28 @@ def needs_of(needs: Needs) -> frozenset[Need]:
             f"method {' or '.join(map(repr, names))} needs no calibration, so there is nothing to score."
         )
     return frozenset(found)
+
+
+def rule_of(model: Model) -> RoutingRule:
+    """The rule of a model's routers."""
+    return model.spec.routing(model.config) if isinstance(model, Layout) else moe_blocks(model)[0].rule
+
+
+def _possible(needs: frozenset[Need], all_of_them: bool, rule: RoutingRule) -> frozenset[Need]:
+    """What can be gathered of routers by a rule; all, unless they are known by what they did alone.
+
+    Raises:
+        RequestError: If something else was asked for by name.
+    """
+    missing = frozenset() if rule.formula else needs - WITHOUT_RULE
+    if missing and not all_of_them:
+        assert isinstance(rule, OwnCode)
+        raise rule.refusal(f"gathering {', '.join(sorted(map(str, missing)))}")
+    if missing:
+        logger.warning(
+            "not gathered, since it needs the rule of the routers: %s.", ", ".join(sorted(map(str, missing)))
+        )
+    return needs - missing
 
 
 def layout_of(model: Model) -> Layout | None:

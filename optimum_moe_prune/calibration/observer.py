@@ -201,6 +201,11 @@ class LayerObserver:
     def _routing(self, logits: Tensor, chosen: Tensor) -> None:
         if not self.needs & {Need.ROUTING, Need.COACTIVATION}:
             return
+        if not self.rule.formula:  # probabilities are not known; LayerStats.total refuses what is missing
+            if Need.ROUTING in self.needs:
+                self._keep("logits", logits)
+                self._add_chosen("routed_tokens", chosen, torch.ones_like(chosen, dtype=torch.float64))
+            return
         log_p = self.rule.log_probabilities(logits)[:, : self.num_experts]
         p = log_p.exp()
         if Need.COACTIVATION in self.needs:
@@ -275,12 +280,13 @@ class LayerObserver:
         if not bool(torch.isfinite(sizes).all()):
             raise RunError(f"layer {self.block.layer}: an expert's output is NaN or infinite.")
         norm, largest = sizes.double()
-        p = self.rule.probabilities(logits).gather(1, chosen)
         self._add_chosen("norm", chosen, norm)
         self._add_chosen("squared_norm", chosen, norm.square())
         self._add_chosen("norm_applied", chosen, norm * weight.double())
-        self._add_chosen("norm_probability", chosen, norm * p)
-        self._add_chosen("norm_renormalised", chosen, norm * p / p.sum(1, keepdim=True))
+        if self.rule.formula:
+            p = self.rule.probabilities(logits).gather(1, chosen)
+            self._add_chosen("norm_probability", chosen, norm * p)
+            self._add_chosen("norm_renormalised", chosen, norm * p / p.sum(1, keepdim=True))
         slot, real = self._slots(chosen)
         self.tensors["max_element"].view(-1).scatter_reduce_(0, slot, largest.cpu().flatten()[real], "amax")
 

@@ -259,7 +259,11 @@ def _sort(
     found = layout.structure.moe[like]
     experts, tensor = f"{found.experts}.", layout.checkpoint.tensors[name]
     axis = found.tensors.get(path)
-    if path.startswith(experts):
+    if path.startswith(experts) and found.numbered:  # each expert is a module of its own, and keeps its name
+        number = path[len(experts) :].partition(".")[0]
+        below = name.rpartition(f"{found.experts.rpartition('.')[2]}.{number}.")[2]
+        _put(layout, layer.experts.setdefault(int(number), {}), below, name)
+    elif path.startswith(experts):
         match = _NUMBER.fullmatch(name)
         numbered = re.match(r"\d+\.", path[len(experts) :]) or _takes_numbers(converter)
         if numbered and match is not None:
@@ -346,7 +350,10 @@ def _check_layer(layout: Layout, index: int, like: int, layer: MoELayer, paramet
 
 def _elements(layout: Layout, index: int, paths: Iterable[str], parameters: _Shapes) -> int:
     """The weights of one expert, by the parameters of the model."""
-    shapes = [parameters[f"{layout.structure.layers}.{index}.{path}"] for path in paths]
+    start, found = f"{layout.structure.layers}.{index}", layout.structure.moe[index]
+    if found.numbered:
+        return sum(math.prod(parameters[f"{start}.{found.experts}.0.{path}"]) for path in found.numbered)
+    shapes = [parameters[f"{start}.{path}"] for path in paths]
     return sum(math.prod(shape[1:]) for shape in shapes)
 
 

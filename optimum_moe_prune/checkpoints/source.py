@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..architectures.table import architecture_of, list_architectures
+from ..architectures.table import architecture_for, list_architectures
 from ..compat import cached_commit, cached_file, set_commit_of_config
 from ..errors import RequestError
 from ..names import PLAN_NAME
@@ -153,7 +153,7 @@ class Source:
                 f"no model can be read from {self.name_or_path!r}: {first} Known architectures: "
                 f"{', '.join(list_architectures())}."
             ) from error
-        architecture_of(config)
+        architecture_for(self, config)
         set_commit_of_config(config, self.commit())  # transformers no longer says which one it was
         return config
 

@@ -30,7 +30,8 @@ def _models() -> Result:
     from ..architectures import list_architectures
 
     models = list_architectures()
-    return "\n".join(models), {"models": models}
+    others = "Others are found out by trying the model, where a rule that is known fits its routers."
+    return "\n".join([*models, "", others]), {"models": models}
 
 
 def _methods() -> Result:

@@ -15,12 +15,13 @@ from ..architectures.fingerprint import facts_of, fingerprints_of
 from ..architectures.routers import RoutingRule
 from ..architectures.spec import MoESpec
 from ..architectures.structure import ExpertAxis, LayerStructure, owner, part, structure_of
-from ..architectures.table import architecture_of
+from ..architectures.table import architecture_for, architecture_of
 from ..architectures.tables import remapped
 from ..compat import ModelConfig, build_on_meta, text_config
 from ..errors import RequestError, RunError
 from ..storage.values import Json
 from .experts import ExpertsForward, Observing, ObservingScaledInput, OnLogits, StandIn
+from .numbered import ObservingModules, keep_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,13 +75,18 @@ class MoEBlock:
 
     @property
     def num_experts(self) -> int:
+        if self.structure.numbered:
+            return len(self.experts)  # type: ignore[arg-type]  # a list
         path = self.structure.expert_tensors[0]
         axis = self.structure.tensors[path]
         return (part(self.decoder_layer, path).shape[axis.axis] - axis.extra) // axis.each
 
     @property
     def expert_tensors(self) -> dict[str, Tensor]:
-        """The experts' tensors by name, expert first."""
+        """The experts' tensors by name, expert first; where each has its own, stacked."""
+        if self.structure.numbered:
+            experts: Any = self.experts
+            return {path: torch.stack([part(e, path) for e in experts]) for path in self.structure.numbered}
         return {path.rpartition(".")[2]: part(self.decoder_layer, path) for path in self.structure.expert_tensors}
 
     @property
@@ -101,6 +107,8 @@ class MoEBlock:
                 part(self.decoder_layer, table), part(self.decoder_layer, self.structure.logits_from), retained
             )
             _replace(*owner(self.decoder_layer, table), ids)
+        if self.structure.numbered:
+            keep_modules(self.experts, retained)  # type: ignore[arg-type]  # a list
         for path, axis in self.structure.tensors.items():
             _replace(*owner(self.decoder_layer, path), _cut(part(self.decoder_layer, path), axis, retained, count))
         for path, more in self.structure.counts.items():
@@ -116,6 +124,11 @@ class MoEBlock:
             forward: Called in place of the experts with their own forward, the hidden states ``(T, H)``, and the ids
                 and weights ``(T, K)`` the router really chose; what it returns is the experts' output.
         """
+        if self.calls_modules:
+            weight = part(self.decoder_layer, self.structure.logits_from)
+            with ObservingModules(self.module, self.experts, weight, self.routing, on_logits, forward):  # type: ignore[arg-type]
+                yield
+            return
         kind = ObservingScaledInput if getattr(self.rule, "on_input", False) else Observing
         with kind(self.experts, self.router, part(self.decoder_layer, self.structure.logits_from), on_logits, forward):
             yield
@@ -128,6 +141,8 @@ class MoEBlock:
         of the experts that are there.
         """
         layer, structure, count = self.decoder_layer, self.structure, self.num_experts
+        lists: Any = self.experts if structure.numbered else ()
+        modules = list(lists)
         before: list[tuple[nn.Module, str, Any]] = []
 
         def swap(path: str, value: Any) -> None:
@@ -140,8 +155,10 @@ class MoEBlock:
         for path in structure.router_tensors:
             swap(path, _cut(part(layer, path), structure.tensors[path], retained, count))
         for path, more in structure.counts.items():
-            if path.startswith(f"{structure.router}."):
+            if self.calls_modules or path.startswith(f"{structure.router}."):
                 swap(path, len(retained) + more)
+        if self.calls_modules:
+            keep_modules(lists, retained)
         extra = structure.tensors[structure.logits_from].extra
         ids = torch.tensor([*retained, *range(count, count + extra)], device=part(layer, structure.logits_from).device)
 
@@ -149,11 +166,19 @@ class MoEBlock:
             return experts(experts.renumbered(hidden, ids), ids[index], weights)
 
         try:
-            with self.observed(lambda logits: None, forward):
+            with contextlib.nullcontext() if self.calls_modules else self.observed(lambda logits: None, forward):
                 yield
         finally:
+            if self.calls_modules:
+                keep_modules(lists, ())
+                lists.extend(modules)
             for module, name, value in reversed(before):
                 setattr(module, name, value)
+
+    @property
+    def calls_modules(self) -> bool:
+        """Whether the block calls its experts one by one, and not a module of them all."""
+        return bool(self.structure.numbered) and type(self.experts).forward is nn.ModuleList.forward
 
     def _below(self, path: str) -> str:
         return path.removeprefix(f"{self.structure.block}.") if self.structure.block else path
@@ -169,7 +194,7 @@ def moe_blocks(model: Any) -> list[MoEBlock]:
         RequestError: If the architecture is not known, or no layer has experts.
     """
     config: ModelConfig = model.config
-    spec = architecture_of(config)
+    spec = architecture_for(model, config)
     rule = spec.routing(config)
     own = set(getattr(text_config(config), "per_layer_attributes", None) or ()) & {spec.key_of_top_k(config)}
     if own:
@@ -190,6 +215,8 @@ def moe_blocks(model: Any) -> list[MoEBlock]:
             for path, axis in found.tensors.items()
             if len(tensors[path]) > axis.axis
         }
+        if found.numbered:
+            counts[found.experts] = len(part(layer, found.experts))
         if len(set(counts.values())) != 1:
             raise RunError(f"layer {index}: its tensors disagree about the number of experts: {counts}.")
         of_layer = rule if table_of(spec, layer, found) is None else spec.by_table(rule)
@@ -239,9 +266,9 @@ def _replace(module: nn.Module, name: str, value: Any) -> None:
         setattr(module, name, value)
 
 
-def moe_layers(model_config: ModelConfig) -> tuple[dict[int, int], RoutingRule]:
+def moe_layers(model_config: ModelConfig, trust_remote_code: bool = False) -> tuple[dict[int, int], RoutingRule]:
     """Experts in each MoE layer and the rule of their routers, from a config alone (a model without weights)."""
-    blocks = moe_blocks(build_on_meta(model_config))
+    blocks = moe_blocks(build_on_meta(model_config, trust_remote_code=trust_remote_code))
     return {block.layer: block.num_experts for block in blocks}, blocks[0].rule
 
 

@@ -88,7 +88,7 @@ class Observing:
 
     def _routing(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def routing(*args: Any, **kwargs: Any) -> Any:
-            with _Product(self.weight) as product:
+            with Product(self.weight) as product:
                 output = forward(*args, **kwargs)
             if product.value is None:
                 raise RunError(
@@ -174,7 +174,7 @@ class _ScaledInput(ExpertsForward):
                 setattr(module, name, value)
 
 
-class _Product(TorchFunctionMode):
+class Product(TorchFunctionMode):
     """Catches the product of a matrix, or of a view or cast of it, with anything, inside a ``with``."""
 
     def __init__(self, matrix: Tensor) -> None:

@@ -56,6 +56,8 @@ class LayerByLayer:
         self._layers: Sequence[nn.Module] = list(decoder_layers(model))
         self._run_decoder = decoder_of(model)
         self.num_layers = len(self._layers)
+        # Code that is not of transformers may return tuples; it is known when a layer has run.
+        self._in_tuples = not type(self._layers[0]).__module__.startswith("transformers.models.")
         self._hands_on = _HANDED_ON in inspect.signature(type(self._layers[0]).forward).parameters
         self._inner: tuple[int, ...] | None = None  # the shape of a position's hidden states
         self._active: int | None = None
@@ -124,6 +126,14 @@ class LayerByLayer:
         hidden = self.dtype.itemsize * int(torch.tensor(self._inner).prod())
         return (*shape, hidden + 4 * self._positions(shape[1])), torch.uint8
 
+    def random_state(self, batch: Batch) -> Tensor:
+        """A state of normal hidden states; inside :meth:`running`, after :meth:`prepare`."""
+        self.state_shape(batch)
+        assert self._inner is not None
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(*batch.input_ids.shape, *self._inner, generator=generator)
+        return self._packed(hidden.to(self.dtype), None)
+
     def forward(self, index: int, batch: Batch, state: Tensor) -> Tensor:
         """The state that comes out of a loaded layer."""
         if index > 0 and not self._is_layerwise:
@@ -180,13 +190,16 @@ class LayerByLayer:
     def _standing_in(self, index: int, real: Any) -> Any:
         """A layer's forward that does something for the layer at work only, and hands on what it got."""
 
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def forward(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(hidden_states, tuple):  # what a layer before stood in with
+                hidden_states = hidden_states[0]
             if self._active == index:
                 if self._seen is not None:
                     self._output = hidden_states
                     self._seen += _tensors((args, kwargs))
                     raise _LayerRan
                 output = real(self._input, *args, **kwargs)
+                self._in_tuples = not isinstance(output, Tensor)
                 if isinstance(output, Tensor):
                     self._output = output
                 else:
@@ -198,7 +211,9 @@ class LayerByLayer:
                 raise _LayerRan
             output = self._input if self._active == _HEAD and index == self.num_layers - 1 else hidden_states
             extra = self._extra if self._active == index + 1 else None
-            return (output, extra) if self._hands_on else output
+            if self._hands_on:
+                return output, extra
+            return (output,) if self._in_tuples else output
 
         return forward
 

@@ -290,9 +290,17 @@ class Weights:
         for module in root.modules() if deep else [root]:
             names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
             for name in names:
-                setattr(module, name, torch.empty_like(getattr(module, name), device=self.device))
+                empty = torch.empty_like(getattr(module, name), device=self.device)
+                # Code that is not of transformers may make them when it is built alone: then they stay as they are.
+                setattr(module, name, empty.fill_(torch.nan) if empty.is_floating_point() else empty)
             if names:
                 initialise(self._whole, module)
+            for name in names:
+                if bool(torch.isnan(getattr(module, name)).any()):
+                    raise RequestError(
+                        f"{name} of a {type(module).__name__} is in no checkpoint and is made only where the whole "
+                        "model is loaded; it cannot be run one layer at a time (stream=False)."
+                    )
 
     def load(self, parameters: Iterable[str], in_place: bool = False) -> None:
         """Read parameters into the model.

@@ -120,6 +120,8 @@ def quiet_plan(
     notes = [rounding_note(budget, config.sparsity), said]
     if dense := stats.model.get("dense_layers"):
         notes.append(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
+    if found := stats.model.get("routing"):
+        notes.append(found)
     if config.allocates == BY_SENSITIVITY:
         selection = _selected_by_sensitivity(stats, config, budget, sensitivity)
     else:

@@ -69,6 +69,12 @@ PER_TOKEN: dict[Need, tuple[str, ...]] = {
 DENSE = frozenset({Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.GRAM})
 """The needs for which every expert runs on every token."""
 
+WITHOUT_RULE = frozenset({Need.ROUTING, Need.ROUTED_NORMS, Need.DENSE_NORMS, Need.INPUTS})
+"""The needs for which nothing has to be known of how routers choose: but for :data:`OF_RULE`."""
+
+OF_RULE = frozenset({"routed_probability", "probability", "probability_log2", "norm_probability", "norm_renormalised"})
+"""The tensors of these that a routing rule gives, and that are empty without one."""
+
 
 def tensor_names(needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]) -> tuple[str, ...]:
     """Names of the tensors that ``needs`` stand for, of ``PER_SAMPLE``, ``PER_TOKEN`` or (by default) both."""

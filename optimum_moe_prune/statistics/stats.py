@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..architectures.own_code import OwnCode
 from ..architectures.routers import RoutingRule, rule_from_dict
 from ..errors import RequestError
 from ..names import STATS_NAME
@@ -28,7 +29,7 @@ from ..storage.files import write_json
 from ..storage.folders import written_folder
 from ..storage.values import Json, check_version, read_json
 from .files import LayerFile, MergedTensors, layer_file, names_of_format_1, save_layer, tensor_shapes
-from .needs import IN_FORMAT_1, PER_TOKEN, Need, layer_shapes, tensor_names
+from .needs import IN_FORMAT_1, OF_RULE, PER_TOKEN, Need, layer_shapes, tensor_names
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
 from .weights import sample_weights
 
@@ -63,7 +64,13 @@ class LayerStats:
     is_head: bool = False
 
     def total(self, name: str) -> Tensor:
-        """Weighted sum over samples of a per-sample statistic: ``(E,)`` float64."""
+        """Weighted sum over samples of a per-sample statistic: ``(E,)`` float64.
+
+        Raises:
+            RequestError: If it needs a rule of the routers, and none is known.
+        """
+        if name in OF_RULE and isinstance(self.routing, OwnCode):
+            raise self.routing.refusal(f"the statistic {name!r}")
         return self.sample_weights @ self.tensors[name].double()
 
     def maximum(self, name: str) -> Tensor:
@@ -161,6 +168,8 @@ class CalibrationStats:
             RequestError: Naming what the method lacks and how to gather it.
         """
         missing = sorted(str(need) for need in set(needs) - self.needs)
+        if missing and isinstance(self.routing, OwnCode):
+            raise self.routing.refusal(f"method {method!r}")
         if missing:
             have = ", ".join(sorted(map(str, self.needs))) or "nothing"
             raise RequestError(

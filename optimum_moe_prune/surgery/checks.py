@@ -8,7 +8,8 @@ import os
 from typing import TYPE_CHECKING
 
 from ..architectures.fingerprint import same_routers
-from ..architectures.table import architecture_of
+from ..architectures.spec import MoESpec
+from ..architectures.table import architecture_for, architecture_of
 from ..checkpoints.layout import Layout
 from ..compat import ModelConfig, text_config
 from ..errors import RequestError
@@ -61,6 +62,7 @@ def check_plan(plan: PruningPlan, model: PreTrainedModel) -> None:
     Raises:
         RequestError: As :func:`check_plan_for_config`, or if the router weights are others.
     """
+    architecture_for(model, model.config)
     check_plan_for_config(plan, model.config)
     blocks = moe_blocks(model)
     counts = {block.layer: block.num_experts for block in blocks}
@@ -108,6 +110,20 @@ def check_output(
     check_space(output, int(layout.checkpoint.nbytes - (1 - share) * layout.expert_bytes))
 
 
+def check_found(spec: MoESpec, uniform: bool) -> None:
+    """Refuse unequal layers of a type without a row: whoever opens the files knows nothing of it.
+
+    Raises:
+        RequestError: If layers would keep different numbers of experts.
+    """
+    if spec.found is not None and not uniform:
+        raise RequestError(
+            f"layers of a {spec.model_type!r} model cannot keep different numbers of experts: what is known of the "
+            "type was found by trial, and is not known where the files are opened. Use a uniform allocation, or "
+            "register_architecture."
+        )
+
+
 def check_request(layout: Layout, uniform: bool, standalone: bool, heads: str) -> None:
     """Raise unless a checkpoint can be pruned, as far as can be told before it is known which experts go.
 
@@ -120,6 +136,7 @@ def check_request(layout: Layout, uniform: bool, standalone: bool, heads: str) -
     Raises:
         RequestError: If it cannot.
     """
+    check_found(layout.spec, uniform)
     if standalone and not uniform:
         standalone_class(layout.config)
     check_heads(layout, heads, uniform)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..architectures.table import architecture_of
 from ..checkpoints.source import Source
 from ..compat import ModelConfig
 from ..errors import RequestError
@@ -17,6 +18,7 @@ from ..plan import PruningPlan
 from ..storage.files import write_json
 from ..storage.folders import written_folder
 from ..storage.values import Values
+from .checks import check_found
 from .config_json import config_of_model
 from .files import add_records, carry_files
 from .standalone import standalone_class, write_standalone
@@ -63,6 +65,7 @@ def saved_model(
         raise RequestError(
             "this model does not have the numbers of experts of the plan; pass the model that was pruned."
         )
+    check_found(architecture_of(model.config), plan.uniform_num_experts is not None)
     standalone = standalone and plan.uniform_num_experts is None  # elsewhere nothing is needed
     if standalone:
         standalone_class(model.config)
