@@ -142,6 +142,7 @@ ROWS = (
         Form(
             renormalise=False, scale="routed_scaling_factor", bias="e_score_correction_bias", fixed="zero_expert_num"
         ),
+        at_least=2,
         notes="experts that do nothing always stay",
     ),
     MoESpec("phimoe", Mixer("router_jitter_noise")),

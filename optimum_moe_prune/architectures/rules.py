@@ -271,7 +271,7 @@ class SparseMixer(RoutingRule, kind="sparse_mixer"):
             ids = torch.as_tensor(retained, device=logits.device)
         logits = logits[:, ids]
         left, chosen, weights = logits, [], []
-        for _ in range(self.top_k):
+        for _ in range(min(self.top_k, len(ids))):
             best, place = left.max(dim=-1, keepdim=True)
             far = (best - logits) / logits.abs().clamp(min=best) > 2 * self.jitter
             weights.append(left.masked_fill(far, -torch.inf).softmax(dim=-1).gather(1, place))

@@ -273,7 +273,10 @@ def _sort(
                 layer.fixed = max(layer.fixed, 0 if axis is None else axis.extra)
             _put(layout, layer.experts.setdefault(int(match[2]), {}), match[3], name)
         else:
-            _put(layout, layer.fused, name.rpartition(".")[2] if beside else path[len(experts) :], name)
+            label = path[len(experts) :]
+            if converter is not None and len(converter.source_patterns) > 1:  # one of several that it is made of
+                label = ".".join(name.split(".")[-2:])
+            _put(layout, layer.fused, name.rpartition(".")[2] if beside else label, name)
             layer.axes[name] = (0, 1, axis.extra if axis is not None and not beside else 0)
     elif axis is not None and not beside:
         layer.axes[name] = (axis.axis, axis.each, axis.extra)
