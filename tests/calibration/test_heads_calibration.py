@@ -15,6 +15,7 @@ from heads import (
     heads_of_tiny_models,  # noqa: F401  # a fixture
     loaded,
     transformers_head,
+    two_heads,
 )
 from oracles import assert_identical, assert_same, calibrated
 from transformers import PreTrainedTokenizerFast
@@ -91,6 +92,14 @@ def test_streamed_and_in_memory_and_continued(folder: Path, tmp_path: Path, samp
             calibrated(layout, samples, "all", stream=True, folder=work)
         continued = calibrated(layout, samples, "all", stream=True, folder=work)
         assert_identical(continued, streamed)
+
+
+def test_two_heads(tmp_path: Path, samples: CalibrationSet) -> None:
+    layout = open_layout(two_heads(tmp_path / "model"))
+    whole, streamed = (calibrated(layout, samples, "all", stream=stream) for stream in (False, True))
+    assert whole.of_heads is not None and sorted(whole.of_heads.layers) == [4, 5]
+    assert_same(streamed, whole, rtol=1e-4)
+    assert build_plan(whole, MoEPrunerConfig(method="enumeration", num_experts=8)).heads == (4, 5)
 
 
 def test_the_model_is_calibrated_as_without_heads(folder: Path, samples: CalibrationSet) -> None:
