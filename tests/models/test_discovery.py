@@ -11,6 +11,7 @@ from pathlib import Path
 import own_model
 import pytest
 import torch
+from architectures.tiny import tiny_model
 from conftest import aligned, assert_equal_states, make_model, make_texts, make_tokenizer
 from own_model import OwnConfig, OwnForCausalLM
 from torch.nn import functional
@@ -395,8 +396,7 @@ def test_a_known_row_is_found_again(kind: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_row_of_another_architecture_is_found_again(model_type: str) -> None:
-    tiny = pytest.importorskip("architectures.tiny")
-    model = tiny.tiny_model(model_type)
+    model = tiny_model(model_type)
     blocks = moe_blocks(model)
     row = table._ROWS.pop(model.config.model_type)
     found = discover(model)
