@@ -215,7 +215,8 @@ def _parameters(plan: PruningPlan, folder: Path) -> tuple[tuple[int, int], tuple
     """
     try:
         checkpoint = Checkpoint.open(folder)
-        layout = find_layout(checkpoint, AutoConfig.from_pretrained(folder))
+        # Code in the folder does not run for a card, and nobody is asked about it.
+        layout = find_layout(checkpoint, AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (MoEPruneError, OSError, ValueError) as error:
         logger.warning("the card says nothing of sizes: %s", error)
         return None
