@@ -21,9 +21,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from optimum_moe_prune import Need, PruningPlan, RequestError, list_architectures
+from optimum_moe_prune import MoESpec, Need, PruningPlan, RequestError, list_architectures
+from optimum_moe_prune.architectures import overview
 from optimum_moe_prune.architectures.table import all_architectures, architecture_of
 from optimum_moe_prune.calibration.calibrate import calibrate
+from optimum_moe_prune.commands.list import _models
 from optimum_moe_prune.models.blocks import model_facts, moe_blocks
 from optimum_moe_prune.models.memory import Compute
 
@@ -42,10 +44,9 @@ def known(model_type: str) -> bool:
 KNOWN = [name for name in TINY if known(name)]
 RUNS = [name for name in KNOWN if name not in UPSTREAM]
 
-MIXES_LAYERS = {"inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"}
-"""Models that hand what several layers gave on to later ones; they are calibrated in memory."""
-EQUAL_LAYERS = {"gemma4", "gemma4_text", "dots3_note", "dots3_note_text"}
-"""Models that transformers cannot build with different numbers of experts."""
+
+def row(model_type: str) -> MoESpec:
+    return architecture_of(tiny_config(model_type))
 
 
 def test_every_row_is_walked() -> None:
@@ -138,7 +139,7 @@ def test_from_calibration_to_reload(model_type: str, tmp_path: Path) -> None:
     assert reloaded.generate(input_ids=IDS[:1, :6], max_new_tokens=2, do_sample=False).shape == (1, 8)
 
     stats = calibrate(model, list(IDS), NEEDS, batch_size=1)  # proves the rule of every layer
-    if model_type in MIXES_LAYERS:
+    if not row(model_type).streams:
         with pytest.raises(RequestError, match="cannot be run one layer at a time"):
             calibrate(tmp_path / "whole", list(IDS), NEEDS, compute=Compute("float32", stream=True))
     else:
@@ -157,7 +158,7 @@ def test_from_calibration_to_reload(model_type: str, tmp_path: Path) -> None:
 def test_layers_of_different_widths(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     plan = plan_of(model, 8, 6, 10)
-    if model_type in EQUAL_LAYERS:
+    if not row(model_type).unequal:
         with pytest.raises(RequestError, match="is not homogeneous across layers"):
             plan.apply(model)
         return
@@ -183,3 +184,10 @@ def test_what_is_refused_is_told_why(model_type: str) -> None:
     if model_type in TINY:
         with pytest.raises(RequestError, match=f"a '{model_type}' model cannot be pruned: "):
             architecture_of(tiny_config(model_type))
+
+
+def test_the_table_of_models_is_not_stale() -> None:
+    page = (Path(overview.__file__).parent / "README.md").read_text(encoding="utf-8")
+    written = page.split("<!-- models -->\n")[1].split("\n<!-- /models -->")[0]
+    shown, _ = _models(markdown=True)
+    assert written == shown, "python -m optimum_moe_prune list models --markdown"
