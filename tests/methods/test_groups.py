@@ -391,6 +391,12 @@ def test_a_step_is_judged_by_all_it_adds() -> None:
     assert kept == {0: (0, 3), 1: (0, 1, 3, 4)}, "the best expert alone is in the step that adds less"
 
 
+def test_steps_stay_in_their_order_where_their_sums_are_rounded() -> None:
+    rule = GroupedTopK(1, groups=2, top_groups=2, best=1)
+    keys = {0: [(0.0, 0.0), (1e16, 0.0), (1e16, 0.0), (0.0, 0.0), (0.0, 5.0), (1.0, 0.0)]}
+    assert choose_ranked(keys, global_budget({0: 6}, rule, total_experts=4)) == {0: (0, 1, 3, 4)}
+
+
 def test_the_order_of_a_layer_takes_groups_in_turns() -> None:
     budget = Budget({5: 6}, 6, GroupedTopK(1, groups=3, top_groups=1, best=1), {5: (3,)})
     assert budget.order(5, [2.0, 1.0, 0.0, 9.0, 5.0, 5.0]) == [1, 3, 4, 0, 2, 5]
