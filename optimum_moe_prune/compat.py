@@ -214,6 +214,10 @@ class WeightNames:
             and all(isinstance(operation, Concatenate) and operation.dim != 0 for operation in others)
         )
 
+    def has(self, parameter: str) -> bool:
+        """Whether the model has a parameter or buffer of this name."""
+        return parameter in self._parameters
+
     def parameter_shape(self, parameter: str) -> tuple[int, ...]:
         """The shape of a parameter of the model."""
         return tuple(self._parameters[parameter].shape)

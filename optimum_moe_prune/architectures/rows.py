@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .rules import Form, Mixer, Softmax
 from .spec import MoESpec
 
@@ -82,7 +84,7 @@ ROWS = (
     MoESpec("exaone_moe", DEEPSEEK),
     MoESpec("hy_v4", DEEPSEEK, also=("hy_v4_vl_text",)),
     MoESpec("axk1", DEEPSEEK),
-    MoESpec("axk2", DEEPSEEK),
+    MoESpec("axk2", replace(DEEPSEEK, others_are_zero=True)),
     MoESpec(
         "beam",
         Form("sigmoid", renormalise="norm_topk_prob", epsilon=1e-20, groups=True, bias="e_score_correction_bias"),

@@ -272,7 +272,7 @@ def _sort(
                 layer.projections.update(names.source_shapes(converter, shape))
                 layer.fixed = max(layer.fixed, 0 if axis is None else axis.extra)
             _put(layout, layer.experts.setdefault(int(match[2]), {}), match[3], name)
-        else:
+        elif axis is not None or beside or not names.has(f"{layout.structure.layers}.{like}.{path}"):
             label = path[len(experts) :]
             if converter is not None and len(converter.source_patterns) > 1:  # one of several that it is made of
                 label = ".".join(name.split(".")[-2:])
