@@ -85,10 +85,10 @@ def plan_of(model: PreTrainedModel, *counts: int) -> PruningPlan:
 def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
     """Inside, routers choose among the retained experts; no tensor of the model has another shape."""
     undo: list[tuple[nn.Module, str, Any]] = []
-    outside: dict[int, torch.Tensor] = {}
+    outside: dict[int, list[int]] = {}
     tables = contextlib.ExitStack()
     for block in moe_blocks(model):
-        gone = torch.tensor([e for e in range(EXPERTS) if e not in plan.retained[block.layer]])
+        gone = [e for e in range(EXPERTS) if e not in plan.retained[block.layer]]
         # Without a choice there is nothing to mask; nor where a router puts 0 in place of what was masked.
         if block.table is not None or getattr(block.rule, "others_are_zero", False):
             tables.enter_context(block.restricted(plan.retained[block.layer]))
@@ -106,7 +106,10 @@ def masked(model: PreTrainedModel, plan: PruningPlan) -> Iterator[None]:
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         out = real(x, weight, bias)
-        return out.index_fill(-1, outside[id(weight)], -torch.inf) if id(weight) in outside else out
+        if id(weight) in outside:
+            out = out.clone()
+            out[..., outside[id(weight)]] = -torch.inf
+        return out
 
     try:
         with tables, pytest.MonkeyPatch.context() as patch:
