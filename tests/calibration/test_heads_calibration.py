@@ -94,6 +94,17 @@ def test_streamed_and_in_memory_and_continued(folder: Path, tmp_path: Path, samp
         assert_identical(continued, streamed)
 
 
+def test_a_quantised_head_is_read_as_plain_numbers(tmp_path: Path, samples: CalibrationSet) -> None:
+    plain = checkpoint("deepseek_v3", tmp_path / "model")  # and beside it the one it was made of
+    for stream in (False, True):
+        stats, expected = (
+            calibrated(open_layout(folder), samples, "all", stream=stream, dtype="float32")
+            for folder in (tmp_path / "quantised", plain)
+        )
+        assert stats.of_heads is not None and expected.of_heads is not None
+        assert_same(stats.of_heads, expected.of_heads, rtol=1e-4)
+
+
 def test_two_heads(tmp_path: Path, samples: CalibrationSet) -> None:
     layout = open_layout(two_heads(tmp_path / "model"))
     whole, streamed = (calibrated(layout, samples, "all", stream=stream) for stream in (False, True))
