@@ -133,7 +133,7 @@ def _prove_set(call: Call, retained: list[int]) -> None:
             with block.restricted(retained):
                 found = _first(block.module(*args, **kwargs)).double()
             whole = _first(block.module(*args, **kwargs)).double()
-            with block.observed(lambda logits: None, lambda own, *given: own(*given)):
+            with block.observed(lambda logits: None, _one_by_one):
                 again = _first(block.module(*args, **kwargs)).double()
     except RequestError:
         raise
@@ -148,6 +148,13 @@ def _prove_set(call: Call, retained: list[int]) -> None:
                 f"{where}: its block, {what}, differs by {difference:.2g} from what the model really calculates "
                 f"(largest number {float(expected.abs().max()):.2g})."
             )
+
+
+def _one_by_one(own: ExpertsForward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The experts' output from each chosen one's own, as a calibration asks for them."""
+    rows = hidden.repeat_interleave(ids.shape[1], dim=0)
+    y = own(rows, ids.reshape(-1, 1), torch.ones_like(weights).view(-1, 1)).view(*ids.shape, -1)
+    return (y * weights[..., None]).sum(1).to(y.dtype)
 
 
 def _prove_choice(call: Call, retained: list[int], where: str) -> None:
