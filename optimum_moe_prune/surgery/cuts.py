@@ -7,13 +7,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..architectures.structure import Structure
+from ..architectures.unequal import FILE_STEM
 from ..checkpoints.layout import Layout
 from ..checkpoints.source import Source
+from ..names import CARD_NAME, CONFIG_NAME, EVALUATION_NAME, NEW_CARD_NAME, PLAN_NAME, REPORT_NAME
 from ..plan import PruningPlan
 from ..storage.values import Json
 from .expert_names import Cut
 from .side_files import carried, rewritten, rewritten_file
 
+OWN_FILES = (
+    PLAN_NAME,
+    CONFIG_NAME,
+    CARD_NAME,
+    NEW_CARD_NAME,
+    REPORT_NAME,
+    EVALUATION_NAME,
+    "config.json",
+    f"{FILE_STEM}.py",
+)
+"""What is written anew beside the weights, or not carried over, of a model that was pruned before."""
 _SETTINGS = ("quantization_config", "compression_config")
 
 
@@ -56,7 +69,7 @@ def changed_files(source: Source, cut: Cut) -> dict[str, bytes]:
         RequestError: If one does in a way that cannot be followed.
     """
     changed = {}
-    for name in set(carried(source.files(), source.find)[0]) & set(source.other_files()) - {"config.json"}:
+    for name in set(carried(source.files(), source.find)[0]) & set(source.other_files()) - set(OWN_FILES):
         found = source.find(name)
         new = None if found is None else rewritten_file(found, cut)
         if new is not None:

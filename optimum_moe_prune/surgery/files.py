@@ -18,7 +18,6 @@ from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..architectures.unequal import FILE_STEM
 from ..checkpoints.checkpoint import INDEX_FILE
 from ..checkpoints.cutting import select
 from ..checkpoints.layout import Layout
@@ -28,10 +27,7 @@ from ..names import (
     BASE_CARD_NAME,
     CARD_NAME,
     CONFIG_NAME,
-    EVALUATION_NAME,
-    NEW_CARD_NAME,
     PLAN_NAME,
-    REPORT_NAME,
     REPORT_PICTURES,
 )
 from ..plan import PruningPlan
@@ -42,7 +38,7 @@ from ..storage.values import Json, Values
 from .checks import check_plan_for_config, check_request, check_routers
 from .config_json import config_after, config_of_files
 from .copying import _write_file
-from .cuts import changed_files, cut_of_files, with_settings
+from .cuts import OWN_FILES, changed_files, cut_of_files, with_settings
 from .heads import check_heads_load, head_counts, way_of_plan, with_heads_settled
 from .side_files import carried
 from .standalone import write_standalone
@@ -50,16 +46,6 @@ from .standalone import write_standalone
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
-_OWN_FILES = (
-    PLAN_NAME,
-    CONFIG_NAME,
-    CARD_NAME,
-    NEW_CARD_NAME,
-    REPORT_NAME,
-    EVALUATION_NAME,
-    "config.json",
-    f"{FILE_STEM}.py",
-)
 
 
 @contextlib.contextmanager
@@ -181,7 +167,7 @@ def carry_files(source: Source, folder: Path, changed: Mapping[str, bytes]) -> d
         if card is not None:
             shutil.copyfile(card, folder / BASE_CARD_NAME)
     for name in names:
-        if name in _OWN_FILES or name.startswith(f"{REPORT_PICTURES}/") or (folder / name).exists():
+        if name in OWN_FILES or name.startswith(f"{REPORT_PICTURES}/") or (folder / name).exists():
             continue
         found = source.find(name)
         if found is None:
