@@ -339,6 +339,23 @@ def model_class(config: ModelConfig) -> Any:
     raise LookupError(config.model_type)
 
 
+def auto_class(config: ModelConfig) -> str:
+    """The name of the auto class that gives the class a checkpoint's config says it is of.
+
+    Raises:
+        LookupError: If transformers has none.
+    """
+    import transformers
+
+    wanted = model_class(config)
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
+        found = mapping[type(config)] if type(config) in mapping else ()
+        if wanted in (found if isinstance(found, tuple) else (found,)):
+            return auto
+    raise LookupError(config.model_type)
+
+
 def loader_of(config: ModelConfig, trust_remote_code: bool = False) -> Any:
     """What has ``from_pretrained`` for a config: the class it is of, or an auto class where code comes with it.
 

@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from .. import names
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import find_layout
+from ..compat import auto_class
 from ..config import MoEPrunerConfig
 from ..errors import MoEPruneError
 from ..evaluation.comparison import Comparison, markdown_table
@@ -104,6 +105,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
         first_model=first_model,
         title=_plain(name.rpartition("/")[2]),
         quoted_name=repr(name),
+        loader=_loader(folder),
         sizes=_sizes(plan, folder, comparison),
         **_results(comparison),
         **_calibration(plan),
@@ -163,6 +165,14 @@ def _eval_results(comparison: Comparison | None) -> list[EvalResult]:
             if not metric.endswith("_stderr"):
                 results.append(EvalResult(**of, metric_type=metric, metric_value=round(value, 4)))
     return results
+
+
+def _loader(folder: Path) -> str:
+    """The auto class that loads the checkpoint whole, with what sees or hears in it."""
+    try:
+        return auto_class(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, LookupError):  # a type of the user's own, or code that comes with it
+        return "AutoModelForCausalLM"
 
 
 def _sizes(plan: PruningPlan, folder: Path, comparison: Comparison | None) -> str:
