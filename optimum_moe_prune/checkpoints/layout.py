@@ -26,8 +26,9 @@ from ..architectures.structure import LayerStructure, Structure, structure_of
 from ..architectures.table import architecture_of
 from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, quantization_of, text_config
 from ..errors import RequestError
-from ..storage.values import Json
+from ..storage.values import Json, read_json
 from .checkpoint import Checkpoint
+from .foreign import foreign_format
 from .heads import Head, find_heads, names_of_heads, prefix_of
 from .layer_checks import LayerChecks, Shapes
 from .moe_layer import MoELayer
@@ -152,6 +153,26 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     Raises:
         RequestError: Naming the tensor and its file, or what is missing.
     """
+    try:
+        return _found_layout(checkpoint, config)
+    except RequestError as error:
+        if what := _another_format(checkpoint, config):
+            raise RequestError(
+                f"{checkpoint.name_or_path} holds weights in another format: {what}. Prune the original checkpoint, "
+                "and convert what comes out."
+            ) from error
+        raise
+
+
+def _another_format(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
+    """What another tool wrote in a checkpoint that cannot be read here, or None."""
+    if Plain(checkpoint, config).formats:
+        return None
+    found = checkpoint.source.find("config.json")
+    return None if found is None else foreign_format(read_json(found), checkpoint.tensors)
+
+
+def _found_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     spec = architecture_of(config)
     model = build_on_meta(config, trust_remote_code=checkpoint.source.trust_remote_code)
     structure = structure_of(model, spec)

@@ -161,7 +161,7 @@ def carry_files(source: Source, folder: Path, changed: Mapping[str, bytes]) -> d
     names, left_out = carried(source.files(), source.find)
     names = [name for name in source.other_files() if name in set(names)]
     for name, reason in left_out.items():
-        logger.info("%s of %s stays out of the pruned copy: %s.", name, source.name_or_path, reason)
+        logger.warning("%s of %s stays out of the pruned copy: %s.", name, source.name_or_path, reason)
     if CARD_NAME in names and BASE_CARD_NAME not in names:
         card = source.find(CARD_NAME)
         if card is not None:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from optimum_moe_prune import MoESpec, Need, PruningPlan, RequestError, list_arc
 from optimum_moe_prune.architectures import overview
 from optimum_moe_prune.architectures.table import all_architectures, architecture_of
 from optimum_moe_prune.calibration.calibrate import calibrate
+from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.commands.list import _models
 from optimum_moe_prune.models.blocks import model_facts, moe_blocks
 from optimum_moe_prune.models.memory import Compute
@@ -181,6 +183,23 @@ def test_rules_hold_in_bfloat16(model_type: str) -> None:
     model.set_experts_implementation("eager") if hasattr(model, "set_experts_implementation") else None
     stats = calibrate(model, list(IDS), {Need.ROUTING}, batch_size=2)
     assert stats.num_experts == dict.fromkeys(stats.num_experts, EXPERTS)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "minimax_m2", "gpt_oss", "qwen3_5_moe"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_plans_cross_between_memory_and_files(model_type: str, stored: torch.dtype, tmp_path: Path) -> None:
+    """Whichever precision a model is loaded in, and whether or not its routers are kept in float32."""
+    tiny_model(model_type, dtype=stored).save_pretrained(tmp_path / "whole")
+    tiny_model(model_type, seed=1, dtype=stored).save_pretrained(tmp_path / "other")
+    loaded = type(tiny_model(model_type)).from_pretrained(tmp_path / "whole", dtype=torch.bfloat16).eval()
+    made_in_memory = plan_of(loaded, 8)
+    made_in_memory.apply_to_checkpoint(tmp_path / "whole", tmp_path / "pruned")
+    with pytest.raises(RequestError, match="made for a model with other router weights"):
+        made_in_memory.apply_to_checkpoint(tmp_path / "other", tmp_path / "wrong")
+    facts = open_layout(tmp_path / "whole").facts()
+    of_files = replace(made_in_memory, provenance={"model": facts})
+    of_files.apply(loaded)
+    of_files.apply(type(loaded).from_pretrained(tmp_path / "whole", dtype=torch.float32))
 
 
 @pytest.mark.parametrize("model_type", [spec.model_type for spec in all_architectures() if spec.refused])
