@@ -208,9 +208,7 @@ def _layer(
         raise RequestError(f"layer {index} of this {spec.model_type!r} model has {what}; that is not supported.")
     experts = owners.pop()
     block = experts.rpartition(".")[0]
-    matrices = [
-        path for path, (shape, _) in tensors.items() if len(shape) == 2 and shape[0] > 1 and not axes[path].axis
-    ]
+    matrices = [path for path, (shape, _) in tensors.items() if len(shape) == 2 and not axes[path].axis]
     logits = [path for path in matrices if not path.startswith(f"{experts}.")]
     if len(logits) != 1:
         raise RequestError(

@@ -29,6 +29,7 @@ from optimum_moe_prune import (
     RunError,
     list_methods,
 )
+from optimum_moe_prune.architectures.fingerprint import same_routers
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.calibration.streamed import collect_streamed as collect_skeleton
 from optimum_moe_prune.checkpoints.checkpoint import SINGLE_FILE
@@ -59,7 +60,7 @@ def test_the_same_statistics_to_the_bit(
         if dtype == "auto":
             assert_identical(found, expected)
         else:  # the model in memory was loaded in another precision, and so are its routers
-            assert found.model["fingerprint"] == layout.fingerprint()
+            assert found.model["fingerprint"] == layout.fingerprints()["fingerprint"]
             assert_identical(found, CalibrationStats(**{**vars(expected), "model": found.model}))
         assert found.provenance["dtype"] == expected.provenance["dtype"]
 
@@ -292,7 +293,9 @@ def test_precision_of_the_files_is_the_configs(
     (folder / "config.json").write_text(json.dumps({**values, "dtype": "bfloat16"}))
     found = collect_streamed(layout_of(folder), samples, Need)
     assert found.provenance["dtype"] == "bfloat16"
-    assert_identical(found, collect(load(folder), samples, Need))
+    expected = collect(load(folder), samples, Need)
+    assert same_routers(found.model, expected.model)  # in the files they are not rounded
+    assert_identical(CalibrationStats(**{**vars(found), "model": expected.model}), expected)
     values.pop("dtype")
     (folder / "config.json").write_text(json.dumps(values))
     assert_identical(collect_streamed(layout_of(folder), samples, Need), collect(load(folder), samples, Need))
