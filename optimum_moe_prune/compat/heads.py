@@ -41,8 +41,11 @@ def build_heads(model: Any, decoder: Any, config: ModelConfig, dtype: torch.dtyp
         Exception: Whatever transformers raises for heads that it cannot build.
     """
     import torch
+    import transformers
     from transformers.modeling_layers import MtpModel
 
+    if not hasattr(MtpModel, "forward_layer"):  # 5.14 has only drafting as a whole, and gives heads dense layers
+        raise NotImplementedError(f"transformers {transformers.__version__} cannot run heads alone; 5.23 can")
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype or before)

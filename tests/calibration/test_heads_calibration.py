@@ -184,3 +184,16 @@ def test_a_head_that_cannot_be_run(tmp_path: Path, samples: CalibrationSet, capl
     stats = calibrated(open_layout(folder), samples, "all", stream=False)
     assert not stats.of_heads and "eh_proj" in stats.provenance["heads_left_out"]
     assert "heads for further tokens are not calibrated" in caplog.text
+
+
+def test_an_older_transformers_is_named(
+    tmp_path: Path, samples: CalibrationSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers 5.14 has no ``MtpModel.forward_layer``; the model itself is calibrated all the same."""
+    from transformers.modeling_layers import MtpModel
+
+    monkeypatch.delattr(MtpModel, "forward_layer", raising=False)
+    folder = checkpoint("deepseek_v3", tmp_path / "model")
+    stats = calibrated(open_layout(folder), samples, "all")
+    assert stats.layers and not stats.of_heads
+    assert "cannot run heads alone; 5.23 can" in caplog.text
