@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model, make_texts, make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_moe_prune import RequestError, Source, compare
 from optimum_moe_prune.compat import text_config
@@ -57,7 +57,8 @@ def test_files_and_loaded_models_are_compared_alike(folders: list[Path]) -> None
 def test_one_model_is_in_memory_beside_the_reference(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[weakref.ref] = []
     most = []
-    load = AutoModelForCausalLM.from_pretrained
+    kind = type(AutoModelForCausalLM.from_pretrained(folders[0]))
+    load = kind.from_pretrained
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
@@ -66,7 +67,7 @@ def test_one_model_is_in_memory_beside_the_reference(folders: list[Path], monkey
         most.append(sum(found() is not None for found in held))
         return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    monkeypatch.setattr(kind, "from_pretrained", counted)
     compare(folders[1:], make_texts(), reference=folders[0])
     assert most == [1, 2, 2]
 
@@ -78,7 +79,7 @@ def test_what_is_refused_before_a_model_is_loaded(
         raise AssertionError("a model is loaded")
 
     make_model(vocab_size=100).save_pretrained(tmp_path / "larger")
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", refuse)
     one, texts = folders[1], make_texts(2)
     for models, data, how, message in (
         ([], texts, {}, "no model is named"),

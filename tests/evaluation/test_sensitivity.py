@@ -275,7 +275,7 @@ def test_files_and_what_does_not_fit(
         build_plan(stats, by_sensitivity, {"low": 2, "high": 1}, found)
     with pytest.raises(RequestError, match="needs what was measured of the model"):
         build_plan(stats, by_sensitivity)
-    other = dataclasses.replace(stats, model={**stats.model, "fingerprint": "0"})
+    other = dataclasses.replace(stats, model={**stats.model, "fingerprint": "0", "fingerprint_bfloat16": "0"})
     with pytest.raises(RequestError, match="was measured on another model"):
         build_plan(other, by_sensitivity, sensitivity=found)
     whole = json.loads((tmp_path / "s.json").read_text())
