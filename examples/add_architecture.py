@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, OlmoeConfig
 from transformers.models.olmoe import modeling_olmoe
 
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig, MoESpec, register_architecture
-from optimum_moe_prune.architectures.rules import Form
+from optimum_moe_prune.architectures.forms import Form
 
 # ------------------------------------------------------------------------------------------- a model of one's own
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from .forms import Form, Mixer, Softmax
 from .routers import RoutingRule
 from .rows import ROWS
-from .rules import Form, Mixer, Softmax, TopK
+from .rules import TopK
 
 AnyForm = Form | Softmax | Mixer
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from ..compat import default_config
-from .rules import Form, Mixer
+from .forms import Form, Mixer
 from .spec import MoESpec
 from .table import all_architectures
 

@@ -142,6 +142,13 @@ class RoutingRule(ABC):
         """Whether a layer can keep that many experts."""
         return num_experts >= self.fewest and num_experts % self.groups == 0
 
+    def moved_by(self, logits: Tensor, retained: Sequence[int]) -> Tensor | None:
+        """The tokens ``(T, len(retained))`` whose routing among some experts may change when one of them goes.
+
+        None where nothing is known: then each token's may.
+        """
+        return None
+
     def grouped(self, experts: Iterable[int], num_experts: int) -> list[list[int]]:
         """Experts of a layer by group, in the order they are given.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .rules import Form, Mixer, Softmax
+from .forms import Form, Mixer, Softmax
 from .spec import MoESpec
 
 # softmax over all experts, the K best; or the K best logits and the softmax of these, which is the same

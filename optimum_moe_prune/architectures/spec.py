@@ -14,9 +14,9 @@ from typing import Any
 
 from ..compat import ModelConfig, text_config
 from ..errors import RequestError
+from .forms import Form, Mixer, Softmax
 from .own_code import Own
 from .routers import RoutingRule
-from .rules import Form, Mixer, Softmax
 
 COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")

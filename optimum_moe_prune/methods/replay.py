@@ -69,6 +69,34 @@ def squared_errors(logits: Tensor, gram: Tensor, routing: RoutingRule, retained:
     return torch.cat(errors).clamp_(min=0)
 
 
+def errors_without(
+    logits: Tensor, gram: Tensor, routing: RoutingRule, left: Sequence[int], candidates: Sequence[int]
+) -> Tensor:
+    """Squared errors ``(T, n)`` of the sets that are left when one of ``candidates`` goes, by the definition.
+
+    A set is only asked about the tokens whose routing can change with that expert, where the rule says which.
+
+    Args:
+        logits, gram, routing: As for :func:`squared_errors`.
+        left: Sorted ids of the experts that are there.
+        candidates: Those of them that may go.
+    """
+    moved = routing.moved_by(logits, left)
+    now = squared_errors(logits, gram, routing, left) if moved is not None else None
+    columns = []
+    for expert in candidates:
+        others = [other for other in left if other != expert]
+        if moved is None or now is None:
+            columns.append(squared_errors(logits, gram, routing, others))
+            continue
+        rows = moved[:, left.index(expert)].nonzero().flatten()
+        column = now.clone()
+        if len(rows):
+            column[rows] = squared_errors(logits[rows], gram[rows], routing, others)
+        columns.append(column)
+    return torch.stack(columns, dim=1)
+
+
 def reconstruction_loss(errors: Tensor, sample: Tensor, weights: Tensor) -> Tensor:
     """``L_recon`` from squared errors: the weighted sum over samples of the root of their summed errors.
 

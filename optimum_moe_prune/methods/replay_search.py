@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
-from .replay import TIE, WORKING_BYTES, first_minimum, gram_index, reconstruction_loss, squared_errors
+from .replay import TIE, WORKING_BYTES, errors_without, first_minimum, gram_index, reconstruction_loss, squared_errors
 from .sets import RetainedSet, num_sets, sets_of
 
 _TABLE_BITS = 20  # a table of 2**20 entries at most
@@ -244,7 +244,8 @@ class Replay:
             if state is not None:
                 losses = state.losses_without()[candidates]
             else:
-                losses = self.losses([rests[e] for e in candidates])
+                errors = errors_without(self.logits, self.gram, routing, left, candidates)
+                losses = reconstruction_loss(errors, self.sample, self.weights)
             victim = candidates[len(candidates) - 1 - first_minimum(losses.flip(0))]
             alive[victim] = False
             if state is not None:

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from optimum_moe_prune.architectures.rules import TopK
 from optimum_moe_prune.methods.budget import Budget, choose, choose_ranked, global_budget, uniform_budget
 from optimum_moe_prune.methods.limits import check_retained, num_removed
 from optimum_moe_prune.methods.path_selection import best_paths, first_path, most_paths, on_best_paths
+from optimum_moe_prune.methods.replay import errors_without, squared_errors
 from optimum_moe_prune.methods.sets import num_sets, sets_of
 
 Set = tuple[int, ...]
@@ -471,3 +472,23 @@ def test_every_set_is_refused_that_is_no_layer(name: str) -> None:
             f"layer 4: the plan retains {counts} experts of the router's {rule.groups} groups, and each must keep the "
             f"same number, at least {fewest(rule) // rule.groups}."
         )
+
+
+@pytest.mark.parametrize("group_score", ["top2", "max"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_only_tokens_that_an_expert_can_move_are_asked(groups: int, group_score: Literal["top2", "max"]) -> None:
+    """Errors of all sets with one expert less, by the definition of each."""
+    generator = torch.Generator().manual_seed(groups)
+    logits = torch.randn(60, 12, generator=generator)
+    outputs = torch.randn(60, 12, 5, generator=generator)
+    rows, columns = torch.triu_indices(12, 12)
+    gram = (outputs @ outputs.transpose(1, 2))[:, rows, columns]
+    bias = tuple((0.2 * torch.randn(12, generator=generator)).tolist())
+    rule = TopK(3, "sigmoid", bias=bias, groups=groups, top_groups=max(1, groups - 1), group_score=group_score)
+    left = [0, 1, 3, 4, 5, 6, 7, 9, 10, 11]
+    found = errors_without(logits, gram, rule, left, [0, 3, 7, 11])
+    moved = rule.moved_by(logits, left)
+    assert moved is not None and 0.05 < moved.double().mean() < 0.8
+    for column, expert in enumerate([0, 3, 7, 11]):
+        expected = squared_errors(logits, gram, rule, [other for other in left if other != expert])
+        torch.testing.assert_close(found[:, column], expected, atol=1e-12, rtol=0)

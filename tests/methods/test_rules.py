@@ -35,8 +35,8 @@ from optimum_moe_prune import (
     register_architecture,
 )
 from optimum_moe_prune.architectures import table
+from optimum_moe_prune.architectures.forms import Softmax
 from optimum_moe_prune.architectures.routers import Normalisation, RoutingRule, SoftmaxTopK, rule_from_dict
-from optimum_moe_prune.architectures.rules import Softmax
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.calibration.streamed import collect_streamed
 from optimum_moe_prune.methods import list_methods

@@ -28,8 +28,8 @@ from optimum_moe_prune import (
     register_architecture,
 )
 from optimum_moe_prune.architectures import table
+from optimum_moe_prune.architectures.forms import Form, Softmax
 from optimum_moe_prune.architectures.own_code import Own, OwnCode
-from optimum_moe_prune.architectures.rules import Form, Softmax
 from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.checkpoints.source import Source
 from optimum_moe_prune.models import discovery, reload

@@ -36,7 +36,7 @@ from optimum_moe_prune import (
     register_architecture,
 )
 from optimum_moe_prune.architectures import table
-from optimum_moe_prune.architectures.rules import Softmax
+from optimum_moe_prune.architectures.forms import Softmax
 from optimum_moe_prune.models import reload
 from optimum_moe_prune.models.blocks import moe_blocks
 from optimum_moe_prune.names import PLAN_NAME
