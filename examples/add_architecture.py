@@ -1,57 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
 """Teach the package an architecture: one row of facts.
 
-    python examples/add_architecture.py [allenai/OLMoE-1B-7B-0924]
+    python examples/add_architecture.py
 
-By default a tiny OLMoE with random weights, made on the spot, and random token ids. The row says where a decoder layer
-keeps its experts and its router; everything else (calibration, streaming, surgery, unequal layers) follows from it.
+The model is one of this file: an OLMoE whose routers score experts by sigmoids, choose with a bias and weigh without.
+The row says how its routers choose, which no shape tells; where it has its experts, what has to be cut and what counts
+them is found. (Without a row the rule is found by trial as well, and layers then keep the same number of experts.)
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, OlmoeConfig
+from transformers.models.olmoe import modeling_olmoe
 
-from optimum_moe_prune import MoEPruner, MoEPrunerConfig, MoESpec, list_architectures, register_architecture
+from optimum_moe_prune import MoEPruner, MoEPrunerConfig, MoESpec, register_architecture
+from optimum_moe_prune.architectures.rules import Form
 
-if "olmoe" not in list_architectures():
-    register_architecture(
-        MoESpec(
-            model_type="olmoe",
-            block_class="OlmoeSparseMoeBlock",
-            layer_class="OlmoeDecoderLayer",
-            count_key="num_experts",  # in config.json
-            renormalise="norm_topk_prob",  # whether chosen weights are divided by their sum: as this key says
-            cast_weights=True,  # the router rounds them to the model's precision
-            file_experts=(
-                ("gate_proj", "intermediate_size", "hidden_size"),
-                ("up_proj", "intermediate_size", "hidden_size"),
-                ("down_proj", "hidden_size", "intermediate_size"),
-            ),
-        )
+# ------------------------------------------------------------------------------------------- a model of one's own
+
+
+class SigmoidConfig(OlmoeConfig):
+    model_type = "sigmoid_olmoe"
+
+
+class SigmoidRouter(modeling_olmoe.OlmoeTopKRouter):
+    def __init__(self, config):
+        super().__init__(config)
+        self.choice_bias = nn.Buffer(torch.zeros(self.num_experts))
+
+    def forward(self, hidden_states):
+        logits = functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        scores = logits.float().sigmoid()
+        chosen = torch.topk(scores + self.choice_bias.float(), self.top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        return logits, (weights / weights.sum(dim=-1, keepdim=True)).to(logits.dtype), chosen
+
+
+class SigmoidForCausalLM(modeling_olmoe.OlmoeForCausalLM):
+    config_class = SigmoidConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.gate = SigmoidRouter(config)
+        self.post_init()
+
+
+AutoConfig.register("sigmoid_olmoe", SigmoidConfig)
+AutoModelForCausalLM.register(SigmoidConfig, SigmoidForCausalLM)
+
+# ------------------------------------------------------------------------------------------- its row
+
+register_architecture(
+    MoESpec(
+        model_type="sigmoid_olmoe",
+        form=Form(score="sigmoid", bias="choice_bias"),  # weights are divided by their sum, as is the default
     )
-
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("model", nargs="?", help="an OLMoE's folder or Hub id")
-args = parser.parse_args()
+)
 
 with tempfile.TemporaryDirectory() as folder:
-    model, calibration = args.model, ["Text of every kind that the model has to stay good at.", "More of it."]
-    if model is None:
-        torch.manual_seed(0)
-        config = OlmoeConfig(
-            vocab_size=128, hidden_size=64, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=4, num_experts=16, num_experts_per_tok=4, pad_token_id=0, eos_token_id=1,
-        )  # fmt: skip
-        model, calibration = Path(folder) / "olmoe", torch.randint(2, 128, (8, 32))
-        OlmoeForCausalLM(config).save_pretrained(model)
-    else:
-        AutoTokenizer.from_pretrained(model)
-    config = MoEPrunerConfig(method="enumeration", sparsity=0.5, method_options={"max_sets": 1000})
-    pruner = MoEPruner.from_pretrained(model, config=config)
-    pruner.prune_checkpoint(Path(folder) / "pruned", calibration=calibration)
+    torch.manual_seed(0)
+    config = SigmoidConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, num_experts=16, num_experts_per_tok=4, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    SigmoidForCausalLM(config).save_pretrained(Path(folder) / "whole")
+    recipe = MoEPrunerConfig(method="enumeration", sparsity=0.5, method_options={"max_sets": 1000})
+    pruner = MoEPruner.from_pretrained(Path(folder) / "whole", config=recipe)
+    pruner.prune_checkpoint(Path(folder) / "pruned", calibration=torch.randint(2, 128, (8, 32)))
     print(pruner.pruning_plan.summary())
     reloaded = AutoModelForCausalLM.from_pretrained(Path(folder) / "pruned")
     print(f"{type(reloaded).__name__} with {reloaded.config.num_experts} experts in each layer")

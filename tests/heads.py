@@ -57,6 +57,16 @@ def checkpoint(kind: str, folder: Path, dtype: torch.dtype = torch.float32, load
     return write(folder, {name: tensor.to(dtype) for name, tensor in tensors.items()}, config)
 
 
+def two_heads(folder: Path) -> Path:
+    """A DeepSeek-V3 with a second head, made of the first."""
+    one = checkpoint("deepseek_v3", folder.with_name("one"))
+    tensors, config = read(one), config_of(one)
+    for name in [name for name in tensors if name.startswith(HEAD["deepseek_v3"])]:
+        numbers = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(len(name)))
+        tensors[name.replace(".4.", ".5.", 1)] = tensors[name] + 0.05 * numbers
+    return write(folder, tensors, config | {"num_nextn_predict_layers": 2})
+
+
 def numbered_head(tensors: Tensors) -> Tensors:
     """The head's fused experts one by one."""
     start = "mtp.layers.0.mlp.experts."
@@ -86,7 +96,11 @@ def loaded(folder: Path) -> PreTrainedModel:
 @pytest.fixture
 def heads_of_tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers looks for DeepSeek's head in layer 61 alone."""
-    monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", [rf"model\.layers\.{LAYERS}\..*"])
+    monkeypatch.setattr(
+        DeepseekV3ForCausalLM,
+        "_keys_to_ignore_on_load_unexpected",
+        [rf"model\.layers\.{LAYERS}.*", rf"model\.layers\.{LAYERS + 1}.*"],
+    )
 
 
 def transformers_head(model: PreTrainedModel) -> MtpModel:

@@ -20,7 +20,9 @@ from torch import Tensor
 from ..errors import RequestError
 from .routers import RoutingRule
 from .rows import ROWS
-from .rules import Form, Softmax, TopK
+from .rules import Form, Mixer, Softmax, TopK
+
+AnyForm = Form | Softmax | Mixer
 
 _FACTORS = ("scal", "factor")  # in names of keys by whose values weights may be multiplied
 _CONSTANT = 1e-5  # as close as weights have to be, as a share of them: what is added to a small sum is seen so
@@ -76,7 +78,7 @@ class _Nearest:
         return f"no known rule gives the routing of layer {self.layer}: nearest was {self.words}, {what}"
 
 
-def find_form(config: Any, observed: Sequence[Observed]) -> Form | Softmax:
+def find_form(config: Any, observed: Sequence[Observed]) -> AnyForm:
     """The simplest form that gives all choices and weights.
 
     Args:
@@ -95,12 +97,12 @@ def find_form(config: Any, observed: Sequence[Observed]) -> Form | Softmax:
                    for o in observed):  # fmt: skip
                 return form
     for row in dict.fromkeys(row.form for row in ROWS if row.form is not None):
-        if isinstance(row, (Form, Softmax)) and _is_right(row, config, top_k, observed):
+        if isinstance(row, AnyForm) and _is_right(row, config, top_k, observed):
             return row
     raise RequestError(str(nearest))
 
 
-def of_precision(form: Form | Softmax, config: Any, lower: Sequence[Observed]) -> Form | Softmax:
+def of_precision(form: AnyForm, config: Any, lower: Sequence[Observed]) -> AnyForm:
     """The same form, with what it does in a lower precision.
 
     Args:
@@ -108,7 +110,7 @@ def of_precision(form: Form | Softmax, config: Any, lower: Sequence[Observed]) -
         config: The config of the model's text part.
         lower: What the routers did in that precision; perhaps nothing.
     """
-    if not lower:
+    if not lower or isinstance(form, Mixer):
         return form
     if isinstance(form, Softmax):
         return replace(form, cast_weights=all(o.weights.dtype == o.logits.dtype for o in lower))
@@ -125,8 +127,10 @@ def of_precision(form: Form | Softmax, config: Any, lower: Sequence[Observed]) -
     return replace(form, exact=differences(True) <= differences(False))
 
 
-def words_of(form: Form | Softmax, top_k: int) -> str:
+def words_of(form: AnyForm, top_k: int) -> str:
     """A form in words."""
+    if isinstance(form, Mixer):
+        return f"the {top_k} best one after the other, each by a softmax of those near it ({form.jitter})"
     if isinstance(form, Softmax):
         return f"softmax, the {top_k} best, weights {'over their sum' if form.renormalise else 'as they are'}"
     chosen = "the logits" if form.by_logits else form.score
@@ -252,7 +256,7 @@ def _plainest(form: Form) -> Form | Softmax:
     return Softmax(form.renormalise) if form == Form(renormalise=form.renormalise) else form
 
 
-def _is_right(form: Form | Softmax, config: Any, top_k: int, observed: Iterable[Observed]) -> bool:
+def _is_right(form: AnyForm, config: Any, top_k: int, observed: Iterable[Observed]) -> bool:
     try:
         rule: RoutingRule = form.rule(config, top_k)
         return not any(rule.of_router(o.tensors).disagreement(o.logits, o.ids, o.weights) for o in observed)

@@ -31,7 +31,8 @@ _TYPES = {"layer_types": "mtp_layer_types", "mlp_layer_types": "mtp_mlp_layer_ty
 
 def count_of_heads(spec: MoESpec, config: ModelConfig) -> int:
     """The experts of a head where nothing is said of heads."""
-    return int(getattr(text_config(config), spec.key_of_count(config)))
+    count = text_config(config).to_dict()[spec.key_of_count(config)]  # the attribute may not be read of unequal layers
+    return int(count[-1] if isinstance(count, list) else count)
 
 
 def write_counts_of_heads(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int]) -> None:

@@ -26,16 +26,24 @@ class OwnCode(RoutingRule, kind="own"):
     Attributes:
         top_k: Experts used per token.
         reason: What was not found.
+        groups: As the config has them; whether the router looks at them is not known, so they are kept equal.
+        top_groups: How many a token may be sent to.
     """
 
     top_k: int
     reason: str = field(default="", repr=False)
+    groups: int = 1
+    top_groups: int = 1
 
     formula = False
 
     def __post_init__(self) -> None:
         if type(self.top_k) is not int or self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k!r}")
+
+    @property
+    def fewest(self) -> int:
+        return self.top_k if self.groups == 1 else self.groups * max(2, -(-self.top_k // self.top_groups))
 
     @property
     def normalised_over(self) -> Normalisation:
@@ -75,4 +83,5 @@ class Own:
 
     def rule(self, config: Any, top_k: int) -> RoutingRule:
         """As :meth:`rules.Form.rule`."""
-        return OwnCode(top_k, self.reason)
+        groups, top_groups = (getattr(config, key, None) or 1 for key in ("n_group", "topk_group"))
+        return OwnCode(top_k, self.reason, int(groups), int(top_groups))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .rules import Form, Mixer, Softmax
 from .spec import MoESpec
 
@@ -63,7 +65,7 @@ ROWS = (
     ),
     MoESpec("mistral_large4_text", Form(epsilon=1e-20, scale="routed_scaling_factor", groups=True)),
     MoESpec("ernie4_5_moe", Form(floor="moe_norm_min", bias="e_score_correction_bias")),
-    MoESpec("gemma4_text", Form(expert_scale="per_expert_scale")),
+    MoESpec("gemma4_text", Form(expert_scale="per_expert_scale"), unequal=False),
     # ------------------------------------------------------------------------------------------- sigmoid
     MoESpec("deepseek_v3", DEEPSEEK, also=("kimi_k2", "sarvam_mla")),
     MoESpec("deepseek_v32", DEEPSEEK),
@@ -73,7 +75,7 @@ ROWS = (
     MoESpec("glm_moe_dsa", DEEPSEEK),
     MoESpec("glm5_next_text", DEEPSEEK),
     MoESpec("dots1", DEEPSEEK),
-    MoESpec("dots3_note_text", DEEPSEEK),
+    MoESpec("dots3_note_text", DEEPSEEK, unequal=False),
     MoESpec("nemotron_h", DEEPSEEK),
     MoESpec("mimo_v2_flash", DEEPSEEK),
     MoESpec("bailing_hybrid", DEEPSEEK),
@@ -82,7 +84,7 @@ ROWS = (
     MoESpec("exaone_moe", DEEPSEEK),
     MoESpec("hy_v4", DEEPSEEK, also=("hy_v4_vl_text",)),
     MoESpec("axk1", DEEPSEEK),
-    MoESpec("axk2", DEEPSEEK),
+    MoESpec("axk2", replace(DEEPSEEK, others_are_zero=True)),
     MoESpec(
         "beam",
         Form("sigmoid", renormalise="norm_topk_prob", epsilon=1e-20, groups=True, bias="e_score_correction_bias"),
@@ -142,6 +144,7 @@ ROWS = (
         Form(
             renormalise=False, scale="routed_scaling_factor", bias="e_score_correction_bias", fixed="zero_expert_num"
         ),
+        at_least=2,
         notes="experts that do nothing always stay",
     ),
     MoESpec("phimoe", Mixer("router_jitter_noise")),
@@ -162,6 +165,7 @@ ROWS = (
         "inkling2_text",
         Form("scoring_func", epsilon=1e-20, scale="routed_scaling_factor", bias="e_score_correction_bias"),
         also=("inkling2_loop_text",),
+        streams=False,
     ),
     # ------------------------------------------------------------------------------------------- refused
     MoESpec("zaya", refused="its routers carry a state from layer to layer, which one layer's logits do not tell"),

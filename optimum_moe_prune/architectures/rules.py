@@ -40,6 +40,7 @@ class TopK(RoutingRule, kind="top_k"):
         groups: Contiguous groups of experts, of which only the best are chosen from.
         top_groups: How many.
         group_score: What groups are compared by: the sum of their two best experts, or the best one.
+        others_are_zero: Whether experts outside the best groups are compared by 0, in place of not at all.
         softcap: Logits become ``softcap * tanh(logits / softcap)`` first; 0 leaves them.
         multiplier: What logits are multiplied by first.
         exact: Whether scores are computed in float32 whatever the dtype of the logits.
@@ -62,6 +63,7 @@ class TopK(RoutingRule, kind="top_k"):
     groups: int = 1
     top_groups: int = 1
     group_score: Literal["top2", "max"] = "top2"
+    others_are_zero: bool = False
     softcap: float = 0.0
     multiplier: float = 1.0
     exact: bool = True
@@ -210,7 +212,8 @@ class TopK(RoutingRule, kind="top_k"):
         by_group = whole.view(len(key), self.groups, -1)
         best = by_group.topk(2, dim=-1).values.sum(-1) if self.group_score == "top2" else by_group.amax(-1)
         taken = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(self.top_groups).indices, True)
-        return by_group.masked_fill(~taken[..., None], -torch.inf).flatten(1)[:, ids]
+        outside = 0.0 if self.others_are_zero else -torch.inf
+        return by_group.masked_fill(~taken[..., None], outside).flatten(1)[:, ids]
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,7 @@ class SparseMixer(RoutingRule, kind="sparse_mixer"):
             ids = torch.as_tensor(retained, device=logits.device)
         logits = logits[:, ids]
         left, chosen, weights = logits, [], []
-        for _ in range(self.top_k):
+        for _ in range(min(self.top_k, len(ids))):
             best, place = left.max(dim=-1, keepdim=True)
             far = (best - logits) / logits.abs().clamp(min=best) > 2 * self.jitter
             weights.append(left.masked_fill(far, -torch.inf).softmax(dim=-1).gather(1, place))
@@ -310,7 +313,7 @@ class Form:
         score, by_logits, renormalise, epsilon, floor, scale, softcap, multiplier, exact, on_input: As in
             :class:`TopK`.
         groups: Whether ``n_group`` and ``topk_group`` limit the choice.
-        group_score: As in :class:`TopK`.
+        group_score, others_are_zero: As in :class:`TopK`.
         bias: Name of the router's tensor with a bias for choosing.
         expert_scale: Name of the one with a scale for each expert.
         table: Name of the router's tensor that says by a token's id where it goes, in the layers that have one.
@@ -331,6 +334,7 @@ class Form:
     on_input: bool = False
     groups: bool = False
     group_score: Literal["top2", "max"] = "top2"
+    others_are_zero: bool = False
     bias: str = ""
     bias_if: str = ""
     expert_scale: str = ""
@@ -365,6 +369,7 @@ class Form:
             groups=int(getattr(config, "n_group", None) or 1) if grouped else 1,
             top_groups=int(getattr(config, "topk_group", None) or 1) if grouped else 1,
             group_score=self.group_score,
+            others_are_zero=self.others_are_zero,
             softcap=float(said(self.softcap) or 0.0),
             multiplier=float(said(self.multiplier)),
             exact=self.exact,

@@ -34,6 +34,9 @@ class MoESpec:
         also: Other model types that the same row describes.
         rule: Makes the rule of a model's config, in place of ``form``.
         modelling: The module with its classes, where that is not one of transformers.
+        at_least: The fewest experts of a token that its experts can be called with.
+        unequal: Whether transformers can build layers with different numbers of experts.
+        streams: Whether the model can be run one layer at a time.
         refused: Why models of this type are not pruned; empty for all others.
         notes: What a person should know of it (``architectures/README.md``).
         found: How the rule was found, where that was by trying (``models.discovery``), and for which settings.
@@ -46,6 +49,9 @@ class MoESpec:
     also: tuple[str, ...] = ()
     rule: Callable[[Any], RoutingRule] | None = None
     modelling: str = ""
+    at_least: int = 1
+    unequal: bool = True
+    streams: bool = True
     refused: str = ""
     notes: str = ""
     found: tuple[str, str] | None = field(default=None, repr=False)

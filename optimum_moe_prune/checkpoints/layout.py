@@ -13,7 +13,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,16 @@ from ..architectures.structure import LayerStructure, Structure, structure_of
 from ..architectures.table import architecture_of
 from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, quantization_of, text_config
 from ..errors import RequestError
-from ..storage.tensor_files import TORCH_DTYPES
-from ..storage.values import Json
+from ..storage.values import Json, read_json
 from .checkpoint import Checkpoint
+from .foreign import foreign_format
 from .heads import Head, find_heads, names_of_heads, prefix_of
+from .layer_checks import LayerChecks, Shapes
 from .moe_layer import MoELayer
 from .plain import Plain
 from .source import Source
 
-_Shapes = Mapping[str, tuple[int, ...]]
 _NUMBER = re.compile(r"(.*\.)([0-9]{1,6})\.(.+?)")
-_PLAIN = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass
@@ -154,6 +153,26 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     Raises:
         RequestError: Naming the tensor and its file, or what is missing.
     """
+    try:
+        return _found_layout(checkpoint, config)
+    except RequestError as error:
+        if what := _another_format(checkpoint, config):
+            raise RequestError(
+                f"{checkpoint.name_or_path} holds weights in another format: {what}. Prune the original checkpoint, "
+                "and convert what comes out."
+            ) from error
+        raise
+
+
+def _another_format(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
+    """What another tool wrote in a checkpoint that cannot be read here, or None."""
+    if Plain(checkpoint, config).formats:
+        return None
+    found = checkpoint.source.find("config.json")
+    return None if found is None else foreign_format(read_json(found), checkpoint.tensors)
+
+
+def _found_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     spec = architecture_of(config)
     model = build_on_meta(config, trust_remote_code=checkpoint.source.trust_remote_code)
     structure = structure_of(model, spec)
@@ -178,15 +197,16 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
             f"the files of {checkpoint.name_or_path} hold no experts of a {spec.model_type!r} model "
             f"({structure.layers}.N.{next(iter(structure.moe.values())).experts}...), so there is nothing to prune."
         )
+    checks = LayerChecks(checkpoint, structure, layout.plain, parameters)
     projections = {name: shape for layer in layout.layers.values() for name, shape in layer.projections.items()}
     for index, layer in layout.layers.items():
         layer.projections = projections
-        _check_layer(layout, index, index, layer, parameters)
-    _find_heads(layout, outside, names, parameters)
+        checks.check(layer, index, index)
+    _find_heads(layout, outside, names, checks)
     return layout
 
 
-def _find_heads(layout: Layout, outside: Mapping[str, None], names: WeightNames, parameters: _Shapes) -> None:
+def _find_heads(layout: Layout, outside: Mapping[str, None], names: WeightNames, checks: LayerChecks) -> None:
     """Sort the tensors of heads, each as if it were the layer that it is like."""
     every = layout.checkpoint.tensors
     num_layers = text_config(layout.config).num_hidden_layers
@@ -198,11 +218,11 @@ def _find_heads(layout: Layout, outside: Mapping[str, None], names: WeightNames,
             for name in (name for name in outside if name.startswith(head.prefix)):
                 owner = layout.plain.owners.get(name, name)
                 inside, beside = (prefix + part.removeprefix(head.prefix) for part in (name, owner))
-                located = _located(inside, beside, names, parameters)
+                located = _located(inside, beside, names, checks.parameters)
                 if located[0].startswith(start):
                     _sort(layout, head.layer, head.like, names, name, located[0].removeprefix(start), *located[1:])
             head.layer.num_experts = _counted(layout, head)
-            _check_layer(layout, head.index, head.like, head.layer, parameters)
+            checks.check(head.layer, head.index, head.like)
         except RequestError as error:
             head.problem = str(error)
 
@@ -210,14 +230,14 @@ def _find_heads(layout: Layout, outside: Mapping[str, None], names: WeightNames,
 def _counted(layout: Layout, head: Head) -> int:
     """The experts of a head: files say it, since a config need not."""
     if head.layer.experts:
-        return max(head.layer.experts) + 1
+        return max(head.layer.experts) + 1 - head.layer.fixed
     found = layout.structure.moe[head.like]
     name, axis = head.layer.router.get(found.logits_from), found.tensors[found.logits_from]
     shape = () if name is None else layout.checkpoint.tensors[name].shape
     return 0 if len(shape) <= axis.axis else (shape[axis.axis] - axis.extra) // axis.each
 
 
-def _located(name: str, owner: str, names: WeightNames, parameters: _Shapes) -> tuple[str, Any, bool]:
+def _located(name: str, owner: str, names: WeightNames, parameters: Shapes) -> tuple[str, Any, bool]:
     """The parameter a tensor is for, what it is converted by, and whether it only lies beside it, as scales do.
 
     Args:
@@ -272,8 +292,11 @@ def _sort(
                 layer.projections.update(names.source_shapes(converter, shape))
                 layer.fixed = max(layer.fixed, 0 if axis is None else axis.extra)
             _put(layout, layer.experts.setdefault(int(match[2]), {}), match[3], name)
-        else:
-            _put(layout, layer.fused, name.rpartition(".")[2] if beside else path[len(experts) :], name)
+        elif axis is not None or beside or not names.has(f"{layout.structure.layers}.{like}.{path}"):
+            label = path[len(experts) :]
+            if converter is not None and len(converter.source_patterns) > 1:  # one of several that it is made of
+                label = ".".join(name.split(".")[-2:])
+            _put(layout, layer.fused, name.rpartition(".")[2] if beside else label, name)
             layer.axes[name] = (0, 1, axis.extra if axis is not None and not beside else 0)
     elif axis is not None and not beside:
         layer.axes[name] = (axis.axis, axis.each, axis.extra)
@@ -298,120 +321,6 @@ def _put(layout: Layout, into: dict[str, str], path: str, name: str) -> None:
             "one."
         )
     into[path] = name
-
-
-def _check_layer(layout: Layout, index: int, like: int, layer: MoELayer, parameters: _Shapes) -> None:
-    """Raise unless a layer's tensors are all there, in the shapes of the parameters of the layer that it is like."""
-    checkpoint, count, found = layout.checkpoint, layer.num_experts, layout.structure.moe[like]
-    where = f"layer {index} of {checkpoint.name_or_path}"
-    if layer.experts and layer.fused:
-        raise RequestError(
-            f"{where} holds its experts twice, one by one ({next(iter(layer.experts[min(layer.experts)].values()))}) "
-            f"and fused ({next(iter(layer.fused.values()))})."
-        )
-    if not layer.experts and not layer.fused:
-        raise RequestError(f"{where} has a router and no experts; the checkpoint is damaged.")
-    if layer.experts:
-        _check_numbered(layout, where, layer)
-    else:
-        for name in list(layer.fused.values()):
-            tensor = checkpoint.tensors[name]
-            if math.prod(tensor.shape) == 1 and count > 1:
-                layer.whole.append(name)
-                del layer.axes[name]
-            elif not tensor.shape or tensor.shape[0] != count + layer.axes[name][2]:
-                raise RequestError(
-                    f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts."
-                )
-    expected = _elements(layout, like, found.expert_tensors, parameters)
-    elements = _elements_in_files(layout, layer)
-    if elements is not None and elements != expected:
-        raise RequestError(
-            f"{where}: an expert has {elements} weights, and config.json says {expected}; the checkpoint or its "
-            "config is damaged."
-        )
-    for path in found.router_tensors:
-        if path not in layer.router:
-            raise RequestError(f"{where}: the router's {path} is missing.")
-        name = layer.router[path]
-        tensor, axis = checkpoint.tensors[name], found.tensors[path]
-        whole = list(parameters[f"{layout.structure.layers}.{like}.{path}"])
-        whole[axis.axis] = count * axis.each + axis.extra  # a head may have another number of experts
-        shape = tuple(whole)
-        if tensor.shape != shape and TORCH_DTYPES.get(tensor.dtype) is not None:
-            raise RequestError(f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {shape}.")
-    for name, (along, each, extra) in layer.axes.items():
-        tensor = checkpoint.tensors[name]
-        if len(tensor.shape) <= along or tensor.shape[along] != count * each + extra:
-            raise RequestError(
-                f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts."
-            )
-
-
-def _elements(layout: Layout, index: int, paths: Iterable[str], parameters: _Shapes) -> int:
-    """The weights of one expert, by the parameters of the model."""
-    start, found = f"{layout.structure.layers}.{index}", layout.structure.moe[index]
-    if found.numbered:
-        return sum(math.prod(parameters[f"{start}.{found.experts}.0.{path}"]) for path in found.numbered)
-    shapes = [parameters[f"{start}.{path}"] for path in paths]
-    return sum(math.prod(shape[1:]) for shape in shapes)
-
-
-def _check_numbered(layout: Layout, where: str, layer: MoELayer) -> None:
-    """Check experts with tensors of their own: all there, and alike."""
-    checkpoint, count = layout.checkpoint, layer.num_experts
-    beyond = [number for number in layer.experts if number >= count + layer.fixed]
-    if beyond:
-        name = next(iter(layer.experts[min(beyond)].values()))
-        raise RequestError(
-            f"{checkpoint.tensors[name].file}: {name} is there, and config.json says {count} experts (0 to "
-            f"{count - 1})."
-        )
-    paths = {path for number, tensors in layer.experts.items() if number < count for path in tensors}
-    for number in range(count):
-        have = layer.experts.get(number, {})
-        for path in sorted(paths - set(have)):
-            pattern = next(name for t in layer.experts.values() if path in t for name in [t[path]])
-            known = next(n for n, t in layer.experts.items() if path in t)
-            name = pattern.replace(f".{known}.{path}", f".{number}.{path}")
-            raise RequestError(f"{name} is missing in {checkpoint.name_or_path}; the other experts have it.")
-    for projection in layer.projections:
-        if not any(path == projection or path.startswith(f"{projection}.") for path in paths):
-            some = ", ".join(sorted(next(iter(layer.experts.values()))))
-            raise RequestError(f"{where}: no expert has {projection!r}; its experts have {some}.")
-    for number, tensors in layer.experts.items():
-        for path, name in tensors.items():
-            expected = layer.projections.get(path.removesuffix("_packed").removesuffix(".weight"), ())
-            tensor, first = checkpoint.tensors[name], checkpoint.tensors[layer.experts[0][path]]
-            shape = _plain_shape(layout, name)
-            if expected and shape and shape != expected:
-                raise RequestError(f"{tensor.file}: {name} has shape {shape}, and config.json says {expected}.")
-            if (tensor.shape, tensor.dtype) != (first.shape, first.dtype):
-                raise RequestError(
-                    f"{tensor.file}: {name} is {tensor.dtype} {tensor.shape}, and that of expert 0 {first.dtype} "
-                    f"{first.shape} (expert {number})."
-                )
-
-
-def _elements_in_files(layout: Layout, layer: MoELayer) -> int | None:
-    """The weights of one expert, by the files; None where it is not known how they are packed."""
-    held = layer.experts[min(layer.experts)].values() if layer.experts else layer.fused.values()
-    shapes = [_plain_shape(layout, name) for name in held if not _is_beside(layout, name)]
-    if None in shapes:
-        return None
-    return sum(math.prod(shape or ()) for shape in shapes) // (1 if layer.experts else layer.num_experts)
-
-
-def _is_beside(layout: Layout, name: str) -> bool:
-    """Whether a tensor only says how to read another."""
-    return layout.plain.tensors[layout.plain.owners.get(name, name)].parts["weight"] != name
-
-
-def _plain_shape(layout: Layout, name: str) -> tuple[int, ...] | None:
-    """The shape of a weight as plain numbers; None where it is not known how it is packed, or it is beside one."""
-    plain = layout.plain.tensors[layout.plain.owners.get(name, name)]
-    is_known = plain.format or layout.checkpoint.tensors[name].dtype in _PLAIN
-    return plain.shape if is_known and not plain.fault and not _is_beside(layout, name) else None
 
 
 def identity(layout: Layout) -> Json:

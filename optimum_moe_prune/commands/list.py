@@ -19,19 +19,30 @@ class ListCommand(Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("what", choices=("methods", "models"))
+        parser.add_argument("--markdown", action="store_true", help="the models as a table in Markdown")
         flags.add_common(parser)
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
-        return _models() if args.what == "models" else _methods()
+        return _models(args.markdown) if args.what == "models" else _methods()
 
 
-def _models() -> Result:
-    from ..architectures import list_architectures
+def _models(markdown: bool) -> Result:
+    from ..architectures.overview import as_table, refused, supported
 
-    models = list_architectures()
-    others = "Others are found out by trying the model, where a rule that is known fits its routers."
-    return "\n".join([*models, "", others]), {"models": models}
+    table = as_table("`" if markdown else "")
+    values = {
+        "models": [support.model_type for support in supported()],
+        "support": {support.model_type: dataclasses.asdict(support) for support in supported()},
+        "refused": refused(),
+    }
+    if markdown:
+        lines = [table[0], ["---"] * len(table[0]), *table[1:]]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines), values
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    shown = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+    shown += ["", "Refused:", *(f"{name}: {reason}" for name, reason in refused().items())]
+    return "\n".join(shown), values
 
 
 def _methods() -> Result:

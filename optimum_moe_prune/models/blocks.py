@@ -130,7 +130,8 @@ class MoEBlock:
                 yield
             return
         kind = ObservingScaledInput if getattr(self.rule, "on_input", False) else Observing
-        with kind(self.experts, self.router, part(self.decoder_layer, self.structure.logits_from), on_logits, forward):
+        weight = part(self.decoder_layer, self.structure.logits_from)
+        with kind(self.experts, self.router, weight, on_logits, forward, self.spec.at_least):
             yield
 
     @contextlib.contextmanager

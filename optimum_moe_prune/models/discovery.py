@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from ..architectures.candidates import Observed, find_form, of_precision, words_of
+from ..architectures.candidates import AnyForm, Observed, find_form, of_precision, words_of
 from ..architectures.own_code import Own
-from ..architectures.rules import Form, Softmax
 from ..architectures.spec import COUNT_KEYS, TOP_K_KEYS, MoESpec
 from ..architectures.structure import Structure, counts_of, shapes_of, structure_of
 from ..architectures.table import architecture_for, settings_of, supposing
@@ -143,7 +142,7 @@ def _found(model: Any, supposed: MoESpec, calls: Calls) -> MoESpec:
     if sizes != [top_k]:
         said = " or ".join(map(str, sizes))
         raise RequestError(f"each token is sent to {said} experts, and {supposed.top_k_key} of the config is {top_k}.")
-    form: Form | Softmax | Own
+    form: AnyForm | Own
     try:
         found = of_precision(find_form(text, observed), text, lower)
         form, words = found, f"routing rule found by trial: {words_of(found, top_k)}"

@@ -31,14 +31,22 @@ class ExpertsForward:
 
     Attributes:
         scores: Columns of the hidden states beyond ``H``, which multiply what goes into each expert.
+
+    Args:
+        forward: The module's.
+        at_least: The fewest experts of a token that it can be called with.
     """
 
     scores = 0
 
-    def __init__(self, forward: Callable[..., Tensor]) -> None:
+    def __init__(self, forward: Callable[..., Tensor], at_least: int = 1) -> None:
         self._forward = forward
+        self._at_least = at_least
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if (more := self._at_least - ids.shape[1]) > 0:  # the same once more, with no weight
+            ids = torch.cat([ids, ids[:, :1].expand(-1, more)], dim=1)
+            weights = torch.cat([weights, weights.new_zeros(len(weights), more)], dim=1)
         return self._forward(hidden, ids, weights)
 
     def renumbered(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -61,11 +69,19 @@ class Observing:
         weight: The tensor that its logits are products of.
         on_logits: Called with the logits.
         stand_in: Called in place of the experts.
+        at_least: As in :class:`ExpertsForward`.
     """
 
     def __init__(
-        self, experts: nn.Module, router: nn.Module, weight: Tensor, on_logits: OnLogits, stand_in: StandIn
+        self,
+        experts: nn.Module,
+        router: nn.Module,
+        weight: Tensor,
+        on_logits: OnLogits,
+        stand_in: StandIn,
+        at_least: int = 1,
     ) -> None:
+        self.at_least = at_least
         self.experts = experts
         self.router = router
         self.weight = weight
@@ -105,7 +121,7 @@ class Observing:
         """Called after the router with what went in and came out."""
 
     def _experts(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return self.stand_in(ExpertsForward(self.experts_forward), hidden, ids, weights)
+        return self.stand_in(ExpertsForward(self.experts_forward, self.at_least), hidden, ids, weights)
 
 
 class ObservingScaledInput(Observing):

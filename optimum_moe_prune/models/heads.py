@@ -20,7 +20,8 @@ from ..architectures.heads import with_heads
 from ..architectures.structure import LayerStructure, part
 from ..checkpoints.heads import Head
 from ..checkpoints.layout import Layout
-from ..compat import ModelConfig, build_heads, build_on_meta, cache_of_heads, names_of_heads, share_with_heads
+from ..compat import ModelConfig, build_on_meta
+from ..compat.heads import build_heads, cache_of_heads, names_of_heads, share_with_heads
 from .batches import Batch
 from .blocks import MoEBlock, decoder_layers, decoder_of
 from .skeleton import Skeleton, Weights

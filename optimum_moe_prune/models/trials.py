@@ -113,13 +113,17 @@ def prove(call: Call, rule: RoutingRule, seed: int = 0) -> None:
     Raises:
         RequestError: Naming what differs.
     """
-    block, where = replace(call.block, rule=rule), f"layer {call.block.layer}"
-    retained = _some(rule, block.num_experts, seed)
-    if retained is None:
-        return
+    call = replace(call, block=replace(call.block, rule=rule))
+    for share in (0.5,) if rule.formula else (0.0, 0.5, 1.0):  # what no rule says is looked at more often
+        if (retained := _some(rule, call.block.num_experts, share, seed)) is not None:
+            _prove_set(call, retained)
+
+
+def _prove_set(call: Call, retained: list[int]) -> None:
+    block, where = call.block, f"layer {call.block.layer}"
     try:
-        if rule.formula:
-            _prove_choice(replace(call, block=block), retained, where)
+        if block.rule.formula:
+            _prove_choice(call, retained, where)
         dtype = next(block.module.parameters()).dtype
         args, kwargs = call.args, call.kwargs
         cut = _copy(block)
@@ -129,7 +133,7 @@ def prove(call: Call, rule: RoutingRule, seed: int = 0) -> None:
             with block.restricted(retained):
                 found = _first(block.module(*args, **kwargs)).double()
             whole = _first(block.module(*args, **kwargs)).double()
-            with block.observed(lambda logits: None, lambda own, *given: own(*given)):
+            with block.observed(lambda logits: None, _one_by_one):
                 again = _first(block.module(*args, **kwargs)).double()
     except RequestError:
         raise
@@ -144,6 +148,13 @@ def prove(call: Call, rule: RoutingRule, seed: int = 0) -> None:
                 f"{where}: its block, {what}, differs by {difference:.2g} from what the model really calculates "
                 f"(largest number {float(expected.abs().max()):.2g})."
             )
+
+
+def _one_by_one(own: ExpertsForward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The experts' output from each chosen one's own, as a calibration asks for them."""
+    rows = hidden.repeat_interleave(ids.shape[1], dim=0)
+    y = own(rows, ids.reshape(-1, 1), torch.ones_like(weights).view(-1, 1)).view(*ids.shape, -1)
+    return (y * weights[..., None]).sum(1).to(y.dtype)
 
 
 def _prove_choice(call: Call, retained: list[int], where: str) -> None:
@@ -257,13 +268,13 @@ def _inputs(call: Call, dtype: torch.dtype, how: Callable[[Tensor], Tensor]) -> 
     return tuple(map(made, call.args)), {name: made(value) for name, value in call.kwargs.items()}
 
 
-def _some(rule: RoutingRule, num_experts: int, seed: int) -> list[int] | None:
-    """Experts that could be left: about half, where that many may be."""
+def _some(rule: RoutingRule, num_experts: int, share: float, seed: int) -> list[int] | None:
+    """Experts that could be left, about that share of all where so many may be; None where all have to stay."""
     counts = [count for count in range(rule.fewest, num_experts) if rule.allows(count)]
     if not counts:
         return None
-    count = min(counts, key=lambda n: abs(n - num_experts / 2))
-    groups, generator = getattr(rule, "groups", 1), random.Random(seed)
+    count = min(counts, key=lambda n: abs(n - num_experts * share))
+    groups, generator = rule.groups, random.Random(seed)
     width = num_experts // groups
     parts = [sorted(generator.sample(range(g * width, (g + 1) * width), count // groups)) for g in range(groups)]
     return [expert for experts in parts for expert in experts]

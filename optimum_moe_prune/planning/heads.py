@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.routers import RoutingRule
 from ..methods import get_method
-from ..methods.budget import UniformBudget, allowed_counts
+from ..methods.budget import UniformBudget
+from ..methods.limits import allowed_counts
 from ..methods.selection import Selection
 from ..names import KEEP, PRUNE
 from ..statistics.stats import CalibrationStats
@@ -36,7 +37,7 @@ def way_with_heads(mtp: str | None, uniform: bool) -> str:
 
 
 def budget_of_head(
-    head: int, total: int, num_experts: Mapping[int, int], rule: RoutingRule, seed: int = 0
+    head: int, total: int, num_experts: Mapping[int, int], rule: RoutingRule, seed: int = 0, multiple: int = 1
 ) -> UniformBudget:
     """As many experts as a layer of the model keeps, or as the layers keep on average.
 
@@ -46,10 +47,11 @@ def budget_of_head(
         num_experts: What the layers of the model keep.
         rule: How its router chooses.
         seed: Carried along.
+        multiple: What the number is a multiple of.
     """
     wanted = round(sum(num_experts.values()) / len(num_experts))
-    count = min((count for count in allowed_counts(rule, total) if count >= wanted), default=total)
-    return UniformBudget({head: total}, count, rule, {head: ()}, seed, num_experts={head: count})
+    count = min((count for count in allowed_counts(rule, total, 1, multiple) if count >= wanted), default=total)
+    return UniformBudget({head: total}, count, rule, {head: ()}, seed, multiple, num_experts={head: count})
 
 
 def selected_in_heads(
@@ -70,9 +72,8 @@ def selected_in_heads(
     scores: dict[int, Any] = {}
     for layer, total in heads.num_experts.items():
         alone = replace(heads, layers={layer: heads.layers[layer]})
-        selection = method.select(
-            alone, budget_of_head(layer, total, num_experts, heads.routing, config.seed), options
-        )
+        budget = budget_of_head(layer, total, num_experts, heads.routing, config.seed, config.count_multiple_of)
+        selection = method.select(alone, budget, options)
         chosen |= selection.retained
         scores |= selection.scores or {}
     return Selection(chosen, scores or None)

@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from .. import names
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import find_layout
+from ..compat import auto_class
 from ..config import MoEPrunerConfig
 from ..errors import MoEPruneError
 from ..evaluation.comparison import Comparison, markdown_table
@@ -104,6 +105,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
         first_model=first_model,
         title=_plain(name.rpartition("/")[2]),
         quoted_name=repr(name),
+        loader=_loader(folder),
         sizes=_sizes(plan, folder, comparison),
         **_results(comparison),
         **_calibration(plan),
@@ -165,6 +167,14 @@ def _eval_results(comparison: Comparison | None) -> list[EvalResult]:
     return results
 
 
+def _loader(folder: Path) -> str:
+    """The auto class that loads the checkpoint whole, with what sees or hears in it."""
+    try:
+        return auto_class(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, LookupError):  # a type of the user's own, or code that comes with it
+        return "AutoModelForCausalLM"
+
+
 def _sizes(plan: PruningPlan, folder: Path, comparison: Comparison | None) -> str:
     """Numbers of the original beside those of this model."""
     rows = [["", "original", "this model"]]
@@ -215,7 +225,8 @@ def _parameters(plan: PruningPlan, folder: Path) -> tuple[tuple[int, int], tuple
     """
     try:
         checkpoint = Checkpoint.open(folder)
-        layout = find_layout(checkpoint, AutoConfig.from_pretrained(folder))
+        # Code in the folder does not run for a card, and nobody is asked about it.
+        layout = find_layout(checkpoint, AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (MoEPruneError, OSError, ValueError) as error:
         logger.warning("the card says nothing of sizes: %s", error)
         return None

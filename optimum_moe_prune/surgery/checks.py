@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..architectures.fingerprint import same_routers
 from ..architectures.spec import MoESpec
 from ..architectures.table import architecture_for, architecture_of
 from ..checkpoints.layout import Layout
-from ..compat import ModelConfig, text_config
+from ..compat import ModelConfig, build_on_meta, text_config
 from ..errors import RequestError
 from ..methods.budget import Budget, UniformBudget
 from ..methods.limits import check_retained
@@ -20,7 +21,7 @@ from ..plan import PruningPlan
 from ..planning.heads import way_with_heads
 from ..storage.folders import check_space
 from ..storage.values import Json
-from .config_json import source_config
+from .config_json import source_config, write_counts
 from .heads import check_heads, check_way
 from .standalone import standalone_class
 
@@ -124,6 +125,32 @@ def check_found(spec: MoESpec, uniform: bool) -> None:
         )
 
 
+def check_unequal(spec: MoESpec, config: ModelConfig, num_experts: Mapping[int, int]) -> None:
+    """Raise unless transformers can build a model of this type whose layers have different numbers of experts.
+
+    Args:
+        spec: The architecture.
+        config: The model's config.
+        num_experts: Experts of its MoE layers.
+
+    Raises:
+        RequestError: With what it says.
+    """
+    if len(num_experts) < 2:
+        return
+    tried, rule = copy.deepcopy(config), spec.routing(config)
+    last = max(num_experts)
+    write_counts(spec, tried, {**num_experts, last: num_experts[last] + rule.groups})
+    try:
+        build_on_meta(tried)
+    except Exception as error:  # whatever the model's own code makes of it
+        first = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        raise RequestError(
+            f"the layers of a {spec.model_type!r} model have to keep the same number of experts: transformers cannot "
+            f"build it otherwise ({first}). Use a uniform allocation."
+        ) from error
+
+
 def check_request(layout: Layout, uniform: bool, standalone: bool, heads: str) -> None:
     """Raise unless a checkpoint can be pruned, as far as can be told before it is known which experts go.
 
@@ -137,21 +164,9 @@ def check_request(layout: Layout, uniform: bool, standalone: bool, heads: str) -
         RequestError: If it cannot.
     """
     check_found(layout.spec, uniform)
+    if not uniform:
+        check_unequal(layout.spec, layout.config, layout.num_experts)
     if standalone and not uniform:
         standalone_class(layout.config)
     check_heads(layout, heads, uniform)
     source_config(layout.checkpoint.source)
-    _check_quantization(layout)
-
-
-def _check_quantization(layout: Layout) -> None:
-    """Refuse a quantised checkpoint whose settings name single experts: their numbers change."""
-    settings = getattr(layout.config, "quantization_config", None)
-    text = json.dumps(settings if isinstance(settings, dict) else getattr(settings, "__dict__", {}), default=str)
-    for index, layer in layout.with_heads.items():
-        for number in layer.experts:
-            if f".{index}." in text and f"experts.{number}." in text:
-                raise RequestError(
-                    "the quantization_config of this checkpoint names single experts "
-                    f"(experts.{number}), which pruning numbers anew; that is not supported."
-                )

@@ -13,12 +13,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..architectures.unequal import FILE_STEM
 from ..checkpoints.checkpoint import INDEX_FILE
 from ..checkpoints.cutting import select
 from ..checkpoints.layout import Layout
@@ -28,10 +27,7 @@ from ..names import (
     BASE_CARD_NAME,
     CARD_NAME,
     CONFIG_NAME,
-    EVALUATION_NAME,
-    NEW_CARD_NAME,
     PLAN_NAME,
-    REPORT_NAME,
     REPORT_PICTURES,
 )
 from ..plan import PruningPlan
@@ -42,6 +38,7 @@ from ..storage.values import Json, Values
 from .checks import check_plan_for_config, check_request, check_routers
 from .config_json import config_after, config_of_files
 from .copying import _write_file
+from .cuts import OWN_FILES, changed_files, cut_of_files, with_settings
 from .heads import check_heads_load, head_counts, way_of_plan, with_heads_settled
 from .side_files import carried
 from .standalone import write_standalone
@@ -49,16 +46,6 @@ from .standalone import write_standalone
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
-_OWN_FILES = (
-    PLAN_NAME,
-    CONFIG_NAME,
-    CARD_NAME,
-    NEW_CARD_NAME,
-    REPORT_NAME,
-    EVALUATION_NAME,
-    "config.json",
-    f"{FILE_STEM}.py",
-)
 
 
 @contextlib.contextmanager
@@ -117,7 +104,8 @@ def pruned_checkpoint(
     )
     total = sum(piece.nbytes for piece in pieces.values())
     check_space(target, total)
-    config = config_of_files(layout, pruned)
+    cut = cut_of_files(plan, layout)
+    config, beside = with_settings(config_of_files(layout, pruned), cut), changed_files(checkpoint.source, cut)
     with written_folder(target, overwrite, [source]) as output:
         with progress_bar(total, "writing the checkpoint", "B") as bar:
             for file, names in files.filename_to_tensors.items():
@@ -128,7 +116,7 @@ def pruned_checkpoint(
             if "total_parameters" in metadata:
                 metadata["total_parameters"] = sum(math.prod(piece.shape) for piece in pieces.values())
             write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename}, indent=2)
-        carry_files(checkpoint.source, output)
+        carry_files(checkpoint.source, output, beside)
         write_json(output / "config.json", config, indent=2)
         add_records(output, plan, recipe)
         if standalone and not uniform:  # elsewhere nothing is needed
@@ -156,11 +144,16 @@ def add_records(folder: Path, plan: PruningPlan, recipe: Values | None) -> None:
     write_json(folder / CONFIG_NAME, plan.config if recipe is None else recipe, indent=2)
 
 
-def carry_files(source: Source, folder: Path) -> dict[str, str]:
+def carry_files(source: Source, folder: Path, changed: Mapping[str, bytes]) -> dict[str, str]:
     """Copy what lies beside a model's weights and is not there yet: tokenizer, generation config, code, ...
 
     The model card is kept under another name, since the pruned model has its own. Of a model that was pruned before
     it is the card of the model before that which is kept.
+
+    Args:
+        source: The model.
+        folder: Where they go.
+        changed: What stands in those that name or count experts (``cuts.changed_files``).
 
     Returns:
         What stays out though it lies there, and why.
@@ -168,17 +161,20 @@ def carry_files(source: Source, folder: Path) -> dict[str, str]:
     names, left_out = carried(source.files(), source.find)
     names = [name for name in source.other_files() if name in set(names)]
     for name, reason in left_out.items():
-        logger.info("%s of %s stays out of the pruned copy: %s.", name, source.name_or_path, reason)
+        logger.warning("%s of %s stays out of the pruned copy: %s.", name, source.name_or_path, reason)
     if CARD_NAME in names and BASE_CARD_NAME not in names:
         card = source.find(CARD_NAME)
         if card is not None:
             shutil.copyfile(card, folder / BASE_CARD_NAME)
     for name in names:
-        if name in _OWN_FILES or name.startswith(f"{REPORT_PICTURES}/") or (folder / name).exists():
+        if name in OWN_FILES or name.startswith(f"{REPORT_PICTURES}/") or (folder / name).exists():
             continue
         found = source.find(name)
         if found is None:
             raise RunError(f"{name} of {source.name_or_path} is listed there and cannot be fetched.")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(found, folder / name)
+        if name in changed:
+            (folder / name).write_bytes(changed[name])
+        else:
+            shutil.copyfile(found, folder / name)
     return left_out

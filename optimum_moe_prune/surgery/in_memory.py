@@ -6,10 +6,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..architectures.structure import owner, structure_of
+from ..architectures.table import architecture_of
 from ..models.blocks import moe_blocks
 from ..models.checks import check_finite, check_model
 from ..plan import PruningPlan
-from .checks import check_plan
+from .checks import check_plan, check_unequal
 from .config_json import write_counts
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
     check_model(model)
     plan = plan.without_heads  # transformers loads none with a model
     check_plan(plan, model)
+    if plan.uniform_num_experts is None:
+        check_unequal(architecture_of(model.config), model.config, plan.without_heads.original_num_experts)
     check_finite(model)
     blocks = moe_blocks(model)
     spec = blocks[0].spec

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..architectures.structure import structure_of
 from ..architectures.table import architecture_of
 from ..checkpoints.source import Source
 from ..compat import ModelConfig
@@ -20,6 +21,7 @@ from ..storage.folders import written_folder
 from ..storage.values import Values
 from .checks import check_found
 from .config_json import config_of_model
+from .cuts import changed_files, cut_of_model
 from .files import add_records, carry_files
 from .standalone import standalone_class, write_standalone
 
@@ -69,11 +71,12 @@ def saved_model(
     standalone = standalone and plan.uniform_num_experts is None  # elsewhere nothing is needed
     if standalone:
         standalone_class(model.config)
+    structure = structure_of(model, architecture_of(model.config))
     with written_folder(folder, overwrite, sources=[None if source is None else source.name_or_path]) as partial:
         model.save_pretrained(partial)
         add_records(partial, plan, recipe)
         if source is not None:
-            carry_files(source, partial)
+            carry_files(source, partial, changed_files(source, cut_of_model(plan, structure)))
             write_json(partial / "config.json", config_of_model(model, source, source_config), indent=2)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -15,6 +15,7 @@ from heads import (
     heads_of_tiny_models,  # noqa: F401  # a fixture
     loaded,
     transformers_head,
+    two_heads,
 )
 from oracles import assert_identical, assert_same, calibrated
 from transformers import PreTrainedTokenizerFast
@@ -91,6 +92,25 @@ def test_streamed_and_in_memory_and_continued(folder: Path, tmp_path: Path, samp
             calibrated(layout, samples, "all", stream=True, folder=work)
         continued = calibrated(layout, samples, "all", stream=True, folder=work)
         assert_identical(continued, streamed)
+
+
+def test_a_quantised_head_is_read_as_plain_numbers(tmp_path: Path, samples: CalibrationSet) -> None:
+    plain = checkpoint("deepseek_v3", tmp_path / "model")  # and beside it the one it was made of
+    for stream in (False, True):
+        stats, expected = (
+            calibrated(open_layout(folder), samples, "all", stream=stream, dtype="float32")
+            for folder in (tmp_path / "quantised", plain)
+        )
+        assert stats.of_heads is not None and expected.of_heads is not None
+        assert_same(stats.of_heads, expected.of_heads, rtol=1e-4)
+
+
+def test_two_heads(tmp_path: Path, samples: CalibrationSet) -> None:
+    layout = open_layout(two_heads(tmp_path / "model"))
+    whole, streamed = (calibrated(layout, samples, "all", stream=stream) for stream in (False, True))
+    assert whole.of_heads is not None and sorted(whole.of_heads.layers) == [4, 5]
+    assert_same(streamed, whole, rtol=1e-4)
+    assert build_plan(whole, MoEPrunerConfig(method="enumeration", num_experts=8)).heads == (4, 5)
 
 
 def test_the_model_is_calibrated_as_without_heads(folder: Path, samples: CalibrationSet) -> None:

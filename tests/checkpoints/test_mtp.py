@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from heads import (
     pruned,
     random_pruner,
     transformers_head,
+    two_heads,
 )
 from oracles import call
 from transformers import AutoConfig
@@ -184,6 +186,30 @@ def test_drafting_with_the_head_changes_no_token(tmp_path: Path, settings: dict[
     plain = model.generate(ids, max_new_tokens=12, do_sample=False)
     drafted = model.generate(ids, max_new_tokens=12, do_sample=False, use_mtp=True)
     assert torch.equal(plain, drafted)
+
+
+@pytest.mark.usefixtures("heads_of_tiny_models")
+def test_two_heads(tmp_path: Path) -> None:
+    folder = two_heads(tmp_path / "model")
+    assert [head.index for head in open_layout(folder).heads] == [4, 5]
+    assert pruned(folder, tmp_path / "out").heads == (4, 5)
+    model = loaded(tmp_path / "out")
+    ids = torch.tensor([[1, 17, 40, 8, 33]])
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(plain, model.generate(ids, max_new_tokens=8, do_sample=False, use_mtp=True))
+    pruned(folder, tmp_path / "dropped", mtp="drop")
+    assert not [name for name in read(tmp_path / "dropped") if re.match(r"model\.layers\.[45]\.", name)]
+
+
+def test_other_experts_are_no_heads(folder: Path, tmp_path: Path) -> None:
+    """Those of another part of the model, as of a talker, are counted elsewhere."""
+    other = {"talker.layers.0.mlp.experts.gate_up_proj": torch.ones(EXPERTS, 2)}
+    foreign = write(tmp_path / "foreign", read(folder) | other, config_of(folder))
+    assert open_layout(foreign).foreign == list(other)
+    with pytest.raises(RequestError, match=r"talker\..* are experts outside the model's layers, which no plan names"):
+        random_pruner(foreign).prune_checkpoint(tmp_path / "out")
+    pruned(foreign, tmp_path / "out", allocation="global")
+    assert read(tmp_path / "out")["talker.layers.0.mlp.experts.gate_up_proj"].shape == (EXPERTS, 2)
 
 
 def test_old_plans_and_other_ways(kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

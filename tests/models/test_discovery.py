@@ -11,12 +11,22 @@ from pathlib import Path
 import own_model
 import pytest
 import torch
+from architectures.tiny import tiny_model
 from conftest import aligned, assert_equal_states, make_model, make_texts, make_tokenizer
 from own_model import OwnConfig, OwnForCausalLM
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from optimum_moe_prune import CalibrationStats, Compute, MoEPruner, MoEPrunerConfig, RequestError, calibrate
+from optimum_moe_prune import (
+    CalibrationStats,
+    Compute,
+    MoEPruner,
+    MoEPrunerConfig,
+    MoESpec,
+    RequestError,
+    calibrate,
+    register_architecture,
+)
 from optimum_moe_prune.architectures import table
 from optimum_moe_prune.architectures.own_code import Own, OwnCode
 from optimum_moe_prune.architectures.rules import Form, Softmax
@@ -73,13 +83,13 @@ def saved(kind: str, folder: Path, **settings: object) -> Path:
     return folder
 
 
-def remote(kind: str, folder: Path) -> Path:
-    """A checkpoint with its code beside it, of a type that nothing here knows."""
+def remote(kind: str, folder: Path, model_type: str = "remote_moe") -> Path:
+    """A checkpoint with its code beside it, by default of a type that nothing here knows."""
     saved(kind, folder)
-    code = Path(own_model.__file__).read_text().replace('"own_moe"', '"remote_moe"')
+    code = Path(own_model.__file__).read_text().replace('"own_moe"', f'"{model_type}"')
     (folder / "modeling_remote.py").write_text(code)
     values = json.loads((folder / "config.json").read_text()) | {
-        "model_type": "remote_moe",
+        "model_type": model_type,
         "auto_map": {
             "AutoConfig": "modeling_remote.OwnConfig",
             "AutoModelForCausalLM": "modeling_remote.OwnForCausalLM",
@@ -159,6 +169,23 @@ def test_biases_of_zeros_are_seen() -> None:
     assert not any(layer.mlp.gate.e_score_correction_bias.any() for layer in model.model.layers)
 
 
+@pytest.mark.parametrize("kind", KNOWN)
+def test_in_lower_precision(kind: str, tokenizer: object) -> None:
+    expected = discover(own(kind))
+    table._ROWS.pop("own_moe")
+    model = own(kind).to(torch.bfloat16)
+    assert discover(model).form == expected.form
+    calibrate(model, make_texts(), tokenizer=tokenizer)  # compares the rule with what the model does
+
+
+@pytest.mark.parametrize("kind", ["linear", "infer"])
+def test_more_experts_than_their_outputs_are_wide(kind: str, tokenizer: object) -> None:
+    model = own(kind, num_experts=72, num_experts_per_tok=5)
+    assert not isinstance(discover(model).form, Own)
+    stats = calibrate(model, make_texts(), tokenizer=tokenizer)
+    assert stats.layers[0].num_experts == 72
+
+
 def test_other_settings_are_tried_anew() -> None:
     assert discover(own("softmax")).form == Softmax()
     assert discover(own("sigmoid")).form == SIGMOID
@@ -218,6 +245,19 @@ def test_remote_code(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(again(input_ids=IDS).logits, expected)
     masked = masked_logits(load_remote(folder), pruner.pruning_plan.retained, monkeypatch)
     torch.testing.assert_close(expected, masked, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_own_code_of_a_known_type_goes_by_its_row(tmp_path: Path) -> None:
+    folder = remote("linear", tmp_path / "base", "mixtral")
+    config = MoEPrunerConfig(method="enumeration", num_experts=4)
+    pruner = MoEPruner.from_pretrained(folder, config, trust_remote_code=True)
+    pruner.prune_checkpoint(tmp_path / "out", calibration=make_texts())
+    assert not any("by trial" in note for note in pruner.pruning_plan.provenance["notes"])
+    expected = pruner.pruning_plan.apply(load_remote(folder))
+    again = load_remote(tmp_path / "out")
+    assert_equal_states(again, expected)
+    assert torch.equal(again(input_ids=IDS).logits, aligned(expected)(input_ids=IDS).logits)
 
 
 @torch.no_grad()
@@ -353,12 +393,9 @@ def test_a_model_without_weights_is_not_tried(registered: None) -> None:
 
 
 def test_types_that_are_refused_stay_refused() -> None:
-    from transformers import PhimoeConfig, PhimoeForCausalLM
-
-    with torch.device("meta"):
-        model = PhimoeForCausalLM(PhimoeConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32))
-    with pytest.raises(RequestError, match="a 'phimoe' model cannot be pruned: its routers choose experts one after"):
-        discover(model)
+    register_architecture(MoESpec("own_moe", refused="it is of nobody"))
+    with pytest.raises(RequestError, match="a 'own_moe' model cannot be pruned: it is of nobody"):
+        discover(own("softmax"))
 
 
 # ------------------------------------------------------------------------------------------- known rows, hidden
@@ -392,11 +429,11 @@ def test_a_known_row_is_found_again(kind: str, tmp_path: Path) -> None:
         "mistral4",
         "nemotron_h",
         "granitemoe",
+        "phimoe",
     ],
 )
 def test_a_row_of_another_architecture_is_found_again(model_type: str) -> None:
-    tiny = pytest.importorskip("architectures.tiny")
-    model = tiny.tiny_model(model_type)
+    model = tiny_model(model_type)
     blocks = moe_blocks(model)
     row = table._ROWS.pop(model.config.model_type)
     found = discover(model)

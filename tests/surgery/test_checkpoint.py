@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -624,19 +625,30 @@ def test_a_disk_without_room(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_settings_that_name_single_experts(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_settings_follow_the_cut(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """From file to file and from memory: names of experts in ``config.json`` and beside it are those of after."""
     folder = save_checkpoint("mixtral", tmp_path / "model", tokenizer)
     plan = random_plan(folder)
+    kept, gone = plan.retained[1][-1], next(e for e in range(8) if e not in plan.retained[1])
+    start = "model.layers.1.block_sparse_moe.experts"
+    new = len(plan.retained[1]) - 1
+    named = ["lm_head", f"{start}.{gone}.w1", f"{start}.{kept}.w1", f"re:.*layers.1.*experts.{kept}.w2"]
+    beside = {"quantization": {"exclude_modules": [f"{start}.{kept}", f"{start}.{gone}"]}, "num_experts": 8}
     values = json.loads((folder / "config.json").read_text())
-    name = "model.layers.1.block_sparse_moe.experts.3.w1"
-    values["quantization_config"] = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", name]}
+    values["quantization_config"] = {"quant_method": "compressed-tensors", "ignore": named}
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(RequestError, match=r"names single experts \(experts.3\)"):
-        plan.apply_to_checkpoint(folder, tmp_path / "out")
-    values["quantization_config"]["modules_to_not_convert"] = ["lm_head"]
-    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "hf_quant_config.json").write_text(json.dumps(beside))
     plan.apply_to_checkpoint(folder, tmp_path / "out")
-    assert (
-        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-        == (values["quantization_config"])
-    )
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored[:2] == ["lm_head", f"{start}.{new}.w1"]
+    modules = [f"{start}.{number}.w2" for number in range(len(plan.retained[1]))]
+    patterns = [re.compile(entry.removeprefix("re:")) for entry in ignored[2:]]
+    assert [m for m in modules if any(pattern.match(m) for pattern in patterns)] == [f"{start}.{new}.w2"]
+    written = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert written == {"quantization": {"exclude_modules": [f"{start}.{new}"]}, "num_experts": len(plan.retained[1])}
+
+    values["quantization_config"]["ignore"] = [f"experts.{kept}.w1"]  # of which layer?
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(RequestError, match=r"config.json.*experts"):
+        plan.apply_to_checkpoint(folder, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -769,7 +769,7 @@ def test_what_stays_out_is_said(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     for name in ("model.safetensors", "adapter_config.json", "model.onnx.data", "tokenizer.json", "README.md"):
         (tmp_path / "model" / name).write_text("{}")
-    left_out = carry_files(Source(str(tmp_path / "model")), tmp_path)
+    left_out = carry_files(Source(str(tmp_path / "model")), tmp_path, {})
     assert left_out == {"adapter_config.json": "an adapter for the unpruned model", "model.onnx.data": WEIGHTS}
     assert {path.name for path in tmp_path.iterdir()} == {"model", "tokenizer.json", "README.base.md"}
 
