@@ -425,6 +425,14 @@ def test_the_order_of_a_layer_takes_groups_in_turns() -> None:
     assert budget.order(5, np.zeros(6), (1, 5)) == [1, 2, 5, 0, 3, 4]
 
 
+def test_a_number_for_some_layers_changes_nothing_else() -> None:
+    rule = GroupedTopK(2, groups=2, top_groups=1)
+    budget = global_budget({0: 8, 1: 8, 2: 8}, rule, total_experts=16, protect={2: (7,)}, seed=5, multiple=4)
+    exact = budget.exactly({2: 4, 0: 8})
+    assert (exact.original, exact.num_experts, exact.total) == ({0: 8, 2: 8}, {0: 8, 2: 4}, 12)
+    assert (exact.rule, exact.protected, exact.seed, exact.multiple) == (rule, {0: (), 2: (7,)}, 5, 4)
+
+
 # ------------------------------------------------------------------------------------------- paths
 
 
