@@ -207,6 +207,7 @@ def test_run(
     folder = published(layout)
     make_tokenizer().save_pretrained(folder)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in make_texts(8)))
+    capsys.readouterr()  # what writing the folder showed
     options = ("--calibration", tmp_path / "texts.jsonl", "--method", "reap", "--num-experts", 8)
     code, _, err = call(capsys, "run", "--model", folder, *options, tmp_path / "out")
     assert (code, err) == (0, "")
