@@ -11,7 +11,7 @@ from ..architectures.routers import RoutingRule
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
 from ..methods import get_method
-from ..methods.budget import UniformBudget, checked_layers
+from ..methods.budget import Budget, checked_layers
 from ..methods.limits import allowed_counts, least_kept
 from ..names import BY_SENSITIVITY
 from ..planning.build import protected_experts, quiet_plan
@@ -38,12 +38,10 @@ def layer_sets(
     grid = check_grid(config, stats.num_experts, stats.routing, counts, protect)
     layers = {layer: stats.num_experts[layer] for layer in grid}
     protected = {layer: tuple(sorted(protect.get(layer, ()))) for layer in layers}
+    whole = Budget(layers, sum(layers.values()), stats.routing, protected, config.seed, config.count_multiple_of)
     sets: dict[int, dict[int, tuple[int, ...]]] = {layer: {} for layer in layers}
     for count in sorted({count for values in grid.values() for count in values}):
-        num_experts = {layer: count if count in grid[layer] else layers[layer] for layer in layers}
-        budget = UniformBudget(
-            layers, sum(num_experts.values()), stats.routing, protected, config.seed, num_experts=num_experts
-        )
+        budget = whole.exactly({layer: count if count in grid[layer] else total for layer, total in layers.items()})
         try:
             if method.check is not None:
                 method.check(budget, options)

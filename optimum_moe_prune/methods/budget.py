@@ -46,6 +46,13 @@ class Budget:
         least = self.rule.least_with(self.protected[layer], self.original[layer])
         return allowed_counts(self.rule, self.original[layer], least, self.multiple)
 
+    def exactly(self, num_experts: dict[int, int]) -> UniformBudget:
+        """This budget with a number for each layer, or for each of some."""
+        layers = {layer: self.original[layer] for layer in num_experts}
+        protected = {layer: self.protected[layer] for layer in num_experts}
+        total = sum(num_experts.values())
+        return UniformBudget(layers, total, self.rule, protected, self.seed, self.multiple, num_experts=num_experts)
+
     def order(self, layer: int, key: Sequence[Any] | np.ndarray, first: Sequence[int] | None = None) -> list[int]:
         """All experts of a layer, those to keep first at the front.
 

@@ -169,7 +169,8 @@ def most_paths(rank: Mapping[int, np.ndarray], budget: Budget, num_paths: int) -
         first[list(budget.protected[layer])] = -1
         groups = [np.sort(first[experts]) for experts in budget.rule.grouped(range(len(first)), len(first))]
         on_paths = np.max([np.searchsorted(group, np.arange(num_paths), side="right") for group in groups], axis=0)
-        allowed = np.array([*budget.allowed(layer), budget.total + 1])  # the last: more than the layer can keep
+        more = max(budget.total, len(first)) + 1  # than the layer can keep
+        allowed = np.array([*budget.allowed(layer), more])
         size += allowed[np.searchsorted(allowed, len(groups) * on_paths)]
     return int((size <= budget.total).sum())
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +50,9 @@ class MoEBlock:
     @property
     def routing(self) -> RoutingRule:
         """The rule of this router, with what its own tensors add; they have to be there."""
-        router = self.router
-        own = {f"router.{name}": tensor for name, tensor in (*router.named_parameters(), *router.named_buffers())}
-        beside = {path: tensor for path, tensor in self.router_tensors.items() if not self._is_of(path, own)}
-        return self.rule.of_router({**own, **beside})
-
-    def _is_of(self, path: str, own: Mapping[str, Tensor]) -> bool:
-        """Whether a tensor below the block is one of its router's."""
-        tensor = part(self.module, path)
-        return any(tensor is other for other in own.values())
+        router, start = self.router, self._below(self.structure.router)
+        own = {f"{start}.{name}": tensor for name, tensor in (*router.named_parameters(), *router.named_buffers())}
+        return self.rule.of_router({**own, **self.router_tensors})
 
     @property
     def module(self) -> nn.Module:

@@ -210,7 +210,7 @@ def _selected_by_sensitivity(
 
     def accepts(layer: int, count: int) -> bool:
         try:
-            check(_exact_budget(budget, {layer: count}))
+            check(budget.exactly({layer: count}))
         except RequestError:
             return False
         return True
@@ -223,7 +223,7 @@ def _selected_by_sensitivity(
     findings: Json = {"sum of divergences": round(allocation.divergence, 6)}
     notes: tuple[str, ...] = ()
     if interpolated:
-        selection = method.select(stats, check(_exact_budget(budget, counts)), options)
+        selection = method.select(stats, check(budget.exactly(counts)), options)
         retained |= {layer: selection.retained[layer] for layer in interpolated}
         findings["layers with interpolated divergences"] = len(interpolated)
         notes = (
@@ -232,16 +232,3 @@ def _selected_by_sensitivity(
             "experts lies between measured ones",
         )
     return Selection(retained, notes=notes, findings=findings)
-
-
-def _exact_budget(budget: Budget, num_experts: dict[int, int]) -> UniformBudget:
-    """A number for each of some layers of a budget."""
-    return UniformBudget(
-        {layer: budget.original[layer] for layer in num_experts},
-        sum(num_experts.values()),
-        budget.rule,
-        {layer: budget.protected[layer] for layer in num_experts},
-        budget.seed,
-        budget.multiple,
-        num_experts=num_experts,
-    )

@@ -22,6 +22,7 @@ from optimum_moe_prune.methods.budget import Budget, choose, choose_ranked, glob
 from optimum_moe_prune.methods.limits import check_retained, num_removed
 from optimum_moe_prune.methods.path_selection import best_paths, first_path, most_paths, on_best_paths
 from optimum_moe_prune.methods.replay import errors_without, squared_errors
+from optimum_moe_prune.methods.replay_search import Replay
 from optimum_moe_prune.methods.sets import num_sets, sets_of
 
 Set = tuple[int, ...]
@@ -153,6 +154,26 @@ def test_no_set_is_made_to_be_thrown_away() -> None:
     first = list(itertools.islice(sets_of(rule, 32, 16), 7))
     assert first[0] == (0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29)
     assert first[6] == (*first[0][:12], 24, 26, 28, 29)
+
+
+@pytest.mark.parametrize("required", [(), (2, 3)])
+def test_searches_keep_groups_equal_where_experts_are_ranked(required: Set) -> None:
+    """Where all groups are chosen from, the chosen are simply the best; the model cuts groups all the same."""
+    rule = InGroups(2, True, False)
+    layer = random_statistics(rule, 1, 8, tokens=12).layers[0]
+    tensors = layer.tensors
+    replay = Replay(tensors["logits"], tensors["gram"], rule, layer.token_sample, layer.loss_weights)
+
+    def loss(kept: Iterable[int]) -> float:
+        return float(replay.loss_by_definition(sorted(kept)))
+
+    sets = [kept for kept in subsets(8, 4) if is_layer(rule, kept, 8) and set(required) <= set(kept)]
+    assert replay.best_set(4, required) == min(sets, key=loss)
+    left = set(range(8))
+    while len(left) > 4:
+        free = [e for e in left - set(required) if sum(o // 4 == e // 4 for o in left) > 2]
+        left.remove(min(free, key=lambda e: loss(left - {e})))
+    assert replay.eliminate(4, required) == tuple(sorted(left))
 
 
 # ------------------------------------------------------------------------------------------- budgets
@@ -405,10 +426,18 @@ def test_the_order_of_a_layer_takes_groups_in_turns() -> None:
     assert budget.order(5, np.zeros(6), (1, 5)) == [1, 2, 5, 0, 3, 4]
 
 
+def test_a_number_for_some_layers_changes_nothing_else() -> None:
+    rule = GroupedTopK(2, groups=2, top_groups=1)
+    budget = global_budget({0: 8, 1: 8, 2: 8}, rule, total_experts=16, protect={2: (7,)}, seed=5, multiple=4)
+    exact = budget.exactly({2: 4, 0: 8})
+    assert (exact.original, exact.num_experts, exact.total) == ({0: 8, 2: 8}, {0: 8, 2: 4}, 12)
+    assert (exact.rule, exact.protected, exact.seed, exact.multiple) == (rule, {0: (), 2: (7,)}, 5, 4)
+
+
 # ------------------------------------------------------------------------------------------- paths
 
 
-@pytest.mark.parametrize("multiple", [1, 3])
+@pytest.mark.parametrize("multiple", [1, 3, 4])
 def test_paths_grow_while_the_groups_they_need_fit(multiple: int) -> None:
     rule = GroupedTopK(1, groups=2, top_groups=1, best=1)
     rank = {0: np.array([0, 1, 1, np.inf, 3, 4]), 1: np.array([2, 0, np.inf, 0, 0, 1])}
@@ -427,7 +456,7 @@ def test_paths_grow_while_the_groups_they_need_fit(multiple: int) -> None:
                     for kept in subsets(6)
                     if on <= set(kept) and is_layer(rule, kept, 6) and kept and len(kept) % multiple == 0
                 ]
-                size += min(sizes)
+                size += min(sizes, default=13)  # 5 or 6 of 6 experts are no multiple of 4
             fitting = m if size <= total else fitting
         assert most_paths(rank, budget, 5) == fitting
 

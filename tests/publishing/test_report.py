@@ -518,7 +518,8 @@ def test_mosaic_of_a_router_with_groups_is_explained_by_a_tree_for_each(tmp_path
     for layer, trees in zip(found, ([range(5, 10)], [range(5), range(5, 10)]), strict=True):
         assert layer.clusters.experts == tuple(e for tree in trees for e in tree)
         assert [len(tree) + 1 for tree in layer.clusters.trees] == [5] * len(trees)
-        (axes, *_) = drawn(graphs.clusters, layer).axes
+        axes, below, *_ = drawn(graphs.clusters, layer).axes
+        assert sorted(int(t.get_text()) for t in below.texts if t.get_text().isdigit()) == list(layer.clusters.experts)
         (tree,) = [c for c in axes.collections if c.get_gid() == "tree"]
         joints = [np.asarray(path.vertices) for path in tree.get_paths()]
         assert len(joints) == 4 * len(trees)

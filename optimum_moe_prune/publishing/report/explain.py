@@ -129,9 +129,7 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
         raise RequestError("the domain weights in the plan cannot be read.") from error
     budget = budget_for(config, weighted.num_experts, weighted.routing, protected_experts(weighted, config)[0])
     if config.allocates == BY_SENSITIVITY:  # whose sets were measured layer by layer: the numbers that it retains
-        counts = {layer: len(plan.retained[layer]) for layer in budget.original}
-        fixed = budget.original, sum(counts.values()), budget.rule, budget.protected, budget.seed
-        budget = UniformBudget(*fixed, num_experts=counts)
+        budget = budget.exactly({layer: len(plan.retained[layer]) for layer in budget.original})
     return Recipe(config.options(), weighted, budget)
 
 
