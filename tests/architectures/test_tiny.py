@@ -46,6 +46,7 @@ def choices(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.slow  # of what the package knows, the walk over all rows does the same
 @pytest.mark.parametrize("model_type", BUILT)
 def test_runs_reloads_and_generates(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from architectures.tiny import EXPERTS, TINY, UPSTREAM, tiny_config, tiny_model
+from architectures.tiny_text import TEXT
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -46,6 +47,7 @@ def known(model_type: str) -> bool:
 
 KNOWN = [name for name in TINY if known(name)]
 RUNS = [name for name in KNOWN if name not in UPSTREAM]
+ONE_OF_EACH_ROW = [name for name in RUNS if name in TEXT or name in ("qwen3_5_moe", "gemma4", "kimi_k25", "step3p7")]
 
 
 def row(model_type: str) -> MoESpec:
@@ -161,7 +163,7 @@ def test_from_calibration_to_reload(model_type: str, tmp_path: Path) -> None:
                 )
 
 
-@pytest.mark.parametrize("model_type", RUNS)
+@pytest.mark.parametrize("model_type", ONE_OF_EACH_ROW)
 def test_layers_of_different_widths(model_type: str, tmp_path: Path) -> None:
     model = tiny_model(model_type)
     plan = plan_of(model, 8, 6, 10)
@@ -177,7 +179,7 @@ def test_layers_of_different_widths(model_type: str, tmp_path: Path) -> None:
     assert same(logits(reloaded), logits(smaller))
 
 
-@pytest.mark.parametrize("model_type", RUNS)
+@pytest.mark.parametrize("model_type", ONE_OF_EACH_ROW)
 def test_rules_hold_in_bfloat16(model_type: str) -> None:
     model = tiny_model(model_type, dtype=torch.bfloat16)
     model.set_experts_implementation("eager") if hasattr(model, "set_experts_implementation") else None
