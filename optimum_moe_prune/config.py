@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .errors import RequestError, nearest_first
 from .names import BY_SENSITIVITY, CONFIG_NAME, DROP, GLOBAL, KEEP, PRUNE, UNIFORM
 from .storage.files import write_text
-from .storage.values import Json, Values, is_integer, read_json
+from .storage.values import Json, Values, is_integer, read_json, size_bytes
 
 if TYPE_CHECKING:
     import os
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BUDGETS = ("num_experts", "sparsity", "total_experts")
+BUDGETS = ("num_experts", "sparsity", "total_experts", "fit")
+BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 SAMPLE_SELECTIONS = ("first", "random", "kmeans")
 ALLOCATIONS = (UNIFORM, GLOBAL, BY_SENSITIVITY)
 MTP = (PRUNE, KEEP, DROP)
@@ -48,8 +49,12 @@ class MoEPrunerConfig:
         method: Name of a method (``list_methods()``).
         num_experts: Experts to retain in each layer (on average, where layers keep different numbers); or
         sparsity: the fraction of experts to remove; or
-        total_experts: the experts to retain in the whole model, for a global allocation. At most one of the three; a
-            plan needs one.
+        total_experts: the experts to retain in the whole model, for a global allocation; or
+        fit: the memory that the pruned model has to fit in, as bytes or ``"24GB"``: the fewest experts are removed.
+            At most one of the four; a plan needs one.
+        bits: With ``fit``: bits of a weight after the quantisation that follows, of which the scales take half a bit
+            more, and embeddings, routers and norms stay in 16; None counts the files as they are.
+        context: With ``fit``: tokens of one sequence whose keys and values are counted.
         allocation: How the budget is spread over layers: ``"uniform"``, the same in each; ``"global"``, one number for
             the whole model, so that layers keep different numbers; ``"sensitivity"``, one number for the whole model,
             spread so that measured divergences of the final output add up to the least; None for the method's own way.
@@ -83,6 +88,13 @@ class MoEPrunerConfig:
     total_experts: int | None = _setting(
         None, "or, global: the experts to retain in all layers together", "N", least=1
     )
+    fit: str | int | None = _setting(
+        None, "or the memory that the pruned model has to fit in, as 24GB: removes the fewest experts", "SIZE"
+    )
+    bits: int | None = _setting(
+        None, "with --fit: bits of a weight after the quantisation that follows (default: as the files are)", "N"
+    )
+    context: int = _setting(0, "with --fit: tokens of context to count", "N", least=0)
     allocation: str | None = _setting(
         None,
         "uniform: the same count in each layer; global: one for the whole model; sensitivity: one for the whole "
@@ -157,6 +169,12 @@ class MoEPrunerConfig:
             raise RequestError(
                 f"sparsity is {self.sparsity!r}; the fraction of experts to remove lies between 0 and 1."
             )
+        if self.fit is not None:
+            size_bytes(self.fit, "fit")
+            if self.bits not in (None, *BITS):
+                raise RequestError(f"bits is {self.bits!r}; it must be one of {', '.join(map(str, BITS))}.")
+        elif self.bits is not None or self.context:
+            raise RequestError(f"{'context' if self.bits is None else 'bits'} is for fit, and no fit is given.")
         for setting in dataclasses.fields(self):
             value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
             if isinstance(setting.default, bool) and not isinstance(value, bool):
@@ -199,7 +217,7 @@ class MoEPrunerConfig:
         """Raise unless a plan can be asked for.
 
         Raises:
-            RequestError: If none of ``num_experts``, ``sparsity`` and ``total_experts`` is given.
+            RequestError: If none of ``num_experts``, ``sparsity``, ``total_experts`` and ``fit`` is given.
         """
         if not self.has_budget:
             raise _one_budget([])
@@ -219,8 +237,8 @@ class MoEPrunerConfig:
 
         Args:
             values: As :meth:`to_dict` gives them.
-            overrides: Take precedence. Giving one of ``num_experts``, ``sparsity`` and ``total_experts`` replaces the
-                others.
+            overrides: Take precedence. Giving one of ``num_experts``, ``sparsity``, ``total_experts`` and ``fit``
+                replaces the others.
         """
         known = {setting.name for setting in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -234,7 +252,7 @@ class MoEPrunerConfig:
             )
         merged = {key: value for key, value in values.items() if key in known}
         if any(overrides.get(name) is not None for name in BUDGETS):
-            merged = {key: value for key, value in merged.items() if key not in BUDGETS}
+            merged = {key: value for key, value in merged.items() if key not in (*BUDGETS, "bits", "context")}
         if "method" in merged and overrides.get("method", merged["method"]) != merged["method"]:
             for name in ("method_options", "allocation"):  # those of another method
                 merged.pop(name, None)
@@ -337,6 +355,7 @@ def check_clusters(sample_selection: str, num_clusters: Any) -> None:
 
 def _one_budget(given: list[str]) -> RequestError:
     return RequestError(
-        "exactly one of num_experts (to retain in each layer), sparsity (fraction to remove) and "
-        f"total_experts (to retain in the whole model) is needed; given: {' and '.join(given) or 'none'}."
+        "exactly one of num_experts (to retain in each layer), sparsity (fraction to remove), total_experts (to "
+        "retain in the whole model) and fit (the memory it has to fit in) is needed; given: "
+        f"{' and '.join(given) or 'none'}."
     )

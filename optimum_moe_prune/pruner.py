@@ -25,6 +25,7 @@ from .models.memory import Compute
 from .names import BY_SENSITIVITY
 from .plan import PruningPlan, with_parent
 from .planning.build import budget_for, build_plan
+from .planning.fit import fitted, with_fit
 from .planning.sensitivity import Sensitivity
 from .publishing.card import write_card
 from .publishing.hub import push_folder
@@ -32,6 +33,7 @@ from .publishing.outputs import apply_to_checkpoint, save_pruned
 from .statistics.samples import check_domain_weights
 from .statistics.stats import CalibrationStats
 from .storage.folders import check_target, working_on
+from .storage.values import Json
 from .storage.workspace import Workspace
 from .surgery.checks import check_output, check_plan_for_config
 from .surgery.files import MAX_SHARD_SIZE, shard_bytes
@@ -134,10 +136,8 @@ class MoEPruner:
             pruner._parent = stored
         if overrides:
             config = MoEPrunerConfig.from_dict({} if config is None else config.to_dict(), **overrides)
-        if config is not None and config.has_budget:
-            budget_for(
-                config, *moe_layers(model_config, trust_remote_code)
-            )  # refuses what can be refused before any work
+        if config is not None and config.has_budget and config.fit is None:
+            budget_for(config, *moe_layers(model_config, trust_remote_code))  # refuses what it can before any work
         pruner.config = config
         return pruner
 
@@ -289,7 +289,9 @@ class MoEPruner:
         stats = stats if stats is not None else self.stats
         if stats is None:
             raise RequestError("there are no statistics to plan with; calibrate first, or pass saved ones.")
-        plan = build_plan(stats, self._recipe(), domain_weights, self.sensitivity)
+        recipe = self._recipe()
+        recipe, fit = fitted(recipe, None if recipe.fit is None else self.layout())
+        plan = with_fit(build_plan(stats, recipe, domain_weights, self.sensitivity), fit)
         self.pruning_plan = with_parent(plan, self._parent)
         return self.pruning_plan
 
@@ -318,7 +320,8 @@ class MoEPruner:
         plan = self.pruning_plan
         if calibration is not None or domain_weights is not None or plan is None:
             blocks = moe_blocks(model)
-            budget_for(self._recipe(), {b.layer: b.num_experts for b in blocks}, blocks[0].rule)
+            recipe, _ = fitted(self._recipe(), model)
+            budget_for(recipe, {b.layer: b.num_experts for b in blocks}, blocks[0].rule)
             plan = self._plan(model, calibration, domain_weights, Workspace(), Compute())
         self.model, self._applied_plan = apply_plan(plan, model), plan
         return self.model
@@ -374,14 +377,15 @@ class MoEPruner:
         workspace = Workspace.beside(output_dir, restart)
         with working_on(output_dir):
             if plan is None:
-                budget = budget_for(self._recipe(), layout.num_experts, layout.spec.routing(layout.config))
+                recipe, _ = fitted(self._recipe(), layout)
+                budget = budget_for(recipe, layout.num_experts, layout.spec.routing(layout.config))
                 check_output(layout, budget, output_dir, standalone, mtp)
                 plan = self._plan(layout, calibration, domain_weights, workspace, way)
             apply_to_checkpoint(
                 plan,
                 layout,
                 output_dir,
-                recipe=None if self.config is None else self.config.to_dict(),
+                recipe=self._stored_recipe(),
                 max_shard_size=max_shard_size,
                 overwrite=overwrite,
                 standalone=standalone,
@@ -423,7 +427,7 @@ class MoEPruner:
             model,
             plan,
             save_directory,
-            recipe=None if self.config is None else self.config.to_dict(),
+            recipe=self._stored_recipe(),
             source=self.source,
             source_config=self.model_config,
             tokenizer=self._tokenizer,
@@ -463,6 +467,10 @@ class MoEPruner:
             raise RequestError("this pruner has no recipe; pass config=MoEPrunerConfig(method=..., num_experts=...).")
         return self.config
 
+    def _stored_recipe(self) -> Json | None:
+        """What is kept beside a plan; None where the plan's own says it: one that was fitted has a number there."""
+        return None if self.config is None or self.config.fit is not None else self.config.to_dict()
+
     def _source(self, source: Source | str | os.PathLike | None) -> Source:
         """A checkpoint, by default the bound one."""
         if self.source is not None:
@@ -487,7 +495,7 @@ class MoEPruner:
         compute: Compute,
     ) -> PruningPlan:
         """A plan from given statistics, from a calibration, or from the last one."""
-        recipe = self._recipe()
+        recipe, fit = fitted(self._recipe(), model)
         texts = None if isinstance(calibration, CalibrationStats) else calibration
         sensitivity = self.sensitivity if self._sensitivity_is_given or texts is None else None
         measures = recipe.allocates == BY_SENSITIVITY and sensitivity is None
@@ -512,7 +520,7 @@ class MoEPruner:
         if measures:
             self._sensitivity = sensitivity  # other texts are measured anew
         parent = model.checkpoint.source.stored_plan() if isinstance(model, Layout) else self._parent
-        self.pruning_plan = with_parent(plan, parent)
+        self.pruning_plan = with_parent(with_fit(plan, fit), parent)
         return self.pruning_plan
 
     def _with_commit(self, stats: CalibrationStats) -> CalibrationStats:

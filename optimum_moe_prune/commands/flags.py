@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", int, float)
 
 METHOD = ("method", "method_options", "protect_super_experts")
-BUDGET = ("num_experts", "sparsity", "total_experts", "allocation", "count_multiple_of")
+BUDGET = ("num_experts", "sparsity", "total_experts", "fit", "bits", "context", "allocation", "count_multiple_of")
 CHOICE = ("protect", "skip_layers")
 CALIBRATION = (
     "num_samples",

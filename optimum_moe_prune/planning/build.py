@@ -47,6 +47,11 @@ def budget_for(
         RequestError: If the budget cannot be kept to, or the method refuses it.
     """
     config.require_budget()
+    if config.fit is not None:
+        raise RequestError(
+            f"how many experts fit in {config.fit} follows from the model's size; settle it first (planning.fit), or "
+            "name a number of experts."
+        )
     method = get_method(config.method)
     settings: Json = {
         "num_experts": config.num_experts,

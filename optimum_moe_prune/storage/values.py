@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,32 @@ def check_version(values: Mapping[str, Any], newest: int, what: str) -> None:
 def is_integer(value: Any) -> bool:
     """Whether a value read from JSON is an integer; Python counts truth values among them."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + end: base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for end, base in (("", 1000), ("B", 1000), ("IB", 1024))
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*([KMGT]?I?B?)", re.IGNORECASE)
+
+
+def size_bytes(size: str | int, what: str) -> int:
+    """Bytes, of a number or a size in words: ``"24GB"``, ``"1.5 TB"``, ``"512MiB"``.
+
+    Args:
+        size: The size.
+        what: Whose, for messages.
+
+    Raises:
+        RequestError: If it is no size, or not a whole byte.
+    """
+    match = _SIZE.fullmatch(str(size).strip())
+    unit = "" if match is None else match[2].upper()
+    nbytes = 0 if match is None or unit not in _UNITS else int(float(match[1]) * _UNITS[unit])
+    if nbytes < 1 or isinstance(size, bool):
+        raise RequestError(f"{what} is {size!r}; it must be a number of bytes, or one with KB, MB, GB, TB, or GiB.")
+    return nbytes
 
 
 def no_constant(name: str) -> float:
