@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .models.memory import Compute as Compute
     from .plan import PruningPlan as PruningPlan
     from .planning.sensitivity import Sensitivity as Sensitivity
+    from .planning.work import plan_work as plan_work
     from .pruner import MoEPruner as MoEPruner
     from .publishing.report import write_report as write_report
     from .statistics.stats import CalibrationStats as CalibrationStats
@@ -65,6 +66,7 @@ _HOME = {
     "list_architectures": "architectures",
     "list_methods": "methods",
     "measure_sensitivity": "evaluation.measure_sensitivity",
+    "plan_work": "planning.work",
     "register_architecture": "architectures",
     "register_method": "methods",
     "write_report": "publishing.report",

@@ -9,6 +9,7 @@ from optimum.commands.base import CommandInfo
 
 from . import flags, publishing
 from .base import Command, Result
+from .work import add_dry_run, shown
 
 
 class ApplyCommand(Command):
@@ -22,11 +23,13 @@ class ApplyCommand(Command):
         flags.add_writing(parser)
         flags.add_settings(parser, ["mtp"])
         publishing.add_publishing(parser)
+        add_dry_run(parser)
         flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..plan import PruningPlan
+        from ..planning.work import plan_work
         from ..pruner import MoEPruner
         from ..storage.folders import check_target
 
@@ -37,6 +40,10 @@ class ApplyCommand(Command):
         plan = PruningPlan.load(args.plan)
         pruner = MoEPruner.from_plan(plan, source.name_or_path, **source.for_transformers)
         publishing.check_memory(args, pruner)
+        if (
+            result := shown(args, plan_work(pruner.layout(), plan=plan, mtp=args.mtp, output=args.output))
+        ) is not None:
+            return result
         pruner.prune_checkpoint(
             args.output,
             max_shard_size=args.max_shard_size,

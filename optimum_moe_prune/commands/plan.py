@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from optimum.commands.base import CommandInfo
 
+from ..errors import RequestError
 from . import flags
 from .base import Command, Result
+
+if TYPE_CHECKING:
+    from ..checkpoints.layout import Layout
+    from ..statistics.stats import CalibrationStats
 
 
 class PlanCommand(Command):
@@ -18,6 +24,11 @@ class PlanCommand(Command):
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--stats", required=True, metavar="STATS_DIR", help="statistics that score saved")
+        parser.add_argument(
+            "--model",
+            metavar="DIR|ID",
+            help="with --fit: the model that they are of (default: where it was when they were made)",
+        )
         flags.add_recipe(parser)
         parser.add_argument(
             "--sensitivity", metavar="FILE", help="with --allocation sensitivity: what the command sensitivity wrote"
@@ -29,6 +40,7 @@ class PlanCommand(Command):
     def work(args: argparse.Namespace) -> Result:
         from ..plan import PruningPlan
         from ..planning.build import build_plan
+        from ..planning.fit import fitted, with_fit
         from ..planning.sensitivity import Sensitivity
         from ..statistics.stats import CalibrationStats
         from ..storage.files import check_file
@@ -39,6 +51,26 @@ class PlanCommand(Command):
         config.require_budget()
         weights = flags.domain_weights(args)
         sensitivity = None if args.sensitivity is None else Sensitivity.load(args.sensitivity)
-        plan = build_plan(CalibrationStats.load(args.stats), config, weights, sensitivity)
+        stats = CalibrationStats.load(args.stats)
+        config, fit = fitted(config, None if config.fit is None else _model_of(stats, args.model))
+        plan = with_fit(build_plan(stats, config, weights, sensitivity), fit)
         plan.save(target)
         return result_of_plan(plan, args.output)
+
+
+def _model_of(stats: CalibrationStats, name: str | None) -> Layout:
+    """The model that statistics are of, for its sizes."""
+    from ..architectures.fingerprint import same_routers
+    from ..checkpoints.layout import open_layout
+
+    name = name or stats.model.get("name_or_path")
+    advice = "name the model that the statistics are of (--model DIR)"
+    if not name:
+        raise RequestError(f"--fit needs the model's sizes; {advice}.")
+    try:
+        layout = open_layout(name)
+    except RequestError as error:
+        raise RequestError(f"--fit needs the model's sizes, and {str(error).rstrip('.')}; {advice}.") from error
+    if not same_routers(stats.model, layout.fingerprints()):
+        raise RequestError(f"{name} is not the model that the statistics are of; {advice}.")
+    return layout

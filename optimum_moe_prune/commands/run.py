@@ -9,6 +9,7 @@ from optimum.commands.base import CommandInfo
 
 from . import flags, publishing
 from .base import Command, Result
+from .work import add_dry_run, shown
 
 
 class RunCommand(Command):
@@ -26,12 +27,14 @@ class RunCommand(Command):
         flags.add_settings(parser, ["seed", "mtp"])
         flags.add_writing(parser)
         publishing.add_publishing(parser)
+        add_dry_run(parser)
         flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..names import BY_SENSITIVITY
         from ..planning.sensitivity import Sensitivity
+        from ..planning.work import plan_work
         from ..pruner import MoEPruner
         from ..storage.folders import check_target
         from .inputs import calibration_samples
@@ -50,9 +53,13 @@ class RunCommand(Command):
             if config.allocates == BY_SENSITIVITY:
                 pruner.sensitivity.for_recipe(config, pruner.layout().facts(), weights)
         measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
+        samples = calibration_samples(args, pruner) if measures or config.needs else None
+        work = plan_work(pruner.layout(), config, samples, output=args.output, compute=compute, measures=measures)
+        if (result := shown(args, work)) is not None:
+            return result
         pruner.prune_checkpoint(
             args.output,
-            calibration=calibration_samples(args, pruner) if measures or config.needs else None,
+            calibration=samples,
             domain_weights=weights,
             restart=args.restart,
             max_shard_size=args.max_shard_size,

@@ -9,6 +9,7 @@ from optimum.commands.base import CommandInfo
 
 from . import flags
 from .base import Command, Result
+from .work import add_dry_run, shown
 
 
 class ScoreCommand(Command):
@@ -24,11 +25,13 @@ class ScoreCommand(Command):
         flags.add_settings(group, flags.METHOD[1:])
         flags.add_config(group)
         flags.add_settings(parser, ["seed"])
+        add_dry_run(parser)
         flags.add_common(parser, "STATS_DIR", "folder of the statistics, absent or empty")
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..calibration.calibrate import calibrate, needs_of
+        from ..planning.work import plan_work
         from ..pruner import MoEPruner
         from ..storage.folders import check_target, working_on
         from ..storage.workspace import Workspace
@@ -42,6 +45,9 @@ class ScoreCommand(Command):
         compute = flags.compute_of(args)
         pruner = MoEPruner(config, source=flags.source_of(args))
         samples = calibration_samples(args, pruner)
+        work = plan_work(pruner.layout(), config, samples, needs=needs, output=args.output, compute=compute)
+        if (result := shown(args, work)) is not None:
+            return result
         workspace = Workspace.beside(args.output, args.restart).part("calibration")
         with working_on(args.output):
             stats = calibrate(

@@ -10,6 +10,7 @@ from optimum.commands.base import CommandInfo
 from ..errors import RequestError
 from . import flags
 from .base import Command, Result
+from .work import add_dry_run, shown
 
 
 class SensitivityCommand(Command):
@@ -36,6 +37,7 @@ class SensitivityCommand(Command):
             "--sparsities", metavar="F,F", help="of whole models (default 0.125,0.25,0.375,0.5,0.625,0.75)"
         )
         flags.add_settings(parser, ["seed"])
+        add_dry_run(parser)
         flags.add_common(parser, "OUTPUT.json", "file of the result")
 
     @staticmethod
@@ -43,6 +45,7 @@ class SensitivityCommand(Command):
         from ..evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
         from ..methods import list_methods
         from ..planning.sensitivity import Sensitivity
+        from ..planning.work import plan_work
         from ..pruner import MoEPruner
         from ..statistics.stats import CalibrationStats
         from ..storage.files import check_file
@@ -70,6 +73,10 @@ class SensitivityCommand(Command):
         pruner = MoEPruner(configs[0], source=flags.source_of(args))
         layout = pruner.layout()
         samples = calibration_samples(args, pruner)
+        needs = frozenset() if args.stats else frozenset(need for config in configs for need in config.needs)
+        work = plan_work(layout, configs[0], samples, needs=needs, output=args.output, compute=compute, measures=True)
+        if (result := shown(args, work)) is not None:
+            return result
         workspace = Workspace.beside(args.output, args.restart).part("sensitivity")
         with working_on(args.output):
             measured = measure_sensitivity(

@@ -12,7 +12,7 @@ from ..config import MoEPrunerConfig
 from ..errors import RequestError
 from ..methods import get_method
 from ..methods.budget import Budget, checked_layers
-from ..methods.limits import allowed_counts, least_kept
+from ..methods.limits import MOST_COUNTS, allowed_counts, least_kept
 from ..names import BY_SENSITIVITY
 from ..planning.build import protected_experts, quiet_plan
 from ..planning.sensitivity import Retained, Sensitivity
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 SPARSITIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 """Of whole models, by default; those that a model has too few experts for are left out."""
-MOST_COUNTS = 12
-"""Numbers of experts measured in a layer, by default; all of them where there are no more."""
 
 
 def layer_sets(

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
 
+MOST_COUNTS = 12
+"""Numbers of experts measured in a layer, by default; all of them where there are no more."""
+
 
 def allowed_counts(rule: RoutingRule, num_experts: int, least: int = 1, multiple: int = 1) -> list[int]:
     """The numbers of experts that a layer of ``num_experts`` can keep, rising.

@@ -126,6 +126,34 @@ def gigabytes(nbytes: int, up: bool = False) -> str:
     return f"{value:.4g} {'kMGT'[power - 1]}B" if value >= 999.5 else f"{value:.3g} {'kMGT'[power - 1]}B"
 
 
+def weights_after(
+    sizes: Sizes, original: Mapping[int, int], budget: Budget, mtp: str | None, bits: int | None = None
+) -> int:
+    """Bytes of the weights that a budget leaves; of one for the whole model, at most.
+
+    Args:
+        sizes: Of the model.
+        original: Experts of each MoE layer.
+        budget: The budget.
+        mtp: What becomes of heads for further tokens, as in a recipe.
+        bits: As for ``Size.at``.
+    """
+    drop = mtp == DROP
+    if not isinstance(budget, UniformBudget):
+        removed = sum(budget.original.values()) - budget.total
+        return math.ceil(sizes.after({}, drop).at(bits) - removed * _least_expert(sizes, budget.original, bits))
+    counts = dict(budget.num_experts)
+    kept = {counts.get(layer, total) for layer, total in original.items()}
+    if len(kept) == 1 and mtp not in (KEEP, DROP):
+        counts |= dict.fromkeys(sizes.head_experts, kept.pop())
+    return sizes.after(counts, drop).at(bits)
+
+
+def _least_expert(sizes: Sizes, layers: Iterable[int], bits: int | None) -> float:
+    """Bytes of the smallest expert in layers, in fractions where a format takes such."""
+    return min(sizes.experts[layer].times(1024).at(bits) / 1024 for layer in layers)
+
+
 def _precision(bits: int | None) -> str:
     return "in the files' precision" if bits is None else f"at {bits} bits"
 
@@ -159,18 +187,7 @@ class _Sums:
 
     def weights(self, budget: Budget, bits: int | None) -> int:
         """Bytes of the weights that a budget leaves; of one for the whole model, at most."""
-        if isinstance(budget, UniformBudget):
-            counts = dict(budget.num_experts)
-            kept = {counts.get(layer, total) for layer, total in self.original.items()}
-            if len(kept) == 1 and self.config.mtp not in (KEEP, DROP):
-                counts |= dict.fromkeys(self.sizes.head_experts, kept.pop())
-            return self.sizes.after(counts, self.config.mtp == DROP).at(bits)
-        removed = sum(budget.original.values()) - budget.total
-        return math.ceil(self.whole(bits) - removed * self._least_expert(bits))
-
-    def _least_expert(self, bits: int | None) -> float:
-        """Bytes of the smallest expert, in fractions where a format takes such."""
-        return min(self.sizes.experts[layer].times(1024).at(bits) / 1024 for layer in self._layers())
+        return weights_after(self.sizes, self.original, budget, self.config.mtp, bits)
 
     def _layers(self) -> dict[int, int]:
         return {layer: total for layer, total in self.original.items() if layer not in self.config.skip_layers}
@@ -187,7 +204,7 @@ class _Sums:
         """What can be asked for, most experts first; of a whole model from what would fit."""
         if self.config.allocates == UNIFORM:
             return sorted(set(range(1, max(self.original.values()))), reverse=True)
-        removed = math.ceil((self.whole(bits) - room) / self._least_expert(bits))
+        removed = math.ceil((self.whole(bits) - room) / _least_expert(self.sizes, self._layers(), bits))
         return range(sum(self._layers().values()) - max(removed, 1), self._floor() - 1, -1)
 
     def _floor(self) -> int:

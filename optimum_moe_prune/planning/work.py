@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of the work: what will be kept, read, written and held in memory, and for how long, before it begins."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ..calibration.in_memory import statistics_bytes
+from ..calibration.observer import Current
+from ..calibration.samples import CalibrationSet
+from ..checkpoints.layout import Layout, model_dtype
+from ..checkpoints.sizes import Sizes, sizes_of
+from ..compat import text_config
+from ..methods.budget import Budget, UniformBudget
+from ..methods.limits import MOST_COUNTS, allowed_counts
+from ..models.memory import Compute, available_memory, model_bytes
+from ..names import BY_SENSITIVITY, DROP
+from ..plan import PruningPlan
+from ..statistics.needs import DENSE, Need
+from ..storage.growing import IN_MEMORY_BYTES
+from ..storage.targets import nearest_existing, real_path
+from ..storage.values import Json
+from .build import budget_for
+from .fit import Fit, fitted, gigabytes, weights_after
+from .probe import probe
+
+if TYPE_CHECKING:
+    from ..config import MoEPrunerConfig
+
+_LIBRARIES = 5 * 10**8  # what torch and transformers hold before any model is there
+_COPYING = _LIBRARIES + 2 * 10**8
+_STATES_AT_ONCE = 12  # copies of a batch's hidden states while a layer runs
+_CHUNKS = 4 * 128 * 2**20  # outputs of all experts for some tokens
+_WORTH_PROBING = 10**11  # parameters times tokens: below, the work takes seconds
+_WHOLE_MODELS = 12  # that a sensitivity measures
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a budget keeps, and what the next larger and smaller ones would.
+
+    Attributes:
+        total: Experts that are kept in all layers together, of ``original``.
+        original: Experts there are.
+        per_layer: Experts that each layer keeps, where the budget says it.
+        neighbours: Experts that can be asked for instead, in a layer or in all, with the sparsity of each.
+        asked: The sparsity that was asked for, where one was.
+    """
+
+    total: int
+    original: int
+    per_layer: dict[int, int] | None
+    neighbours: dict[int, float]
+    asked: float | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of experts that is removed."""
+        return 1 - self.total / self.original
+
+
+@dataclass(frozen=True)
+class WorkPlan:
+    """What is about to be done, in numbers. Bytes unless said otherwise.
+
+    Attributes:
+        model: Name, type, layers, experts and parameters of the model.
+        choice: What the budget keeps; None where nothing is chosen.
+        fit: What it has to fit in, where that was asked for.
+        texts: Samples and tokens, by domain as well; empty where no text is read.
+        reads: Read from the model's files.
+        writes: Written to the output.
+        unfinished: Kept on disk beside the output until the work is done.
+        disk: Free on the output's disk.
+        memory: Needed at most, roughly.
+        free_memory: Free where the model is run.
+        device: Where it is run.
+        dtype: The precision it is run in.
+        streamed: Whether one layer at a time is in memory.
+        seconds: How long running the model takes, roughly; None where that cannot be told.
+    """
+
+    model: Json
+    choice: Choice | None = None
+    fit: Fit | None = None
+    texts: Json = field(default_factory=dict)
+    reads: int = 0
+    writes: int = 0
+    unfinished: int = 0
+    disk: int = 0
+    memory: int = 0
+    free_memory: int = 0
+    device: str = ""
+    dtype: str = ""
+    streamed: bool | None = None
+    seconds: float | None = None
+
+    def to_dict(self) -> Json:
+        """As plain values."""
+        values = {name: value for name, value in vars(self).items() if name not in ("choice", "fit")}
+        if self.choice is not None:
+            per_layer, neighbours = self.choice.per_layer, self.choice.neighbours
+            values["choice"] = {
+                "total_experts": self.choice.total,
+                "original_experts": self.choice.original,
+                "sparsity": self.choice.sparsity,
+                "asked_sparsity": self.choice.asked,
+                "num_experts": None if per_layer is None else {str(layer): n for layer, n in per_layer.items()},
+                "neighbours": {str(count): sparsity for count, sparsity in neighbours.items()},
+            }
+        return {**values, "fit": None if self.fit is None else self.fit.to_dict()}
+
+    def summary(self) -> str:
+        """In lines for people."""
+        lines = {"model": self._model(), "keeps": self._keeps()}
+        if self.fit is not None:
+            lines["fits"] = self.fit.note
+        if self.texts:
+            domains = ", ".join(f"{name} {count}" for name, count in self.texts["tokens_by_domain"].items())
+            lines["text"] = f"{self.texts['samples']} samples, {self.texts['tokens']} tokens ({domains})"
+        lines["reads"] = gigabytes(self.reads)
+        if self.writes or self.unfinished:
+            unfinished = f", and {gigabytes(self.unfinished)} until it is done" if self.unfinished else ""
+            lines["writes"] = f"{gigabytes(self.writes)}{unfinished}; {gigabytes(self.disk)} are free"
+        if self.streamed is not None:
+            way = "one layer at a time" if self.streamed else "the whole model in memory"
+            lines["runs"] = f"on {self.device} in {self.dtype}, {way}"
+        lines["memory"] = f"about {gigabytes(self.memory)}; {gigabytes(self.free_memory)} are free"
+        if self.streamed is not None:
+            known = self.seconds is not None
+            lines["time"] = f"about {duration(self.seconds or 0)}" if known else "cannot be told"
+        return "\n".join(f"{name:<7} {text}" for name, text in lines.items() if text)
+
+    def _model(self) -> str:
+        model, counts = self.model, self.model["num_experts"].values()
+        low, high = min(counts), max(counts)
+        return (
+            f"{model['name']} ({model['model_type']}): {model['layers']} layers, {len(counts)} of them with "
+            f"{low if low == high else f'{low} to {high}'} experts, {model['top_k']} for a token; "
+            f"{_count(model['parameters'])} parameters, {gigabytes(model['bytes'])}"
+        )
+
+    def _keeps(self) -> str:
+        choice = self.choice
+        if choice is None:
+            return ""
+        per_layer = choice.per_layer and set(choice.per_layer.values())
+        others = ", ".join(f"{n} ({sparsity:.1%})" for n, sparsity in choice.neighbours.items())
+        others = f"; the next: {others}" if others else ""
+        if per_layer and len(per_layer) == 1:
+            what = f"{per_layer.pop()} experts in each layer, {choice.total} of {choice.original}"
+        else:
+            what = f"{choice.total} of {choice.original} experts"
+        asked = "" if choice.asked is None else f", {choice.asked:.1%} was asked for"
+        return f"{what} ({choice.sparsity:.1%} removed{asked}){others}"
+
+
+def plan_work(
+    layout: Layout,
+    recipe: MoEPrunerConfig | None = None,
+    samples: CalibrationSet | None = None,
+    *,
+    needs: frozenset[Need] | None = None,
+    plan: PruningPlan | None = None,
+    mtp: str | None = None,
+    output: str | os.PathLike | None = None,
+    compute: Compute = Compute(),
+    measures: bool | None = None,
+) -> WorkPlan:
+    """What calibrating, choosing and writing will take. Nothing is written; one layer is run on a few tokens.
+
+    Args:
+        layout: The checkpoint.
+        recipe: Method, budget and calibration; without a budget nothing is chosen.
+        samples: The calibration; None where none is needed.
+        needs: What is gathered; by default what the recipe's method reads.
+        plan: In place of a budget: the plan that is applied.
+        mtp: With a plan, what becomes of heads in place of what it says.
+        output: The folder or file to write.
+        compute: How the checkpoint is run.
+        measures: Whether the sensitivity is measured; by default where the recipe allocates by it.
+
+    Raises:
+        RequestError: If the budget cannot be kept to, or the device is not there.
+    """
+    sizes, counts, config = sizes_of(layout), layout.num_experts, layout.config
+    rule = layout.spec.routing(config)
+    fit, choice, writes = None, None, 0
+    if plan is not None:
+        choice = Choice(sum(plan.num_experts.values()), sum(plan.original_num_experts.values()), plan.num_experts, {})
+        writes = sizes.after(plan.num_experts, (plan.config.get("mtp") if mtp is None else mtp) == DROP).nbytes
+    elif recipe is not None and recipe.has_budget:
+        recipe, fit = fitted(recipe, layout)
+        budget = budget_for(recipe, counts, rule)
+        choice = replace(_choice(budget, sum(counts.values())), asked=recipe.sparsity)
+        writes = weights_after(sizes, counts, budget, recipe.mtp)
+    facts = {
+        "name": layout.checkpoint.name_or_path,
+        "model_type": layout.spec.model_type,
+        "layers": text_config(config).num_hidden_layers,
+        "num_experts": counts,
+        "top_k": rule.top_k,
+        "parameters": sizes.whole.parameters,
+        "bytes": sizes.whole.nbytes,
+    }
+    disk = 0 if output is None else shutil.disk_usage(nearest_existing(real_path(output))).free
+    work = WorkPlan(
+        facts,
+        choice,
+        fit,
+        reads=writes,
+        writes=writes,
+        disk=disk,
+        memory=_COPYING,
+        free_memory=available_memory("cpu"),
+    )
+    measures = measures if measures is not None else recipe is not None and recipe.allocates == BY_SENSITIVITY
+    needs = needs if needs is not None else frozenset() if recipe is None else recipe.needs
+    if recipe is None or samples is None or not (needs or measures):
+        return work
+    compute = compute.settled(layout)
+    dtype = model_dtype(config, layout.checkpoint, compute.dtype)
+    statistics = statistics_bytes(counts, needs, Current(samples, recipe.max_tokens, recipe.seed), config)
+    width = text_config(config).hidden_size * dtype.itemsize  # bytes of a token's hidden states
+    states = 2 * samples.num_tokens * width if compute.stream else 0
+    held = _largest_layer(sizes) * dtype.itemsize if compute.stream else model_bytes(layout, compute.dtype)
+    batch = max(int(batch.input_ids.numel()) for batch in samples.batches(recipe.batch_size))
+    running = _STATES_AT_ONCE * batch * width + (_CHUNKS if needs & DENSE else 0)
+    return replace(
+        work,
+        texts={"samples": len(samples), "tokens": samples.num_tokens, "tokens_by_domain": _by_domain(samples)},
+        reads=sizes.whole.nbytes + writes,
+        writes=writes if choice is not None or output is None else statistics,
+        unfinished=(statistics if choice is not None else 0) + states if output is not None else 0,
+        memory=_LIBRARIES + held + min(statistics, IN_MEMORY_BYTES) + running,
+        free_memory=available_memory(compute.device),
+        device=compute.device,
+        dtype=str(dtype).removeprefix("torch."),
+        streamed=bool(compute.stream),
+        seconds=_seconds(layout, sizes, recipe, samples, needs, compute, measures),
+    )
+
+
+def _choice(budget: Budget, everything: int) -> Choice:
+    """What a budget keeps of all experts, those of skipped layers among them."""
+    skipped = everything - sum(budget.original.values())
+    kept = budget.total + skipped
+    if isinstance(budget, UniformBudget):
+        return Choice(kept, everything, dict(budget.num_experts), _beside(budget))
+    step = max(budget.rule.groups, budget.multiple)
+    least = sum(budget.allowed(layer)[0] for layer in budget.original)
+    others = (n for n in (budget.total - step, budget.total + step) if least <= n < sum(budget.original.values()))
+    return Choice(kept, everything, None, {n: 1 - (n + skipped) / everything for n in others})
+
+
+def _beside(budget: UniformBudget) -> dict[int, float]:
+    """The next smaller and larger number of experts in a layer, where all layers keep the same."""
+    if len(set(budget.num_experts.values())) != 1 or len(set(budget.original.values())) != 1:
+        return {}
+    count, total = next(iter(budget.num_experts.values())), next(iter(budget.original.values()))
+    least = max(budget.allowed(layer)[0] for layer in budget.original)
+    allowed = [n for n in allowed_counts(budget.rule, total, least, budget.multiple) if n < total]
+    below, above = [n for n in allowed if n < count][-1:], [n for n in allowed if n > count][:1]
+    return {n: 1 - n / total for n in (*below, *above)}
+
+
+def _largest_layer(sizes: Sizes) -> int:
+    """Parameters of the largest decoder layer, roughly: its experts, and its share of the rest."""
+    experts = [
+        sizes.experts[layer].parameters * count for layer, count in sizes.num_experts.items() if layer in sizes.experts
+    ]
+    return max(experts) + (sizes.whole.parameters - sum(experts)) // len(experts)
+
+
+def _by_domain(samples: CalibrationSet) -> dict[str, int]:
+    tokens: dict[str, int] = {}
+    for sample in samples.samples:
+        tokens[sample.domain] = tokens.get(sample.domain, 0) + sample.num_tokens
+    return tokens
+
+
+def _seconds(
+    layout: Layout,
+    sizes: Sizes,
+    recipe: MoEPrunerConfig,
+    samples: CalibrationSet,
+    needs: frozenset[Need],
+    compute: Compute,
+    measures: bool,
+) -> float | None:
+    """How long the model will run, roughly: for the calibration, and for measuring the sensitivity."""
+    tokens = samples.num_tokens
+    measured = samples.take(recipe.sensitivity_samples).num_tokens if measures else 0
+    if sizes.whole.parameters * (tokens + measured * len(layout.num_experts)) < _WORTH_PROBING:
+        return 0.0
+    speed = probe(layout, samples, needs, compute, recipe.batch_size)
+    if speed is None:
+        return None
+    layers = text_config(layout.config).num_hidden_layers
+    total = layers * (speed.reading + tokens * speed.watched) if needs else 0.0
+    if measures:
+        alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2
+        total += layers * speed.reading + (alone + _WHOLE_MODELS * layers) * measured * speed.plain
+    return total
+
+
+def duration(seconds: float) -> str:
+    return "a minute at most" if seconds < 60 else f"{seconds / 60:.0f} min"
+
+
+def _count(number: int) -> str:
+    """Parameters in words: 46.7 B."""
+    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
