@@ -9,7 +9,7 @@ from optimum.commands.base import CommandInfo
 
 from . import flags, publishing
 from .base import Command, Result
-from .work import add_dry_run, shown
+from .work import add_dry_run, check_apply, shown
 
 
 class ApplyCommand(Command):

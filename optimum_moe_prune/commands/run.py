@@ -9,7 +9,7 @@ from optimum.commands.base import CommandInfo
 
 from . import flags, publishing
 from .base import Command, Result
-from .work import add_dry_run, shown
+from .work import add_dry_run, check_run, shown
 
 
 class RunCommand(Command):
@@ -54,6 +54,7 @@ class RunCommand(Command):
                 pruner.sensitivity.for_recipe(config, pruner.layout().facts(), weights)
         measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
         samples = calibration_samples(args, pruner) if measures or config.needs else None
+        check_run(args, pruner, samples)
         work = plan_work(pruner.layout(), config, samples, output=args.output, compute=compute, measures=measures)
         if (result := shown(args, work)) is not None:
             return result

@@ -7,10 +7,15 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from . import flags
 from .base import Result
 
 if TYPE_CHECKING:
+    from ..calibration.samples import CalibrationSet
+    from ..checkpoints.layout import Layout
+    from ..plan import PruningPlan
     from ..planning.work import WorkPlan
+    from ..pruner import MoEPruner
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +28,45 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def shown(args: argparse.Namespace, work: WorkPlan) -> Result | None:
-    """Show the plan of the work on standard error; or, where nothing more is wanted, give it as the result."""
+    """Show the plan of the work on standard error, for people; or, where nothing more is wanted, as the result."""
     if args.dry_run:
         return f"{work.summary()}\nNothing was written (--dry-run).", {"dry_run": True, **work.to_dict()}
-    print(work.summary(), file=sys.stderr, flush=True)
+    if not args.json:
+        print(work.summary(), file=sys.stderr, flush=True)
     return None
+
+
+def check_run(args: argparse.Namespace, pruner: MoEPruner, samples: CalibrationSet | None) -> None:
+    """Refuse a run that can be known to fail, before its plan is shown.
+
+    Raises:
+        RequestError: If budget, output, heads or the shares of domains are wrong.
+    """
+    from ..planning.build import budget_for
+    from ..planning.fit import fitted
+    from ..statistics.samples import check_domain_weights
+    from ..surgery.checks import check_output
+
+    assert pruner.config is not None
+    layout = pruner.layout()
+    recipe, _ = fitted(pruner.config, layout)
+    budget = budget_for(recipe, layout.num_experts, layout.spec.routing(layout.config))
+    check_output(layout, budget, args.output, args.standalone, recipe.mtp)
+    weights = flags.domain_weights(args)
+    if weights is not None and samples is not None:
+        check_domain_weights(samples.samples, weights)
+
+
+def check_apply(args: argparse.Namespace, plan: PruningPlan, layout: Layout) -> None:
+    """Refuse a plan that is not for a model, before what it does is shown.
+
+    Raises:
+        RequestError: If it is for another model, or what it asks for cannot be written.
+    """
+    from ..surgery.checks import check_plan_for_config, check_request, check_routers
+    from ..surgery.heads import way_of_plan
+
+    check_plan_for_config(plan, layout.config)
+    uniform = plan.uniform_num_experts is not None
+    check_request(layout, uniform, args.standalone, way_of_plan(plan, args.mtp))
+    check_routers(plan, layout.fingerprints())

@@ -48,7 +48,7 @@ def test_run_equals_score_plan_apply(place: Path, tmp_path: Path, capsys: pytest
     model, texts = place / "model", place / "texts.jsonl"
     budget = ("--method", "mosaic", "--num-experts", 4, "--option", "num_domains=4", "--seed", 3)
     code, out, err = call(capsys, "run", "--model", model, "--calibration", texts, *budget, tmp_path / "run")
-    assert (code, err) == (0, "")
+    assert code == 0 and "4 experts in each layer" in err and "error" not in err
     assert out.startswith("mosaic: 12 of 24 experts retained in 3 layers (50% removed)\n  layer 0  4 of 8: ")
 
     code, out, _ = call(capsys, "score", "--model", model, "--calibration", texts, "--seed", 3, tmp_path / "stats")
@@ -134,7 +134,7 @@ def test_unequal_layers_from_run_to_evaluate(place: Path, tmp_path: Path, capsys
     run = ("run", "--model", place / "model", "--calibration", place / "texts.jsonl", "--method", "pathfinder")
     budget = ("--sparsity", 0.25, "--sample-selection", "kmeans", "--num-clusters", 3)
     code, out, err = call(capsys, *run, *budget, "--standalone", tmp_path / "run")
-    assert code == 0 and err == ""
+    assert code == 0 and err.startswith("model") and "25.0% removed" in err
     assert out.startswith("pathfinder: 18 of 24 experts retained in 3 layers (25% removed)\n  layer 0  ")
     assert "import optimum_moe_prune before loading it, or pass trust_remote_code=True." in out
     plan = PruningPlan.load(tmp_path / "run")
