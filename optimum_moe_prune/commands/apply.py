@@ -40,9 +40,10 @@ class ApplyCommand(Command):
         plan = PruningPlan.load(args.plan)
         pruner = MoEPruner.from_plan(plan, source.name_or_path, **source.for_transformers)
         publishing.check_memory(args, pruner)
-        if (
-            result := shown(args, plan_work(pruner.layout(), plan=plan, mtp=args.mtp, output=args.output))
-        ) is not None:
+        layout = pruner.layout()
+        check_apply(args, plan, layout)
+        work = plan_work(layout, plan=plan, mtp=args.mtp, output=args.output)
+        if (result := shown(args, work)) is not None:
             return result
         pruner.prune_checkpoint(
             args.output,
