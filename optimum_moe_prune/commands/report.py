@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from optimum.commands.base import CommandInfo
 
 from ..errors import RequestError
+from ..names import PLAN_NAME
 from . import flags
 from .base import Command, Result
 
@@ -23,11 +26,17 @@ class ReportCommand(Command):
             "--plan",
             action="append",
             default=[],
-            metavar="PLAN.json",
-            help="a plan, or a pruned checkpoint's folder; may be repeated",
+            metavar="[NAME=]PLAN.json",
+            help="a plan, or a pruned checkpoint's folder; may be repeated, and several are shown side by side in "
+            "this order, under their names",
         )
         parser.add_argument("--sensitivity", metavar="FILE", help="what the command sensitivity wrote")
         parser.add_argument("--evaluation", metavar="FILE", help="what evaluate --output wrote")
+        parser.add_argument(
+            "--model",
+            metavar="DIR|ID",
+            help="the plans' model, or one that a plan left, to read sizes from (default: where the plans say it is)",
+        )
         parser.add_argument("--title", help="of the page")
         parser.add_argument("--pictures", metavar="DIR", help="folder of the pictures (default: OUTPUT_pictures)")
         flags.add_common(parser, "OUTPUT.html", "file of the report")
@@ -43,10 +52,7 @@ class ReportCommand(Command):
         target = Path(args.output)
         if target.suffix != ".html":
             raise RequestError(f"the report's file must end in .html, and is {args.output}.")
-        plans: dict[str, PruningPlan] = {}
-        for path in args.plan:
-            name = Path(path).stem if Path(path).suffix == ".json" else Path(path).name
-            plans[name if name not in plans else path] = PruningPlan.load(path)
+        plans = {name: PruningPlan.load(path) for name, path in named_paths(args.plan).items()}
         pictures = args.pictures or target.with_name(f"{target.stem}_pictures")
         write_report(
             target,
@@ -57,6 +63,49 @@ class ReportCommand(Command):
             title=args.title,
             overwrite=args.overwrite,
             pictures=pictures,
+            model=args.model,
         )
         values = {"output": str(target), "pictures": str(pictures), "plans": list(plans)}
         return f"{target}\npictures: {pictures}", values
+
+
+def named_paths(given: Sequence[str]) -> dict[str, str]:
+    """Files and folders of plans by the name they are shown under, in their order: ``NAME=PATH``, or ``PATH`` alone.
+
+    A path without a name is called by its last part, or by as many of its parts as tell it from the others.
+
+    Raises:
+        RequestError: If two have the same name, or the same place and no names.
+    """
+    pairs = [_pair(text) for text in given]
+    named = [name for name, _ in pairs if name]
+    parts = [_parts(path) for name, path in pairs if not name]
+    found: dict[str, str] = {}
+    for name, path in pairs:
+        if not name:
+            own = _parts(path)
+            ends = (own[-length:] for length in range(1, len(own) + 1))
+            short = ["/".join(end) for end in ends if sum(part[-len(end) :] == end for part in parts) == 1]
+            name = next((text for text in short if text not in named), "")
+            if not name:
+                raise RequestError(f"--plan {path} is given twice; give it once, or names (--plan NAME={path}).")
+        if name in found:
+            raise RequestError(f"two plans are called {name!r}; give each a name of its own (--plan NAME=PLAN.json).")
+        found[name] = path
+    return found
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """The name, or none, and the path of a plan; what is there as a whole has no name."""
+    name, _, path = text.partition("=")
+    return (name.strip(), path) if path and name.strip() and not Path(text).exists() else ("", text)
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    """The parts of a plan's place that may name it: a plan in a checkpoint is called by its folder."""
+    whole = Path(os.path.abspath(path))
+    if whole.name == PLAN_NAME:
+        whole = whole.parent
+    elif whole.suffix == ".json":
+        whole = whole.with_suffix("")
+    return whole.parts[1:] or whole.parts

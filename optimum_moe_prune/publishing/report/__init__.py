@@ -2,8 +2,9 @@
 """The report: one HTML file that shows what a plan retains, why, how far a model can be pruned and what was lost.
 
 ``data`` and ``explain`` take statistics and plans apart, ``maps``, ``charts`` and ``graphs`` draw them (with what
-``drawing`` has for all figures), ``sections`` and ``measured`` put figures and tables together, and
-``page.html.jinja`` is the page with all its text.
+``drawing`` has for all figures) and write the same values as ``tables``, ``sections``, ``why``, ``measured`` and
+``origin`` put figures and tables together (``sizes`` reads how large models are), and ``page.html.jinja`` is the page
+with all its text.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from ...storage.values import Values
 from .drawing import FORMATS, Gallery, require_matplotlib, style
 
 if TYPE_CHECKING:
+    import os
+
+    from ...checkpoints.source import Source
     from ...evaluation.comparison import Comparison
     from ...evaluation.losses import Evaluation
     from ...plan import PruningPlan
@@ -39,6 +43,7 @@ def write_report(
     overwrite: bool = False,
     pictures: str | Path | None = None,
     formats: Sequence[str] = ("png", "svg"),
+    model: str | os.PathLike | Source | None = None,
 ) -> Path:
     """Write a report as one HTML file that needs nothing else, neither the network nor scripts.
 
@@ -47,25 +52,30 @@ def write_report(
     Args:
         target: The file to write.
         stats: Shows which domains the experts serve, and why Mosaic and Pathfinder chose as they did.
-        plans: What was chosen; a mapping names them, else they are called by method and sparsity.
+        plans: What was chosen; a mapping names them, else they are called by method and sparsity. Several stand side
+            by side in the same figures and tables, in the order given.
         sensitivity: What it costs to prune each layer and the whole model; also as the plain values of its file.
         evaluation: What was lost: models side by side, or the results of one; also as the plain values of the file.
         title: Of the page.
         overwrite: Replace an earlier report, and earlier pictures.
         pictures: A folder for the figures as files of their own; made if absent.
         formats: Of these files: ``"png"``, ``"svg"``, ``"pdf"``.
+        model: The folder or Hub id of the model that the plans were made for, or of one that a plan left: its files
+            say how large the models are. By default these are looked for where the plans say that the model is, and
+            beside the report; only folders are.
 
     Returns:
         The file.
 
     Raises:
-        RequestError: If there is nothing to report, an input is damaged, matplotlib is not installed, or something
-            else is in the way of a file.
+        RequestError: If there is nothing to report, an input is damaged, ``model`` is none of the plans', matplotlib
+            is not installed, or something else is in the way of a file.
         RunError: If a file cannot be written.
     """
     from ...planning.sensitivity import Sensitivity
-    from . import measured, sections
+    from . import measured, origin, sections, why
     from .data import named
+    from .sizes import find_family
     from .text import model_name
 
     target, folder = Path(target), None if pictures is None else Path(pictures)
@@ -75,13 +85,15 @@ def write_report(
     check_file(target, target.suffix, overwrite, _check_is_report)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; name a folder for the pictures.")
-    chosen = {name: plan.without_heads for name, plan in named(plans).items()}  # layers are compared
+    given = named(plans)
+    chosen = {name: plan.without_heads for name, plan in given.items()}  # layers are compared
     stats = None if stats is None else stats.without_heads
     if stats is None and not chosen and sensitivity is None and evaluation is None:
         raise RequestError("there is nothing to report; give statistics, plans, sensitivities or an evaluation.")
     require_matplotlib()
     costs = Sensitivity.from_dict(sensitivity) if isinstance(sensitivity, Mapping) else sensitivity
-    results = _comparison(evaluation)
+    results = origin.order(_comparison(evaluation), chosen)
+    family = find_family(given, model, target.absolute().parent)
     if title is None:
         facts = [{} if stats is None else stats.model, *(plan.made_for for plan in chosen.values())]
         facts.append({} if costs is None else costs.model)
@@ -92,16 +104,18 @@ def write_report(
     with style():
         text = _rendered(
             title=title,
-            overview=measured.overview(stats, chosen, costs, results),
+            verdict=origin.verdict(results),
+            overview=origin.overview(stats, chosen, costs, results),
+            remarks=origin.remarks(stats, given),
             quality=measured.quality(results, gallery),
             sensitivity=measured.sensitivity(costs, gallery),
             retained=sections.retained(chosen, gallery),
-            sizes=measured.sizes(results),
+            sizes=measured.sizes(results, given, family),
             domains=sections.domains(stats, chosen, gallery),
             scores=sections.scores(stats, chosen, gallery),
-            mosaic=sections.mosaic(stats, chosen, gallery),
-            paths=sections.paths(stats, chosen, gallery),
-            origin=measured.origin(stats, chosen),
+            mosaic=why.mosaic(stats, chosen, gallery),
+            paths=why.paths(stats, chosen, gallery),
+            origin=origin.origin(stats, chosen),
         )
     if folder is not None:
         _write_pictures(folder, gallery.files, overwrite)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from ...errors import RequestError
 from ...storage.values import Json
+from .tables import Table, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 WIDTH = 8.0
 """Inches: 768 CSS pixels, the column of the page."""
+
+NARROW = 4.0
+"""Inches: 384 CSS pixels, the screen of a phone. On these a picture is drawn anew, with text as large as ever."""
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -39,6 +44,8 @@ RETAINED, PRUNED = "#12406b", "#d9d9d9"
 # Darker is more, in every map. One hue, its lightness falling in even steps: the same to every kind of colour vision
 # and in grey print, and what is small steps back.
 _RAMP = ("#edf2f7", "#c5d6e7", "#97b8d5", "#6896c0", "#3f74a5", "#1f5284", "#12305a", "#081830")
+
+_LOWER, _UPPER = ("#edf2f7", "#c5d6e7", "#97b8d5"), ("#d99a5b", "#b8661f", "#7c3d0a", "#3d1a00")
 
 SMALL, TINY = 8.0, 7.0  # points
 
@@ -102,18 +109,36 @@ def style() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A drawn figure: the name of its files, what it shows in words, its SVG, and its width in CSS pixels."""
+class Drawing:
+    """A figure as SVG, and its size in CSS pixels."""
 
-    name: str
-    alt: str
     svg: bytes
     width: int
+    height: int
 
     @property
     def source(self) -> str:
         """The figure as a ``data:`` URI."""
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the page.
+
+    Attributes:
+        name: Of its files.
+        alt: What it shows, in words.
+        wide: As it is drawn for the column of the page, and for paper.
+        narrow: As it is drawn for small screens; None where it fits as it is.
+        tables: The same as tables, made from the same values; none where they would be too large to read.
+    """
+
+    name: str
+    alt: str
+    wide: Drawing
+    narrow: Drawing | None = None
+    tables: tuple[Table, ...] = ()
 
 
 @dataclass
@@ -123,21 +148,63 @@ class Gallery:
     formats: tuple[str, ...] = ()
     files: dict[str, bytes] = field(default_factory=dict)
 
-    def draw(self, name: str, alt: str, make: Callable[..., Figure], *args: Any) -> Picture:
-        """Draw the figure that ``make(*args)`` returns."""
-        figure = make(*args)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it is laid out, once for all formats
-        drawn = {}
-        for form in dict.fromkeys(["svg", *self.formats]):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=form, metadata=dict.fromkeys(_DATED.get(form, ())))
-            drawn[form] = buffer.getvalue()
-        self.files |= {f"{name}.{form}": drawn[form] for form in self.formats}
-        return Picture(name, alt, drawn["svg"], round(96 * figure.get_figwidth()))
+    def draw(
+        self,
+        name: str,
+        alt: str,
+        make: Callable[..., Figure],
+        *args: Any,
+        tables: Sequence[Table] = (),
+        both: bool = True,
+    ) -> Picture:
+        """Draw the figure that ``make(*args, width=...)`` returns, for wide and for narrow screens.
+
+        Args:
+            name: Of its files.
+            alt: What it shows, in words.
+            make: One of the functions that draw.
+            args: What it is to draw.
+            tables: The same as tables.
+            both: Whether small screens have a drawing of their own; else they show the wide one, made smaller.
+        """
+        figure = _laid_out(make(*args, width=WIDTH))
+        wide = _drawing(figure)
+        for form in self.formats:
+            content = wide.svg if form == "svg" else _saved(figure, form)
+            self.files[f"{name}.{form}"] = content
+        narrow = _drawing(_laid_out(make(*args, width=NARROW))) if both and wide.width > 96 * NARROW else None
+        return Picture(name, alt, wide, narrow, readable(tables))
 
 
-_DATED = {"svg": ("Date",), "pdf": ("CreationDate",)}  # what the same figure would differ in
+def _laid_out(figure: Figure) -> Figure:
+    """The figure with all its parts in their places, the same for all formats."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+    return figure
+
+
+def _drawing(figure: Figure) -> Drawing:
+    """A figure as SVG, drawn once: ``savefig`` does it twice, to find what is in its place already."""
+    from matplotlib import rcParams
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer, dpi = io.BytesIO(), figure.dpi
+    figure.dpi = rcParams["savefig.dpi"]  # of images inside
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    figure.dpi = dpi
+    width, height = figure.get_size_inches()
+    return Drawing(buffer.getvalue(), round(96 * width), round(96 * height))
+
+
+def _saved(figure: Figure, form: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=form, metadata=dict.fromkeys(_DATED.get(form, ())))
+    return buffer.getvalue()
+
+
+_DATED = {"pdf": ("CreationDate",)}  # what the same figure would differ in
 
 
 # ------------------------------------------------------------------------------------------- parts of figures
@@ -151,10 +218,61 @@ def sheet(height: float, width: float = WIDTH) -> Figure:
 
 
 def legend(figure: Figure, handles: Sequence[Any], **options: Any) -> None:
-    """A legend above everything, in as many columns as its labels allow."""
+    """A legend above everything, in as many columns as its labels allow; line by line in the order of the handles."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    columns = min(len(handles), max(1, 100 // (longest + 8)))
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns, columnspacing=1.6, **options)
+    columns = min(len(handles), max(1, int(12.5 * figure.get_figwidth()) // (longest + 8)))
+    # matplotlib fills column after column, the first ones with one more where they do not come out even.
+    by_column = [handle for column in range(columns) for handle in handles[column::columns]]
+    figure.legend(handles=by_column, loc="outside upper left", ncols=columns, columnspacing=1.6, **options)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of an axis that is shown. What is beyond, as an infinite value, stands on its edge.
+
+    Attributes:
+        low: Its lower end.
+        high: Its upper end.
+        log: Whether it is logarithmic.
+    """
+
+    low: float
+    high: float
+    log: bool
+
+    @classmethod
+    def of(cls, values: Iterable[float | None], log: bool | None = None) -> Span:
+        """The span that holds all finite values, and on a logarithmic axis the positive ones.
+
+        Args:
+            values: What is to be shown, ends of intervals among it.
+            log: Whether the axis is logarithmic; None: where positive values differ more than fivefold.
+        """
+        finite = [value for value in values if value is not None and math.isfinite(value)]
+        positive = [value for value in finite if value > 0]
+        if log is None:
+            log = len(positive) == len(finite) > 0 and max(positive) > 5 * min(positive)
+        if log and positive:
+            margin = max(1.15, (max(positive) / min(positive)) ** 0.04)
+            return cls(min(positive) / margin, max(positive) * margin, True)
+        low, high = min(finite, default=0.0), max(finite, default=1.0)
+        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        return cls(low - margin, high + margin, False)
+
+    def inside(self, value: float) -> float:
+        """The value, or the edge that it is beyond."""
+        return min(max(value, self.low), self.high)
+
+    def is_beyond(self, value: float) -> bool:
+        """Whether it cannot be shown where it is."""
+        return not self.low <= value <= self.high
+
+    def limit(self, axis: Any) -> None:
+        """Show this part on an axis."""
+        if self.log:
+            logarithmic(axis, self.low, self.high)
+        else:
+            axis.axes.set(**{f"{axis.axis_name}lim": (self.low, self.high)})
 
 
 def every(numbers: Sequence[int], most: int) -> list[int]:
@@ -169,6 +287,15 @@ def ramp() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("more", _RAMP).with_extremes(bad="white")
+
+
+def two_hues() -> Any:
+    """Colours of maps with a threshold in the middle: blue up to there, brown beyond, and darker is more in both."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    places = np.linspace(0, 0.5, len(_LOWER)).tolist() + np.linspace(0.5, 1, len(_UPPER)).tolist()
+    colours = list(zip(places, (*_LOWER, *_UPPER), strict=True))
+    return LinearSegmentedColormap.from_list("threshold", colours, N=512).with_extremes(bad="white")
 
 
 def paint(axes: Axes, values: np.ndarray, norm: Any, size: tuple[float, float], cmap: Any = None) -> Any:
@@ -188,16 +315,22 @@ def paint(axes: Axes, values: np.ndarray, norm: Any, size: tuple[float, float], 
 
 
 def write_in_cells(axes: Axes, image: Any, words: Callable[[float], str], size: float) -> None:
-    """Write each value of a map into its cell, light on dark and dark on light."""
+    """Write each value of a map into its cell, black on light and white on dark, whichever is easier to read."""
     values = image.get_array()
-    # Relative luminance, near enough: the eye is most sensitive to green.
-    light = (np.asarray(image.cmap(image.norm(values)))[..., :3] ** 2.2 @ np.array([0.2126, 0.7152, 0.0722])) > 0.21
+    light = luminance(np.asarray(image.cmap(image.norm(values)))) > 0.1791  # where both have a contrast of 4.6
     for row, column in np.argwhere(~np.ma.getmaskarray(values)):
-        colour = INK if light[row, column] else "white"
+        colour = "black" if light[row, column] else "white"
         place: Json = {"ha": "center", "va": "center_baseline"}
         axes.text(
             column, row, words(float(values[row, column])), fontsize=size, color=colour, in_layout=False, **place
         )
+
+
+def luminance(colours: np.ndarray) -> np.ndarray:
+    """Relative luminance of colours ``(..., 3)`` or with an alpha, from 0 to 1, as contrasts are reckoned with."""
+    rgb = np.asarray(colours)[..., :3]
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return linear @ np.array([0.2126, 0.7152, 0.0722])
 
 
 def logarithmic(axis: Any, low: float, high: float) -> None:

@@ -86,6 +86,45 @@ class MosaicLayer:
         merges = len(self.clusters.experts) - len(self.representatives)
         return (heights[merges] + heights[merges + 1]) / 2
 
+    @property
+    def merges(self) -> int:
+        """How often experts are joined until each tree is one."""
+        return 0 if self.clusters is None else sum(map(len, self.clusters.trees))
+
+    @property
+    def tied(self) -> int:
+        """How many of the merges are at the same distance as another one of their tree."""
+        counts = [np.unique(_levels(tree), return_counts=True)[1] for tree in self._trees]
+        return int(sum(count[count > 1].sum() for count in counts))
+
+    @property
+    def has_tree(self) -> bool:
+        """Whether a tree says something: where most distances tie, it shows an order that is not there."""
+        return 2 * self.tied < self.merges
+
+    @property
+    def arbitrary(self) -> bool:
+        """Whether a cut runs between merges at the same distance: which of them come first is chance."""
+        if self.clusters is None:
+            return False
+        start = 0
+        for tree in self.clusters.trees:
+            leaves = len(tree) + 1
+            merges = leaves - len(set(self.clusters.label[start : start + leaves].tolist()))
+            start += leaves
+            if 0 < merges < len(tree) and _levels(tree)[merges - 1] == _levels(tree)[merges]:
+                return True
+        return False
+
+    @property
+    def _trees(self) -> tuple[np.ndarray, ...]:
+        return () if self.clusters is None else tuple(tree for tree in self.clusters.trees if len(tree))
+
+
+def _levels(tree: np.ndarray) -> np.ndarray:
+    """Distances of merges in parts of the largest, without what is rounding."""
+    return np.round(tree[:, 2] / (tree[-1, 2] or 1.0), 9)
+
 
 @dataclass(frozen=True)
 class PathGraph:

@@ -39,6 +39,34 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if 0 <= size < 7 else f"{value:.{digits - 1}e}"
 
 
+def amount(value: float | None) -> str:
+    """A number with three significant digits, infinite ones as their sign."""
+    if value is not None and math.isinf(value):
+        return "-" * (value < 0) + "\N{INFINITY}"
+    return number(value)
+
+
+def perplexity(value: float | None) -> str:
+    """A perplexity, with two decimals where that can be read."""
+    return f"{value:.2f}" if value is not None and abs(value) < 10_000 else amount(value)
+
+
+def nats(value: float | None) -> str:
+    """A loss, with three decimals."""
+    return f"{value:.3f}" if value is not None and math.isfinite(value) else amount(value)
+
+
+def nbytes(count: int) -> str:
+    """Bytes as people read them."""
+    unit, word = next(((unit, word) for unit, word in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1, "bytes"))
+    return f"{count / unit:,.3g} {word}"
+
+
+def domain_name(name: str) -> str:
+    """A domain as people read it: the one that stands for all is no name."""
+    return "all domains" if name == "all" else name
+
+
 def spans(numbers: Iterable[int]) -> str:
     """Rising numbers as text: ``0-3, 5``, with hyphens at which lines are not broken."""
     parts: list[list[int]] = []
