@@ -72,27 +72,37 @@ class ReportCommand(Command):
 def named_paths(given: Sequence[str]) -> dict[str, str]:
     """Files and folders of plans by the name they are shown under, in their order: ``NAME=PATH``, or ``PATH`` alone.
 
-    A path without a name is called by its last part, or by as many of its parts as tell it from the others.
+    A path without a name is called by its last part, or by as many of its parts as tell it from the others, without
+    the end that all have: ``a/plan.json`` and ``b/plan.json`` are ``a`` and ``b``.
 
     Raises:
         RequestError: If two have the same name, or the same place and no names.
     """
     pairs = [_pair(text) for text in given]
     named = [name for name, _ in pairs if name]
-    parts = [_parts(path) for name, path in pairs if not name]
+    places = [_parts(path) for name, path in pairs if not name]
+    if len(set(places)) > 1:
+        places = [place[: len(place) - _common_end(places)] for place in places]
+    unnamed = iter(places)
     found: dict[str, str] = {}
     for name, path in pairs:
         if not name:
-            own = _parts(path)
-            ends = (own[-length:] for length in range(1, len(own) + 1))
-            short = ["/".join(end) for end in ends if sum(part[-len(end) :] == end for part in parts) == 1]
-            name = next((text for text in short if text not in named), "")
+            own = next(unnamed)
+            ends = [own[-length:] for length in range(1, len(own) + 1)]
+            unique = ("/".join(end) for end in ends if sum(place[-len(end) :] == end for place in places) == 1)
+            name = next((text for text in unique if text not in named), "")
             if not name:
                 raise RequestError(f"--plan {path} is given twice; give it once, or names (--plan NAME={path}).")
         if name in found:
             raise RequestError(f"two plans are called {name!r}; give each a name of its own (--plan NAME=PLAN.json).")
         found[name] = path
     return found
+
+
+def _common_end(places: Sequence[tuple[str, ...]]) -> int:
+    """How many last parts all places have in common, each of them keeping one."""
+    most = min(map(len, places)) - 1
+    return next((n for n in range(most) if len({place[-n - 1] for place in places}) > 1), most)
 
 
 def _pair(text: str) -> tuple[str, str]:

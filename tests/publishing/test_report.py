@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import math
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -36,12 +37,27 @@ from optimum_moe_prune import (
 )
 from optimum_moe_prune.architectures.routers import SoftmaxTopK
 from optimum_moe_prune.calibration.in_memory import collect
+from optimum_moe_prune.checkpoints.checkpoint import Checkpoint
+from optimum_moe_prune.checkpoints.layout import open_layout
+from optimum_moe_prune.commands.report import named_paths
 from optimum_moe_prune.evaluation.comparison import Comparison
 from optimum_moe_prune.methods import pathfinder
 from optimum_moe_prune.methods.budget import UniformBudget
+from optimum_moe_prune.methods.mosaic import Clusters, cut, ward_tree
 from optimum_moe_prune.planning.build import build_plan
 from optimum_moe_prune.planning.sensitivity import Sensitivity
-from optimum_moe_prune.publishing.report import charts, explain, graphs, maps, require_matplotlib, write_report
+from optimum_moe_prune.publishing.report import (
+    charts,
+    drawing,
+    explain,
+    graphs,
+    maps,
+    measured,
+    origin,
+    require_matplotlib,
+    sections,
+    write_report,
+)
 from optimum_moe_prune.publishing.report.data import (
     coverage,
     named,
@@ -50,7 +66,8 @@ from optimum_moe_prune.publishing.report.data import (
     routing_share,
     single_error,
 )
-from optimum_moe_prune.publishing.report.drawing import style
+from optimum_moe_prune.publishing.report.drawing import Gallery, Picture, style
+from optimum_moe_prune.publishing.report.tables import Table
 from optimum_moe_prune.publishing.report.text import number, plain, short, spans
 from optimum_moe_prune.statistics.samples import Sample, keep_tokens
 from optimum_moe_prune.statistics.stats import LayerStats
@@ -187,13 +204,52 @@ def by_domain(stats: CalibrationStats, layer: int, name: str, domain: str) -> np
 # ------------------------------------------------------------------------------------------- the page
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A picture of the page, the function that drew it, and its figures: the wide one and any narrow one."""
+
+    picture: Picture
+    make: Callable[..., Figure]
+    figures: tuple[Figure, ...]
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Seen]]:
+    """What is drawn meanwhile."""
+    seen: list[Seen] = []
+    figures: list[Figure] = []
+    draw, lay_out = Gallery.draw, drawing._laid_out
+
+    def noting_draw(
+        gallery: Gallery, name: str, alt: str, make: Callable[..., Figure], *args: Any, **more: Any
+    ) -> Any:
+        figures.clear()
+        picture = draw(gallery, name, alt, make, *args, **more)
+        seen.append(Seen(picture, make, tuple(figures)))
+        return picture
+
+    def noting_figure(figure: Figure) -> Figure:
+        figures.append(lay_out(figure))
+        return figure
+
+    with patch.object(Gallery, "draw", noting_draw), patch.object(drawing, "_laid_out", noting_figure):
+        yield seen
+
+
 @pytest.fixture(scope="module")
-def everything(
+def pictures(
     stats: CalibrationStats, plans: dict[str, PruningPlan], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+) -> tuple[Path, list[Seen]]:
+    """A report with everything, and what was drawn for it."""
     folder = tmp_path_factory.mktemp("report")
     inputs = {"stats": stats, "plans": plans, "sensitivity": a_sensitivity(), "evaluation": an_evaluation()}
-    return write_report(folder / "report.html", pictures=folder / "pictures", **inputs)
+    with watching() as seen:
+        return write_report(folder / "report.html", pictures=folder / "pictures", **inputs), seen
+
+
+@pytest.fixture(scope="module")
+def everything(pictures: tuple[Path, list[Seen]]) -> Path:
+    return pictures[0]
 
 
 def test_the_page_has_every_section_and_its_contents_lead_there(everything: Path) -> None:
@@ -226,8 +282,8 @@ def test_nothing_comes_from_elsewhere_and_nothing_runs(everything: Path) -> None
             assert not name.startswith("on") and "url(" not in value
             if name == "href":
                 assert re.match(r"#|https://arxiv\.org/abs/[0-9.]+$", value), value
-            elif name == "src":
-                assert value.startswith("data:image/svg+xml;base64,"), value
+            elif name in ("src", "srcset"):
+                assert value.startswith("data:image/svg+xml;base64,") and " " not in value, value
     (policy,) = [m for m in root.iter("meta") if m.get("http-equiv") == "Content-Security-Policy"]
     assert str(policy.get("content")).startswith("default-src 'none'")
     assert not re.search(r"@import|url\(", str(root.findall(".//style")[0].text))
@@ -238,7 +294,7 @@ def test_every_figure_and_table_can_be_read_without_seeing(everything: Path) -> 
     figures = root.findall(".//figure")
     assert len(figures) > 10
     for figure in figures:
-        (picture,) = figure.findall("img")
+        (picture,) = figure.iter("img")
         assert len(str(picture.get("alt"))) > 20, figure.get("id")
         svg = ElementTree.fromstring(base64.b64decode(str(picture.get("src")).split(",")[1]))
         assert svg.tag.endswith("}svg")
@@ -262,24 +318,32 @@ def test_tables_say_what_the_figures_show(
     assert rows(root, "Retained experts by layer") == [
         [str(n), *(f"{len(p.retained[n])} of 7: {spans(p.retained[n])}" for p in plans.values())] for n in (0, 2)
     ]
-    lost = ["low", "6", "80", "24.43", "20.00", "0.200", "0.170 to 0.250", "0.240", "90.0%"]
-    assert lost in rows(root, "harder, against whole")
-    costs = rows(root, "KL divergence, nats per token")
+    low = ["low", "20.00", "22.10 (20.20 to 21.20)", "24.43 (20.20 to 22.20)"]  # intervals as the file has them
+    assert low in rows(root, "Perplexity")
+    assert ["low", "0.100 (0.070 to 0.150)", "0.200 (0.170 to 0.250)"] in rows(root, "Lost, nats per token")
+    assert ["low", "6", "80", "0.120", "0.240"] in rows(root, "KL divergence from the reference")
+    assert ["low", "6", "80", "90.0%", "90.0%"] in rows(root, "Share of tokens")
+    costs = rows(root, "KL divergence, nats per token: all domains")
     points = [p for m in a_sensitivity()["methods"].values() for p in m["model"]]
-    assert [float(line[3]) for line in costs] == pytest.approx([p["kl"]["all"] for p in points], rel=0.005)
+    across = [float(line[n]) for n in range(1, 5) for line in costs]
+    assert across == pytest.approx([p["kl"]["all"] for p in points], rel=0.005)
     alone = rows(root, "KL divergence when one layer is pruned by mosaic")
     assert [line[:3] for line in alone[:2]] == [["0", "6", "14%"], ["0", "5", "29%"]] and len(alone) == 6
-    (whole, pruned, _) = rows(root, "Size and speed")
-    assert (whole[1], pruned[1], pruned[-1]) == ("4,000,000,000", "2,000,000,000", "50%")
+    evaluated = dict((line[0], line[1:]) for line in rows(root, "Size and speed"))
+    assert evaluated["parameters"] == ["4,000,000,000", "2,000,000,000", "2,000,000,000"]
+    assert evaluated["parameters left"] == ["100%", "50%", "50%"] and evaluated["tokens/s"][1] == "\N{EN DASH}"
+    left = dict((line[0], line[1:]) for line in rows(root, "What the plans leave"))
+    assert left["experts removed"] == ["\N{EN DASH}", "6 (42.9%)", "6 (42.9%)", "4 (28.6%)"]
+    assert "weights" not in left and "are not shown: they are read from the files" in words(root)
     assert rows(root, "Results of tasks") == [["quiz", "acc", "0.750 ± 0.020", "0.700", "0.700"]]
     glance = dict(rows(root, "At a glance"))
     assert glance["plan"] == "scores: 10 of 14 experts retained, 5 in a layer; 4 (28.6%) removed"
-    assert glance["result"] == "harder: perplexity 14.7, before 12.0; the most lost on low, 0.200 nats per token"
+    assert glance["result"] == "harder: perplexity 14.66, before 12.00; the most lost on low, 0.200 nats per token"
 
 
 def test_pictures_are_written_in_their_formats(everything: Path) -> None:
     root, folder = page(everything), everything.parent / "pictures"
-    figures = {str(f.get("id")).removeprefix("figure-"): f.find("img") for f in root.findall(".//figure")}
+    figures = {str(f.get("id")).removeprefix("figure-"): next(f.iter("img")) for f in root.findall(".//figure")}
     assert {path.name for path in folder.iterdir()} == {f"{n}.{form}" for n in figures for form in ("png", "svg")}
     for name, image in figures.items():
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -304,7 +368,7 @@ def test_the_same_inputs_give_the_same_bytes(
 
 SECTIONS = {
     "stats": ["domains", "scores", "origin"],
-    "plans": ["retained", "scores", "mosaic", "paths", "origin"],
+    "plans": ["retained", "size", "scores", "mosaic", "paths", "origin"],
     "sensitivity": ["sensitivity"],
     "evaluation": ["quality", "size"],
 }
@@ -327,7 +391,7 @@ def test_objects_and_their_plain_values_are_taken(tmp_path: Path) -> None:
     as_mappings = write_report(tmp_path / "b.html", sensitivity=a_sensitivity(), evaluation=an_evaluation())
     assert as_objects.read_bytes() == as_mappings.read_bytes()
     one = page(write_report(tmp_path / "c.html", evaluation=comparison.models["pruned"].evaluation))
-    assert ["low", "6", "80", "22.10", "20.00"] in [line[:5] for line in rows(one, "model, against reference")]
+    assert ["low", "20.00", "22.10"] in [[c.split(" ")[0] for c in line] for line in rows(one, "Perplexity")]
 
 
 def test_one_model_without_a_reference(tmp_path: Path) -> None:
@@ -419,13 +483,14 @@ def test_plans_are_compared_where_they_are_for_one_shape(plans: dict[str, Prunin
     other = PruningPlan("mixtral", 2, "by hand", {0: (0, 2)}, {0: 3}, provenance={"notes": ["only here"]})
     text = words(page(write_report(tmp_path / "b.html", plans={"1": one, "2": two, "3": other})))
     assert "Share that the other" not in text
-    assert "3: only here" in text and "1: layers without experts stay as they are: 1" in text
+    assert "3: only here" in text and "1, 2: layers without experts stay as they are: 1" in text
 
 
 def test_scores_stand_where_they_should(plans: dict[str, PruningPlan]) -> None:
     plan = plans["scores"]
     values = np.array([plan.scores[layer] for layer in sorted(plan.scores)])
-    figure = drawn(charts.scores, values, retained_grid(plan), sorted(plan.scores), "reap")
+    panel = charts.Scores("scores", "reap", values, retained_grid(plan), sorted(plan.scores))
+    figure = drawn(charts.scores, [panel])
     for line, shift in zip(figure.axes[0].lines, (-0.17, 0.17), strict=True):
         expected = [
             (row + shift, plan.scores[layer][e] / np.mean(plan.scores[layer]))
@@ -436,7 +501,8 @@ def test_scores_stand_where_they_should(plans: dict[str, PruningPlan]) -> None:
         np.testing.assert_allclose(line.get_xydata(), expected)
     flat = np.array([[0.0, 0.0, 0.0], [2.0, 0.0, 4.0], [math.nan] * 3])
     np.testing.assert_allclose(relative(flat), [[1, 1, 1], [1, 0, 2], [math.nan] * 3])
-    (line,) = drawn(charts.scores, np.array([[0.0, 1e-6, 1.0, 1.0]]), None, (0,), "x").axes[0].lines
+    panel = charts.Scores("x", "x", np.array([[0.0, 1e-6, 1.0, 1.0]]), None, (0,))
+    (line,) = drawn(charts.scores, [panel]).axes[0].lines
     assert line.axes.get_yscale() == "log"
     low, heights = line.axes.get_ylim()[0], line.get_ydata()
     assert heights[0] == pytest.approx(low) and heights[1] > low  # 0 on the edge, the least above it
@@ -476,6 +542,403 @@ def test_perplexities_and_what_was_lost_are_as_measured() -> None:
             assert {(result.lost,), result.lost_interval} <= lost
             between = result.perplexity_difference_interval
             assert tuple(result.reference_perplexity + end for end in between) in shown
+
+
+# ------------------------------------------------------------------------------------------- the same as tables
+
+
+def cells(table: Table, first: int = 1) -> list[list[str]]:
+    """What stands in a table beside the names of its rows."""
+    return [[str(cell) for cell in row[first:]] for row in table.rows]
+
+
+def test_tables_below_pictures_hold_exactly_what_these_show(pictures: tuple[Path, list[Seen]]) -> None:
+    path, seen = pictures
+    root = page(path)
+    assert len({each.make for each in seen}) == 9
+    for each in seen:
+        (figure,) = [f for f in root.iter("figure") if f.get("id") == f"figure-{each.picture.name}"]
+        below = [
+            (words(t.find("caption")), [[words(cell) for cell in line] for line in t.findall("tbody/tr")])
+            for t in figure.iter("table")
+        ]
+        told = [(" ".join(t.caption.split()), [[str(c) for c in row] for row in t.rows]) for t in each.picture.tables]
+        assert below == told and told, each.picture.name
+        for drawn_one in each.figures:
+            check = AS_TABLES[each.make]
+            check(drawn_one, each.picture.tables)
+
+
+def as_maps(figure: Figure, tables: tuple[Table, ...]) -> None:
+    """Maps, and the words in their cells where there are any."""
+    for axes, table in zip([axes for axes in figure.axes if axes.get_images()], tables, strict=False):
+        (image,) = axes.get_images()
+        grid = np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan)
+        assert [label.get_text() for label in axes.get_xticklabels()] == [short(c, 16) for c in table.head[1:]]
+        assert [label.get_text() for label in axes.get_yticklabels()] == [str(row[0]) for row in table.rows]
+        for row, line in enumerate(cells(table)):
+            for column, cell in enumerate(line):
+                value = grid[row, column]
+                assert cell == "\N{EN DASH}" if math.isnan(value) else abs(float(cell) - value) <= 0.5 + 1e-9
+        written = {(t.get_position()[1], t.get_position()[0]): t.get_text() for t in axes.texts}
+        assert all(cells(table)[row][column] == text for (row, column), text in written.items())
+    assert len(tables) == sum(bool(axes.get_images()) for axes in figure.axes)
+
+
+def as_retained(figure: Figure, tables: tuple[Table, ...]) -> None:
+    (table,) = tables
+    panels = [axes for axes in figure.axes if axes.get_images()]
+    assert [axes.get_title(loc="left") for axes in panels] == list(table.head[1:])
+    for column, grid in enumerate(images(figure)):
+        for line, row in zip(grid, cells(table), strict=True):
+            assert row[column] == f"{int(line.sum())} of 7: {spans(np.flatnonzero(line).tolist())}"
+
+
+def as_scores(figure: Figure, tables: tuple[Table, ...]) -> None:
+    for axes, table in zip(figure.axes, tables, strict=True):
+        marks = {line.get_label(): line.get_xydata() for line in axes.lines}
+        for name, opened in (("retained", False), ("pruned", True)):
+            shown = sorted((round(x), number(y)) for x, y in marks[name])
+            told = [(row, cell) for row, line in enumerate(cells(table)) for cell in line if ("(" in cell) == opened]
+            assert shown == sorted((row, cell.strip("()")) for row, cell in told)
+
+
+def as_costs(figure: Figure, tables: tuple[Table, ...]) -> None:
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    for axes, table in zip(figure.axes, tables, strict=True):
+        assert sorted(legend) == sorted(table.head[1:]) == sorted(line.get_label() for line in axes.lines)
+        assert [line.get_label() for line in axes.lines] == list(table.head[1:])
+        for column, line in enumerate(axes.lines, 1):
+            told = [[f"{x:.0f}%", number(y)] for x, y in line.get_xydata()]
+            assert told == [[row[0], row[column]] for row in table.rows]
+
+
+def as_perplexities(figure: Figure, tables: tuple[Table, ...]) -> None:
+    perplexity, lost = tables
+    first, second = figure.axes
+    for axes, table, digits in ((first, perplexity, 2), (second, lost, 3)):
+        assert [label.get_text() for label in first.get_yticklabels()] == [row[0] for row in table.rows]
+        shown = {f"{x:.{digits}f}" for line in axes.lines for x in line.get_xdata()}
+        told = {n for row in cells(table) for cell in row for n in re.findall(r"[0-9.]+", cell)}
+        assert told <= shown and shown - told <= {"0.000"}  # the line at 0
+    names = [short(name, 40) for name in perplexity.head[1:]]
+    assert perplexity.head[2:] == lost.head[1:] and in_rows(figure) == names
+
+
+def as_clusters(figure: Figure, tables: tuple[Table, ...]) -> None:
+    (grid, *_) = images(figure)
+    told = [[float(cell) for cell in row[3:]] for row in tables[0].rows]
+    np.testing.assert_allclose(grid.T, told, atol=0.05 + 1e-9)
+    above, below = figure.axes[:2]
+    named = [t for t in below.texts if t.get_gid() == "expert"]
+    assert [t.get_text() for t in named] == [str(row[0]) for row in tables[0].rows]
+    assert [t.get_fontweight() == "bold" for t in named] == [row[2] == "retained" for row in tables[0].rows]
+    trees = [c for c in above.collections if c.get_gid() == "tree"]
+    assert len(tables) == 1 + len(trees)
+    if trees:
+        heights = sorted(number(path.vertices[1, 1]) for path in trees[0].get_paths())
+        assert heights == sorted(row[3] for row in tables[1].rows)
+
+
+def as_paths(figure: Figure, tables: tuple[Table, ...]) -> None:
+    ((table,), (axes,)) = tables, figure.axes
+    (lines,) = [c for c in axes.collections if c.get_gid() == "edges"]
+    shown = {(int(a[0]), f"{a[1]:.0f}\N{RIGHTWARDS ARROW}{b[1]:.0f}") for a, b in lines.get_segments()}
+    told = {(n, e.split(" ")[0]) for n, row in enumerate(table.rows) for e in row[3].split(", ") if "(" in e}
+    assert shown == told
+    marks = {line.get_gid(): {tuple(map(int, point)) for point in line.get_xydata()} for line in axes.lines}
+    for column, gid in ((1, "retained"), (2, "pruned")):
+        assert {(n, spans(sorted(y for x, y in marks[gid] if x == n))) for n in range(len(table.rows))} == {
+            (n, row[column]) for n, row in enumerate(table.rows)
+        }
+
+
+AS_TABLES: dict[Any, Callable[[Figure, tuple[Table, ...]], None]] = {
+    maps.retained: as_retained,
+    maps.shares: as_maps,
+    maps.errors: as_maps,
+    maps.costs: as_maps,
+    charts.scores: as_scores,
+    charts.model_costs: as_costs,
+    charts.perplexities: as_perplexities,
+    graphs.clusters: as_clusters,
+    graphs.paths: as_paths,
+}
+
+
+def in_rows(figure: Figure) -> list[str]:
+    """The texts of a figure's legend as they are read: line after line."""
+    FigureCanvasAgg(figure).draw()
+    boxes = [(text.get_window_extent(), text.get_text()) for text in figure.legends[0].get_texts()]
+    return [
+        text.removesuffix(" (reference)") + " (reference)" * text.endswith("(reference)")
+        for _, text in sorted(boxes, key=lambda entry: (-round(entry[0].y0 / 8), entry[0].x0))
+    ]
+
+
+def test_models_stand_in_one_order_everywhere(plans: dict[str, PruningPlan], tmp_path: Path) -> None:
+    """The reference first, then as the plans are given, whatever the order of the file."""
+    evaluation = an_evaluation(("scores", "other", "clusters", "paths"))
+    evaluation["models"]["whole"] = evaluation["models"].pop("whole")  # the last in the file
+    with watching() as seen:
+        root = page(write_report(tmp_path / "r.html", plans=plans, evaluation=evaluation))
+    order = ["whole", "clusters", "paths", "scores", "other"]
+    tables = {words(table.find("caption")).split(",")[0]: table for table in root.iter("table")}
+    heads = {caption: [words(head) for head in table.findall("thead/tr/th")] for caption, table in tables.items()}
+    assert heads["Perplexity (95% interval)"] == ["domain", "whole (reference)", *order[1:]]
+    assert heads["Size and speed of the evaluated models"] == ["model", *order]
+    assert heads["Results of tasks"] == ["task", "metric", *order]
+    assert heads["What the plans leave"] == ["plan", "original", *plans]
+    assert heads["Retained experts by layer"] == ["layer", *plans]
+    for each in seen:
+        if each.make is charts.perplexities:
+            assert [in_rows(f) for f in each.figures] == [["whole (reference)", *order[1:]]] * 2
+
+
+def test_legends_are_read_line_by_line() -> None:
+    for width, count in itertools.product((drawing.WIDTH, drawing.NARROW), (2, 3, 5, 7)):
+        with style():
+            figure = drawing.sheet(2.0, width)
+            names = [f"a rather long name {n}" for n in range(count)]
+            drawing.legend(figure, figure.subplots().plot(np.zeros((2, count)), label=names))
+        assert in_rows(figure) == names
+
+
+# ------------------------------------------------------------------------------------------- scales that hold
+
+
+def test_axes_hold_every_interval_and_mark_what_is_infinite() -> None:
+    evaluation = an_evaluation()
+    wide, infinite = (evaluation["models"]["pruned"]["domains"][d] for d in ("high", "low"))
+    wide |= {"lost_interval": [-3.0, 9.0], "perplexity_difference_interval": [-7.0, 4000.0]}
+    del infinite["perplexity"], infinite["perplexity_difference_interval"]
+    infinite |= {"loss": 800.0, "lost_interval": [700.0, 810.0]}
+    comparison = Comparison.from_dict(evaluation)
+    for width in (drawing.WIDTH, drawing.NARROW):
+        figure = drawn(charts.perplexities, comparison, [*DOMAINS, "all"], width)
+        first, second = figure.axes
+        for axes in figure.axes:
+            low, high = axes.get_xlim()
+            assert all(low <= x <= high for line in axes.lines for x in line.get_xdata())
+        assert any(list(line.get_xdata()) == pytest.approx([8 - 7.0, 8 + 4000.0]) for line in first.lines)
+        assert {(-3.0, 9.0), (700.0, 810.0)} <= {tuple(line.get_xdata()) for line in second.lines}
+        (sign,) = [t for t in first.texts if t.get_gid() == "infinite"]
+        assert (sign.xy[0], sign.get_text()) == (first.get_xlim()[1], "\N{INFINITY}")
+    (table, _) = charts.perplexities_tables(comparison, ["low"])
+    assert table.rows == [["low", "20.00", "\N{INFINITY}", "24.43 (20.20 to 22.20)"]]
+
+
+def test_spans_hold_what_they_are_made_of() -> None:
+    cases: list[tuple[list[float], bool]] = [
+        ([1.0, 2.0], False),
+        ([1.0, 200.0], True),
+        ([-1.0, 200.0], False),
+        ([3.0], False),
+        ([], False),
+        ([0.0], False),
+        ([math.inf, 2.0], False),
+        ([1e-9, 1e9], True),
+    ]
+    for values, log in cases:
+        span = drawing.Span.of(values)
+        assert span.log == log and span.low < span.high
+        assert all(span.low < value < span.high for value in values if math.isfinite(value))
+        assert [span.is_beyond(value) for value in values] == [math.isinf(value) for value in values]
+
+
+def test_the_error_map_has_colours_for_all_errors_and_marks_the_threshold() -> None:
+    grid = np.array([[0.0, 0.25, 0.999], [1.001, 3.5, 19.0]])
+    shown = [maps.Map("code", [0, 1], list("012"), grid)]
+    for width in (drawing.WIDTH, drawing.NARROW):
+        figure = drawn(maps.errors, shown, 5.0, "error", width)
+        panel, bar = figure.axes
+        (image,) = panel.get_images()
+        assert (image.norm.vmin, image.norm.vmax) == (0, 19)
+        places = image.norm(grid.ravel())
+        assert (np.diff(places) > 0).all() and places[-1] == 1 and places[2] < 0.5 < places[3]
+        colours = image.cmap(places)
+        blue = colours[:, 2] > colours[:, 0]
+        assert blue.tolist() == [True] * 3 + [False] * 3  # two hues: below and above no output
+        luminance = drawing.luminance(colours)
+        assert (np.diff(luminance) < 0).all()  # darker is more, in grey print as well
+        assert {1.0, 19.0} <= set(bar.get_xticks())
+        (mark,) = [line for line in bar.lines if line.get_gid() == "mark"]
+        assert set(mark.get_xdata()) == {1.0}
+        assert all("1" in text.get_text() for text in figure.legends[0].get_texts())
+        assert [t.get_text() for t in panel.texts] == ["0.00", "0.25", "1.00", "1.00", "3.50", "19.0"]
+
+
+def test_text_in_cells_can_be_read(pictures: tuple[Path, list[Seen]]) -> None:
+    """A contrast of 4.5 to 1 at least, on every colour of every map."""
+    for cmap in (drawing.ramp(), drawing.two_hues()):
+        with style():
+            axes = Figure().subplots()
+            image = axes.imshow(np.linspace(0, 1, 101)[None], cmap=cmap)
+            drawing.write_in_cells(axes, image, str, 6)
+        ground = drawing.luminance(image.cmap(image.norm(image.get_array()))).ravel()
+        ink = np.array([{"black": 0.0, "white": 1.0}[text.get_color()] for text in axes.texts])
+        contrast = (np.maximum(ground, ink) + 0.05) / (np.minimum(ground, ink) + 0.05)
+        assert contrast.min() >= 4.5
+    assert any(axes.texts for each in pictures[1] for figure in each.figures for axes in figure.axes)
+
+
+def test_what_a_scale_leaves_out_is_said() -> None:
+    grid = np.array([[1e-9, 0.0, 2.0], [0.5, math.nan, 0.01]])
+    figure = drawn(maps.costs, [maps.Map("m", [0, 1], list("321"), grid)])
+    label = figure.axes[-1].get_xlabel() or figure.axes[-1].get_title(loc="left")
+    assert "less than 0.00020" in " ".join(label.split())
+    figure = drawn(maps.shares, [maps.Map("m", [0], list("01"), np.array([[10.0, 99.0]]))], 0.0, 50.0, "%", "expert")
+    assert figure.axes[0].get_images()[0].norm.vmax == 99
+
+
+# ------------------------------------------------------------------------------------------- what is true
+
+
+def test_no_scores_of_another_method(stats: CalibrationStats, plans: dict[str, PruningPlan], tmp_path: Path) -> None:
+    content = sections.scores(stats, plans, gallery_without_drawing())
+    captions = [table.caption for figure in content["figures"] for table in figure.tables]
+    assert captions == ["scores: reap: reap scores, mean of the layer = 1, pruned experts in brackets"]
+    assert content["without"] == ["clusters (mosaic)", "paths (pathfinder)"]
+    root = page(write_report(tmp_path / "s.html", stats=None, plans={"clusters": plans["clusters"]}))
+    (section,) = [e for e in root.iter("section") if e.get("id") == "scores"]
+    assert "No scores are shown for clusters (mosaic)" in words(section) and not section.findall(".//figure")
+    content = sections.scores(stats, {}, gallery_without_drawing())
+    assert [method.name for method in content["methods"]] == ["reap", "frequency"]
+
+
+def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+    """Of the original's folder, where the plan says it is, and of what a plan left, for every plan."""
+    model = make_model("qwen2_moe")
+    model.save_pretrained(tmp_path / "whole")
+    made_for = {**open_layout(tmp_path / "whole").facts(), "name_or_path": str(tmp_path / "whole")}
+    plan = PruningPlan("qwen2_moe", 3, "by hand", {0: (0, 1, 2), 2: (0, 1, 2, 5)}, {0: 7, 2: 7})
+    plans = {
+        "one": replace(plan, provenance={"model": made_for}),
+        "two": replace(plan, retained={0: (1, 2, 3), 2: (1, 2, 3)}, provenance={"model": made_for}),
+    }
+    before = sum(p.numel() for p in model.parameters())
+    sizes = {}
+    for name, each in plans.items():
+        each.apply_to_checkpoint(tmp_path / "whole", tmp_path / name)
+        sizes[name] = sum(math.prod(t.shape) for t in Checkpoint.open(tmp_path / name).tensors.values())
+    expected = [f"{n:,}" for n in (before, *sizes.values())]
+    page_of = {"plans": plans, "overwrite": True}
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    text = words(page(write_report(tmp_path / "r.html", **page_of)))
+    assert "Parameters and bytes of one, two are not shown: they are read from the files of whole, and" in text
+    for folder in ("moved", "one", "two"):
+        root = page(write_report(tmp_path / "r.html", model=tmp_path / folder, **page_of))
+        left = dict((line[0], line[1:]) for line in rows(root, "What the plans leave"))
+        assert left["parameters"] == expected and "are not shown" not in words(root)
+    (tmp_path / "moved").rename(tmp_path / "whole")
+    root = page(write_report(tmp_path / "r.html", **page_of))
+    assert dict((line[0], line[1:]) for line in rows(root, "What the plans leave"))["parameters"] == expected
+    beside = page(write_report(tmp_path / "two" / "report.html", plans={"two": replace(plans["two"], provenance={})}))
+    left = dict((line[0], line[1:]) for line in rows(beside, "What the plans leave"))
+    assert left["parameters"] == [expected[0], expected[2]]
+    foreign = replace(plan, retained={0: (0, 1, 2)}, original_num_experts={0: 7})
+    with pytest.raises(RequestError, match="neither the model that a plan was made for nor one"):
+        write_report(tmp_path / "s.html", plans={"foreign": foreign}, model=tmp_path / "whole")
+
+
+def test_notes_and_verdicts_are_on_top(plans: dict[str, PruningPlan], tmp_path: Path) -> None:
+    heads = PruningPlan("m", 1, "by hand", {0: (0,), 1: (0, 2)}, {0: 2, 1: 3}, heads=(1,))
+    evil = replace(plans["scores"], provenance={"notes": ["<b>\x1b[31m & so on", "shared"]})
+    other = replace(plans["paths"], provenance={"notes": ["shared"]})
+    root = page(write_report(tmp_path / "r.html", plans={"a": evil, "b": other, "c": heads}))
+    (noted,) = root.findall(".//header/ul")
+    assert [words(item) for item in noted] == [
+        "a: <b>\N{REPLACEMENT CHARACTER}[31m & so on",
+        "a, b: shared",
+        "c: heads for further tokens are pruned as well (layer 1: 2 of 3 experts)",
+    ]
+    comparison = Comparison.from_dict(an_evaluation())
+    said: list[tuple[Any, list[str]]] = [
+        ("perplexity <doubled>", ["perplexity <doubled>"]),
+        (lambda: ["one", "two"], ["one", "two"]),
+        ({"m": "worse"}, ["m: worse"]),
+        (None, []),
+    ]
+    for verdict, expected in said:
+        object.__setattr__(comparison, "verdict", verdict)
+        assert origin.verdict(comparison) == expected
+
+
+# ------------------------------------------------------------------------------------------- every screen
+
+
+def test_every_wide_picture_has_one_for_small_screens(pictures: tuple[Path, list[Seen]]) -> None:
+    path, seen = pictures
+    root = page(path)
+    for each in seen:
+        (figure,) = [f for f in root.iter("figure") if f.get("id") == f"figure-{each.picture.name}"]
+        sources = figure.findall("picture/source")
+        assert len(sources) == (each.picture.wide.width > 384) == len(each.figures) - 1
+        for source, narrow in zip(sources, each.figures[1:], strict=True):
+            assert int(str(source.get("width"))) <= 384 and "screen" in str(source.get("media"))
+            ElementTree.fromstring(base64.b64decode(str(source.get("srcset")).split(",")[1]))
+            assert not crowded(boxes_of(narrow))
+            assert all(text.get_fontsize() >= 5.5 for text in narrow.findobj(Text) if text.get_text().strip())
+    style = str(root.findall(".//style")[0].text)
+    assert "@media print" in style and not re.search(r"figure[^{}]*\{[^}]*overflow", style)
+
+
+def test_hundreds_of_domains_stay_few_pictures() -> None:
+    names = [f"domain {n}" for n in range(300)]
+    compared = {"samples": 9, "tokens": 90, "reference_perplexity": 20.0, "kl_divergence": 0.1, "top1_agreement": 0.9}
+    domains = {d: {**compared, "perplexity": 20.0 + n} for n, d in enumerate(names)}
+    whole = {d: {"samples": 9, "tokens": 90, "perplexity": 20.0} for d in names}
+    models = {"whole": {"domains": whole}, "pruned": {"domains": domains}}
+    comparison = Comparison.from_dict({"format_version": 1, "reference": "whole", "models": models})
+    content = measured.quality(comparison, gallery_without_drawing())
+    assert content["some"] == (24, 300) and len(content["figures"]) == 2
+    assert [row[0] for table in content["figures"][0].tables[:1] for row in table.rows] == names[276:288]
+    assert [len(table.rows) for table in content["rest"]] == [300, 300]
+    kl = {"all": 1.0, **{d: float(n) for n, d in enumerate(names)}}
+    sensitivity = a_sensitivity()
+    for method in sensitivity["methods"].values():
+        for entry in [*method["model"], *(c for layer in method["layers"].values() for c in layer["counts"].values())]:
+            entry["kl"] = kl
+    found = measured.sensitivity(Sensitivity.from_dict(sensitivity), gallery_without_drawing())
+    assert found["some"] == (24, 300) and len(found["by_domain"]) == 2
+    assert len(found["layer_tables"]["reap"].head) == 3 + 24 + 1
+
+
+def gallery_without_drawing() -> Gallery:
+    """A gallery whose pictures are their tables alone."""
+
+    class Tables(Gallery):
+        def draw(self, name: str, alt: str, make: Any, *args: Any, tables: Any = (), both: bool = True) -> Picture:
+            return Picture(name, alt, drawing.Drawing(b"", 1, 1), None, tuple(tables))
+
+    return Tables()
+
+
+# ------------------------------------------------------------------------------------------- names of plans
+
+
+def test_plans_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cases: list[tuple[list[str], list[str]]] = [
+        (["plan.json"], ["plan"]),
+        (["a/plan.json", "b/plan.json", "c/plan.json"], ["a", "b", "c"]),
+        (["x/a/plan.json", "y/a/plan.json"], ["x", "y"]),
+        (["x/a.json", "y/a.json", "y/b.json"], ["x/a", "y/a", "b"]),
+        (["out/moe_pruning_plan.json", "other"], ["out", "other"]),
+        (["./a", "../a"], [tmp_path.name, tmp_path.parent.name]),
+        (["half=a/plan.json", "b/plan.json"], ["half", "plan"]),
+        (["plan=a/plan.json", "b/plan.json"], ["plan", "b/plan"]),
+        (["one=p.json", "two=p.json"], ["one", "two"]),
+        (["."], [tmp_path.name]),
+    ]
+    for given, names in cases:
+        assert list(named_paths(given)) == names, given
+    assert named_paths(["half=a/plan.json"]) == {"half": "a/plan.json"}
+    (tmp_path / "a=b.json").touch()
+    assert named_paths(["a=b.json"]) == {"a=b": "a=b.json"}
+    for twice in (["a.json", "a.json"], ["n=a.json", "n=b.json"]):
+        with pytest.raises(RequestError, match=r"given twice|are called 'n'"):
+            named_paths(twice)
 
 
 # ------------------------------------------------------------------------------------------- why plans are as they are
@@ -519,7 +982,8 @@ def test_mosaic_of_a_router_with_groups_is_explained_by_a_tree_for_each(tmp_path
         assert layer.clusters.experts == tuple(e for tree in trees for e in tree)
         assert [len(tree) + 1 for tree in layer.clusters.trees] == [5] * len(trees)
         axes, below, *_ = drawn(graphs.clusters, layer).axes
-        assert sorted(int(t.get_text()) for t in below.texts if t.get_text().isdigit()) == list(layer.clusters.experts)
+        named = [int(text.get_text()) for text in below.texts if text.get_gid() == "expert"]
+        assert layer.has_tree and sorted(named) == list(layer.clusters.experts)
         (tree,) = [c for c in axes.collections if c.get_gid() == "tree"]
         joints = [np.asarray(path.vertices) for path in tree.get_paths()]
         assert len(joints) == 4 * len(trees)
@@ -529,6 +993,31 @@ def test_mosaic_of_a_router_with_groups_is_explained_by_a_tree_for_each(tmp_path
         cuts = [line for line in axes.lines if line.get_gid() == "cut"]
         assert len(cuts) == (layer.cut is not None) == (len(trees) == 1)
     page(write_report(tmp_path / "r.html", stats=grouped, plans={"grouped": plan}))
+
+
+def test_a_tree_whose_distances_tie_is_left_out(tmp_path: Path) -> None:
+    """Experts that rank all domains alike or equally far apart: numbered bands, and it is said."""
+    apart = np.random.default_rng(0).random((6, 9))
+    kinds = {"alike": [[1, 2, 3]] * 6, "in threes": [[1, 2, 3]] * 3 + [[3, 2, 1]] * 3, "apart": apart}
+    for name, vectors in kinds.items():
+        made = np.array(vectors, dtype=float)
+        tree, none = ward_tree(made), np.zeros(6)
+        clusters = Clusters(tuple(range(6)), none.astype(int), made, (tree,), cut(tree, 2), none, (0, 5))
+        shares = np.full(made.shape[1], 1 / made.shape[1])
+        layer = explain.MosaicLayer(4, (), clusters, shares, made, None, True)
+        assert layer.has_tree == (name == "apart") and layer.arbitrary == (name == "alike")
+        for width in (drawing.WIDTH, drawing.NARROW):
+            above = drawn(graphs.clusters, layer, width).axes[0]
+            trees = [c for c in above.collections if c.get_gid() == "tree"]
+            bands = [text.get_text() for text in above.texts if text.get_gid() == "band"]
+            assert (len(trees), bands) == ((1, []) if layer.has_tree else (0, ["1", "2"]))
+    stats = random_statistics(SoftmaxTopK(2, True, False), 1, 6)
+    plan = planned(stats, "mosaic", num_experts=3, method_options={"num_domains": 3, "num_generalists": 0})
+    same = replace(stats.layers[0], tensors={**stats.layers[0].tensors, "token_single_error": torch.ones(120, 6)})
+    root = page(write_report(tmp_path / "r.html", stats=replace(stats, layers={0: same}), plans={"p": plan}))
+    text = words(root.find(".//section[@id='mosaic']"))
+    assert "Most distances tie in layer 0: a tree would show an order that is not there" in text
+    assert "5 of the 5 distances at which these experts would be joined tie" in text
 
 
 def test_what_cannot_be_explained_is_said(
@@ -647,6 +1136,28 @@ def crowded(boxes: dict[Text, tuple[Any, Any]]) -> list[str]:
     return outside + over
 
 
+@contextlib.contextmanager
+def placing_texts() -> Iterator[dict[Figure, dict[Text, tuple[Any, Any]]]]:
+    """Where texts are drawn meanwhile, the last time, and the size of their figures."""
+    boxes: dict[Figure, dict[Text, tuple[Any, Any]]] = {}
+    draw = Text.draw
+
+    def noting(text: Text, renderer: Any) -> None:
+        if text.get_text().strip() and text.get_visible():
+            figure = text.get_figure(root=True)
+            boxes.setdefault(figure, {})[text] = text.get_window_extent(renderer), tuple(figure.bbox.size)
+        draw(text, renderer)
+
+    with patch.object(Text, "draw", noting):
+        yield boxes
+
+
+def boxes_of(figure: Figure) -> dict[Text, tuple[Any, Any]]:
+    with placing_texts() as boxes:
+        FigureCanvasAgg(figure).draw()
+    return boxes[figure]
+
+
 @pytest.mark.parametrize(("layers", "experts"), [(6, 8), (5, 16), (60, 128)])
 def test_nothing_overlaps_or_is_cut_off_at_any_size(layers: int, experts: int, tmp_path: Path) -> None:
     stats = synthetic(layers, experts)
@@ -658,19 +1169,9 @@ def test_nothing_overlaps_or_is_cut_off_at_any_size(layers: int, experts: int, t
         "best paths": planned(stats, "pathfinder", **half, method_options={"num_paths": 3}),
         "scores": planned(stats, "reap", **half, allocation="global"),
     }
-    boxes: dict[Figure, dict[Text, tuple[Any, Any]]] = {}
-    draw = Text.draw
-
-    def noting(text: Text, renderer: Any) -> None:
-        if text.get_text().strip() and text.get_visible():
-            figure = text.get_figure(root=True)
-            place = text.get_window_extent(renderer), tuple(figure.bbox.size)
-            boxes.setdefault(figure, {})[text] = place  # of the last time
-        draw(text, renderer)
-
     evaluation = an_evaluation(("short", long))
     sensitivity = a_sensitivity(layers, ("mosaic", "pathfinder", long))
-    with patch.object(Text, "draw", noting):
+    with placing_texts() as boxes:
         path = write_report(
             tmp_path / "r.html", stats=stats, plans=plans, sensitivity=sensitivity, evaluation=evaluation
         )
@@ -679,7 +1180,7 @@ def test_nothing_overlaps_or_is_cut_off_at_any_size(layers: int, experts: int, t
     assert path.stat().st_size < 8_000_000
     root = page(path)
     assert len(root.findall(".//section[@id='mosaic']//figure")) == 2
-    assert len(root.findall(".//section[@id='paths']//tbody/tr")) == layers
+    assert len(rows(root, "Experts on the best paths by layer")) == layers
 
 
 def test_many_layers_fold_and_all_can_be_reached(tmp_path: Path) -> None:

@@ -59,13 +59,13 @@ def clusters(found: MosaicLayer, width: float = WIDTH) -> Figure:
     figure = sheet((2.5 if found.has_tree else 1.35) + down, width)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.3 if found.has_tree else 0.25, down])
     starts = _draw_bands(above, found, leaves)
+    cell = (width - 1.0) / len(leaves)
     if found.has_tree:
         _draw_tree(above, found, joints)
     else:
-        _number_clusters(above, starts)
+        _number_clusters(above, starts, 72 * cell)
 
     merits = merits_of(found)
-    cell = (width - 1.0) / len(leaves)
     norm = Normalize(min(merits.ticks), max(merits.ticks))
     image = paint(below, merits.values[:, leaves], norm, (cell * len(leaves), down))
     if down / domains >= 0.14 and cell >= 0.055 * len(merits.words(1.5)) + 0.03:
@@ -98,7 +98,6 @@ def clusters_tables(found: MosaicLayer) -> list[Table]:
     if found.has_tree:
         caption = f"Layer {found.layer}: joints of the tree, from below"
         tables.append(Table(caption, _JOINTS, _joints(found)))
-        )
     return tables
 
 
@@ -138,7 +137,7 @@ def _number_experts(axes: Axes, found: MosaicLayer, leaves: list[int], cell: flo
         chosen = experts[place] in found.representatives
         weight: Json = {"fontweight": "bold"} if chosen else {"color": MUTED}
         offset = 0, -4 - (n % lines) * (0.85 * size * digits + 2)
-        axes.annotate(str(experts[place]), (place, 0), offset, **look, **weight)
+        axes.annotate(str(experts[place]), (place, 0), offset, gid="expert", **look, **weight)
     axes.set_xticks([])
     axes.annotate("expert", (0, 0), (-4, -4), **{**look, "xycoords": "axes fraction", "ha": "right", "rotation": 0})
 
@@ -189,12 +188,15 @@ def _draw_tree(axes: Axes, found: MosaicLayer, joints: list[np.ndarray]) -> None
     axes.tick_params(axis="y", labelsize=TINY)
 
 
-def _number_clusters(axes: Axes, starts: list[int]) -> None:
-    """Number the bands, in place of a tree above them; where they are narrow some of them."""
-    places = list(itertools.pairwise(starts))
-    for n in every(range(1, len(places) + 1), 40):
-        look: Json = {"ha": "center", "va": "center_baseline", "fontsize": TINY, "gid": "band"}
-        axes.text(sum(places[n]) / 2 - 0.5, 0.62, str(n + 1), **look)
+def _number_clusters(axes: Axes, starts: list[int], cell: float) -> None:
+    """Number the bands in place of a tree above them, those that there is room for; cells are so many points wide."""
+    look: Json = {"ha": "center", "va": "center_baseline", "fontsize": TINY, "gid": "band"}
+    free = -math.inf
+    for n, (begin, end) in enumerate(itertools.pairwise(starts), 1):
+        middle, half = (begin + end) / 2 - 0.5, (0.33 * TINY * len(str(n)) + 1) / cell
+        if middle - half > free:
+            axes.text(middle, 0.62, str(n), **look)
+            free = middle + half
     axes.set(ylim=(0, 1), yticks=[])
     axes.set_ylabel("cluster", rotation=0, ha="right", va="center", fontsize=TINY)
     axes.spines["left"].set_visible(False)

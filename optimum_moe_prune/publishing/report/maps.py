@@ -235,7 +235,7 @@ def errors(maps: Sequence[Map], top: float, label: str, width: float = WIDTH) ->
     ticks = [0.0, 0.5, NO_OUTPUT, *(steps if len(steps) < 4 else steps[2:][-3:]), top]
     bar = _scale(figure, panels, image, label, ticks=ticks, format=FuncFormatter(lambda value, _: f"{value:.3g}"))
     bar.ax.axvline(NO_OUTPUT, color=INK, linewidth=1.6, gid="mark")
-    named = (0.3, "below 1: nearer than no output"), (0.75, "above 1: worse than no output")
+    named = (0.3, "below 1: better than no output"), (0.75, "above 1: worse than no output")
     legend(figure, [Patch(color=cmap(place), label=name) for place, name in named], handlelength=1.0)
     return figure
 
