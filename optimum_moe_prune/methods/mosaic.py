@@ -122,7 +122,7 @@ def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> 
             fewer[index] = made
     notes = generalist_notes(budget, options)
     if fewer:
-        asked = "num_experts - num_generalists" if options.num_domains is None else options.num_domains
+        asked = "as many as specialists" if options.num_domains is None else options.num_domains
         notes += (
             f"mosaic: the kept tokens form fewer domains than asked for ({asked}) in {len(fewer)} of {len(retained)} "
             f"layers, {min(fewer.values())} at least",

@@ -61,18 +61,17 @@ def of_reach(stats: CalibrationStats, retained: Retained) -> Found:
     notes = []
     if never:
         findings["unreached"] = by_layer(never)
-        worst = _worst(never)
-        named = ", ".join(
-            f"in layer {index} {len(tokens[index]) - len(never[index])} of {len(tokens[index])} were reached"
-            for index in worst
+        named = "; ".join(
+            f"layer {index}: {len(tokens[index]) - len(never[index])} of {len(tokens[index])} reached"
+            for index in _worst(never)
         )
         notes.append(
-            f"no token of the calibration reached {_number(never)} ({named}{_others(never)}), so nothing is known of "
-            f"them: {_became(never, retained)}; more, or more varied, text reaches more"
+            f"no token of the calibration reached {_number(never)} ({named}{_others(never)}), so what they are for did "
+            f"not show: {_became(never, retained)}; more, or more varied, text reaches more"
         )
     if hardly:
         findings["few_tokens"] = {str(index): {str(e): n for e, n in found.items()} for index, found in hardly.items()}
-        named = ", ".join(f"{len(hardly[index])} in layer {index}" for index in _worst(hardly))
+        named = "; ".join(f"layer {index}: {len(hardly[index])}" for index in _worst(hardly))
         notes.append(
             f"fewer than {FEW_TOKENS} tokens of the calibration reached {_number(hardly)} ({named}{_others(hardly)}), "
             f"so little is known of them: {_became(hardly, retained)}"
@@ -108,7 +107,7 @@ def _worst(found: Mapping[int, Any]) -> list[int]:
 
 def _others(found: Mapping[int, Any]) -> str:
     more = len(found) - _NAMED
-    return f", and there are such in {more} more layer{'s' if more > 1 else ''}" if more > 0 else ""
+    return f"; and {more} more layer{'s' if more > 1 else ''}" if more > 0 else ""
 
 
 def _number(found: Mapping[int, Any]) -> str:
@@ -120,4 +119,4 @@ def _became(found: Mapping[int, Iterable[int]], retained: Retained) -> str:
     """How many of some experts are removed, and how many stay."""
     kept = sum(expert in retained[index] for index, experts in found.items() for expert in experts)
     removed = sum(len(list(experts)) for experts in found.values()) - kept
-    return f"{removed} of them {'are' if removed != 1 else 'is'} removed, {kept} {'stay' if kept != 1 else 'stays'}"
+    return f"{removed} {'are' if removed != 1 else 'is'} removed, {kept} {'stay' if kept != 1 else 'stays'}"

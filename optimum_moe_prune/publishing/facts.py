@@ -77,9 +77,9 @@ class CardFacts:
         return {name: value for name, value in values.items() if value}
 
 
-def to_publish(plan: PruningPlan, facts: CardFacts) -> PruningPlan:
+def to_publish(plan: PruningPlan, facts: CardFacts | None = None) -> PruningPlan:
     """A plan as it is put into a checkpoint: with what was said of the original, and without paths of this machine."""
-    said = {**mapping(plan.provenance.get(_KEY)), **facts.to_dict()}
+    said = {**mapping(plan.provenance.get(_KEY)), **(facts.to_dict() if facts else {})}
     provenance = _without_paths(plan.provenance)
     return replace(plan, provenance={**provenance, _KEY: said} if said else provenance)
 
@@ -128,6 +128,13 @@ def origin_of(plan: PruningPlan) -> Origin:
         first_model, license = first_model or known, license or said.license
         languages = languages or tuple(said.language or ())
     return Origin(base_model, revision, first_model, license, languages)
+
+
+def names_of(plan: PruningPlan) -> Iterator[str]:
+    """The names of the models that a plan, and those before it, were made for, as recorded and as a person said."""
+    for provenance in _chain(plan.provenance):
+        names = mapping(provenance.get("model")).get("name_or_path"), mapping(provenance.get(_KEY)).get("base_model")
+        yield from filter(lambda name: isinstance(name, str), names)
 
 
 def _chain(provenance: Any) -> Iterator[Json]:
