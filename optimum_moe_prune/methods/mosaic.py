@@ -47,13 +47,14 @@ from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
 from .clustering import kmeans, silhouette
 from .registry import register_method
+from .replay import TIE
 from .selection import Selection
 from .sets import differing
 from .ties import sorted_ties, still_tied
 from .variability import GeneralistOptions, check, generalist_notes, search_generalists, variability_scores
 
 _MOST_DOMAINS = 16  # the most that num_domains="auto" tries
-_ORDERS = 8  # other orders of the experts in which ties are looked for
+_TRIALS = 9  # choices made again, to find ties
 _ROUNDING = 1e-10  # of a domain's largest error: float32 outputs agree to 1e-7 at best, and errors are squares
 
 
@@ -114,7 +115,7 @@ def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> 
         tied[index] = still_tied(best.tied, retained[index])
         if found is None:
             continue
-        tied[index] |= set(differing([retained[index], *_renumbered(layer, first, found, clusters, options)]))
+        tied[index] |= set(differing([retained[index], *_decided_otherwise(layer, first, found, clusters, options)]))
         made = found.vectors.shape[1]
         if made < 3:
             by_logs.append(index)
@@ -198,7 +199,12 @@ def _free_places(layer: LayerStats, first: tuple[int, ...], clusters: int) -> It
 
 
 def _specialists(
-    free: Sequence[int], places: int, vectors: np.ndarray, variability: np.ndarray, ward: str
+    free: Sequence[int],
+    places: int,
+    vectors: np.ndarray,
+    variability: np.ndarray,
+    ward: str,
+    noise: np.random.Generator | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Steps 4 to 6 for some experts, in their order: the tree, the cluster of each, the representatives.
 
@@ -208,29 +214,35 @@ def _specialists(
         vectors: Performance vectors of all experts ``(E, D)``.
         variability: Their Activation Variability Scores ``(E,)``.
         ward: As in the options.
+        noise: Decides between what is equal, in place of the order of the experts.
     """
-    tree = ward_tree(vectors[free], ward)
-    label, scores = cut(tree, places), variability[free]
+    tree = ward_tree(vectors[free], ward, noise)
+    label, scores = cut(tree, places), _blurred(variability[free], noise)
     chosen = [
         free[max(np.flatnonzero(label == cluster), key=lambda row: (scores[row], -row))] for cluster in range(places)
     ]
     return tree, label, chosen
 
 
-def _renumbered(
+def _blurred(values: np.ndarray, noise: np.random.Generator | None) -> np.ndarray:
+    """Values, changed by less than what counts as a difference."""
+    return values if noise is None else values + TIE * np.abs(values).max() * noise.standard_normal(values.shape)
+
+
+def _decided_otherwise(
     layer: LayerStats, first: tuple[int, ...], found: Clusters, clusters: int, options: Options
 ) -> Iterator[tuple[int, ...]]:
-    """What is retained in the same domains if the experts are numbered otherwise.
+    """What is retained in the same domains where other things decide between equals than the numbers of experts.
 
-    Ward meets equal distances all the time, ranks being few: which of them it merges first is up to the order that
+    Ranks are few, so Ward meets equal distances all the time: which of them it merges first is up to the order that
     experts stand in, and what it does later can but need not depend on that. So ties are found by trying.
     """
     vectors, variability = performance_vectors(layer, found.domain), variability_scores(layer)
-    for trial in range(_ORDERS):
+    for trial in range(_TRIALS):
+        noise = np.random.default_rng(trial) if trial else None
         chosen = list(first)
         for free, places in _free_places(layer, first, clusters):
-            order = free[::-1] if trial == 0 else np.random.default_rng(trial).permutation(free).tolist()
-            chosen += _specialists(order, places, vectors, variability, options.ward)[2]
+            chosen += _specialists(free[::-1], places, vectors, variability, options.ward, noise)[2]
         yield tuple(sorted(chosen))
 
 
@@ -276,20 +288,21 @@ def performance_vectors(layer: LayerStats, domain: np.ndarray) -> np.ndarray:
     return (error.T @ member) / member.sum(0)
 
 
-def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
+def ward_tree(vectors: np.ndarray, ward: str = "ranks", noise: np.random.Generator | None = None) -> np.ndarray:
     """Ward's merges of experts by their performance vectors, as scipy's ``linkage`` ``(C - 1, 4)``.
 
     Args:
         vectors: ``(C, D)``.
         ward: ``"ranks"`` or ``"distances"``.
+        noise: Decides between equal distances, in place of the order of the experts.
     """
     if len(vectors) == 1:
         return np.zeros((0, 4))
     if vectors.shape[1] < 3:
-        return linkage(log_errors(vectors), method="ward")
+        return linkage(_blurred(log_errors(vectors), noise), method="ward")
     ranks = rankdata(vectors, axis=1)
     if ward == "ranks":
-        return linkage(_standardised(ranks, axis=1), method="ward")
+        return linkage(_blurred(_standardised(ranks, axis=1), noise), method="ward")
     # Of whole numbers: ranks of many experts agree alike, and the rounding of a product, which is the processor's,
     # would decide between them.
     twice = 2 * ranks - (vectors.shape[1] + 1)
@@ -298,7 +311,7 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
     correlation = np.divide(twice @ twice.T, scale, out=np.zeros_like(scale), where=scale > 0)
     distance = np.clip((1 - correlation) / 2, 0, None)
     np.fill_diagonal(distance, 0)
-    return linkage(squareform(distance, checks=False), method="ward")
+    return linkage(np.abs(_blurred(squareform(distance, checks=False), noise)), method="ward")
 
 
 def cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:

@@ -66,8 +66,8 @@ def of_reach(stats: CalibrationStats, retained: Retained) -> Found:
             for index in _worst(never)
         )
         notes.append(
-            f"no token of the calibration reached {_number(never)} ({named}{_others(never)}), so what they are for did "
-            f"not show: {_became(never, retained)}; more, or more varied, text reaches more"
+            f"no token of the calibration reached {_number(never)} ({named}{_others(never)}), so what they are for "
+            f"did not show: {_became(never, retained)}; more, or more varied, text reaches more"
         )
     if hardly:
         findings["few_tokens"] = {str(index): {str(e): n for e, n in found.items()} for index, found in hardly.items()}
