@@ -29,3 +29,6 @@ BY_SENSITIVITY = "sensitivity"
 PRUNE = "prune"
 KEEP = "keep"
 DROP = "drop"
+
+NOTES_LOGGER = "optimum_moe_prune.notes"
+"""Where what a person must know of a plan is logged, when it is made."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT_VERSION = 1
+_IN_NOTES = ("ties", "unreached", "few_tokens")  # findings that a note says in words
 _MOST_EXPERTS = 100_000  # beyond any model; keeps a damaged file from asking for all memory
 
 
@@ -147,7 +148,10 @@ class PruningPlan:
             ids = " ".join(map(str, experts))
             counts = f"{len(experts)} of {self.original_num_experts[layer]}"
             lines.append(f"  layer {layer:>{width}}  {counts}: {ids}{' (head)' if layer in self.heads else ''}")
-        if found := self.provenance.get("findings"):
+        found = {
+            name: value for name, value in (self.provenance.get("findings") or {}).items() if name not in _IN_NOTES
+        }
+        if found:
             lines.append("  found: " + "; ".join(f"{name} {_shown(value)}" for name, value in found.items()))
         return "\n".join(lines)
 
@@ -173,18 +177,21 @@ class PruningPlan:
         Args:
             source: The folder or Hub id of the model the plan was made for.
             target: The folder to write, absent or empty.
-            options: ``max_shard_size``, ``overwrite``, ``standalone``, ``mtp``; and for the Hub ``revision``,
-                ``token``, ``cache_dir``, ``trust_remote_code``.
+            options: ``max_shard_size``, ``overwrite``, ``standalone``, ``mtp``; for the card ``base_model``,
+                ``license``, ``language``; and for the Hub ``revision``, ``token``, ``cache_dir``,
+                ``trust_remote_code``.
         """
         from .checkpoints.layout import open_layout
         from .checkpoints.source import Source
+        from .publishing.facts import CardFacts
         from .publishing.outputs import apply_to_checkpoint
         from .surgery.checks import check_plan_for_config
 
         names = ("revision", "token", "cache_dir", "trust_remote_code")
+        card = CardFacts.taken(options)
         read = Source.of(source, **{name: options.pop(name) for name in names if name in options})
         check_plan_for_config(self, read.config)
-        return apply_to_checkpoint(self, open_layout(read), target, **options)
+        return apply_to_checkpoint(self, open_layout(read), target, card=card, **options)
 
     def export(self, format: str = "json") -> str:
         """The plan as other tools read it (``publishing.export``); the format ``"json"`` says everything.

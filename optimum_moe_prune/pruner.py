@@ -28,6 +28,7 @@ from .planning.build import budget_for, build_plan
 from .planning.fit import fitted, with_fit
 from .planning.sensitivity import Sensitivity
 from .publishing.card import write_card
+from .publishing.facts import CardFacts
 from .publishing.hub import push_folder
 from .publishing.outputs import apply_to_checkpoint, save_pruned
 from .statistics.samples import check_domain_weights
@@ -338,7 +339,7 @@ class MoEPruner:
         restart: bool = False,
         standalone: bool = False,
         mtp: str | None = None,
-        **compute: Any,
+        **options: Any,
     ) -> Path:
         """Prune a checkpoint's files: calibrate, plan, and write the pruned checkpoint; or apply the plan there is.
 
@@ -355,7 +356,7 @@ class MoEPruner:
             restart: Begin an interrupted calibration anew.
             standalone: As for :meth:`save_pretrained`.
             mtp: What becomes of heads for further tokens, in place of what the recipe, or the plan, says.
-            compute: Of the calibration, as for :meth:`calibrate`.
+            options: Of the card (``publishing.facts.CardFacts``), and of the calibration (:meth:`calibrate`).
 
         Returns:
             The folder.
@@ -368,7 +369,7 @@ class MoEPruner:
         name = self.name_or_path if source is None else os.fspath(source)
         check_target(output_dir, overwrite, [name])
         shard_bytes(max_shard_size)
-        read, way = self._source(source), Compute(**compute)
+        read, card, way = self._source(source), CardFacts.taken(options), Compute(**options)
         plan = None if calibration is not None or domain_weights is not None else self.pruning_plan
         if plan is not None:
             check_plan_for_config(plan, read.config)
@@ -390,6 +391,7 @@ class MoEPruner:
                 overwrite=overwrite,
                 standalone=standalone,
                 mtp=mtp,
+                card=card,
             )
             if calibration is not None:
                 for part in ("calibration", "sensitivity"):
@@ -403,6 +405,7 @@ class MoEPruner:
         model: PreTrainedModel | None = None,
         overwrite: bool = False,
         standalone: bool = False,
+        **card: Any,
     ) -> Path:
         """Write the pruned checkpoint with recipe, plan, model card, tokenizer and generation config.
 
@@ -415,6 +418,7 @@ class MoEPruner:
             overwrite: Replace an earlier output of this package.
             standalone: Where layers keep different numbers of experts, add a modelling file, with which
                 ``trust_remote_code=True`` loads the checkpoint without this package.
+            card: ``base_model`` (its id on the Hub), ``license``, ``language``: what the card says of the original.
 
         Raises:
             RequestError: If there is no pruned model, it does not match the plan, or the target is in the way.
@@ -433,6 +437,7 @@ class MoEPruner:
             tokenizer=self._tokenizer,
             overwrite=overwrite,
             standalone=standalone,
+            card=CardFacts(**card),
         )
         return self.output_dir
 
@@ -452,9 +457,7 @@ class MoEPruner:
         """
         folder = folder if folder is not None else self.output_dir
         if folder is None:
-            raise RequestError(
-                "there is no checkpoint to publish; write one first (save_pretrained), or pass folder=."
-            )
+            raise RequestError("there is no checkpoint to publish; write one (save_pretrained), or pass folder=.")
         write_card(folder, repo_id)
         if options.get("token") is None and self.source is not None:
             options["token"] = self.source.token

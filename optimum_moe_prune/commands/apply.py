@@ -7,7 +7,7 @@ import argparse
 
 from optimum.commands.base import CommandInfo
 
-from . import flags, publishing
+from . import flags, publishing, screen
 from .base import Command, Result
 from .work import add_dry_run, check_apply, shown
 
@@ -45,11 +45,13 @@ class ApplyCommand(Command):
         work = plan_work(layout, plan=plan, mtp=args.mtp, output=args.output)
         if (result := shown(args, work)) is not None:
             return result
-        pruner.prune_checkpoint(
-            args.output,
-            max_shard_size=args.max_shard_size,
-            overwrite=args.overwrite,
-            standalone=args.standalone,
-            mtp=args.mtp,
-        )
-        return publishing.result_of_checkpoint(args, pruner)
+        with screen.notes_kept(args.json) as printed:
+            pruner.prune_checkpoint(
+                args.output,
+                max_shard_size=args.max_shard_size,
+                overwrite=args.overwrite,
+                standalone=args.standalone,
+                mtp=args.mtp,
+                **publishing.for_card(args),
+            )
+        return publishing.result_of_checkpoint(args, pruner, printed)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import CommandInfo
 
 from ..errors import RequestError
-from . import flags
+from . import flags, screen
 from .base import Command, Result
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ class PlanCommand(Command):
         from ..planning.sensitivity import Sensitivity
         from ..statistics.stats import CalibrationStats
         from ..storage.files import check_file
-        from .publishing import result_of_plan
 
         target = check_file(args.output, ".json", args.overwrite, PruningPlan.load)
         config = flags.recipe(args)
@@ -53,9 +52,10 @@ class PlanCommand(Command):
         sensitivity = None if args.sensitivity is None else Sensitivity.load(args.sensitivity)
         stats = CalibrationStats.load(args.stats)
         config, fit = fitted(config, None if config.fit is None else _model_of(stats, args.model))
-        plan = with_fit(build_plan(stats, config, weights, sensitivity), fit)
-        plan.save(target)
-        return result_of_plan(plan, args.output)
+        with screen.notes_kept(args.json) as printed:
+            plan = with_fit(build_plan(stats, config, weights, sensitivity), fit)
+            plan.save(target)
+        return screen.result_of_plan(plan, args.output, printed)
 
 
 def _model_of(stats: CalibrationStats, name: str | None) -> Layout:

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import MoEPruneError, RequestError, RunError
 from ..storage.values import Json
-from . import flags
+from . import flags, screen
 from .base import Result
 
 if TYPE_CHECKING:
@@ -31,6 +33,11 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--report", action="store_true", help="add report.html and its pictures")
     group.add_argument("--push-to-hub", metavar="REPO", help="publish the finished folder, in one commit")
     group.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    group.add_argument("--base-model", metavar="ID", help="for the model card: the original's id on the Hub")
+    group.add_argument("--license", metavar="ID", help="for the model card: the original's licence, as apache-2.0")
+    group.add_argument(
+        "--language", action="append", metavar="CODE", help="for the model card: a language, as en; may be repeated"
+    )
 
 
 def check_publishing(args: argparse.Namespace) -> None:
@@ -39,6 +46,9 @@ def check_publishing(args: argparse.Namespace) -> None:
     Raises:
         RequestError: If a file is missing, or a package.
     """
+    from ..publishing.facts import CardFacts
+
+    CardFacts(**for_card(args))
     if args.evaluate:
         from ..evaluation.compare import held_out
 
@@ -57,6 +67,11 @@ def check_publishing(args: argparse.Namespace) -> None:
             raise RequestError(f"--push-to-hub: {str(error).splitlines()[0]}") from error
     elif args.private:
         raise RequestError("--private is for --push-to-hub REPO.")
+
+
+def for_card(args: argparse.Namespace) -> Json:
+    """What is said of the original for the model card."""
+    return {"base_model": args.base_model, "license": args.license, "language": args.language}
 
 
 def check_memory(args: argparse.Namespace, pruner: MoEPruner) -> None:
@@ -78,46 +93,47 @@ def check_memory(args: argparse.Namespace, pruner: MoEPruner) -> None:
         )
 
 
-def result_of_plan(plan: PruningPlan, output: str) -> Result:
-    """What is printed of a plan that was made or applied."""
-    values = {"output": output, "method": plan.method, "sparsity": plan.sparsity, "num_experts": plan.num_experts}
-    return f"{plan.summary()}\n{output}", values
-
-
-def result_of_checkpoint(args: argparse.Namespace, pruner: MoEPruner) -> Result:
+def result_of_checkpoint(args: argparse.Namespace, pruner: MoEPruner, printed: Collection[str] = ()) -> Result:
     """Add results and report to the checkpoint a pruner wrote, publish it, and say what was done.
+
+    Args:
+        args: The command's.
+        pruner: That wrote it.
+        printed: Messages that were printed before.
 
     Raises:
         RunError: If what should follow fails. The checkpoint is whole.
     """
     plan = pruner.pruning_plan
     assert plan is not None
-    text, values = result_of_plan(plan, args.output)
-    if plan.uniform_num_experts is None:
-        text += "\nIts layers keep different numbers of experts: import optimum_moe_prune before loading it"
-        text += ", or pass trust_remote_code=True." if args.standalone else "."
-    elif args.standalone:
-        text += "\nAll layers keep the same number of experts: plain transformers loads it, --standalone adds nothing."
     folder = Path(args.output)
     try:
-        more, results = _finish(args, pruner, plan, folder)
+        lost, more, results = _finish(args, pruner, plan, folder)
     except MoEPruneError as error:
         raise RunError(
             f"the pruned checkpoint is written in {folder}, and what should follow failed: {error} Add results with "
             "evaluate --update-card, pictures with report; MoEPruner.push_to_hub(repository, folder) publishes it."
         ) from error
-    return text + more, {**values, **results}
+    lines, values = screen.checkpoint_in_words(args.output, args.standalone, lost, printed)
+    if not lost:
+        evaluate = ["optimum-cli", "moe-prune", "evaluate", "--model", args.output, "--reference", args.model]
+        more.append(f"next, see what it lost: {shlex.join([*evaluate, '--data', 'YOURS.jsonl', '--update-card'])}")
+    return "\n".join([*lines, *more]), {**values, **results}
 
 
 def _held_out(args: argparse.Namespace) -> list[Path]:
     return [Path(file) for file in args.evaluate]
 
 
-def _finish(args: argparse.Namespace, pruner: MoEPruner, plan: PruningPlan, folder: Path) -> Result:
+def _finish(
+    args: argparse.Namespace, pruner: MoEPruner, plan: PruningPlan, folder: Path
+) -> tuple[str, list[str], Json]:
+    """What was lost, in words; lines of what else was done; and both as values."""
     from ..names import EVALUATION_NAME, REPORT_NAME, REPORT_PICTURES
     from ..publishing.card import write_card
 
-    text, comparison = "", None
+    lost, comparison = "", None
+    more: list[str] = []
     values: Json = {}
     if args.evaluate:
         from ..evaluation.compare import compare
@@ -131,7 +147,7 @@ def _finish(args: argparse.Namespace, pruner: MoEPruner, plan: PruningPlan, fold
             compute=flags.compute_of(args),
         )
         comparison.save(folder / EVALUATION_NAME)
-        text += f"\n\n{comparison.summary()}"
+        lost = comparison.summary()
         values["evaluation"] = comparison.to_dict()
     if args.report:
         from ..publishing.report import write_report
@@ -144,12 +160,12 @@ def _finish(args: argparse.Namespace, pruner: MoEPruner, plan: PruningPlan, fold
             evaluation=comparison,
             pictures=folder / REPORT_PICTURES,
         )
-        text += f"\n{folder / REPORT_NAME}"
+        more.append(f"report: {folder / REPORT_NAME}")
         values["report"] = str(folder / REPORT_NAME)
     if args.evaluate or args.report:
         write_card(folder, folder.resolve().name)
     if args.push_to_hub is not None:
         commit = pruner.push_to_hub(args.push_to_hub, private=args.private)
-        text += f"\npublished: {commit.commit_url}"
+        more.append(f"published: {commit.commit_url}")
         values["commit"] = commit.commit_url
-    return text, values
+    return lost, more, values

@@ -7,7 +7,7 @@ import argparse
 
 from optimum.commands.base import CommandInfo
 
-from . import flags, publishing
+from . import flags, publishing, screen
 from .base import Command, Result
 from .work import add_dry_run, check_run, shown
 
@@ -53,19 +53,21 @@ class RunCommand(Command):
             if config.allocates == BY_SENSITIVITY:
                 pruner.sensitivity.for_recipe(config, pruner.layout().facts(), weights)
         measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
-        samples = calibration_samples(args, pruner) if measures or config.needs else None
-        check_run(args, pruner, samples)
-        work = plan_work(pruner.layout(), config, samples, output=args.output, compute=compute, measures=measures)
-        if (result := shown(args, work)) is not None:
-            return result
-        pruner.prune_checkpoint(
-            args.output,
-            calibration=samples,
-            domain_weights=weights,
-            restart=args.restart,
-            max_shard_size=args.max_shard_size,
-            overwrite=args.overwrite,
-            standalone=args.standalone,
-            **vars(compute),
-        )
-        return publishing.result_of_checkpoint(args, pruner)
+        with screen.notes_kept(args.json) as printed:
+            samples = calibration_samples(args, pruner) if measures or config.needs else None
+            check_run(args, pruner, samples)
+            work = plan_work(pruner.layout(), config, samples, output=args.output, compute=compute, measures=measures)
+            if (result := shown(args, work)) is not None:
+                return result
+            pruner.prune_checkpoint(
+                args.output,
+                calibration=samples,
+                domain_weights=weights,
+                restart=args.restart,
+                max_shard_size=args.max_shard_size,
+                overwrite=args.overwrite,
+                standalone=args.standalone,
+                **publishing.for_card(args),
+                **vars(compute),
+            )
+        return publishing.result_of_checkpoint(args, pruner, printed)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError, RunError
-from .limits import allowed_counts, least_kept, limits, nearest, num_removed
+from .limits import allowed_counts, least_kept, limits, nearest, num_removed, spans
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def checked_layers(
         RequestError: If a layer or an expert is named that is not there, or no layer is left.
     """
     protect = protect or {}
-    moe_layers = _spans(original)
+    moe_layers = spans(original)
     for what, named in (("skip_layers", skip_layers), ("protect", protect)):
         unknown = sorted(set(named) - set(original))
         if unknown:
@@ -293,6 +293,15 @@ def choose(scores: Mapping[int, np.ndarray], budget: Budget) -> dict[int, tuple[
     Raises:
         RunError: If a score is not finite.
     """
+    return choose_ranked(keys_of(scores, budget), budget)
+
+
+def keys_of(scores: Mapping[int, np.ndarray], budget: Budget) -> dict[int, list[float]]:
+    """What experts are sorted by, lowest = keep first, where they are chosen by scores (:func:`choose`).
+
+    Raises:
+        RunError: If a score is not finite.
+    """
     keys = {}
     for layer in budget.original:
         values = np.asarray(scores[layer], dtype=np.float64)
@@ -301,7 +310,7 @@ def choose(scores: Mapping[int, np.ndarray], budget: Budget) -> dict[int, tuple[
                 f"layer {layer}: expert {int(np.flatnonzero(~np.isfinite(values))[0])} has no finite score."
             )
         keys[layer] = (-(values if isinstance(budget, UniformBudget) else _relative(values))).tolist()
-    return choose_ranked(keys, budget)
+    return keys
 
 
 def choose_ranked(keys: Mapping[int, Sequence[Any]], budget: Budget) -> dict[int, tuple[int, ...]]:
@@ -341,14 +350,3 @@ def _relative(values: np.ndarray) -> np.ndarray:
     """Values in units of their mean magnitude; all 1 where every one is 0."""
     mean = np.abs(values).mean()
     return values / mean if mean > 0 else np.ones_like(values)
-
-
-def _spans(layers: Mapping[int, int]) -> str:
-    """Layer numbers as text: ``0-3, 5``."""
-    spans: list[list[int]] = []
-    for layer in sorted(layers):
-        if spans and spans[-1][1] == layer - 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

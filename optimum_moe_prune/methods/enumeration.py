@@ -22,6 +22,7 @@ from ..progress import progress
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
 from .registry import register_method
+from .replay_leaders import Found
 from .replay_search import Replay
 from .selection import Selection
 from .sets import num_sets
@@ -64,11 +65,15 @@ class SearchOptions:
 )
 def enumeration(stats: CalibrationStats, budget: UniformBudget, options: SearchOptions) -> Selection:
     """The retained experts."""
-    retained = {
-        index: best_set(stats.layers[index], index, count, budget, options)
+    found = {
+        index: search_set(stats.layers[index], index, count, budget, options)
         for index, count in progress(budget.num_experts.items(), "enumerating", unit="layer")
     }
-    return Selection(retained, notes=search_notes(budget.num_experts, budget, options))
+    return Selection(
+        {index: best.retained for index, best in found.items()},
+        notes=search_notes(budget.num_experts, budget, options),
+        ties={index: best.tied for index, best in found.items() if best.tied},
+    )
 
 
 def _num_sets(index: int, size: int, budget: UniformBudget) -> int:
@@ -96,9 +101,14 @@ def best_set(
     Raises:
         RequestError: If an exhaustive search is asked for that would never end.
     """
+    return search_set(layer, index, size, budget, options).retained
+
+
+def search_set(layer: LayerStats, index: int, size: int, budget: UniformBudget, options: SearchOptions) -> Found:
+    """As :func:`best_set`, with the experts between which only their numbers decided."""
     required = budget.protected[index]
     if size == len(required):
-        return required
+        return Found(required)
     sets = _num_sets(index, size, budget)
     if options.search == "exhaustive" and sets > MOST_SETS:
         raise RequestError(
@@ -108,5 +118,5 @@ def best_set(
     tensors = layer.tensors
     replay = Replay(tensors["logits"], tensors["gram"], layer.routing, layer.token_sample, layer.loss_weights)
     if options.search == "exhaustive" or (options.search == "auto" and sets <= options.max_sets):
-        return replay.best_set(size, required)
-    return replay.eliminate(size, required)
+        return replay.search_all(size, required)
+    return replay.search_greedily(size, required)

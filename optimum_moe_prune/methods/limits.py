@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
@@ -93,6 +93,17 @@ def nearest(counts: Sequence[int], asked: int, total: int | None = None) -> str:
     if len(counts) > 8:
         texts.insert(3, "...")
     return (" or " if between else " to " if whole else ", ").join(texts)
+
+
+def spans(layers: Iterable[int]) -> str:
+    """Layer numbers as text: ``0-3, 5``."""
+    found: list[list[int]] = []
+    for layer in sorted(layers):
+        if found and found[-1][1] == layer - 1:
+            found[-1][1] = layer
+        else:
+            found.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def num_removed(sparsity: float, num_experts: int) -> int:

@@ -33,6 +33,7 @@ What the paper leaves open, and what is done here:
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,10 +47,14 @@ from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
 from .clustering import kmeans, silhouette
 from .registry import register_method
+from .replay import TIE
 from .selection import Selection
-from .variability import GeneralistOptions, check, generalist_notes, generalists, variability_scores
+from .sets import differing
+from .ties import sorted_ties, still_tied
+from .variability import GeneralistOptions, check, generalist_notes, search_generalists, variability_scores
 
 _MOST_DOMAINS = 16  # the most that num_domains="auto" tries
+_TRIALS = 9  # choices made again, to find ties
 _ROUNDING = 1e-10  # of a domain's largest error: float32 outputs agree to 1e-7 at best, and errors are squares
 
 
@@ -95,25 +100,46 @@ def needs(options: Options) -> frozenset[Need]:
     needs=needs,
     options=Options,
     check=check,
+    tie_advice="more domains (num_domains) tell more experts apart",
 )
 def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> Selection:
     """The retained experts."""
-    retained = {}
-    by_logs = []
+    retained, tied = {}, {}
+    by_logs: list[int] = []
+    fewer: dict[int, int] = {}
     for index in progress(budget.num_experts, "mosaic", unit="layer"):
-        first = generalists(stats.layers[index], index, budget, options)
-        clusters = budget.num_experts[index] - len(first)
-        found = cluster_layer(stats.layers[index], first, clusters, budget.seed, options) if clusters else None
+        layer, best = stats.layers[index], search_generalists(stats.layers[index], index, budget, options)
+        first, clusters = best.retained, budget.num_experts[index] - len(best.retained)
+        found = cluster_layer(layer, first, clusters, budget.seed, options) if clusters else None
         retained[index] = tuple(sorted([*first, *(found.representatives if found else ())]))
-        if found is not None and found.vectors.shape[1] < 3:
+        tied[index] = still_tied(best.tied, retained[index])
+        if found is None:
+            continue
+        tied[index] |= set(differing([retained[index], *_decided_otherwise(layer, first, found, clusters, options)]))
+        made = found.vectors.shape[1]
+        if made < 3:
             by_logs.append(index)
+        if made < _domains_asked(options, clusters):
+            fewer[index] = made
     notes = generalist_notes(budget, options)
+    if fewer:
+        asked = "as many as specialists" if options.num_domains is None else options.num_domains
+        notes += (
+            f"mosaic: the kept tokens form fewer domains than asked for ({asked}) in {len(fewer)} of {len(retained)} "
+            f"layers, {min(fewer.values())} at least",
+        )
     if by_logs:
         notes += (
             "mosaic: with fewer than 3 domains ranks say almost nothing, so experts are compared by log errors in "
             f"{len(by_logs)} of {len(retained)} layers; num_domains sets the number of domains",
         )
-    return Selection(retained, notes=notes)
+    return Selection(retained, notes=notes, ties=sorted_ties(tied))
+
+
+def _domains_asked(options: Options, clusters: int) -> int:
+    """How many domains there are to be; 0 where that is found out."""
+    asked = clusters if options.num_domains is None else options.num_domains
+    return 0 if asked == "auto" else asked
 
 
 @dataclass(frozen=True)
@@ -150,22 +176,74 @@ def cluster_layer(layer: LayerStats, first: tuple[int, ...], clusters: int, seed
         options: Of the method.
     """
     domain = token_domains(layer, clusters if options.num_domains is None else options.num_domains, seed)
-    vectors = performance_vectors(layer, domain)
+    vectors, variability = performance_vectors(layer, domain), variability_scores(layer)
     others: list[int] = []
-    trees, label = [], np.zeros(0, dtype=np.int64)
+    trees, label, representatives = [], np.zeros(0, dtype=np.int64), []
+    for free, places in _free_places(layer, first, clusters):
+        others += free
+        tree, of_group, chosen = _specialists(free, places, vectors, variability, options.ward)
+        trees.append(tree)
+        label = np.concatenate([label, label.max(initial=-1) + 1 + of_group])
+        representatives += chosen
+    scores = variability[others]
+    return Clusters(tuple(others), domain, vectors[others], tuple(trees), label, scores, tuple(representatives))
+
+
+def _free_places(layer: LayerStats, first: tuple[int, ...], clusters: int) -> Iterator[tuple[list[int], int]]:
+    """Of each of the router's groups that has places left: the experts that are no generalists, and the places."""
     for group in layer.routing.grouped(range(layer.num_experts), layer.num_experts):
         free = [expert for expert in group if expert not in first]
         places = (len(first) + clusters) // layer.routing.groups - (len(group) - len(free))
         if places > 0:
-            others += free
-            trees.append(ward_tree(vectors[free], options.ward))
-            label = np.concatenate([label, label.max(initial=-1) + 1 + cut(trees[-1], places)])
-    scores = variability_scores(layer)[others]
-    representatives = tuple(
-        others[max(np.flatnonzero(label == cluster), key=lambda row: (scores[row], -row))]
-        for cluster in range(label.max() + 1)
-    )
-    return Clusters(tuple(others), domain, vectors[others], tuple(trees), label, scores, representatives)
+            yield free, places
+
+
+def _specialists(
+    free: Sequence[int],
+    places: int,
+    vectors: np.ndarray,
+    variability: np.ndarray,
+    ward: str,
+    noise: np.random.Generator | None = None,
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Steps 4 to 6 for some experts, in their order: the tree, the cluster of each, the representatives.
+
+    Args:
+        free: The experts.
+        places: How many clusters.
+        vectors: Performance vectors of all experts ``(E, D)``.
+        variability: Their Activation Variability Scores ``(E,)``.
+        ward: As in the options.
+        noise: Decides between what is equal, in place of the order of the experts.
+    """
+    tree = ward_tree(vectors[free], ward, noise)
+    label, scores = cut(tree, places), _blurred(variability[free], noise)
+    chosen = [
+        free[max(np.flatnonzero(label == cluster), key=lambda row: (scores[row], -row))] for cluster in range(places)
+    ]
+    return tree, label, chosen
+
+
+def _blurred(values: np.ndarray, noise: np.random.Generator | None) -> np.ndarray:
+    """Values, changed by less than what counts as a difference."""
+    return values if noise is None else values + TIE * np.abs(values).max() * noise.standard_normal(values.shape)
+
+
+def _decided_otherwise(
+    layer: LayerStats, first: tuple[int, ...], found: Clusters, clusters: int, options: Options
+) -> Iterator[tuple[int, ...]]:
+    """What is retained in the same domains where other things decide between equals than the numbers of experts.
+
+    Ranks are few, so Ward meets equal distances all the time: which of them it merges first is up to the order that
+    experts stand in, and what it does later can but need not depend on that. So ties are found by trying.
+    """
+    vectors, variability = performance_vectors(layer, found.domain), variability_scores(layer)
+    for trial in range(_TRIALS):
+        noise = np.random.default_rng(trial) if trial else None
+        chosen = list(first)
+        for free, places in _free_places(layer, first, clusters):
+            chosen += _specialists(free[::-1], places, vectors, variability, options.ward, noise)[2]
+        yield tuple(sorted(chosen))
 
 
 def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: int) -> np.ndarray:
@@ -210,20 +288,21 @@ def performance_vectors(layer: LayerStats, domain: np.ndarray) -> np.ndarray:
     return (error.T @ member) / member.sum(0)
 
 
-def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
+def ward_tree(vectors: np.ndarray, ward: str = "ranks", noise: np.random.Generator | None = None) -> np.ndarray:
     """Ward's merges of experts by their performance vectors, as scipy's ``linkage`` ``(C - 1, 4)``.
 
     Args:
         vectors: ``(C, D)``.
         ward: ``"ranks"`` or ``"distances"``.
+        noise: Decides between equal distances, in place of the order of the experts.
     """
     if len(vectors) == 1:
         return np.zeros((0, 4))
     if vectors.shape[1] < 3:
-        return linkage(log_errors(vectors), method="ward")
+        return linkage(_blurred(log_errors(vectors), noise), method="ward")
     ranks = rankdata(vectors, axis=1)
     if ward == "ranks":
-        return linkage(_standardised(ranks, axis=1), method="ward")
+        return linkage(_blurred(_standardised(ranks, axis=1), noise), method="ward")
     # Of whole numbers: ranks of many experts agree alike, and the rounding of a product, which is the processor's,
     # would decide between them.
     twice = 2 * ranks - (vectors.shape[1] + 1)
@@ -232,7 +311,7 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks") -> np.ndarray:
     correlation = np.divide(twice @ twice.T, scale, out=np.zeros_like(scale), where=scale > 0)
     distance = np.clip((1 - correlation) / 2, 0, None)
     np.fill_diagonal(distance, 0)
-    return linkage(squareform(distance, checks=False), method="ward")
+    return linkage(np.abs(_blurred(squareform(distance, checks=False), noise)), method="ward")
 
 
 def cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:

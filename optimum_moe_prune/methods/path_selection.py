@@ -21,6 +21,7 @@ from ..storage.values import Json
 from .budget import Budget, choose_ranked
 from .paths import k_best_paths, max_marginals
 from .selection import Selection
+from .ties import sorted_ties, tied_by_keys, tied_in_layer
 
 _DIGITS = 9  # participation and path weights are compared to so many decimals, beyond are rounding errors
 
@@ -80,7 +81,13 @@ def on_best_paths(
         )
     findings: Json = {} if importance is None else {"importance_entropy": entropy_shares(layers, importance)}
     findings |= {"paths_per_sample": fitting, "experts_on_paths": on_paths, "samples": len(paths)}
-    return Selection(choose_ranked(keys, budget), notes=tuple(notes), findings=findings)
+    retained = choose_ranked(keys, budget)
+    ties = {layer: set(experts) for layer, experts in tied_by_keys(keys, budget, retained).items()}
+    for layer in layers:
+        if layer in budget.original:  # of equally good paths it is chance which of them were counted
+            through = [key[2:] for key in keys[layer]]
+            ties.setdefault(layer, set()).update(tied_in_layer(through, budget, layer, retained[layer]))
+    return Selection(retained, notes=tuple(notes), findings=findings, ties=sorted_ties(ties))
 
 
 def sample_graphs(

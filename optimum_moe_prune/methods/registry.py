@@ -23,8 +23,9 @@ from ..errors import RequestError, RunError, nearest_first
 from ..names import BY_SENSITIVITY, GLOBAL, UNIFORM
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from ..storage.values import Values
-from .budget import Budget, UniformBudget, choose
+from .budget import Budget, UniformBudget, choose_ranked, keys_of
 from .selection import Retained, Scores, Selection
+from .ties import tied_by_keys
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ ENTRY_POINTS = "optimum_moe_prune.methods"
 
 ALLOCATIONS = (UNIFORM, GLOBAL)
 """What a method does itself; by measured divergences goes every method that takes a number for each layer."""
+
+
+TIE_ADVICE = "more calibration text, or another method, may tell them apart"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Method:
             layer, a ``UniformBudget``) or ``"global"`` (a number for the whole model, a plain ``Budget``).
         formula: What it calculates, in words, for model cards.
         check: ``(budget, options) -> None``: raises what can be refused before any work.
+        tie_advice: What tells experts apart that are equally good by it (``Selection.ties``), in words.
         scores: ``(stats, options) -> {layer: (E,)}``, higher = keep; or
         retained: ``(stats, budget, options) -> {layer: experts}``, or a ``Selection``.
     """
@@ -65,6 +70,7 @@ class Method:
     allocations: tuple[str, ...]
     formula: str = ""
     check: Callable[[Any, Any], None] | None = None
+    tie_advice: str = TIE_ADVICE
     scores: Callable[[CalibrationStats, Any], Scores] | None = None
     retained: Callable[[CalibrationStats, Any, Any], Retained | Selection] | None = None
 
@@ -81,7 +87,9 @@ class Method:
         """
         if self.scores is not None:
             scores = self.scores(stats, options)
-            return Selection(choose(scores, budget), scores)
+            keys = keys_of(scores, budget)
+            chosen = choose_ranked(keys, budget)
+            return Selection(chosen, scores, ties=tied_by_keys(keys, budget, chosen))
         assert self.retained is not None
         answer = self.retained(stats, budget, options)
         selection = answer if isinstance(answer, Selection) else Selection(answer)
@@ -120,6 +128,7 @@ def register_method(
     allocations: tuple[str, ...] | None = None,
     formula: str = "",
     check: Callable[[Any, Any], None] | None = None,
+    tie_advice: str = TIE_ADVICE,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the function of a method and make it known.
 
@@ -134,6 +143,7 @@ def register_method(
         allocations: See ``Method.allocations``; by default both for scores, and uniform for a set.
         formula: What it calculates, in words, for model cards.
         check: Raises what can be refused before any work.
+        tie_advice: See ``Method.tie_advice``.
 
     Raises:
         RequestError: If the name is taken or the kind unknown.
@@ -163,6 +173,7 @@ def register_method(
             allocations,
             formula,
             check,
+            tie_advice,
             scores=function if kind == "scores" else None,
             retained=function if kind == "set" else None,
         )

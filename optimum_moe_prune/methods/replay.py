@@ -118,7 +118,12 @@ def first_minimum(losses: Tensor) -> int:
     Raises:
         RunError: If a loss is NaN or infinite.
     """
-    least = losses.min()
     if not bool(torch.isfinite(losses).all()):
         raise RunError("reconstruction losses are NaN or infinite: the statistics hold such values. Calibrate again.")
-    return int((losses <= least + TIE * least.abs()).nonzero()[0, 0])
+    return minima(losses)[0]
+
+
+def minima(losses: Tensor) -> list[int]:
+    """Indices of the smallest loss and of those within ``TIE`` of it."""
+    least = losses.min()
+    return (losses <= least + TIE * least.abs()).nonzero().flatten().tolist()

@@ -9,7 +9,6 @@ Shapes: E experts, T tokens, S samples, K top_k.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +18,17 @@ from torch import Tensor
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
-from .replay import TIE, WORKING_BYTES, errors_without, first_minimum, gram_index, reconstruction_loss, squared_errors
-from .sets import RetainedSet, num_sets, sets_of
+from .replay import (
+    WORKING_BYTES,
+    errors_without,
+    first_minimum,
+    gram_index,
+    minima,
+    reconstruction_loss,
+    squared_errors,
+)
+from .replay_leaders import Found, Leaders, rank_tables
+from .sets import RetainedSet, differing, num_sets, sets_of
 
 _TABLE_BITS = 20  # a table of 2**20 entries at most
 _TABLE_SUBSETS = 20_000
@@ -152,7 +160,7 @@ class Replay:
         subset in a table under the bit mask of its ranks, itself a matrix product.
         """
         member = torch.zeros(len(sets), self.num_experts, dtype=torch.float64).scatter_(1, torch.tensor(sets), 1.0)
-        lookup, subsets, pairs = _rank_tables(window, self.routing.top_k)
+        lookup, subsets, pairs = rank_tables(window, self.routing.top_k)
         rows, columns = torch.triu_indices(window, window)
         bits = 2.0 ** torch.arange(window - 1, -1, -1, dtype=torch.float64)
 
@@ -193,18 +201,23 @@ class Replay:
             RequestError: If the rule admits none.
             RunError: If a loss is NaN or infinite.
         """
+        return self.search_all(size, required).retained
+
+    def search_all(self, size: int, required: Iterable[int] = ()) -> Found:
+        """As :meth:`best_set`, with the experts between which only their numbers decided."""
         # In lower precision the model rounds weights and meets ties: decide among the best by its own operations.
         exact = self.logits.dtype == torch.float32
-        leaders = _Leaders(0 if exact else _DECIDED_BY_DEFINITION)
+        leaders = Leaders(0 if exact else _DECIDED_BY_DEFINITION)
         for sets in self._sets(size, tuple(sorted(required))):
             leaders.add(sets, self.losses(sets))
         if not leaders.first:
             raise RequestError(_NONE_LEFT)
         loss, best = leaders.first[0]
         if exact:
-            return best
+            return Found(best, leaders.tied)
         close = sorted(retained for other, retained in leaders.smallest if other <= 1.05 * loss)
-        return close[first_minimum(torch.stack([self.loss_by_definition(retained) for retained in close]))]
+        losses = torch.stack([self.loss_by_definition(retained) for retained in close])
+        return Found(close[first_minimum(losses)], differing([close[i] for i in minima(losses)]))
 
     def _sets(self, size: int, required: RetainedSet) -> Iterator[list[RetainedSet]]:
         """The sets of ``size`` experts that hold ``required``, in lexicographic order, so many at once."""
@@ -230,6 +243,11 @@ class Replay:
         Raises:
             RequestError, RunError: As :meth:`best_set`.
         """
+        return self.search_greedily(size, required).retained
+
+    def search_greedily(self, size: int, required: Iterable[int] = ()) -> Found:
+        """As :meth:`eliminate`, with the experts between which only their numbers decided."""
+        equals: list[set[int]] = []
         required = set(required)
         alive = torch.ones(self.num_experts, dtype=torch.bool)
         routing = self.routing
@@ -247,70 +265,13 @@ class Replay:
                 errors = errors_without(self.logits, self.gram, routing, left, candidates)
                 losses = reconstruction_loss(errors, self.sample, self.weights)
             victim = candidates[len(candidates) - 1 - first_minimum(losses.flip(0))]
+            equals.append({candidates[i] for i in minima(losses)})
             alive[victim] = False
             if state is not None:
                 state.drop(victim)
-        return tuple(left)
-
-
-# ------------------------------------------------------------------------------------- exhaustive search, its parts
-
-
-class _Leaders:
-    """The sets with the least loss of all that come by, in lexicographic order, some at a time.
-
-    Attributes:
-        first: Loss and set of those that can still be the winner; at the end the first of them is.
-        smallest: Loss and set of the ``count`` smallest, of equal losses the first.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.least = math.inf
-        self.first: list[tuple[float, RetainedSet]] = []
-        self.smallest: list[tuple[float, RetainedSet]] = []
-
-    def add(self, sets: Sequence[RetainedSet], losses: Tensor) -> None:
-        """Look at more sets, all of them after those before."""
-        first_minimum(losses)  # raises where they are no numbers
-        self.least = min(self.least, losses.min().item())
-        bound = self.least + TIE * abs(self.least)
-        # The winner is the first within the bound. The bound may yet fall, but never to let in a set that is no better
-        # than one before it.
-        within = (losses <= bound).nonzero().flatten()
-        before = torch.cat([torch.tensor([math.inf], dtype=torch.float64), losses[within].cummin(0).values])[:-1]
-        for i in within[losses[within] < before].tolist():
-            if not self.first or losses[i] < self.first[-1][0]:
-                self.first.append((losses[i].item(), sets[i]))
-        self.first = [entry for entry in self.first if entry[0] <= bound]
-        if self.count:
-            smallest = torch.sort(losses, stable=True).indices[: self.count].tolist()
-            self.smallest += [(losses[i].item(), sets[i]) for i in smallest]
-            self.smallest = sorted(self.smallest, key=lambda entry: entry[0])[: self.count]
-
-
-@functools.lru_cache(maxsize=1)
-def _rank_tables(window: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For the subsets of ``top_k`` of ``window`` ranks, best ranks first, U of them.
-
-    Returns:
-        For every bit mask over the ranks (best = highest bit) the number of the subset of its highest bits
-        ``(2^window,)``; membership of ranks in subsets ``(U, window)``; and of unordered pairs of ranks, those of two
-        different ranks counted twice, ``(U, window (window + 1) / 2)``.
-    """
-    used = torch.tensor(list(itertools.combinations(range(window), top_k)))
-    left = torch.arange(2**window)
-    highest_bits = torch.zeros_like(left)
-    for _ in range(top_k):
-        bit = torch.where(left > 0, 2 ** torch.log2(left.clamp(min=1).double()).floor().long(), 0)
-        highest_bits += bit
-        left -= bit
-    number = torch.zeros_like(left)
-    number[(2 ** (window - 1 - used)).sum(1)] = torch.arange(len(used))
-    subsets = torch.zeros(len(used), window, dtype=torch.float64).scatter_(1, used, 1.0)
-    rows, columns = torch.triu_indices(window, window)
-    pairs = subsets[:, rows] * subsets[:, columns] * torch.where(rows == columns, 1.0, 2.0)
-    return number[highest_bits], subsets, pairs
+        # Of experts that could as well have gone first it matters which one did where another is still there.
+        tied = set().union(*(some for some in equals if some & set(left)))
+        return Found(tuple(left), tuple(sorted(tied)))
 
 
 # ----------------------------------------------------------------------------------------- greedy search, its parts

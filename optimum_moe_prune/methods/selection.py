@@ -15,6 +15,9 @@ Scores = dict[int, np.ndarray]
 Retained = dict[int, tuple[int, ...]]
 """Sorted ids of the experts that are kept, by layer."""
 
+Ties = dict[int, tuple[int, ...]]
+"""Sorted ids of experts between which only their numbers decided, by layer; layers without any are absent."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -25,9 +28,11 @@ class Selection:
         scores: What they were chosen by, where each expert has a number of its own.
         notes: What was done otherwise than asked for; kept with the plan and said once.
         findings: What was found on the way and is worth keeping with the plan, as plain JSON values.
+        ties: Where the choice was among equals (``ties``); kept with the plan as the finding ``ties``, and said once.
     """
 
     retained: Retained
     scores: Scores | None = None
     notes: tuple[str, ...] = ()
     findings: Values = field(default_factory=dict)
+    ties: Ties = field(default_factory=dict)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from ..architectures.routers import RoutingRule
 
@@ -35,6 +35,12 @@ def sets_of(rule: RoutingRule, num_experts: int, size: int, required: Collection
     first, *others = itertools.starmap(_of_group, _parts(rule, num_experts, size, required))
     # itertools.product would hold all sets of the first group in memory, and there may be no other group.
     return functools.reduce(_joined, map(list, others), first)
+
+
+def differing(sets: Iterable[Collection[int]]) -> RetainedSet:
+    """The experts that some of several sets hold and others do not."""
+    first, *others = map(set, sets)
+    return tuple(sorted(first.union(*others) - first.intersection(*others)))
 
 
 def _of_group(fixed: RetainedSet, free: list[int], more: int) -> Iterator[RetainedSet]:

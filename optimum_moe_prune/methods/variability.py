@@ -18,10 +18,12 @@ from ..errors import RequestError
 from ..progress import progress
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
-from .enumeration import SearchOptions, best_set, search_notes
+from .enumeration import SearchOptions, search_notes, search_set
 from .limits import allowed_counts
 from .registry import register_method
+from .replay_leaders import Found
 from .selection import Selection
+from .ties import sorted_ties, still_tied, tied_in_layer
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,12 @@ def check(budget: UniformBudget, options: GeneralistOptions) -> None:
 
 def generalists(layer: LayerStats, index: int, budget: UniformBudget, options: GeneralistOptions) -> tuple[int, ...]:
     """The generalists of a layer, the protected experts among them; more of them if more are protected."""
-    return best_set(layer, index, num_generalists(index, budget, options), budget, options)
+    return search_generalists(layer, index, budget, options).retained
+
+
+def search_generalists(layer: LayerStats, index: int, budget: UniformBudget, options: GeneralistOptions) -> Found:
+    """As :func:`generalists`, with the experts between which only their numbers decided."""
+    return search_set(layer, index, num_generalists(index, budget, options), budget, options)
 
 
 def num_generalists(index: int, budget: UniformBudget, options: GeneralistOptions) -> int:
@@ -113,9 +120,11 @@ def generalist_notes(budget: UniformBudget, options: GeneralistOptions) -> tuple
 )
 def variability(stats: CalibrationStats, budget: UniformBudget, options: GeneralistOptions) -> Selection:
     """The retained experts."""
-    retained = {}
+    retained, tied = {}, {}
     for index, count in progress(budget.num_experts.items(), "variability", unit="layer"):
         layer = stats.layers[index]
-        first = generalists(layer, index, budget, options)
-        retained[index] = tuple(sorted(budget.order(index, -variability_scores(layer), first)[:count]))
-    return Selection(retained, notes=generalist_notes(budget, options))
+        first, key = search_generalists(layer, index, budget, options), -variability_scores(layer)
+        retained[index] = tuple(sorted(budget.order(index, key, first.retained)[:count]))
+        among_scores = tied_in_layer(key.tolist(), budget, index, retained[index], first.retained)
+        tied[index] = among_scores | still_tied(first.tied, retained[index])
+    return Selection(retained, notes=generalist_notes(budget, options), ties=sorted_ties(tied))

@@ -12,13 +12,14 @@ from ..errors import RequestError
 from ..methods import get_method
 from ..methods.budget import Budget, UniformBudget, global_budget, rounding_note, uniform_budget
 from ..methods.limits import check_retained
-from ..methods.selection import Selection
+from ..methods.selection import Retained, Selection, Ties
 from ..methods.super_experts import super_experts
-from ..names import BY_SENSITIVITY
+from ..names import BY_SENSITIVITY, NOTES_LOGGER
 from ..plan import PruningPlan
-from ..provenance import now
+from ..provenance import now, without_folders
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
+from . import notes as said_of
 from .allocation import allocate
 from .heads import selected_in_heads
 from .sensitivity import Sensitivity
@@ -26,7 +27,7 @@ from .sensitivity import Sensitivity
 if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(NOTES_LOGGER)
 
 
 def budget_for(
@@ -118,7 +119,7 @@ def quiet_plan(
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
     stats.require(config.needs, config.method)
     stats = stats.with_domain_weights(domain_weights)
-    stats, heads = stats.without_heads, stats.of_heads
+    calibrated, stats, heads = stats, stats.without_heads, stats.of_heads
     protect, said = protected_experts(stats, config)
     original = stats.num_experts
     budget = budget_for(config, original, stats.routing, protect)
@@ -140,9 +141,10 @@ def quiet_plan(
         scores = scores and {**scores, **(in_heads.scores or {})}
     check_retained(stats.routing, retained, original, f"method {config.method!r}")
     notes.append(_odd_note([(original[layer], len(experts)) for layer, experts in retained.items()]))
+    findings, more = _findings(config, calibrated, budget, retained, {**selection.ties, **in_heads.ties})
     provenance: Json = {
         "made": now(),
-        "model": stats.model,
+        "model": without_folders(stats.model),
         "calibration": {
             "fingerprint": stats.fingerprint,
             "samples": len(stats.samples),
@@ -151,8 +153,8 @@ def quiet_plan(
             "kept_tokens": len(stats.token_sample),
             **stats.provenance,
         },
-        "notes": list(dict.fromkeys(note for note in (*notes, *selection.notes) if note)),  # each is said once
-        "findings": dict(selection.findings),
+        "notes": list(dict.fromkeys(filter(None, (*notes, *selection.notes, *in_heads.notes, *more)))),  # each once
+        "findings": {**selection.findings, **findings},
     }
     if sensitivity is not None and config.allocates == BY_SENSITIVITY:
         provenance["sensitivity"] = {"tokens_by_domain": sensitivity.tokens_by_domain, **sensitivity.provenance}
@@ -167,6 +169,18 @@ def quiet_plan(
         provenance=provenance,
         heads=tuple(sorted(in_heads.retained)),
     )
+
+
+def _findings(
+    config: MoEPrunerConfig, stats: CalibrationStats, budget: Budget, retained: Retained, ties: Ties
+) -> said_of.Found:
+    """What was found of a choice, and what is to be said of it: of ties, and of the calibration where it was read."""
+    layers = set(budget.original) | set(ties)
+    findings, notes = said_of.of_ties(ties, len(layers), get_method(config.method).tie_advice)
+    if not config.needs:
+        return findings, notes
+    reach, of_reach = said_of.of_reach(stats, retained)
+    return {**findings, **reach}, (*notes, *of_reach, *said_of.of_calibration(stats.provenance))
 
 
 def _odd_note(counts: Sequence[tuple[int, int]]) -> str | None:
@@ -226,14 +240,16 @@ def _selected_by_sensitivity(
         layer: measured.layers[layer].retained.get(count, tuple(range(count))) for layer, count in counts.items()
     }
     findings: Json = {"sum of divergences": round(allocation.divergence, 6)}
-    notes: tuple[str, ...] = ()
+    exactly = budget.exactly(counts)
+    selection = method.select(stats, check(exactly) if interpolated else exactly, options)
+    retained |= {layer: selection.retained[layer] for layer in interpolated}
+    notes = selection.notes
     if interpolated:
-        selection = method.select(stats, check(budget.exactly(counts)), options)
-        retained |= {layer: selection.retained[layer] for layer in interpolated}
         findings["layers with interpolated divergences"] = len(interpolated)
-        notes = (
-            *selection.notes,
+        notes += (
             f"the sum of divergences is an estimate: in {len(interpolated)} of {len(counts)} layers the number of "
             "experts lies between measured ones",
         )
-    return Selection(retained, notes=notes, findings=findings)
+    # A set that was measured stays; what is to be said of the one that would be chosen now is not of it.
+    ties = {layer: tied for layer, tied in selection.ties.items() if retained[layer] == selection.retained[layer]}
+    return Selection(retained, notes=notes, findings=findings, ties=ties)

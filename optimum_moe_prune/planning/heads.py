@@ -15,7 +15,7 @@ from ..architectures.routers import RoutingRule
 from ..methods import get_method
 from ..methods.budget import UniformBudget
 from ..methods.limits import allowed_counts
-from ..methods.selection import Selection
+from ..methods.selection import Selection, Ties
 from ..names import KEEP, PRUNE
 from ..statistics.stats import CalibrationStats
 
@@ -70,10 +70,14 @@ def selected_in_heads(
     method, options = get_method(config.method), config.options()
     chosen: dict[int, tuple[int, ...]] = {}
     scores: dict[int, Any] = {}
+    ties: Ties = {}
+    notes: tuple[str, ...] = ()
     for layer, total in heads.num_experts.items():
         alone = replace(heads, layers={layer: heads.layers[layer]})
         budget = budget_of_head(layer, total, num_experts, heads.routing, config.seed, config.count_multiple_of)
         selection = method.select(alone, budget, options)
         chosen |= selection.retained
         scores |= selection.scores or {}
-    return Selection(chosen, scores or None)
+        ties |= selection.ties
+        notes += selection.notes
+    return Selection(chosen, scores or None, notes, ties=ties)

@@ -21,6 +21,7 @@ from ..errors import RequestError, RunError
 from ..names import CARD_NAME, CONFIG_NAME, PLAN_NAME
 from ..plan import PruningPlan
 from ..storage.values import read_json
+from .facts import names_of, to_publish
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 """The weight files this package writes, and the only files it deletes in a repository."""
@@ -108,6 +109,9 @@ def push_folder(
             f"{repo_id} holds something that this package did not make ({shown}, and no {PLAN_NAME}) and is not "
             "overwritten; name another repository."
         )
+    # Plans of earlier versions name the folder on somebody's machine.
+    public = to_publish(plan)
+    contents = {} if public == plan else {PLAN_NAME: (json.dumps(public.to_dict(), indent=2) + "\n").encode()}
     # A left-over model.safetensors would be loaded in place of what a new index names.
     stale = sorted(filter(_WEIGHTS.fullmatch, there - set(names)))
     kept, total = sum(plan.num_experts.values()), sum(plan.original_num_experts.values())
@@ -122,7 +126,10 @@ def push_folder(
             repo_id,
             [
                 *(CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale),
-                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names),
+                *(
+                    CommitOperationAdd(path_in_repo=name, path_or_fileobj=contents.get(name, folder / name))
+                    for name in names
+                ),
             ],
             commit_message=commit_message or message,
             revision=revision,
@@ -146,7 +153,7 @@ def _finished(folder: Path) -> PruningPlan:
 def _check_other_model(repo_id: str, plan: PruningPlan) -> None:
     """Raise if a repository is that of the model the plan was made for, or of one before it."""
     # The Hub takes names in whatever case.
-    if repo_id.casefold() in (str(model.get("name_or_path")).casefold() for model in plan.lineage):
+    if repo_id.casefold() in {str(name).casefold() for name in names_of(plan)}:
         raise RequestError(
             f"{repo_id} is the model that this one was pruned from, and would be overwritten; name another repository."
         )

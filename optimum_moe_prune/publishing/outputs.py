@@ -12,21 +12,31 @@ from ..plan import PruningPlan, with_parent
 from ..surgery.files import pruned_checkpoint
 from ..surgery.saving import saved_model
 from .card import write_card
+from .facts import CardFacts, to_publish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def apply_to_checkpoint(plan: PruningPlan, layout: Layout, target: str | os.PathLike, **options: Any) -> Path:
+def apply_to_checkpoint(
+    plan: PruningPlan, layout: Layout, target: str | os.PathLike, *, card: CardFacts | None = None, **options: Any
+) -> Path:
     """Write a pruned copy of a checkpoint, with its card (``surgery.files.pruned_checkpoint``)."""
-    plan = with_parent(plan, layout.checkpoint.source.stored_plan())
+    plan = to_publish(with_parent(plan, layout.checkpoint.source.stored_plan()), card)
     with pruned_checkpoint(plan, layout, target, **options) as folder:
         write_card(folder, Path(target).resolve().name)
     return Path(target)
 
 
-def save_pruned(model: PreTrainedModel, plan: PruningPlan, target: str | os.PathLike, **options: Any) -> Path:
+def save_pruned(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    target: str | os.PathLike,
+    *,
+    card: CardFacts | None = None,
+    **options: Any,
+) -> Path:
     """Write a pruned model as a checkpoint, with its card (``surgery.saving.saved_model``)."""
-    with saved_model(model, plan, target, **options) as folder:
+    with saved_model(model, to_publish(plan, card), target, **options) as folder:
         write_card(folder, Path(target).resolve().name)
     return Path(target)

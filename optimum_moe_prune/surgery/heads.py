@@ -20,13 +20,13 @@ from ..compat import ModelConfig
 from ..errors import RequestError
 from ..methods.budget import choose
 from ..models.heads import counts_built
-from ..names import DROP, KEEP, PRUNE
+from ..names import DROP, KEEP, NOTES_LOGGER, PRUNE
 from ..plan import PruningPlan
 from ..planning.heads import budget_of_head, way_with_heads
 from ..storage.values import Json
 from .config_json import config_after
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(NOTES_LOGGER)
 
 
 def way_of_plan(plan: PruningPlan, mtp: str | None = None) -> str:
@@ -168,7 +168,8 @@ def _with_head(plan: PruningPlan, layout: Layout, head: Head) -> PruningPlan:
 
 def _said(plan: PruningPlan, way: str, note: str, more: Json) -> PruningPlan:
     """The plan with what became of its heads: in its notes, and for the card."""
-    notes = [*plan.provenance.get("notes", [])]
+    notes = plan.provenance.get("notes")
+    notes = [*notes] if isinstance(notes, list) else []  # plans are edited by hand
     before = plan.provenance.get("heads")
     if isinstance(before, dict) and before.get("note") in notes:
         notes.remove(before["note"])

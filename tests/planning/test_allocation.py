@@ -185,6 +185,15 @@ def test_sets_that_were_measured_stay(stats: CalibrationStats) -> None:
             assert layers[layer].retained.get(len(experts), experts) == experts
 
 
+def test_what_is_to_be_said_of_a_search_is_said_of_measured_sets_too(stats: CalibrationStats) -> None:
+    options = {"max_sets": 3, "search": "auto"}
+    recipe = MoEPrunerConfig(method="enumeration", allocation="sensitivity", method_options=options)
+    sensitivity = sparse_sensitivity(stats, recipe, (8, 16))
+    plan = quiet_plan(stats, dataclasses.replace(recipe, total_experts=8 * len(stats.layers)), sensitivity=sensitivity)
+    assert "layers with interpolated divergences" not in plan.provenance["findings"]
+    assert any("eliminated greedily" in note for note in plan.provenance["notes"])
+
+
 def test_a_method_is_not_given_numbers_that_it_refuses(
     stats: CalibrationStats, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "equal" / "evaluation").mkdir()
     (place / "equal" / "evaluation" / "results.json").write_text("{}\n")
     (place / "equal" / "report.html").write_text("<p>what was removed</p>\n")
+    (place / "equal" / "report_pictures").mkdir()
+    (place / "equal" / "report_pictures" / "retained-1.png").write_bytes(b"\x89PNG")
     (place / "equal" / "empty.txt").touch()
     (place / "equal" / ".DS_Store").write_text("of this machine\n")
     assert len(weights(place / "equal")) > len(weights(place / "fewer")) > 2
@@ -126,6 +128,7 @@ def test_everything_in_one_commit(hub: Hub, outputs: Path) -> None:
     commit = push_folder(outputs / "equal", REPO, token="hf_writer")
     assert published(hub) == files(outputs / "equal")
     assert {"README.md", PLAN_NAME, CONFIG_NAME, "report.html", "evaluation/results.json"} < published(hub).keys()
+    assert "report_pictures/retained-1.png" in published(hub)
     assert hub.repositories[REPO].history() == ["Pruned by random: 12 of 24 experts retained", "initial commit"]
     assert commit.oid == hub.repositories[REPO].branches["main"]
     assert commit.commit_url == f"{hub.address}/{REPO}/commit/{commit.oid}" and commit.pr_url is None
@@ -302,6 +305,29 @@ def test_the_base_model_is_not_overwritten(hub: Hub, outputs: Path, tmp_path: Pa
     assert hub.repositories["some/half"].history() == ["by hand"]
     push_folder(folder, "some/quarter", token="hf_writer")
     assert published(hub, repo_id="some/quarter") == files(folder)
+
+
+def test_what_a_person_says_is_the_base_model_is_not_overwritten(hub: Hub, outputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(outputs / "fewer", tmp_path / "out")
+    plan = PruningPlan.load(tmp_path / "out")
+    replace(plan, provenance={**plan.provenance, "card": {"base_model": "some/Base"}}).save(tmp_path / "out")
+    with pytest.raises(RequestError, match=r"^some/base is the model that this one was pruned from"):
+        push_folder(tmp_path / "out", "some/base", token="hf_writer")
+    assert hub.requests == []
+
+
+def test_a_plan_of_an_earlier_version_names_no_folder_once_published(hub: Hub, outputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(outputs / "fewer", tmp_path / "out")
+    plan = PruningPlan.load(tmp_path / "out")
+    model = {**plan.made_for, "name_or_path": "/home/anna/secret/model"}
+    replace(plan, provenance={**plan.provenance, "model": model}).save(tmp_path / "out")
+    before = files(tmp_path / "out")
+    push_folder(tmp_path / "out", REPO, token="hf_writer")
+    there = published(hub)
+    assert files(tmp_path / "out") == before and b"anna" not in b"".join(there.values())
+    assert {**there, PLAN_NAME: b""} == {**before, PLAN_NAME: b""}
+    (tmp_path / PLAN_NAME).write_bytes(there[PLAN_NAME])
+    assert PruningPlan.load(tmp_path / PLAN_NAME).made_for["name_or_path"] == "model"
 
 
 def test_what_others_made_is_not_overwritten(hub: Hub, outputs: Path) -> None:

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``run``, ``apply`` and ``plan`` print: what was kept, its size, what to know, where it is, what comes next."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..names import CARD_NAME, NOTES_LOGGER, PLAN_NAME
+from ..storage.values import Json
+
+if TYPE_CHECKING:
+    from ..plan import PruningPlan
+
+_PACKAGE = __name__.partition(".")[0]
+_MOST_LAYERS = 26  # that are listed one by one
+
+
+@contextlib.contextmanager
+def notes_kept(as_json: bool) -> Iterator[set[str]]:
+    """Inside, the notes of a plan are not printed as they arise: they are printed with the result.
+
+    Other messages are printed as ever, and so are notes where the result is JSON.
+
+    Args:
+        as_json: Whether the result is JSON.
+
+    Yields:
+        The messages that were printed.
+    """
+    handler = _Printing(as_json)
+    logger = logging.getLogger(_PACKAGE)
+    logger.addHandler(handler)
+    try:
+        yield handler.printed
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Printing(logging.Handler):
+    """Prints as Python does where nobody has set up logging, but for the notes of plans."""
+
+    def __init__(self, prints_notes: bool) -> None:
+        super().__init__(logging.WARNING)
+        self.prints_notes = prints_notes
+        self.printed: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == NOTES_LOGGER and not self.prints_notes:
+            return
+        self.printed.add(record.getMessage())
+        if not logging.getLogger().handlers and logging.lastResort is not None:
+            logging.lastResort.handle(record)
+
+
+def plan_in_words(plan: PruningPlan, where: str) -> list[str]:
+    """What is retained: in all, and by layer where these can be looked through.
+
+    Args:
+        plan: The plan.
+        where: The file that names all experts.
+    """
+    lines = plan.summary().splitlines()
+    if len(plan.retained) <= _MOST_LAYERS:
+        return lines
+    kept, before = (sorted(set(counts.values())) for counts in (plan.num_experts, plan.original_num_experts))
+    spread = f"{kept[0]}" if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
+    total = f"{before[0]}" if len(before) == 1 else f"{before[0]} to {before[-1]}"
+    rest = lines[1 + len(plan.retained) :]
+    return [lines[0], f"  each layer keeps {spread} of {total}; which ones stands in {where}", *rest]
+
+
+def notes_of(plan: PruningPlan) -> list[str]:
+    """What a person must know of a plan, each once."""
+    notes = plan.provenance.get("notes")
+    found = [str(note) for note in notes] if isinstance(notes, (list, tuple)) else []
+    return list(dict.fromkeys(" ".join(note.split()) for note in found if note.strip()))
+
+
+def to_know(plan: PruningPlan, printed: Collection[str] = ()) -> list[str]:
+    """The notes of a plan as lines, but for those that were printed before."""
+    notes = [note for note in notes_of(plan) if note not in printed]
+    return ["", "What to know:", *(f"- {note}" for note in notes)] if notes else []
+
+
+def result_of_plan(plan: PruningPlan, output: str, printed: Collection[str] = ()) -> tuple[str, Json]:
+    """What is printed of a plan that was made.
+
+    Args:
+        plan: The plan.
+        output: Its file.
+        printed: Messages that were printed before.
+    """
+    apply = shlex.join(["optimum-cli", "moe-prune", "apply", "--model", "MODEL", "--plan", output, "OUTPUT"])
+    lines = [*plan_in_words(plan, output), *to_know(plan, printed)]
+    lines += ["", f"plan: {output}", f"next: {apply}"]
+    return "\n".join(lines), values_of(plan, output)
+
+
+def values_of(plan: PruningPlan, output: str) -> Json:
+    """The same as values."""
+    return {
+        "output": output,
+        "method": plan.method,
+        "sparsity": plan.sparsity,
+        "num_experts": plan.num_experts,
+        "original_num_experts": plan.original_num_experts,
+        "notes": notes_of(plan),
+        "findings": plan.provenance.get("findings") or {},
+    }
+
+
+def checkpoint_in_words(
+    folder: str, standalone: bool, lost: str = "", printed: Collection[str] = ()
+) -> tuple[list[str], Json]:
+    """What is printed of a checkpoint that was written; and the same as values.
+
+    Args:
+        folder: The checkpoint.
+        standalone: Whether it was to load without this package.
+        lost: What was measured of it.
+        printed: Messages that were printed before.
+    """
+    from ..plan import PruningPlan
+    from ..publishing.card import loader_of_card
+    from ..publishing.sizes import sizes_of
+
+    plan = PruningPlan.load(folder)  # with what became of heads
+    lines = plan_in_words(plan, str(Path(folder, PLAN_NAME)))
+    values = values_of(plan, folder)
+    if sizes := sizes_of(plan, folder):
+        lines.append(f"size: {sizes.in_words()}")
+        values |= sizes.to_dict()
+    if lost:
+        lines += ["", lost]
+    lines += to_know(plan, printed)
+    load = f'{loader_of_card(folder)}.from_pretrained({folder!r}, dtype="auto")'
+    values["load"] = load
+    lines += ["", f"written: {folder} (what others should know of it: {Path(folder, CARD_NAME)})", f"load it: {load}"]
+    if plan.uniform_num_experts is None:
+        said = "Its layers keep different numbers of experts: import optimum_moe_prune before loading it"
+        lines.append(said + (", or pass trust_remote_code=True." if standalone else "."))
+    elif standalone:
+        lines.append(
+            "All layers keep the same number of experts: plain transformers loads it, --standalone adds nothing."
+        )
+    return lines, values

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command lines that make a pruned checkpoint again."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import PurePath
+
+from ..config import MoEPrunerConfig
+from ..methods import list_methods
+from ..plan import PruningPlan
+from .plain import mapping
+
+
+def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
+    """The command line that calibrates and prunes as a plan's recipe says, in words.
+
+    Args:
+        plan: The plan.
+        model: What to call the original.
+        extra: Further arguments.
+    """
+    calibration = mapping(plan.provenance.get("calibration"))
+    by_sensitivity = plan.config.get("allocation") == "sensitivity"
+    command = ["optimum-cli", "moe-prune", "run", "--model", model, *extra]
+    if _needs_text(plan) or by_sensitivity:
+        sources = calibration.get("sources")
+        if not sources and by_sensitivity:
+            sources = mapping(plan.provenance.get("sensitivity")).get("sources")
+        for source in sources if isinstance(sources, list) and sources else ["CALIBRATION.jsonl"]:
+            command += ["--calibration", _name(str(source))]
+        if isinstance(dtype := calibration.get("dtype"), str) and dtype:
+            command += ["--dtype", dtype]
+    defaults = {f.name: f.default for f in fields(MoEPrunerConfig)}
+    for name, value in plan.config.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name not in defaults or (value == defaults[name] and name != "method") or value in ({}, [], None, False):
+            continue
+        if name == "method_options" and isinstance(value, dict):
+            command += [part for key, option in value.items() for part in ("--option", f"{key}={option}")]
+        elif name == "protect" and isinstance(value, dict):
+            for layer, experts in value.items():
+                command += ["--protect", f"{layer}:{','.join(map(str, experts))}"]
+        elif name == "skip_layers" and isinstance(value, (list, tuple)):
+            command += [flag, ",".join(map(str, value))]
+        elif value is True:
+            command.append(flag)
+        else:
+            command += [flag, str(value)]
+    for domain, weight in mapping(calibration.get("domain_weights")).items():
+        command += ["--domain-weight", f"{domain}={weight}"]
+    return [*command, "OUTPUT"]
+
+
+def _name(source: str) -> str:
+    """A source without its folder, which is nobody else's business."""
+    return source if source.startswith("hub:") else PurePath(source.replace("\\", "/")).name or source
+
+
+def _needs_text(plan: PruningPlan) -> bool:
+    """Whether a plan's method reads a calibration; one that is not known here is taken to."""
+    try:
+        return plan.method not in list_methods() or bool(MoEPrunerConfig.from_dict(plan.config).needs)
+    except (TypeError, ValueError):
+        return True
