@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .errors import RequestError, nearest_first
 from .names import BY_SENSITIVITY, CONFIG_NAME, DROP, GLOBAL, KEEP, PRUNE, UNIFORM
 from .storage.files import write_text
+from .storage.paths import check_name
 from .storage.values import Json, Values, is_integer, read_json, size_bytes
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ class MoEPrunerConfig:
             push_to_hub: Push it to the Hub as well.
             kwargs: Of :meth:`push_to_hub`; ``repo_id`` is the folder's name by default.
         """
-        path = write_text(Path(save_directory) / CONFIG_NAME, self._json())
+        path = write_text(check_name(save_directory) / CONFIG_NAME, self._json())
         if push_to_hub:
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **kwargs})
         return path

@@ -11,7 +11,8 @@ import numpy as np
 
 from .errors import RequestError
 from .names import PLAN_NAME
-from .storage.files import write_json
+from .storage.files import check_own, write_json
+from .storage.paths import check_name
 from .storage.values import Json, Values, check_version, is_integer, read_json
 
 if TYPE_CHECKING:
@@ -263,10 +264,16 @@ class PruningPlan:
             raise RequestError(f"the plan is damaged: {error!r}.") from error
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON, to a ``.json`` file or as ``moe_pruning_plan.json`` into a folder."""
-        path = Path(path)
+        """Write the plan as JSON, to a ``.json`` file or as ``moe_pruning_plan.json`` into a folder.
+
+        Raises:
+            RequestError: If something else than a plan is there.
+            RunError: If it cannot be written.
+        """
+        path = check_name(path)
         if path.suffix != ".json":
             path = path / PLAN_NAME
+        check_own(path, PruningPlan.load)
         return write_json(path, self.to_dict(), indent=2)
 
     @classmethod

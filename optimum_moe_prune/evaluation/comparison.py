@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..storage.files import write_json
+from ..storage.files import check_own, write_json
 from ..storage.values import Json, Values, check_version, read_json
 from .losses import DomainResult, Evaluation, aligned
 from .speed import Generation
@@ -180,7 +180,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> Path:
         """Write a ``.json`` file."""
-        return write_json(path, self.to_dict(), indent=1)
+        return write_json(check_own(path, Comparison.load), self.to_dict(), indent=1)
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:

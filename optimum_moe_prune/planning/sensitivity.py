@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.fingerprint import same_routers
 from ..errors import RequestError
-from ..storage.files import write_json
+from ..storage.files import check_own, write_json
 from ..storage.values import Json, Values, check_version, is_integer, read_json
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class Sensitivity:
 
     def save(self, path: str | Path) -> Path:
         """Write a ``.json`` file."""
-        return write_json(path, self.to_dict())
+        return write_json(check_own(path, Sensitivity.load), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Sensitivity:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, RunError
-from .targets import check_parent
+from ..errors import RequestError
+from .atomic import replace_file, sync
+from .outputs import announce
+from .paths import check_name, check_parent
+
+__all__ = ["check_file", "check_own", "sync", "write_bytes", "write_json", "write_text"]
 
 
 def check_file(path: str | os.PathLike, suffix: str, overwrite: bool, read: Callable[[Path], object]) -> Path:
@@ -26,14 +29,38 @@ def check_file(path: str | os.PathLike, suffix: str, overwrite: bool, read: Call
     Raises:
         RequestError: If it is in the way.
     """
-    path = Path(path)
+    path = check_name(path)
     if path.suffix != suffix:
         raise RequestError(f"the output's file must end in {suffix}, and is {path}.")
-    if path.exists():
-        if not overwrite:
-            raise RequestError(f"{path} exists; name another file, or allow replacing it (overwrite=True).")
-        read(path)
+    if path.exists() and not overwrite:
+        raise RequestError(f"{path} exists; name another file, or allow replacing it (overwrite=True).")
+    check_own(path, read)
     check_parent(path)
+    return path
+
+
+def check_own(path: str | os.PathLike, read: Callable[[Path], object]) -> Path:
+    """The path of a file to write, if there is none, or one of the same kind.
+
+    Args:
+        path: The file.
+        read: Reads such a file, and raises where it is something else.
+
+    Raises:
+        RequestError: If it is something else: that is not replaced.
+    """
+    path = check_name(path)
+    if not path.exists():  # also a link to nothing: what it leads to is written
+        return path
+    if not path.is_file():
+        raise RequestError(f"{path} is no file and is not replaced; name another file.")
+    try:
+        read(path)
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{path} is not what is to be written there and is not replaced: {str(error).rstrip('.')}. Name another "
+            "file."
+        ) from error
     return path
 
 
@@ -48,30 +75,12 @@ def write_json(path: str | os.PathLike, values: Any, indent: int = 1) -> Path:
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> Path:
-    """Write a file beside its target and rename it into place.
+    """Write a file beside its target and rename it into place; what is added to a finished output is listed there.
 
     Raises:
+        RequestError: If the path names nothing.
         RunError: If it cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.writing")  # not the name of a folder for unfinished work
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        sync(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return path
-
-
-def sync(path: str | os.PathLike) -> None:
-    """Return when a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path = check_name(path)
+    announce(path, content)
+    return replace_file(path, content)

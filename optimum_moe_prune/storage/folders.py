@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,10 +15,19 @@ from filelock import FileLock, Timeout
 
 from ..errors import RequestError, RunError
 from .files import sync
-from .outputs import is_output
-from .targets import check_target, nearest_existing, partial_folder, real_path
+from .outputs import is_output, list_files, output_fault
+from .paths import nearest_existing, partial_folder, real_path
+from .targets import check_target
+
+logger = logging.getLogger(__name__)
 
 _LOCK = "lock"
+_OUTPUT = "output"
+"""What is being written."""
+_REPLACED = "replaced"
+"""An earlier output, whole, from the first of the two renames by which it is replaced."""
+_REMOVED = "removed"
+"""An earlier output that is being removed."""
 
 
 def check_space(folder: str | os.PathLike, nbytes: int) -> None:
@@ -37,7 +48,7 @@ def check_space(folder: str | os.PathLike, nbytes: int) -> None:
 def working_on(folder: str | os.PathLike) -> Iterator[Path]:
     """Hold a target for this process inside a ``with``, and its sibling ``.<name>.partial`` for unfinished work.
 
-    An earlier output that an interrupted run had moved aside is put back first.
+    An earlier output that an interrupted run had moved aside is put back first, or removed if it had been replaced.
 
     Args:
         folder: The target.
@@ -55,7 +66,8 @@ def working_on(folder: str | os.PathLike) -> Iterator[Path]:
         yield partial
         return
     made = [path for path in (partial, *partial.parents) if not path.exists()]
-    if partial.exists() and any(partial.iterdir()) and not (partial / _LOCK).exists():
+    foreign = partial.exists() and (not partial.is_dir() or (any(partial.iterdir()) and not (partial / _LOCK).exists()))
+    if foreign or partial.is_symlink():
         raise RequestError(f"{partial} is in the way and was not made by this package; move it.")
     try:
         lock.acquire()  # makes the folder as well
@@ -64,7 +76,7 @@ def working_on(folder: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"{partial} cannot be written: {error}.") from error
     try:
-        _put_back(target)
+        _recover(target, partial)
         yield partial
     finally:
         unfinished = [path for path in partial.glob("*") if path.name != _LOCK]
@@ -80,18 +92,53 @@ def working_on(folder: str | os.PathLike) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _put_back(target: Path) -> None:
-    """Put an earlier output back that an interrupted run had moved aside, and remove one that was replaced."""
-    moved = _replaced(target)
-    if not is_output(moved):
-        return
+def _recover(target: Path, partial: Path) -> None:
+    """Finish what an interrupted run had begun to replace: put the earlier output back, or remove it.
+
+    Raises:
+        RunError: If that cannot be done.
+    """
+    for removed in partial.glob(f"{_REMOVED}*"):
+        shutil.rmtree(removed, ignore_errors=True)
     try:
-        if target.exists():
-            shutil.rmtree(moved, ignore_errors=True)
-        else:
-            moved.rename(target)
+        moved = [partial / _REPLACED]
+        beside = target.with_name(f".{target.name}.replaced")  # where it waited before
+        if not beside.is_symlink() and is_output(beside):
+            moved.append(beside)
+        for earlier in filter(Path.exists, moved):
+            if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+                earlier.rename(target)
+            else:
+                _discard(earlier, target, partial, "" if is_output(target) else f"{target} was put in its place")
     except OSError as error:
-        raise RunError(f"{moved}, the earlier output, cannot be put back: {error}.") from error
+        raise RunError(f"the earlier output in {partial} cannot be put back: {error}.") from error
+
+
+def _discard(earlier: Path, target: Path, partial: Path, reason: str = "") -> None:
+    """Remove an earlier output that was replaced; one that holds something else by now is kept beside the target.
+
+    It is renamed before anything in it is removed, so that what is half removed is never taken for an output. What
+    cannot be removed is left to the next command with this target.
+
+    Args:
+        earlier: The folder.
+        target: What is in its place now.
+        partial: The sibling for unfinished work.
+        reason: To keep it in any case.
+    """
+    if fault := reason or output_fault(earlier):
+        aside = _free_name(target.with_name(f"{target.name}.earlier"))
+        earlier.rename(aside)
+        logger.warning("the earlier output is kept as %s: %s.", aside, fault)
+        return
+    removed = _free_name(partial / _REMOVED)
+    earlier.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _free_name(path: Path) -> Path:
+    names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
+    return next(free for free in map(path.with_name, names) if not os.path.lexists(free))
 
 
 @contextlib.contextmanager
@@ -117,11 +164,12 @@ def written_folder(
     check_target(folder, overwrite, sources)
     with working_on(folder) as partial:
         target = check_target(folder, overwrite, sources)  # an earlier output may be there again
-        output, replaced = partial / "output", _replaced(target)
+        output, replaced = partial / _OUTPUT, partial / _REPLACED
         try:
             shutil.rmtree(output, ignore_errors=True)
             output.mkdir()
             yield output
+            list_files(output)
             for path in sorted(output.rglob("*"), reverse=True):
                 sync(path)
             sync(output)
@@ -134,16 +182,14 @@ def written_folder(
                 if replaced.exists() and not target.exists():
                     replaced.rename(target)
                 raise
-            with contextlib.suppress(OSError):  # not every file system can; the output is whole in any case
-                sync(target.parent)
+            for above in (target.parent, partial):
+                with contextlib.suppress(OSError):  # not every file system can; the output is whole in any case
+                    sync(above)
             if earlier:
-                shutil.rmtree(replaced, ignore_errors=True)
+                with contextlib.suppress(OSError):  # the next command with this target tries again
+                    _discard(replaced, target, partial)
         except OSError as error:
             raise RunError(f"writing {folder} failed: {error}. Nothing was left there.") from error
         finally:
             shutil.rmtree(output, ignore_errors=True)
 
-
-def _replaced(target: Path) -> Path:
-    """Where an earlier output waits while it is replaced."""
-    return target.with_name(f".{target.name}.replaced")

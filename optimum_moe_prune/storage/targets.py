@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 from .outputs import output_fault
+from .paths import check_parent, check_place
 
 
 def check_target(
@@ -22,10 +23,11 @@ def check_target(
         sources: What is read to make the output, and must outlive it.
 
     Raises:
-        RequestError: If it exists and is not an empty folder, unless ``overwrite`` allows replacing an earlier output;
-            if it is a source, or holds one; or if it may not be written.
+        RequestError: If it exists and is not an empty folder, unless ``overwrite`` allows replacing an earlier output
+            that holds nothing else; if it is a source, or holds one; if it is the current or the home folder, or holds
+            one; or if it may not be written.
     """
-    target = real_path(folder)
+    target = check_place(folder)
     for source in sources:
         if source is not None and os.path.exists(source) and Path(source).resolve().is_relative_to(target):
             raise RequestError(f"{folder} is or holds {source}, which is read; name another folder.")
@@ -41,34 +43,7 @@ def check_target(
         if fault := output_fault(target):
             raise RequestError(
                 f"{folder} holds something else than an output of this package and is not replaced: {fault}. Name "
-                "another folder."
+                "another folder, or move what is to be kept."
             )
     check_parent(target)
     return target
-
-
-def check_parent(path: Path) -> None:
-    """Raise unless what will hold a file or folder may be written to.
-
-    Raises:
-        RequestError: Naming it.
-    """
-    above = nearest_existing(path.absolute().parent)
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise RequestError(f"{path} cannot be written: {above} is not a folder that may be written to.")
-
-
-def real_path(folder: str | os.PathLike) -> Path:
-    """Where a target really is: renaming onto a link would put the output where the link is."""
-    return Path(os.path.realpath(folder))
-
-
-def partial_folder(folder: str | os.PathLike) -> Path:
-    """The sibling of a target that holds unfinished work."""
-    target = real_path(folder)
-    return target.with_name(f".{target.name}.partial")
-
-
-def nearest_existing(path: Path) -> Path:
-    """A path, or the nearest folder above it that is there."""
-    return next(above for above in (path, *path.parents) if above.exists())

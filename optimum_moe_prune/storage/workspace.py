@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .folders import partial_folder
+from .paths import partial_folder
 
 
 @dataclass(frozen=True)

@@ -1240,7 +1240,7 @@ def test_a_failure_leaves_what_was_there(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("optimum_moe_prune.storage.files.sync", full)
+    monkeypatch.setattr("optimum_moe_prune.storage.atomic.sync", full)
     for pictures in (None, tmp_path / "pictures"):
         with pytest.raises(RunError, match="no space left"):
             write_report(path, plans=plans, overwrite=True, title="New", pictures=pictures)

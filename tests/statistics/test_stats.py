@@ -305,7 +305,10 @@ def test_an_output_in_the_way_stays_as_it_is(samples: CalibrationSet, tmp_path: 
     assert [p.name for p in tmp_path.rglob("*")] == ["stats", "mine.txt"]
     (target / "mine.txt").unlink()
     stats.save(target)
-    (target / "earlier").touch()
+    (target / "later").touch()
+    with pytest.raises(RequestError, match="it has later, which this package did not write"):
+        stats.save(target, overwrite=True)
+    (target / "later").unlink()
     stats.save(target, overwrite=True)
-    assert not (target / "earlier").exists() and (target / "stats.json").exists()
+    assert (target / "stats.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["stats"]
