@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,8 +77,18 @@ def collect(
     store.check_steps(len(batches))
     unfinished = torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.samples for batch in batches[resumed:])])
 
+    @functools.cache
+    def kept_of(step: int) -> Tensor:
+        return torch.isin(current.token_sample, batches[step].samples).nonzero().flatten()
+
+    def finished_in(tensors: Mapping[str, Tensor], step: int) -> Iterator[Tensor]:
+        """What a batch gave, in the order of names: rows of its samples, and of those of their tokens that are kept."""
+        per_sample = tensor_names(needs, PER_SAMPLE)
+        for name in sorted(tensors):
+            yield tensors[name][batches[step].samples if name in per_sample else kept_of(step)]
+
     def allocate(layer: int, shapes: Shapes) -> Mapping[str, Tensor]:
-        tensors = store.tensors(layer_file(layer), shapes, keep=resumed > 0)
+        tensors = store.tensors(layer_file(layer), shapes, keep=resumed > 0, part=finished_in)
         for name in tensor_names(needs, PER_SAMPLE) if resumed else ():
             tensors[name][unfinished] = 0  # an interrupted group may have added to them
         return tensors
@@ -86,7 +97,7 @@ def collect(
     store.check_space(statistics_bytes({b.layer: b.num_experts for b in blocks}, needs, current, model.config))
     if resumed == len(batches):  # it was interrupted after the last one: nothing will run
         for observer in observers:
-            observer.tensors = store.tensors(layer_file(observer.block.layer), None)
+            observer.tensors = store.tensors(layer_file(observer.block.layer), None, part=finished_in)
 
     decoder = decoder_of(model)
     device = input_device(model)

@@ -86,6 +86,7 @@ def collect_streamed(
     for index, block in blocks.items():
         if index < store.finished:
             tensors = store.tensors(layer_file(index), None)
+            store.release(layer_file(index))
             with skeleton.loaded(index) if block.rule.reads_router else contextlib.nullcontext():
                 rule = block.routing
             layers[index] = LayerStats(block.num_experts, rule, tensors, weights, current.token_sample)
@@ -95,6 +96,7 @@ def collect_streamed(
         with heads.loaded():
             for block in of_heads:
                 tensors = store.tensors(layer_file(block.layer), None)
+                store.release(layer_file(block.layer))
                 rule = block.routing
                 layers[block.layer] = LayerStats(
                     block.num_experts, rule, tensors, weights, current.token_sample, is_head=True
@@ -128,7 +130,7 @@ def collect_streamed(
             if observer is not None:
                 layers[index] = observer.statistics(weights)
                 before = Routed(observer.num_experts)
-            store.commit(index + 1)
+            store.commit(index + 1, [*map(layer_file, filter((index + 1).__gt__, blocks)), *states.whole(index + 1)])
             store.release(layer_file(index))
         if heads is not None and store.finished < steps:
             states.turn(skeleton.num_layers)
@@ -142,7 +144,8 @@ def collect_streamed(
                         before.chosen = states.chosen(number)
                     heads.run(batch, skeleton.last_hidden(batch, states.hidden(number)))
             layers |= {observer.block.layer: observer.statistics(weights) for observer in observers}
-            store.commit(steps)
+            done = [*blocks, *(block.layer for block in of_heads)]
+            store.commit(steps, [*map(layer_file, done), *states.whole(skeleton.num_layers)])
     return assemble(
         facts or layout.facts(),
         calibration,
@@ -176,13 +179,17 @@ class _States:
     def begin(self, embedded: Iterable[Tensor]) -> None:
         """Make room, and fill in what goes into the first layer."""
         copies = 1 if self._store.folder is None else 2
-        self._files = [self._store.tensors(f"states_{copy}.safetensors", self._shapes) for copy in range(copies)]
+        self._files = [self._store.tensors(_states_file(copy), self._shapes) for copy in range(copies)]
         for number, hidden in enumerate(embedded):
             self._files[0][f"hidden_{number}"].copy_(hidden)
 
     def open(self) -> None:
         """Take up what an interrupted run left."""
-        self._files = [self._store.tensors(f"states_{copy}.safetensors", None) for copy in range(2)]
+        self._files = [self._store.tensors(_states_file(copy), self._shapes, keep=True) for copy in range(2)]
+
+    def whole(self, index: int) -> list[str]:
+        """The file with what goes into a layer."""
+        return [_states_file(index % len(self._files))]
 
     def turn(self, index: int) -> None:
         """Go on to a layer."""
@@ -201,6 +208,10 @@ class _States:
         self._files[self._to][f"hidden_{number}"].copy_(hidden)
         if f"chosen_{number}" in self._shapes:
             self._files[self._to][f"chosen_{number}"].copy_(self.chosen(number) if chosen is None else chosen)
+
+
+def _states_file(copy: int) -> str:
+    return f"states_{copy}.safetensors"
 
 
 def _state_shapes(

@@ -8,7 +8,6 @@ downloaded when its bytes are first asked for, into the cache of ``huggingface_h
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import threading
@@ -17,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import RequestError, RunError
-from ..storage.tensor_files import TORCH_DTYPES, TensorEntry, all_finite, read_header
+from ..storage.tensor_files import TORCH_DTYPES, TensorEntry, all_finite, read_header, read_tensor
 from ..storage.values import Json, read_json
 from .source import Source
 
@@ -205,25 +203,16 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function from names to tensors, mapped from their files; files stay open inside the ``with``."""
-        with contextlib.ExitStack() as stack:
-            opened: Json = {}
-
-            def read(name: str) -> Tensor:
-                file = self.tensors[name].file
-                if file not in opened:
-                    opened[file] = stack.enter_context(safe_open(self.path(file), framework="pt"))
-                return opened[file].get_tensor(name)
-
-            yield read
+        """A function from names to tensors, read from their files; files stay open inside the ``with``."""
+        with contextlib.closing(_Files(self)) as files:
+            yield files.read
 
     def held_open(self) -> Callable[[str], Tensor]:
         """As :meth:`reader`, for several threads; files stay open as long as anything refers to the function.
 
         Why: a file that one thread reads from cannot be closed by another, as happens where loading fails.
         """
-        opened = functools.cache(lambda file: safe_open(self.path(file), framework="pt"))
-        return lambda name: opened(self.tensors[name].file).get_tensor(name)
+        return _Files(self).read
 
     def floating_dtype(self) -> torch.dtype:
         """The dtype of the first tensor of floating point; float32 where there is none."""
@@ -301,6 +290,43 @@ class Checkpoint:
             self.name_or_path, file, cache_dir=self.source.cache_dir, revision=self.source.revision
         )
         return isinstance(found, str)
+
+
+class _Files:
+    """Files that tensors are read from, each opened once.
+
+    They are read and not mapped into memory: where a file that is mapped becomes shorter, as one does that is fetched
+    again, the system ends the process that looks at it, without a word.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._opened: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor.
+
+        Raises:
+            RunError: If the file cannot be read, or is not the one any more whose header was read.
+        """
+        file = self._checkpoint.tensors[name].file
+        with self._lock:
+            if file not in self._opened:
+                self._opened[file] = self._checkpoint.opened(file)
+        try:
+            return read_tensor(self._opened[file], self._checkpoint.entry(name))
+        except EOFError as error:
+            raise RunError(f"{file} of {self._checkpoint.name_or_path} became shorter while it was read.") from error
+        except OSError as error:
+            raise RunError(f"{file} of {self._checkpoint.name_or_path} cannot be read: {error}.") from error
+
+    def close(self) -> None:
+        with self._lock:
+            while self._opened:
+                os.close(self._opened.popitem()[1])
+
+    __del__ = close
 
 
 def _stamp(found: os.stat_result) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ from ..architectures.spec import MoESpec
 from ..architectures.structure import LayerStructure, Structure, structure_of
 from ..architectures.table import architecture_of
 from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, quantization_of, text_config
-from ..errors import RequestError
+from ..errors import RequestError, RunError
+from ..storage.contents import content_digests
 from ..storage.values import Json, read_json
 from .checkpoint import Checkpoint
 from .foreign import foreign_format
@@ -324,11 +325,26 @@ def _put(layout: Layout, into: dict[str, str], path: str, name: str) -> None:
 
 
 def identity(layout: Layout) -> Json:
-    """What makes a checkpoint the same one: its files and routers, or its commit on the Hub."""
+    """What makes a checkpoint the same one: its files with what they hold, and routers; or its commit on the Hub.
+
+    How much of a large file is looked at says ``storage.contents``: something of every expert.
+
+    Raises:
+        RunError: If a file cannot be read.
+    """
     checkpoint = layout.checkpoint
-    if not checkpoint.is_local:
-        return {"name": checkpoint.name_or_path, "commit": commit_of_config(layout.config)}
-    folder = Path(os.path.realpath(checkpoint.name_or_path))
-    found = {file: os.stat(folder / file) for file in ("config.json", *checkpoint.files)}
-    files = {file: {"bytes": stat.st_size, "changed at": stat.st_mtime_ns} for file, stat in found.items()}
-    return {"name": str(folder), "fingerprint": layout.fingerprints()["fingerprint"], **files}
+    if not checkpoint.is_local and (commit := commit_of_config(layout.config)) is not None:
+        return {"name": checkpoint.name_or_path, "commit": commit}
+    name = os.path.realpath(checkpoint.name_or_path) if checkpoint.is_local else checkpoint.name_or_path
+    own_code = [file for file in checkpoint.source.files() if file.endswith(".py")]
+    paths = {file: checkpoint.path(file) for file in ("config.json", *checkpoint.files, *own_code)}
+    try:
+        digests = content_digests(paths.values())
+        found = {file: (os.stat(path), digests[path]) for file, path in paths.items()}
+    except OSError as error:
+        raise RunError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    files = {
+        file: {"bytes": stat.st_size, "changed at": stat.st_mtime_ns, "content": digest}
+        for file, (stat, digest) in found.items()
+    }
+    return {"name": name, "fingerprint": layout.fingerprints()["fingerprint"], **files}

@@ -129,7 +129,7 @@ class Plain:
                 raise RequestError(tensor.fault)
 
     def read(self, read: Callable[[str], Tensor], name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor in a dtype; one that is not quantised may share the pages of its file.
+        """A tensor in a dtype, in memory of its own.
 
         Args:
             read: Gives tensors in files (``Checkpoint.reader``).

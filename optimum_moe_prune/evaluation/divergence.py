@@ -92,7 +92,16 @@ def divergences(
     store = Store(workspace.folder, identity, workspace.restart, what="measurement")
     try:
         shapes: Shapes = {"kl": ((len(plans), len(calibration)), torch.float64)}
-        sums = store.tensors(_RESULT, shapes, keep=store.finished > 0)["kl"]
+        steps = runner.num_layers + 1
+
+        def finished_in(tensors: Mapping[str, Tensor], step: int) -> Iterator[Tensor]:
+            """What a batch gave, or the last step of a pass."""
+            if not runner.streams:
+                yield tensors["kl"][:, batches[step].samples]
+            elif (step + 1) % steps == 0:
+                yield tensors["kl"][list(passes[step // steps])]
+
+        sums = store.tensors(_RESULT, shapes, keep=store.finished > 0, part=finished_in)["kl"]
         if runner.streams:
             _measure_on_disk(runner, batches, plans, passes, store, sums)
         else:
@@ -270,7 +279,7 @@ def _pass(
                     grown = _grown(runner, layer, batch, states[f"{number}"], layers[layer])
                     for branch, hidden in enumerate(grown):
                         after[f"{number}"][branch].copy_(hidden)
-            store.commit(before + layer + 1)
+            store.commit(before + layer + 1, [_states_file(layer + 1)])
             store.remove(_states_file(layer))
             states = after
             bar.update(len(layers[layer]))

@@ -89,18 +89,17 @@ class Compute:
 def load_model(model: Source | Layout, compute: Compute) -> Any:
     """A whole model in memory; a quantised one is dequantised where its number formats are known here.
 
+    Its tensors are read and not mapped (``checkpoints.checkpoint``), where they are in safetensors files that
+    transformers need not dequantise itself.
+
     Raises:
         RequestError: If a tensor of a quantised one cannot be read.
+        RunError: If a file is changed while it is read.
     """
     source = model.checkpoint.source if isinstance(model, Layout) else model
     settings = {**compute.for_transformers, **source.for_transformers}
-    if isinstance(model, Layout):
-        plain = model.plain
-    elif quantization_of(source.config) or _MODELOPT in source.files():
-        plain = Plain(Checkpoint.open(source), source.config)
-    else:
-        plain = None
-    if plain is None or not plain.formats:
+    plain = model.plain if isinstance(model, Layout) else _plain_of(source)
+    if plain is None or not (plain.formats or _is_as_it_is(plain)):
         return loader_of(source.config, source.trust_remote_code).from_pretrained(source.name_or_path, **settings)
     plain.check()
     dtype = model_dtype(source.config, plain.checkpoint, compute.dtype)
@@ -110,6 +109,26 @@ def load_model(model: Source | Layout, compute: Compute) -> Any:
         for name, tensor in plain.tensors.items()
     }
     return load_made(source.config, made, source.name_or_path, {**settings, "dtype": dtype})
+
+
+def _plain_of(source: Source) -> Plain | None:
+    """The tensors of a model's files; None where it has none that are known here, and is not said to be quantised.
+
+    Raises:
+        RequestError: If a quantised model's files are damaged.
+    """
+    try:
+        return Plain(Checkpoint.open(source), source.config)
+    except RequestError:
+        if quantization_of(source.config) or _MODELOPT in source.files():
+            raise
+        return None
+
+
+def _is_as_it_is(plain: Plain) -> bool:
+    """Whether nothing says that a model is quantised, neither its config nor its files."""
+    quantised = plain.method or _MODELOPT in plain.checkpoint.source.files()
+    return not quantised and not any(tensor.format or tensor.fault for tensor in plain.tensors.values())
 
 
 def open_skeleton(layout: Layout, compute: Compute) -> Skeleton:

@@ -150,10 +150,10 @@ class Skeleton(LayerByLayer):
 
     @contextlib.contextmanager
     def embeddings(self) -> Iterator[None]:
-        """The embeddings, inside a ``with``; to look tokens up, and not to compute with."""
+        """The embeddings, inside a ``with``."""
         embeddings = self.model.get_input_embeddings()
         try:
-            self._weights.load(self._names_in(embeddings), in_place=True)
+            self._weights.load(self._names_in(embeddings))
             yield
         finally:
             embeddings.to("meta")
@@ -302,16 +302,11 @@ class Weights:
                         "model is loaded; it cannot be run one layer at a time (stream=False)."
                     )
 
-    def load(self, parameters: Iterable[str], in_place: bool = False) -> None:
-        """Read parameters into the model.
-
-        Args:
-            parameters: Their names in the model.
-            in_place: Use the file's own pages where nothing has to be converted; not for computing with.
-        """
+    def load(self, parameters: Iterable[str]) -> None:
+        """Read parameters, by their names in the model, into it."""
         with self.checkpoint.reader() as read:
             for name in parameters:
-                value = self._made(name, self.sources[name], read, in_place)
+                value = self._made(name, self.sources[name], read)
                 expected = self.parameters[name]
                 if value.shape != expected.shape:
                     raise RequestError(
@@ -326,15 +321,14 @@ class Weights:
                 keep_from_initialising(value)
                 setattr(module, last, value)
 
-    def _made(self, name: str, source: _Source, read: Any, in_place: bool) -> Tensor:
+    def _made(self, name: str, source: _Source, read: Any) -> Tensor:
         dtype = self.parameters[name].dtype
 
         def finite(tensor_name: str) -> Tensor:
             return self._plain.read(read, tensor_name, dtype)
 
         if source.converter is None:
-            value = finite(source.names[0])
-            return value if in_place or self._plain.tensors[source.names[0]].format else value.clone()
+            return finite(source.names[0])
         if not source.by_expert:
             tensors = {p: [*map(finite, n)] for p, n in source.tensors.items()}
             return self._names.converted(name, source.converter, tensors, source.first)

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError, RunError
+from .checksums import file_checksum, is_sealed, sealed, tensor_checksum
 from .files import sync, write_json
 from .folders import check_space
 from .tensor_files import MappedTensors, Shapes, shapes_bytes
@@ -22,11 +23,14 @@ from .values import Json, Values, check_version, is_integer, read_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 IN_MEMORY_BYTES = 512 * 2**20
 """What a calibration keeps in memory at most; beyond it, its tensors live in files mapped into memory."""
 
 _PROGRESS = "progress.json"
+
+Part = Callable[[Mapping[str, Tensor], int], Iterable[Tensor]]
+"""What a step, by its number, finished for good in a file, of whose other values later steps may write some."""
 
 
 class Store:
@@ -64,6 +68,8 @@ class Store:
         self._in_memory = 0
         self._sizes: dict[str, int] = {}
         self._files: dict[str, MappedTensors] = {}
+        self._parts: dict[str, Part] = {}
+        self._checksums: dict[str, int] = {}
         self._of = json.loads(json.dumps(of or {}))
         if folder is None:
             return
@@ -72,6 +78,7 @@ class Store:
             self._begin(folder)
             return
         there, self.finished = progress
+        self._checksums = read_json(folder / _PROGRESS)["checksums"]
         if differences := list(_differences(there, self._of)):
             raise RequestError(
                 f"{folder} holds an unfinished {what} of something else: {'; '.join(differences)}. Run the "
@@ -100,16 +107,19 @@ class Store:
                 f"{steps} are finished. Begin anew (restart=True)."
             )
 
-    def tensors(self, name: str, shapes: Shapes | None, keep: bool = False) -> Mapping[str, Tensor]:
+    def tensors(
+        self, name: str, shapes: Shapes | None, keep: bool = False, part: Part | None = None
+    ) -> Mapping[str, Tensor]:
         """Tensors of zeros, or what an earlier run left in them.
 
         Args:
             name: What they are, as the name of a file.
             shapes: Shape and dtype of each; None takes what is in the folder as it is.
             keep: Take what is in the folder.
+            part: What each step finishes in it, where that is not the whole file (:meth:`commit`).
 
         Raises:
-            RequestError: If what is there is damaged.
+            RequestError: If what is there is damaged, or is not any more what was put there.
             RunError: If the disk is full.
         """
         nbytes = shapes_bytes(shapes or {})
@@ -121,12 +131,14 @@ class Store:
             if self.folder is not None:
                 path = self.folder / name
                 if shapes is None or keep:
-                    file = MappedTensors.open(path)
+                    file = self._opened(name, part)
                     if shapes is not None and {key: (tuple(t.shape), t.dtype) for key, t in file.items()} != shapes:
                         raise RequestError(f"{path} holds other tensors than it should. Begin anew (restart=True).")
                 else:
                     file = MappedTensors.create(path, shapes)
                 self._files[name] = file
+                if part is not None:
+                    self._parts[name] = part
                 return file
             assert shapes is not None
             self.spilled = True
@@ -136,8 +148,40 @@ class Store:
             where = self.folder or tempfile.gettempdir()
             raise RunError(f"the statistics ({nbytes / 1e9:.1f} GB) cannot be kept in {where}: {error}.") from error
 
-    def commit(self, finished: int) -> None:
-        """Say that so many steps are finished, when what they wrote is on disk."""
+    def _opened(self, name: str, part: Part | None) -> MappedTensors:
+        """A file that an earlier run left, if it holds what its checksum says."""
+        assert self.folder is not None
+        path = self.folder / name
+        try:
+            found = file_checksum(path) if part is None and name in self._checksums else None
+            file = MappedTensors.open(path)
+            if part is not None:
+                found = self._advanced(file, part, 0, self.finished, 0)
+        except (OSError, RequestError, LookupError) as error:
+            raise RequestError(f"{path} is damaged: {error} Begin anew (restart=True).") from error
+        if found != self._checksums.get(name):
+            raise RequestError(
+                f"{path} is damaged: it is not any more what the unfinished {self._what} had written. Begin anew "
+                "(restart=True)."
+            )
+        return file
+
+    @staticmethod
+    def _advanced(file: MappedTensors, part: Part, begin: int, end: int, before: int) -> int:
+        """The checksum of what steps finished, of those before ``begin`` being given."""
+        for step in range(begin, end):
+            for tensor in part(file, step):
+                before = tensor_checksum(tensor, before)
+        return before
+
+    def commit(self, finished: int, whole: Iterable[str] = ()) -> None:
+        """Say that so many steps are finished, when what they wrote is on disk.
+
+        Args:
+            finished: Steps, all in all.
+            whole: The files that nothing is written into until the next call. Of those that were asked for with a
+                ``part`` only what the steps finished is remembered by a checksum, of other files nothing.
+        """
         if self.folder is not None:
             try:
                 for file in self._files.values():
@@ -145,13 +189,32 @@ class Store:
                 sync(self.folder)  # their names as well, before anything says that they are finished
             except OSError as error:
                 raise RunError(f"{self.folder} cannot be written: {error}.") from error
-            progress = {"format_version": FORMAT_VERSION, "of": self._of, "finished": finished}
-            write_json(self.folder / _PROGRESS, progress)
+            self._checksums = self._current_checksums(finished, whole)
+            progress = {
+                "format_version": FORMAT_VERSION,
+                "of": self._of,
+                "finished": finished,
+                "checksums": self._checksums,
+            }
+            write_json(self.folder / _PROGRESS, sealed(progress))
         self.finished = finished
+
+    def _current_checksums(self, finished: int, whole: Iterable[str]) -> dict[str, int]:
+        """By file; of one that was released it is known already."""
+        assert self.folder is not None
+        found = {}
+        for name in whole:
+            known = None if name in self._files else self._checksums.get(name)
+            found[name] = file_checksum(self.folder / name) if known is None else known
+        for name, part in self._parts.items():
+            before = self._checksums.get(name, 0)
+            found[name] = self._advanced(self._files[name], part, self.finished, finished, before)
+        return found
 
     def release(self, name: str) -> None:
         """Forget a file that is finished; its tensors stay usable."""
         self._files.pop(name, None)
+        self._parts.pop(name, None)
 
     def remove(self, name: str) -> None:
         """Forget a file and remove it from the folder: what it held is needed no more."""
@@ -184,8 +247,12 @@ def unfinished(folder: Path) -> tuple[Json, int] | None:
         progress = read_json(folder / _PROGRESS)
         check_version(progress, FORMAT_VERSION, "it")
         of, finished = progress["of"], progress["finished"]
+        if progress["format_version"] == 1:
+            raise ValueError("it is of an earlier version, which kept no checksums")
         if not isinstance(of, dict) or not is_integer(finished) or finished < 0:
             raise ValueError(f"finished {finished!r}")
+        if not isinstance(progress["checksums"], dict) or not is_sealed(progress):
+            raise ValueError(f"{_PROGRESS} is not any more what was written")
     except (RequestError, KeyError, ValueError) as error:
         raise RequestError(
             f"the unfinished work in {folder} is damaged: {str(error).rstrip('.')}. {advice}"

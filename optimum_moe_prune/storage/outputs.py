@@ -53,6 +53,8 @@ MARKERS: dict[str, dict[str, type]] = {
 _ADDED = (EVALUATION_NAME, REPORT_NAME)
 """What is written into a finished output later, as well as pictures of the report, and cards."""
 _CARDS = (CARD_NAME, NEW_CARD_NAME)
+_BY_SEAL = "seal"
+"""In place of a digest of a card."""
 _SEAL = re.compile(rb"\n<!-- written by optimum-moe-prune ([0-9a-f]{16}) -->\n")
 
 
@@ -109,7 +111,7 @@ def list_files(folder: Path) -> None:
         found = content_digests(path for path, name in names.items() if not _is_sealed(folder, name))
     except OSError as error:
         raise RunError(f"{folder} cannot be read: {error}.") from error
-    _write_list(folder, {names[path]: [digest] for path, digest in found.items()})
+    _write_list(folder, {name: [found.get(path, _BY_SEAL)] for path, name in names.items()})
 
 
 def announce(path: Path, content: bytes) -> None:

@@ -35,8 +35,31 @@ TORCH_DTYPES = {
     "I64": torch.int64,
 }
 """Of the format's names of dtypes, those whose values are looked at here."""
+ALL_DTYPES = {
+    **TORCH_DTYPES,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    **{
+        name: getattr(torch, own)
+        for name, own in (
+            ("U16", "uint16"),
+            ("U32", "uint32"),
+            ("U64", "uint64"),
+            ("F8_E8M0", "float8_e8m0fnu"),
+            ("F8_E4M3FNUZ", "float8_e4m3fnuz"),
+            ("F8_E5M2FNUZ", "float8_e5m2fnuz"),
+        )
+        if hasattr(torch, own)
+    },
+}
+"""All dtypes of the format that can be read."""
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _HEADER_ALIGNMENT = 64
+_READ_BYTES = 2**30  # at once; the system takes no more than 2 GiB
 
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -116,6 +139,27 @@ def parse_entries(header: Values, start: int) -> dict[str, TensorEntry]:
         for name, entry in header.items()
     }
     return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+
+
+def read_tensor(file: int, entry: TensorEntry) -> Tensor:
+    """A tensor of an open file, in memory of its own.
+
+    Raises:
+        EOFError: If the file has become too short.
+        OSError: If it cannot be read.
+        RequestError: If torch has no such dtype.
+    """
+    dtype = ALL_DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise RequestError(f"tensors of dtype {entry.dtype} cannot be read by this version of torch.")
+    made = torch.empty(entry.nbytes, dtype=torch.uint8)
+    view, begin = memoryview(made.numpy()), entry.begin
+    while view:
+        count = os.preadv(file, [view[:_READ_BYTES]], begin)
+        if not count:
+            raise EOFError
+        view, begin = view[count:], begin + count
+    return made.view(dtype).view(entry.shape)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
