@@ -82,7 +82,7 @@ def collect(
         return torch.isin(current.token_sample, batches[step].samples).nonzero().flatten()
 
     def finished_in(tensors: Mapping[str, Tensor], step: int) -> Iterator[Tensor]:
-        """What a batch gave, in the order of names: rows of its samples, and of those of their tokens that are kept."""
+        """What a batch gave, in the order of names: rows of its samples, and of their tokens that are kept."""
         per_sample = tensor_names(needs, PER_SAMPLE)
         for name in sorted(tensors):
             yield tensors[name][batches[step].samples if name in per_sample else kept_of(step)]

@@ -131,6 +131,25 @@ class Source:
             and not name.startswith(outputs or "/")
         ]
 
+    def leads_out(self, file_name: str) -> Path | None:
+        """Where a file really is that a link makes part of a folder; None where it lies in the folder.
+
+        The Hub's cache is one place, in which snapshots are links to blobs.
+        """
+        folder = Path(self.name_or_path)
+        if not folder.is_dir():
+            return None
+        found = Path(os.path.realpath(folder / file_name))
+        is_blob = found.parent.name == "blobs" and found.parent.parent.name.startswith("models--")
+        return None if is_blob or found.is_relative_to(os.path.realpath(folder)) else found
+
+    def linked_folders(self) -> list[str]:
+        """Folders in the model's folder that are links; what lies in them is not looked at."""
+        root = Path(self.name_or_path)
+        found = (Path(above, name) for above, folders, _ in os.walk(root) for name in folders)
+        names = (path.relative_to(root).as_posix() for path in found if path.is_symlink())
+        return sorted(name for name in names if not _is_hidden(name))
+
     # -- what they say
 
     @functools.cached_property

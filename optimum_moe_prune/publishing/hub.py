@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import textwrap
@@ -22,6 +23,8 @@ from ..names import CARD_NAME, CONFIG_NAME, PLAN_NAME
 from ..plan import PruningPlan
 from ..storage.values import read_json
 from .facts import names_of, to_publish
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 """The weight files this package writes, and the only files it deletes in a repository."""
@@ -51,6 +54,8 @@ def push_folder(
     create_pr: bool = False,
 ) -> CommitInfo:
     """Publish a finished folder on the Hub: checkpoint, recipe, plan, card and whatever else is in it, as one commit.
+
+    Links that lead out of the folder are followed for weights alone; others stay here, with a warning.
 
     Nothing is visible in the repository before the commit, which is made whole or not at all. Weight files of an
     earlier output there, which the new one does not have, are deleted by it.
@@ -88,7 +93,7 @@ def push_folder(
     _check_other_model(repo_id, plan)
     if create_pr and revision not in (None, "main"):
         raise RequestError(f"a pull request goes to the main branch, and revision is {revision!r}; leave one out.")
-    names = Source(str(folder)).files()
+    names = _published(folder)
     api = HfApi(token=token)
     with _explained(api, repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with its owner now
@@ -136,6 +141,18 @@ def push_folder(
             create_pr=create_pr,
             parent_commit=head.sha,  # what was looked at above is what is replaced
         )
+
+
+def _published(folder: Path) -> list[str]:
+    """The files to publish; links that lead out of the folder are followed for weights alone."""
+    source = Source(str(folder))
+    out = {
+        name: where for name in source.files() if (where := source.leads_out(name)) and not _WEIGHTS.fullmatch(name)
+    }
+    out |= {name: folder / name for name in source.linked_folders()}
+    for name, where in out.items():
+        logger.warning("%s of %s is not published: it is a link, to %s.", name, folder, os.path.realpath(where))
+    return [name for name in source.files() if name not in out]
 
 
 def _finished(folder: Path) -> PruningPlan:

@@ -8,10 +8,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
-from ..storage.tensor_files import TORCH_DTYPES, MappedTensors, Shapes, read_header
+from ..storage.tensor_files import TORCH_DTYPES, MappedTensors, Shapes, read_header, read_tensors
 from .needs import IN_FORMAT_1, Need, tensor_names
 
 
@@ -46,8 +45,7 @@ class LayerFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)
+        return read_tensors(self.path, [name])[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

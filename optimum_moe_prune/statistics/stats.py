@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..architectures.own_code import OwnCode
 from ..architectures.routers import RoutingRule, rule_from_dict
 from ..errors import RequestError
 from ..names import STATS_NAME
-from ..storage.files import write_json
+from ..storage.files import write_bytes, write_json
 from ..storage.folders import written_folder
+from ..storage.tensor_files import read_tensors
 from ..storage.values import Json, check_version, read_json
 from .files import LayerFile, MergedTensors, layer_file, names_of_format_1, save_layer, tensor_shapes
 from .needs import IN_FORMAT_1, OF_RULE, PER_TOKEN, Need, layer_shapes, tensor_names
@@ -235,7 +235,7 @@ class CalibrationStats:
             for index, layer in self.layers.items():
                 save_layer(layer.tensors, self.names, partial / layer_file(index))
             tokens = {"sample": self.token_sample.contiguous(), "position": self.token_position.contiguous()}
-            save_file(tokens, partial / TOKENS_NAME)
+            write_bytes(partial / TOKENS_NAME, save(tokens))
             write_json(partial / STATS_NAME, header)
         return Path(folder)
 
@@ -256,8 +256,8 @@ class CalibrationStats:
             needs = frozenset(Need(need) for need in header["needs"])
             first = folder / layer_file(min(map(int, header["layers"]), default=0))
             names = tensor_names(needs) if header["format_version"] > 1 else names_of_format_1(needs, first)
-            with safe_open(folder / TOKENS_NAME, framework="pt") as file:
-                token_sample, token_position = file.get_tensor("sample"), file.get_tensor("position")
+            tokens = read_tensors(folder / TOKENS_NAME, ("sample", "position"))
+            token_sample, token_position = tokens["sample"], tokens["position"]
             weights = torch.ones(len(samples), dtype=torch.float64)
             layers = {
                 int(index): LayerStats(
@@ -280,7 +280,7 @@ class CalibrationStats:
                 **settings,
             )
             stats._check()
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError, SafetensorError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             raise RequestError(f"the statistics in {folder} are damaged: {error!r}. Calibrate again.") from error
         return stats
 

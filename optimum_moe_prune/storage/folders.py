@@ -66,7 +66,9 @@ def working_on(folder: str | os.PathLike) -> Iterator[Path]:
         yield partial
         return
     made = [path for path in (partial, *partial.parents) if not path.exists()]
-    foreign = partial.exists() and (not partial.is_dir() or (any(partial.iterdir()) and not (partial / _LOCK).exists()))
+    foreign = partial.exists() and (
+        not partial.is_dir() or (any(partial.iterdir()) and not (partial / _LOCK).exists())
+    )
     if foreign or partial.is_symlink():
         raise RequestError(f"{partial} is in the way and was not made by this package; move it.")
     try:
@@ -136,6 +138,15 @@ def _discard(earlier: Path, target: Path, partial: Path, reason: str = "") -> No
     shutil.rmtree(removed, ignore_errors=True)
 
 
+def _set_modes(output: Path) -> None:
+    """Let whoever may read the folder read its files; libraries make some for their owner alone."""
+    mode = output.stat().st_mode & 0o666
+    for path in output.rglob("*"):
+        if path.is_file():
+            with contextlib.suppress(OSError):  # not every file system has modes
+                path.chmod(mode)
+
+
 def _free_name(path: Path) -> Path:
     names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
     return next(free for free in map(path.with_name, names) if not os.path.lexists(free))
@@ -170,6 +181,7 @@ def written_folder(
             output.mkdir()
             yield output
             list_files(output)
+            _set_modes(output)
             for path in sorted(output.rglob("*"), reverse=True):
                 sync(path)
             sync(output)
@@ -192,4 +204,3 @@ def written_folder(
             raise RunError(f"writing {folder} failed: {error}. Nothing was left there.") from error
         finally:
             shutil.rmtree(output, ignore_errors=True)
-

@@ -168,7 +168,9 @@ def _is_sealed(folder: Path, name: str) -> bool:
         return False
     content = (folder / name).read_bytes()
     seal = _SEAL.fullmatch(content[content.rfind(b"\n<!--") :])
-    return seal is not None and hashlib.sha256(content[: content.rfind(b"\n<!--")]).hexdigest()[:16].encode() == seal[1]
+    return (
+        seal is not None and hashlib.sha256(content[: content.rfind(b"\n<!--")]).hexdigest()[:16].encode() == seal[1]
+    )
 
 
 def _entries(folder: Path, known: Mapping[str, object]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,22 @@ def read_tensor(file: int, entry: TensorEntry) -> Tensor:
             raise EOFError
         view, begin = view[count:], begin + count
     return made.view(dtype).view(entry.shape)
+
+
+def read_tensors(path: str | os.PathLike, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a file by name, in memory of their own.
+
+    Raises:
+        RequestError: If the file is missing, truncated or damaged, or lacks one.
+    """
+    entries, _ = read_header(path)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return {name: read_tensor(file.fileno(), entries[name]) for name in names}
+    except KeyError as error:
+        raise RequestError(f"{path} is damaged: it lacks {error}.") from error
+    except (OSError, EOFError) as error:
+        raise RequestError(f"{path} cannot be read: {error or 'it became shorter while it was read'}.") from error
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:

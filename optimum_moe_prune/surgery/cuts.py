@@ -13,8 +13,9 @@ from ..checkpoints.source import Source
 from ..names import CARD_NAME, CONFIG_NAME, EVALUATION_NAME, NEW_CARD_NAME, PLAN_NAME, REPORT_NAME
 from ..plan import PruningPlan
 from ..storage.values import Json
+from .carried import carried_from
 from .expert_names import Cut
-from .side_files import carried, rewritten, rewritten_file
+from .side_files import rewritten, rewritten_file
 
 OWN_FILES = (
     PLAN_NAME,
@@ -69,7 +70,7 @@ def changed_files(source: Source, cut: Cut) -> dict[str, bytes]:
         RequestError: If one does in a way that cannot be followed.
     """
     changed = {}
-    for name in set(carried(source.files(), source.find)[0]) & set(source.other_files()) - set(OWN_FILES):
+    for name in set(carried_from(source)[0]) - set(OWN_FILES):
         found = source.find(name)
         new = None if found is None else rewritten_file(found, cut)
         if new is not None:

@@ -35,12 +35,12 @@ from ..progress import progress_bar
 from ..storage.files import write_json
 from ..storage.folders import check_space, check_target, written_folder
 from ..storage.values import Json, Values
+from .carried import carried_from
 from .checks import check_plan_for_config, check_request, check_routers
 from .config_json import config_after, config_of_files
 from .copying import _write_file
 from .cuts import OWN_FILES, changed_files, cut_of_files, with_settings
 from .heads import check_heads_load, head_counts, way_of_plan, with_heads_settled
-from .side_files import carried
 from .standalone import write_standalone
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,7 @@ def carry_files(source: Source, folder: Path, changed: Mapping[str, bytes]) -> d
     Returns:
         What stays out though it lies there, and why.
     """
-    names, left_out = carried(source.files(), source.find)
-    names = [name for name in source.other_files() if name in set(names)]
+    names, left_out = carried_from(source)
     for name, reason in left_out.items():
         logger.warning("%s of %s stays out of the pruned copy: %s.", name, source.name_or_path, reason)
     if CARD_NAME in names and BASE_CARD_NAME not in names:

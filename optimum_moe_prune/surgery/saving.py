@@ -76,7 +76,9 @@ def saved_model(
         model.save_pretrained(partial)
         add_records(partial, plan, recipe)
         if source is not None:
-            carry_files(source, partial, changed_files(source, cut_of_model(plan, structure)))
+            left_out = carry_files(source, partial, changed_files(source, cut_of_model(plan, structure)))
+            for name in filter(source.leads_out, left_out):  # the model may have been loaded with it
+                (partial / name).unlink(missing_ok=True)
             write_json(partial / "config.json", config_of_model(model, source, source_config), indent=2)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

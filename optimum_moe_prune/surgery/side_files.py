@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files beside a model's weights: what in them names or counts experts follows the cut; what is no part of it stays.
+"""Files beside a model's weights: what in them names or counts experts follows the cut.
 
 Settings of other tools (which modules are quantised, and how) name experts by their old numbers; copied as they are,
 they would be about other experts. Whatever is not certain is refused by name, never guessed.
@@ -7,19 +7,17 @@ they would be about other experts. Whatever is not certain is refused by name, n
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
 from ..checkpoints.foreign import foreign_format
 from ..errors import RequestError
 from ..storage.values import Json
+from .carried import carried
 from .expert_names import OTHER_PARTS, Cut, ExpertNames, Reading, Refusal
 from .expert_patterns import ExpertPatterns
 
@@ -44,26 +42,6 @@ _FIRST_HOLDS = {
 """Objects with patterns as keys, of which the first that fits is taken."""
 _OTHER_CONFIGS = re.compile(rf"({'|'.join(sorted(OTHER_PARTS))})(?:_config|_encoder|_cfg)?")
 _IDS = re.compile(r"(?:^|_)experts?(?:_ids?|_idx|_ind(?:ex|ices)|_list)?$")
-
-_ANOTHER_FORMAT = "unpruned weights in another format"
-_OUT = {
-    "adapter_config.json": "an adapter for the unpruned model",
-    "adapter_model.*": "an adapter for the unpruned model",
-    "adapters.*": "an adapter for the unpruned model",
-    "*imatrix*": "statistics of the unpruned experts",
-    "optimizer*.pt": "of the training before pruning",
-    "scheduler*.pt": "of the training before pruning",
-    "rng_state*.pth": "of the training before pruning",
-    "training_args.bin": "of the training before pruning",
-    **dict.fromkeys(
-        "*.bin *.bin.* *.pt *.pt2 *.pth *.ckpt *.h5 *.keras *.msgpack *.gguf *.ggml *.llamafile *.onnx* *.tflite "
-        "*.ot *.npz *.mlmodel *.pte *.litertlm *.uqff *.nemo *.index.json consolidated* tf_model* flax_model* "
-        "openvino_*.xml *.safetensors".split(),
-        _ANOTHER_FORMAT,
-    ),
-    **dict.fromkeys("*.engine *.plan *.rknn *.axmodel *.hef".split(), "compiled from the unpruned model"),
-}
-_OUT_FOLDERS = (".mlpackage", ".mlmodelc")
 
 
 def rewritten(values: Json, cut: Cut, where: str) -> Json:
@@ -111,40 +89,6 @@ def rewritten_file(path: Path, cut: Cut) -> bytes | None:
     indent = re.match(r"\s*[\[{]\n( *)", text)
     end = "\n" if text.endswith("\n") else ""
     return (json.dumps(new, indent=indent and len(indent[1]), ensure_ascii=text.isascii()) + end).encode()
-
-
-def carried(names: Sequence[str], find: Callable[[str], Path | None]) -> tuple[list[str], dict[str, str]]:
-    """Which of a model's files belong beside pruned weights.
-
-    The model's own weights, which are written anew, are in neither answer. Files that are not known are carried.
-
-    Args:
-        names: All files of the model.
-        find: Gives the path of one.
-
-    Returns:
-        The files to carry; and those that stay out, and why.
-    """
-    own = {SINGLE_FILE} if SINGLE_FILE in names else set()
-    if INDEX_FILE in names:
-        found = None if own else find(INDEX_FILE)
-        with contextlib.suppress(ValueError, AttributeError):
-            own |= set((json.loads(found.read_bytes()) if found else {}).get("weight_map", {}).values())
-        own.add(INDEX_FILE)
-    out: dict[str, str] = {}
-    for name in names:
-        folder, _, base = name.lower().rpartition("/")
-        if name in own:
-            continue
-        if any(part.endswith(_OUT_FOLDERS) for part in folder.split("/")):
-            out[name] = _ANOTHER_FORMAT
-        elif reason := next((why for pattern, why in _OUT.items() if fnmatchcase(base, pattern)), None):
-            if base.endswith(".safetensors") and reason is _ANOTHER_FORMAT and not base.startswith("consolidated"):
-                reason = "weights in a sub-folder" if folder else "weights that are not the model's"
-            out[name] = reason
-    emptied = {name.rpartition("/")[0] for name in out} - {""}
-    out |= {name: "of weights that stay out" for f in emptied if (name := f"{f}/config.json") in names}
-    return [name for name in names if name not in own and name not in out], out
 
 
 def _yaml() -> Any:

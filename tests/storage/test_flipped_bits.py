@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_texts, make_tokenizer, save_checkpoint
+from conftest import make_texts, make_tokenizer, save_checkpoint
 from oracles import assert_identical, calibrated, layout_of
 from safetensors.torch import load_file, save_file
 
