@@ -15,7 +15,7 @@ from ..architectures.routers import RoutingRule
 from ..checkpoints.layout import Layout, identity, open_layout
 from ..checkpoints.source import Source
 from ..config import MoEPrunerConfig
-from ..errors import RequestError, RunError
+from ..errors import RequestError, RunError, faults_of
 from ..methods import get_method, make_options
 from ..models.blocks import model_facts, moe_blocks
 from ..models.heads import Heads, open_heads
@@ -99,13 +99,15 @@ def calibrate(
     found = open_heads(layout, skeleton)
     heads = found if isinstance(found, Heads) else None
     store = Store(workspace.folder, work, workspace.restart)
+    runs = faults_of(f"config.json of {layout.checkpoint.name_or_path}", RunError)
     try:
         if compute.stream:
-            stats = collect_streamed(skeleton, calibration, gathered, **settings, store=store, heads=heads)
+            with runs:
+                stats = collect_streamed(skeleton, calibration, gathered, **settings, store=store, heads=heads)
         else:
             try:
                 whole = load_model(layout, compute)
-                with contextlib.nullcontext() if heads is None else heads.loaded(whole):
+                with runs, contextlib.nullcontext() if heads is None else heads.loaded(whole):
                     stats = collect(whole, calibration, gathered, **settings, store=store, heads=heads)
             except RunError:
                 layout.checkpoint.check_finite()  # names the file and the tensor, where it is one

@@ -24,7 +24,7 @@ from ..architectures.spec import MoESpec
 from ..architectures.structure import LayerStructure, Structure, structure_of
 from ..architectures.table import architecture_of
 from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, quantization_of, text_config
-from ..errors import RequestError, RunError
+from ..errors import RequestError, RunError, faults_of
 from ..storage.contents import content_digests
 from ..storage.values import Json, read_json
 from .checkpoint import Checkpoint
@@ -154,7 +154,8 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
         RequestError: Naming the tensor and its file, or what is missing.
     """
     try:
-        return _found_layout(checkpoint, config)
+        with faults_of(f"config.json of {checkpoint.name_or_path}"):
+            return _found_layout(checkpoint, config)
     except RequestError as error:
         if what := _another_format(checkpoint, config):
             raise RequestError(

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.table import architecture_for, list_architectures
-from ..compat import cached_commit, cached_file, set_commit_of_config
-from ..errors import RequestError
+from ..compat import cached_commit, cached_file, set_commit_of_config, text_config
+from ..errors import RequestError, faults_of
 from ..names import PLAN_NAME
 from ..plan import PruningPlan
 from ..storage.outputs import MARKERS, marker_fault
-from ..storage.values import Json
+from ..storage.values import Json, is_integer
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +169,12 @@ class Source:
         except Exception as error:  # a config can be wrong in as many ways as there are model types
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RequestError(
-                f"no model can be read from {self.name_or_path!r}: {first} Known architectures: "
+                f"no model can be read from {self.name_or_path!r} (config.json): {first} Known architectures: "
                 f"{', '.join(list_architectures())}."
             ) from error
-        architecture_for(self, config)
+        with faults_of(f"config.json of {self.name_or_path}"):
+            check_sizes(config, f"config.json of {self.name_or_path}")
+            architecture_for(self, config)
         set_commit_of_config(config, self.commit())  # transformers no longer says which one it was
         return config
 
@@ -191,6 +193,40 @@ class Source:
         """The plan in a checkpoint that this package made, or None."""
         stored = self.find(PLAN_NAME)
         return None if stored is None else PruningPlan.load(stored)
+
+
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 10**7,
+    "intermediate_size": 10**8,
+    "moe_intermediate_size": 10**8,
+    "vocab_size": 10**9,
+    "num_attention_heads": 10**6,
+    "num_key_value_heads": 10**6,
+    "head_dim": 10**6,
+    "num_local_experts": 10**6,
+    "num_experts": 10**6,
+    "n_routed_experts": 10**6,
+    "num_experts_per_tok": 10**6,
+}
+"""What a config says in whole numbers, and the most that it can mean: beyond, a model is never done being built."""
+
+
+def check_sizes(config: Any, where: str) -> None:
+    """Raise unless the sizes of a model are whole numbers that a model can have.
+
+    Raises:
+        RequestError: Naming one.
+    """
+    text = text_config(config)
+    for name, most in _SIZES.items():
+        value = vars(text).get(name)  # not of each layer
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if number is not None and not (is_integer(number) and 0 <= number <= most):
+                raise RequestError(f"{where} says {name} {value!r}; it must be a whole number up to {most}.")
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if name in vars(text) and not vars(text)[name]:
+            raise RequestError(f"{where} says {name} {vars(text)[name]!r}; a model has at least one.")
 
 
 def _is_hidden(name: str) -> bool:

@@ -17,8 +17,8 @@ from ..architectures.spec import MoESpec
 from ..architectures.structure import ExpertAxis, LayerStructure, owner, part, structure_of
 from ..architectures.table import architecture_for, architecture_of
 from ..architectures.tables import remapped
-from ..compat import ModelConfig, build_on_meta, text_config
-from ..errors import RequestError, RunError
+from ..compat import ModelConfig, build_on_meta, name_of_config, text_config
+from ..errors import RequestError, RunError, faults_of
 from ..storage.values import Json
 from .experts import ExpertsForward, Observing, ObservingScaledInput, OnLogits, StandIn
 from .numbered import ObservingModules, keep_modules
@@ -263,7 +263,8 @@ def _replace(module: nn.Module, name: str, value: Any) -> None:
 
 def moe_layers(model_config: ModelConfig, trust_remote_code: bool = False) -> tuple[dict[int, int], RoutingRule]:
     """Experts in each MoE layer and the rule of their routers, from a config alone (a model without weights)."""
-    blocks = moe_blocks(build_on_meta(model_config, trust_remote_code=trust_remote_code))
+    with faults_of(f"config.json of {name_of_config(model_config) or 'the model'}"):
+        blocks = moe_blocks(build_on_meta(model_config, trust_remote_code=trust_remote_code))
     return {block.layer: block.num_experts for block in blocks}, blocks[0].rule
 
 

@@ -17,8 +17,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import Layout, model_dtype
 from ..checkpoints.plain import Plain
 from ..checkpoints.source import Source
-from ..compat import load_made, loader_of, quantization_of
-from ..errors import RequestError
+from ..compat import build_on_meta, load_made, loader_of, quantization_of
+from ..errors import RequestError, faults_of
 from ..storage.values import Json
 from .checks import check_model
 from .layerwise import LayerByLayer
@@ -97,11 +97,17 @@ def load_model(model: Source | Layout, compute: Compute) -> Any:
         RunError: If a file is changed while it is read.
     """
     source = model.checkpoint.source if isinstance(model, Layout) else model
+    with faults_of(f"config.json of {source.name_or_path}"):
+        return _loaded(model, source, compute)
+
+
+def _loaded(model: Source | Layout, source: Source, compute: Compute) -> Any:
     settings = {**compute.for_transformers, **source.for_transformers}
     plain = model.plain if isinstance(model, Layout) else _plain_of(source)
     if plain is None or not (plain.formats or _is_as_it_is(plain)):
         return loader_of(source.config, source.trust_remote_code).from_pretrained(source.name_or_path, **settings)
     plain.check()
+    _check_embeddings(plain, source)
     dtype = model_dtype(source.config, plain.checkpoint, compute.dtype)
     read = plain.checkpoint.held_open()
     made = {
@@ -131,9 +137,25 @@ def _is_as_it_is(plain: Plain) -> bool:
     return not quantised and not any(tensor.format or tensor.fault for tensor in plain.tensors.values())
 
 
+def _check_embeddings(plain: Plain, source: Source) -> None:
+    """Raise where a config says more than the files hold; transformers would make all of it before it compares.
+
+    Raises:
+        RequestError: With both numbers.
+    """
+    held = sum(math.prod(tensor.shape) for tensor in plain.tensors.values())
+    said = sum(parameter.numel() for parameter in build_on_meta(source.config, None, True).parameters())
+    if said > 2 * held + 2**20:  # tied weights are counted twice
+        raise RequestError(
+            f"config.json of {source.name_or_path} describes a model of {said} parameters, and its files hold {held}; "
+            "the checkpoint is damaged, or its config is of another model."
+        )
+
+
 def open_skeleton(layout: Layout, compute: Compute) -> Skeleton:
     """A model of which one layer at a time is read; all tensors are checked."""
-    return Skeleton(layout, model_dtype(layout.config, layout.checkpoint, compute.dtype), compute.device)
+    with faults_of(f"config.json of {layout.checkpoint.name_or_path}"):
+        return Skeleton(layout, model_dtype(layout.config, layout.checkpoint, compute.dtype), compute.device)
 
 
 def open_runner(layout: Layout, compute: Compute) -> LayerByLayer:

@@ -13,7 +13,7 @@ def check_name(path: str | os.PathLike) -> Path:
     """The path of an output, if it names one.
 
     Raises:
-        RequestError: If it is empty, as an unset variable of a shell is, or has ``~`` where the shell put nothing else.
+        RequestError: If it is empty, as an unset variable of a shell is, or begins with a ``~``, a name no shell read.
     """
     name = os.fspath(path)
     if not name.strip() or "\0" in name:

@@ -57,7 +57,7 @@ _CARRIED = (
     "*.spm *.dict *.png *.jpg *.jpeg *.gif *.svg *.webp *.pdf licen[sc]e* notice* copying* copyright* authors* "
     "contributors* use_policy* acceptable_use* vocab merges"
 ).split()
-"""The kinds of files that models have beside their weights: configs, tokenizers, templates, code, words and pictures."""
+"""The kinds of files that models have beside their weights: configs, tokenizers, templates, code, words, pictures."""
 
 
 def carried(names: Sequence[str], find: Callable[[str], Path | None]) -> tuple[list[str], dict[str, str]]:
