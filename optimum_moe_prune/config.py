@@ -18,7 +18,7 @@ from .errors import RequestError, nearest_first
 from .names import BY_SENSITIVITY, CONFIG_NAME, DROP, GLOBAL, KEEP, PRUNE, UNIFORM
 from .storage.files import write_text
 from .storage.paths import check_name
-from .storage.values import Json, Values, is_integer, read_json, size_bytes
+from .storage.values import Json, Values, is_integer, read_from, read_json, size_bytes
 
 if TYPE_CHECKING:
     import os
@@ -335,7 +335,8 @@ class MoEPrunerConfig:
             if found is None:
                 raise RequestError(f"{name_or_path} has no {CONFIG_NAME}.")
             path = found
-        return cls.from_dict(read_json(path), **kwargs)
+        with read_from(path):
+            return cls.from_dict(read_json(path), **kwargs)
 
 
 def check_clusters(sample_selection: str, num_clusters: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two ways things go wrong: a request that cannot be carried out, and a run that failed; and text that is shown."""
+"""The two ways things go wrong: a request that cannot be carried out, a run that failed; and text to be shown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RunError(MoEPruneError, RuntimeError):
 _INVISIBLE = frozenset(
     "\u061c\u200b\u200e\u200f\u2060\ufeff" + "".join(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]))
 )
-"""Characters that turn the direction of text, or cannot be seen; joiners, which some scripts need, are not among them."""
+"""Characters that turn the direction of text, or cannot be seen; not joiners, which some scripts need."""
 
 
 def printable(text: object) -> str:

@@ -13,7 +13,7 @@ from .errors import RequestError
 from .names import PLAN_NAME
 from .storage.files import check_own, write_json
 from .storage.paths import check_name
-from .storage.values import Json, Values, check_version, is_integer, read_json
+from .storage.values import Json, Values, check_version, is_integer, read_from, read_json
 
 if TYPE_CHECKING:
     import os
@@ -286,7 +286,8 @@ class PruningPlan:
         path = Path(path)
         if path.is_dir():
             path = path / PLAN_NAME
-        return cls.from_dict(read_json(path))
+        with read_from(path):
+            return cls.from_dict(read_json(path))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **hub: Any) -> PruningPlan:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, one_line
 from ..storage.files import check_own, write_json
-from ..storage.values import Json, Values, check_version, read_json
+from ..storage.values import Json, Values, check_version, read_from, read_json
 from .losses import DomainResult, Evaluation, aligned
 from .speed import Generation
 
@@ -189,7 +189,8 @@ class Comparison:
         Raises:
             RequestError: If there is none, or it is damaged or of a newer format.
         """
-        return cls.from_dict(read_json(path))
+        with read_from(path):
+            return cls.from_dict(read_json(path))
 
 
 def reference_of(evaluation: Evaluation) -> Evaluation:
@@ -211,7 +212,7 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    plain = " ".join(str(text).split()).replace("\\", "\\\\").replace("<", "&lt;")
+    plain = one_line(text).replace("\\", "\\\\").replace("<", "&lt;")
     return plain.replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")
 
 

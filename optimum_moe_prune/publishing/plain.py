@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..errors import one_line
 from ..storage.values import Json
 
 
@@ -25,7 +26,7 @@ def pairs(value: Any, between: str = " ") -> list[str]:
 
 def plain(value: Any) -> str:
     """A value from a file as text in one line that is no markup."""
-    return " ".join(str(value).split()).replace("`", "'").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")
+    return one_line(value).replace("`", "'").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[")
 
 
 def sentence(text: str) -> str:

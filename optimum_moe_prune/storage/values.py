@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,21 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"{path} must hold a JSON object, and holds a {type(value).__name__}.")
     return value
+
+
+@contextlib.contextmanager
+def read_from(path: str | os.PathLike) -> Iterator[None]:
+    """Name the file in what is refused of its values inside a ``with``.
+
+    Raises:
+        RequestError: As it was raised, with the file.
+    """
+    try:
+        yield
+    except RequestError as error:
+        if str(path) in str(error):
+            raise
+        raise RequestError(f"{path}: {error}") from error
 
 
 def check_version(values: Mapping[str, Any], newest: int, what: str) -> None:

@@ -22,7 +22,7 @@ from ..checkpoints.checkpoint import INDEX_FILE
 from ..checkpoints.cutting import select
 from ..checkpoints.layout import Layout
 from ..checkpoints.source import Source
-from ..errors import RequestError, RunError
+from ..errors import RequestError, RunError, faults_of
 from ..names import (
     BASE_CARD_NAME,
     CARD_NAME,
@@ -92,8 +92,9 @@ def pruned_checkpoint(
     check_request(layout, uniform, standalone, way_of_plan(plan, mtp))
     plan = with_heads_settled(plan, layout, mtp)
     heads = head_counts(plan, layout)
-    pruned = config_after(layout, plan.without_heads.num_experts, heads)
-    check_heads_load(layout, pruned, heads or {})
+    with faults_of(f"config.json of {source}"):
+        pruned = config_after(layout, plan.without_heads.num_experts, heads)
+        check_heads_load(layout, pruned, heads or {})
     pieces = select(plan, layout, layout.head_names if heads is None else ())
     check_routers(plan, layout.fingerprints())
     files = split_state_dict_into_shards_factory(
@@ -105,7 +106,9 @@ def pruned_checkpoint(
     total = sum(piece.nbytes for piece in pieces.values())
     check_space(target, total)
     cut = cut_of_files(plan, layout)
-    config, beside = with_settings(config_of_files(layout, pruned), cut), changed_files(checkpoint.source, cut)
+    with faults_of(f"config.json of {source}"):
+        config = with_settings(config_of_files(layout, pruned), cut)
+    beside = changed_files(checkpoint.source, cut)
     with written_folder(target, overwrite, [source]) as output:
         with progress_bar(total, "writing the checkpoint", "B") as bar:
             for file, names in files.filename_to_tensors.items():
