@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LICENSES = (
-    "apache-2.0 mit bsd-3-clause gpl-2.0 gpl-3.0 agpl-3.0 lgpl-3.0 mpl-2.0 cc0-1.0 cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 "
-    "cc-by-nc-sa-4.0 openrail bigscience-openrail-m llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma"
+    "apache-2.0 mit bsd-3-clause gpl-2.0 gpl-3.0 agpl-3.0 lgpl-3.0 mpl-2.0 cc0-1.0 cc-by-4.0 cc-by-sa-4.0 "
+    "cc-by-nc-4.0 cc-by-nc-sa-4.0 openrail bigscience-openrail-m llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma"
 ).split()
 """Those that a message may suggest; the Hub knows more."""
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
