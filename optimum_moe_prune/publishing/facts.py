@@ -139,10 +139,14 @@ def origin_of(plan: PruningPlan) -> Origin:
 
 
 def names_of(plan: PruningPlan) -> Iterator[str]:
-    """The names of the models that a plan, and those before it, were made for, as recorded and as a person said."""
+    """What the models may be called on the Hub that a plan, and those before it, were made for."""
     for provenance in _chain(plan.provenance):
-        names = mapping(provenance.get("model")).get("name_or_path"), mapping(provenance.get(_KEY)).get("base_model")
-        yield from filter(lambda name: isinstance(name, str), names)
+        model = mapping(provenance.get("model"))
+        name, said = model.get("name_or_path"), mapping(provenance.get(_KEY)).get("base_model")
+        if isinstance(name, str) and ("/" in name or model.get("revision")):  # else it is the name of a folder
+            yield name
+        if isinstance(said, str):
+            yield said
 
 
 def _chain(provenance: Any) -> Iterator[Json]:
