@@ -64,14 +64,13 @@ def plan_in_words(plan: PruningPlan, where: str) -> list[str]:
         plan: The plan.
         where: The file that names all experts.
     """
-    lines = plan.summary().splitlines()
+    lines = plan.summary().splitlines()[: 1 + len(plan.retained)]  # what was found on the way is for those who ask
     if len(plan.retained) <= _MOST_LAYERS:
         return lines
     kept, before = (sorted(set(counts.values())) for counts in (plan.num_experts, plan.original_num_experts))
     spread = f"{kept[0]}" if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
     total = f"{before[0]}" if len(before) == 1 else f"{before[0]} to {before[-1]}"
-    rest = lines[1 + len(plan.retained) :]
-    return [lines[0], f"  each layer keeps {spread} of {total}; which ones stands in {where}", *rest]
+    return [lines[0], f"  each layer keeps {spread} of {total}; which ones stands in {where}"]
 
 
 def notes_of(plan: PruningPlan) -> list[str]:

@@ -219,7 +219,8 @@ def _specialists(
     tree = ward_tree(vectors[free], ward, noise)
     label, scores = cut(tree, places), _blurred(variability[free], noise)
     chosen = [
-        free[max(np.flatnonzero(label == cluster), key=lambda row: (scores[row], -row))] for cluster in range(places)
+        free[max(np.flatnonzero(label == cluster).tolist(), key=lambda row: (scores[row], -row))]
+        for cluster in range(places)
     ]
     return tree, label, chosen
 

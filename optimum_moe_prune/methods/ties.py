@@ -92,7 +92,8 @@ def _tied_between_layers(
     keys: Mapping[int, Sequence[Any]], budget: Budget, retained: Retained
 ) -> Iterator[tuple[int, list[int]]]:
     """Of a budget for the whole model: the experts of steps that are as good as the best one that was not taken."""
-    taken, left = [], []
+    taken: list[tuple[Any, int, list[int]]] = []
+    left: list[tuple[Any, int, list[int]]] = []
     for layer in budget.original:
         experts = budget.order(layer, keys[layer])
         for low, high in pairwise(budget.allowed(layer)):

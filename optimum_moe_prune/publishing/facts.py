@@ -7,6 +7,7 @@ A model from the Hub knows its id, and its own card the rest; of a folder of one
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
@@ -26,6 +27,11 @@ from .plain import mapping
 logger = logging.getLogger(__name__)
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_LICENSES = (
+    "apache-2.0 mit bsd-3-clause gpl-2.0 gpl-3.0 agpl-3.0 lgpl-3.0 mpl-2.0 cc0-1.0 cc-by-4.0 cc-by-sa-4.0 "
+    "cc-by-nc-4.0 cc-by-nc-sa-4.0 openrail bigscience-openrail-m llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma"
+).split()
+"""Those that a message may suggest; the Hub knows more."""
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 _KEY = "card"  # in a plan's provenance
 
@@ -53,8 +59,7 @@ class CardFacts:
                 f"mistralai/Mixtral-8x7B-v0.1: {why}."
             )
         if self.license is not None and not _fits(_LICENSE, self.license):
-            lower = str(self.license).lower().replace(" ", "-")
-            meant = lower if _LICENSE.fullmatch(lower) else "apache-2.0"
+            (meant,) = difflib.get_close_matches(str(self.license).lower(), _LICENSES, 1, 0.0)
             raise RequestError(
                 f"license is {self.license!r}; it must be one of the Hub's ids of licences, in lower case, as "
                 f"{meant}; or other."
@@ -116,8 +121,11 @@ class Origin:
 
 def origin_of(plan: PruningPlan) -> Origin:
     """What a plan and those before it know of the original. What is damaged in them is left out, with a warning."""
-    base_model, revision = None, None
-    first_model, license, languages = None, None, ()
+    base_model: str | None = None
+    revision: str | None = None
+    first_model: str | None = None
+    license: str | None = None
+    languages: tuple[str, ...] = ()
     for number, provenance in enumerate(_chain(plan.provenance)):
         model, said = mapping(provenance.get("model")), _said(provenance)
         commit, name = model.get("revision"), model.get("name_or_path")
@@ -131,10 +139,14 @@ def origin_of(plan: PruningPlan) -> Origin:
 
 
 def names_of(plan: PruningPlan) -> Iterator[str]:
-    """The names of the models that a plan, and those before it, were made for, as recorded and as a person said."""
+    """What the models may be called on the Hub that a plan, and those before it, were made for."""
     for provenance in _chain(plan.provenance):
-        names = mapping(provenance.get("model")).get("name_or_path"), mapping(provenance.get(_KEY)).get("base_model")
-        yield from filter(lambda name: isinstance(name, str), names)
+        model = mapping(provenance.get("model"))
+        name, said = model.get("name_or_path"), mapping(provenance.get(_KEY)).get("base_model")
+        if isinstance(name, str) and ("/" in name or model.get("revision")):  # else it is the name of a folder
+            yield name
+        if isinstance(said, str):
+            yield said
 
 
 def _chain(provenance: Any) -> Iterator[Json]:

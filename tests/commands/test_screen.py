@@ -29,9 +29,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_says_what_a_person_must_know(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ("run", "--model", place / "model", "--calibration", place / "texts.jsonl", "--method", "mosaic")
     code, out, err = call(capsys, *run, "--sparsity", 0.4, tmp_path / "out")
-    assert (code, err) == (0, "")
     plan, output = PruningPlan.load(tmp_path / "out"), tmp_path / "out"
     notes = plan.provenance["notes"]
+    assert code == 0 and not any(note in err for note in notes)
     assert any(note.startswith("sparsity 0.4 rounds") for note in notes) and len(set(notes)) == len(notes) > 1
     assert out.startswith("mosaic: 15 of 24 experts retained in 3 layers (38% removed)\n  layer 0  5 of 8: ")
     before, after = (model.num_parameters() for model in (load(place / "model"), load(output)))
@@ -111,7 +111,6 @@ def test_many_layers_are_not_listed() -> None:
     assert screen.plan_in_words(made(27, findings={"rounds": 3, "ties": {"0": [1, 2]}}), "p.json") == [
         "by hand: 67 of 216 experts retained in 27 layers (69% removed)",
         "  each layer keeps 2 to 3 of 8; which ones stands in p.json",
-        "  found: rounds 3",
     ]
 
 

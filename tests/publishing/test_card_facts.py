@@ -158,6 +158,8 @@ def test_what_a_person_says_goes_before_what_the_originals_card_says(place: Path
         ({"base_model": Path("a")}, "it is no text"),
         ({"license": "Apache 2.0"}, "license is 'Apache 2.0'; .* as apache-2.0; or other"),
         ({"license": "MIT"}, "as mit;"),
+        ({"license": "GPL 3"}, "as gpl-3.0;"),
+        ({"license": ""}, "license is ''"),
         ({"license": ["mit"]}, "license is"),
         ({"license": "mit\ntags: [x]"}, "license is"),
         ({"language": "english"}, "language is 'english'; it must be a code"),

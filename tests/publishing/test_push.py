@@ -316,6 +316,12 @@ def test_what_a_person_says_is_the_base_model_is_not_overwritten(hub: Hub, outpu
     assert hub.requests == []
 
 
+def test_a_repository_may_be_called_as_the_folder_of_the_original(hub: Hub, outputs: Path) -> None:
+    assert PruningPlan.load(outputs / "fewer").made_for["name_or_path"] == "base"
+    push_folder(outputs / "fewer", "base", token="hf_writer")
+    assert published(hub, repo_id="some/base") == files(outputs / "fewer")
+
+
 def test_a_plan_of_an_earlier_version_names_no_folder_once_published(hub: Hub, outputs: Path, tmp_path: Path) -> None:
     shutil.copytree(outputs / "fewer", tmp_path / "out")
     plan = PruningPlan.load(tmp_path / "out")
