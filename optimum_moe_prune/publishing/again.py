@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import PurePath
 
@@ -38,6 +39,9 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
             continue
         if name == "method_options" and isinstance(value, dict):
             command += [part for key, option in value.items() for part in ("--option", f"{key}={option}")]
+        elif name == "template_args" and isinstance(value, dict):
+            given = [f"{key}={json.dumps(argument)}" for key, argument in value.items()]
+            command += [part for argument in given for part in ("--template-arg", argument)]
         elif name == "protect" and isinstance(value, dict):
             for layer, experts in value.items():
                 command += ["--protect", f"{layer}:{','.join(map(str, experts))}"]
