@@ -75,6 +75,9 @@ class MoEPrunerConfig:
         num_clusters: For ``"kmeans"``: representatives of each domain, or ``"auto"``; by default ``num_samples`` in
             equal shares of the domains.
         pack: Join the samples of a domain and cut them into samples of ``max_length`` tokens.
+        text_column: The column of records that holds the text, where it is none of the usual ones.
+        template_args: Further arguments of the chat template, such as ``{"enable_thinking": False}``.
+        skip_bad: Leave out and count records that cannot be used; by default they are refused.
         sensitivity_samples: With ``allocation="sensitivity"``: samples to measure divergences on at most, in equal
             shares of the domains.
         seed: For whatever is drawn.
@@ -116,6 +119,11 @@ class MoEPrunerConfig:
         None, "with kmeans: representatives of each domain, or auto (default: --num-samples)", "K"
     )
     pack: bool = _setting(False, "join samples and cut them into full lengths")
+    text_column: str | None = _setting(None, "the column that holds the text (default: text, messages ...)", "NAME")
+    template_args: Json = _setting(
+        {}, "an argument of the chat template, as enable_thinking=false; may be repeated", "K=V"
+    )
+    skip_bad: bool = _setting(False, "leave out and count records that cannot be used")
     sensitivity_samples: int = _setting(32, "samples to measure divergences on", "N", least=1)
     seed: int = _setting(0, "for whatever is drawn", "S", least=0, most=2**32 - 1)
     mtp: str | None = _setting(
@@ -150,6 +158,11 @@ class MoEPrunerConfig:
                 "num_experts or sparsity."
             )
         check_clusters(self.sample_selection, self.num_clusters)
+        if not isinstance(self.text_column, (str, type(None))) or self.text_column == "":
+            raise RequestError(f"text_column is {self.text_column!r}; it must be the name of a column.")
+        if not isinstance(self.template_args, dict) or not all(isinstance(name, str) for name in self.template_args):
+            raise RequestError(f"template_args is {self.template_args!r}; it must give values by name.")
+        self.template_args = dict(self.template_args)
         try:  # JSON has no integer keys
             self.protect = {int(layer): tuple(experts) for layer, experts in self.protect.items()}
             self.skip_layers = tuple(self.skip_layers)

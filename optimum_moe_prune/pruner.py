@@ -204,7 +204,9 @@ class MoEPruner:
         config = self.model_config if model_config is None else model_config
         if config is None:
             raise RequestError("this pruner is bound to no model; pass the config of the one that samples are for.")
-        return CalibrationSet.for_recipe(calibration, self._recipe(), lambda: self.tokenizer, config)
+        is_given = self._tokenizer is not None or self.source is None
+        tokenizer = (lambda: self._tokenizer) if is_given else self.source.require_tokenizer
+        return CalibrationSet.for_recipe(calibration, self._recipe(), tokenizer, config)
 
     def calibrate(
         self,
@@ -487,7 +489,7 @@ class MoEPruner:
         source = model.checkpoint.source if isinstance(model, Layout) else self.source
         if source is None or source.name_or_path == self.name_or_path or self._tokenizer is not None:
             return self.samples(calibration, model.config)
-        return CalibrationSet.for_recipe(calibration, self._recipe(), lambda: source.tokenizer, model.config)
+        return CalibrationSet.for_recipe(calibration, self._recipe(), source.require_tokenizer, model.config)
 
     def _plan(
         self,

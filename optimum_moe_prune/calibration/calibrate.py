@@ -29,6 +29,7 @@ from ..storage.workspace import Workspace
 from .in_memory import collect, empty_stats
 from .samples import CalibrationInput, CalibrationSet, sample_length
 from .streamed import collect_streamed
+from .texts import needs_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,8 +79,8 @@ def calibrate(
     layout = layout_of(model)
     gathered = _possible(needs_of(needs), needs == "all", rule_of(model if layout is None else layout))
     config = model.config if layout is None else layout.config  # type: ignore[union-attr]
-    if not isinstance(samples, CalibrationSet) and tokenizer is None and layout is not None:
-        tokenizer = layout.checkpoint.source.tokenizer
+    if tokenizer is None and layout is not None and needs_tokenizer(samples):
+        tokenizer = layout.checkpoint.source.require_tokenizer()
     calibration = CalibrationSet.build(samples, tokenizer, max_length=sample_length(max_length, config))
     if layout is None:
         return collect(model, calibration, gathered, **settings)  # type: ignore[arg-type]

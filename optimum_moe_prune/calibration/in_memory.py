@@ -161,6 +161,8 @@ def assemble(
             "sources": list(calibration.sources),
             "truncated_samples": calibration.truncated,
             "duplicate_samples": calibration.duplicates,
+            "calibration_counts": calibration.counts.to_dict(),
+            "calibration_notes": list(calibration.notes()),
             **provenance,
         },
     )

@@ -6,9 +6,9 @@ Each text is one sample, tokenised with the tokenizer's own special tokens and c
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -23,8 +23,21 @@ from ..errors import RequestError
 from ..models.batches import Batch
 from ..statistics.samples import Sample, equal_shares, samples_fingerprint
 from ..storage.values import Values
+from .counts import Counts, Tally
+from .drawing import Draw, Tokens
+from .records import Origin, Reading
 from .representatives import NumClusters, representatives
-from .texts import HubMixture, _check_unicode, _Record, _records, _sources, hub_records
+from .texts import (
+    HubMixture,
+    hub_parts,
+    hub_remarks,
+    hub_rows,
+    needs_tokenizer,
+    resolved,
+    rows_of_source,
+    source_names,
+)
+from .tokens import Encoder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,10 +58,11 @@ CalibrationInput = Union[
     HubMixture,
     "CalibrationSet",
 ]
-"""``list[str]`` is texts; ``str``, ``Path`` and ``list[Path]`` are files.
+"""``list[str]`` is texts; ``str``, ``Path`` and ``list[Path]`` are files (``calibration.readers``), a ``str`` that
+begins with ``hub:`` or ``preset:`` datasets on the Hub.
 
-Records have ``text`` or ``messages``, and may have ``domain``; tensors are token ids ``(tokens,)`` or
-``(samples, tokens)``, used as they are.
+Records have text, a chat, or a question and its answer (``calibration.records``), and may have ``domain``; a list of
+chats is one record each; tensors are token ids ``(tokens,)`` or ``(samples, tokens)``, used as they are.
 """
 
 
@@ -62,6 +76,7 @@ class CalibrationSet:
         truncated: How many samples were cut to ``max_length``.
         duplicates: How many samples were left out because the same tokens were there already.
         sources: Names of the files they were read from, or mixtures on the Hub.
+        counts: What became of the records that were read.
     """
 
     samples: tuple[Sample, ...]
@@ -69,6 +84,7 @@ class CalibrationSet:
     truncated: int = 0
     duplicates: int = 0
     sources: tuple[str, ...] = ()
+    counts: Counts = Counts()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -95,6 +111,9 @@ class CalibrationSet:
         num_clusters: NumClusters = None,
         pack: bool = False,
         seed: int = 0,
+        text_column: str | None = None,
+        template_args: Values | None = None,
+        skip_bad: bool = False,
     ) -> CalibrationSet:
         """Read, select, tokenise and cut.
 
@@ -110,10 +129,13 @@ class CalibrationSet:
                 looked at; by default it sets the number, in equal shares of the domains.
             pack: Join the samples of a domain and cut them into samples of exactly ``max_length`` tokens.
             seed: For ``"random"`` and ``"kmeans"``.
+            text_column: The column that holds the text, where it is none of the usual ones.
+            template_args: Further arguments of the chat template, such as ``{"enable_thinking": False}``.
+            skip_bad: Leave out and count records that cannot be used; by default they are refused.
 
         Raises:
-            RequestError: If there is nothing to read, a file or record is broken, or a sample has less than two
-                tokens.
+            RequestError: If there is nothing to read, a file or record is broken, or no record has two tokens. Blank
+                records and those of less than two tokens are left out and counted.
         """
         if isinstance(source, CalibrationSet):
             return source
@@ -124,32 +146,36 @@ class CalibrationSet:
         if num_samples is not None and num_samples < 1:
             raise RequestError(f"num_samples is {num_samples}; at least 1 sample is needed.")
         check_clusters(sample_selection, num_clusters)
-        sources = _sources(source)
+        encoder = Encoder(tokenizer, Reading(text_column, dict(template_args or {}), skip_bad))
         kmeans = sample_selection == "kmeans"
+        source, tally = resolved(source), Tally()
+        names = source_names(source)
         if isinstance(source, HubMixture):
             usable = num_samples if sample_selection == "first" and not pack else None
-            source = hub_records(source.mixture, usable, everything=num_samples is None and num_clusters is None)
-        records = list(_records(source))
-        if not records:
-            raise RequestError(
-                "the calibration holds no samples; give texts, a .jsonl or .txt file, or token tensors."
-            )
-        if not pack and not kmeans:
-            records = _select(records, [r.domain for r in records], num_samples, sample_selection, seed)
-        tokens = [(r.origin, _tokens(r, tokenizer), r.domain) for r in records]
-        if pack:
-            tokens = _packed(tokens, max_length)
-            if not tokens:
-                raise RequestError(
-                    f"packing leaves no sample of {max_length} tokens; lower max_length or give more text."
-                )
-            if not kmeans:
-                tokens = _select(tokens, [domain for *_, domain in tokens], num_samples, sample_selection, seed)
+            everything = num_samples is None and num_clusters is None
+            parts = hub_parts(source.mixture)
+            tally.remarks += hub_remarks(parts)
+            pool = list(hub_rows(parts, usable, everything, encoder.reading))
+            draw = Draw(lambda tally, is_enough: pool, encoder, tally, max_length)
+        else:
+            rows = functools.partial(rows_of_source, source, encoder.reading)
+            draw = Draw(rows, encoder, tally, max_length)
+        requested = None if num_clusters is not None else num_samples
+        tokens: Iterable[Tokens] = (
+            draw.packed(requested, sample_selection, seed)
+            if pack
+            else draw.single(None if kmeans else requested, sample_selection, seed)
+        )
 
         def choose(ids: list[Tensor], domains: list[str]) -> list[int]:
             return representatives(ids, domains, num_samples, num_clusters, seed)
 
-        return replace(cls._of_tokens(tokens, max_length, choose if kmeans else None), sources=sources)
+        found = cls._of_tokens(tokens, max_length, tally, choose if kmeans else None)
+        tally.remarks += encoder.notes()
+        found = replace(found, sources=names, counts=tally.counts(found, max_length, requested))
+        for note in found.counts.warnings():
+            logger.warning("%s", note)
+        return found
 
     @classmethod
     def for_recipe(
@@ -160,13 +186,16 @@ class CalibrationSet:
             return source
         return cls.build(
             source,
-            tokenizer(),
+            tokenizer() if needs_tokenizer(source) else None,
             num_samples=recipe.num_samples,
             max_length=sample_length(recipe.max_length, model_config),
             sample_selection=recipe.sample_selection,
             num_clusters=recipe.num_clusters,
             pack=recipe.pack,
             seed=recipe.seed,
+            text_column=recipe.text_column,
+            template_args=recipe.template_args,
+            skip_bad=recipe.skip_bad,
         )
 
     @classmethod
@@ -183,37 +212,40 @@ class CalibrationSet:
     @classmethod
     def _of_tokens(
         cls,
-        tokens: Iterable[tuple[str, Tensor, str]],
+        tokens: Iterable[Tokens],
         max_length: int,
+        tally: Tally,
         choose: Callable[[list[Tensor], list[str]], list[int]] | None = None,
     ) -> CalibrationSet:
         """Cut samples, leave out what is there already and, with ``choose``, all but the chosen ones."""
         entries: dict[str, tuple[Sample, Tensor, bool]] = {}
-        duplicates = 0
+        origins: dict[str, Origin] = {}
+        duplicates, shared = 0, list[str]()
         for origin, ids, domain in tokens:
-            if len(ids) < 2:
-                raise RequestError(
-                    f"{origin} has {len(ids)} token{'' if len(ids) == 1 else 's'}; a sample needs at least 2. Remove "
-                    "it or give a longer one."
-                )
             was_cut = len(ids) > max_length
-            ids = ids[:max_length].to(torch.int64)
+            ids = ids[:max_length].to(torch.int64).clone()
             digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
             if digest in entries:
                 duplicates += 1
+                first = entries[digest][0].domain
+                if domain != first:
+                    shared.append(f"{origins[digest].public}, of domain {first!r}, and {origin.public}, of {domain!r}")
                 continue
-            entries[digest] = (Sample(digest, domain, len(ids)), ids, was_cut)
+            entries[digest], origins[digest] = (Sample(digest, domain, len(ids)), ids, was_cut), origin
+        if not entries:
+            raise tally.nothing_left()
+        if shared:
+            texts = "1 text is" if len(shared) == 1 else f"{len(shared)} texts are"
+            tally.remarks.append(f"{texts} in two domains, and counted for the one read first: {shared[0]}.")
         ordered = [entries[digest] for digest in sorted(entries)]
         if choose is not None:
             ordered = [ordered[i] for i in choose([ids for _, ids, _ in ordered], [s.domain for s, _, _ in ordered])]
         truncated = sum(was_cut for _, _, was_cut in ordered)
-        if truncated:
-            logger.warning(
-                "%d of %d samples are longer than %d tokens and were cut.", truncated, len(ordered), max_length
-            )
-        if duplicates:
-            logger.warning("%d samples have the same tokens as another one and were left out.", duplicates)
         return cls(tuple(s for s, _, _ in ordered), tuple(ids for _, ids, _ in ordered), truncated, duplicates)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a person must know of how the samples came about, as sentences."""
+        return self.counts.notes()
 
     def take(self, num_samples: int) -> CalibrationSet:
         """At most so many of the samples, in equal shares of the domains; their hashes decide which."""
@@ -273,51 +305,3 @@ def sample_length(max_length: int, config: ModelConfig) -> int:
     """``max_length``, or what the model was made for (``max_position_embeddings``) where that is shorter."""
     longest = getattr(text_config(config), "max_position_embeddings", None)
     return min(max_length, longest) if isinstance(longest, int) and longest > 1 else max_length
-
-
-def _select(entries: list[Any], domains: list[str], count: int | None, selection: str, seed: int) -> list[Any]:
-    """At most ``count`` entries, in equal shares of the domains: the first of each, or a seeded choice."""
-    if count is None or len(entries) <= count:
-        return entries
-    if selection == "random":
-        generator = random.Random(seed)
-        entries = list(entries)
-        for domain in sorted(set(domains)):
-            places = [place for place, other in enumerate(domains) if other == domain]
-            shuffled = [entries[place] for place in places]
-            generator.shuffle(shuffled)
-            for place, entry in zip(places, shuffled, strict=True):
-                entries[place] = entry
-    return [entries[place] for place in equal_shares(domains, count)]
-
-
-def _tokens(record: _Record, tokenizer: Any) -> Tensor:
-    if isinstance(record.content, Tensor):
-        return record.content
-    if tokenizer is None:
-        raise RequestError(
-            "a tokenizer is needed for texts, and this model's folder has none; pass token tensors instead."
-        )
-    if isinstance(record.content, str):
-        _check_unicode(record.content, record.origin)
-        ids = tokenizer(record.content, verbose=False)["input_ids"]
-    else:
-        if not getattr(tokenizer, "chat_template", None):
-            raise RequestError(
-                f"{record.origin} holds chat messages, and the tokenizer has no chat template; give 'text'."
-            )
-        ids = tokenizer.apply_chat_template(record.content, tokenize=True, return_dict=True)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _packed(tokens: list[tuple[str, Tensor, str]], length: int) -> list[tuple[str, Tensor, str]]:
-    """Samples of exactly ``length`` tokens, each from one domain; the rest of a domain that fills none is left out."""
-    streams: dict[str, list[Tensor]] = {}
-    for _, ids, domain in tokens:
-        streams.setdefault(domain, []).append(ids)
-    return [
-        (f"packed sample {number} of {domain!r}", row, domain)
-        for domain, parts in streams.items()
-        for number, row in enumerate(torch.cat(parts).split(length))
-        if len(row) == length
-    ]

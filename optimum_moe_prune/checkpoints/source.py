@@ -42,6 +42,20 @@ WEIGHT_FILES = (
 """Files with weights, in this format or another."""
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+    "tokenizer_config.json",
+)
+"""Files that a tokenizer is made of, at least one of them."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A model's folder or Hub id, and how it is reached.
@@ -181,13 +195,36 @@ class Source:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer, or None (and a log line says why); loaded once."""
+        try:
+            return self.require_tokenizer()
+        except RequestError as error:
+            logger.warning("%s", error)
+            return None
+
+    def require_tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            RequestError: If there is none, or it cannot be loaded.
+        """
         from transformers import AutoTokenizer
 
+        if loaded := self.__dict__.get("tokenizer"):
+            return loaded
+        what = f"no tokenizer can be loaded from {self.name_or_path}"
+        way = "copy the tokenizer's files there from the model it was made of, or pass token tensors."
+        if self.is_local and not any(path.name in TOKENIZER_FILES for path in Path(self.name_or_path).iterdir()):
+            code = [path.name for path in Path(self.name_or_path).glob("tokenization_*.py")]
+            if not (code and self.trust_remote_code):
+                raise RequestError(f"{what}: it has no {', '.join(TOKENIZER_FILES[:3])} or the like; {way}")
         try:
-            return AutoTokenizer.from_pretrained(self.name_or_path, **self.for_transformers)
-        except (OSError, ValueError) as error:
-            logger.warning("no tokenizer can be loaded from %s: %s", self.name_or_path, str(error).split("\n")[0])
-            return None
+            tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **self.for_transformers)
+        except Exception as error:  # the files of a tokenizer can be wrong in as many ways as there are kinds of it
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = " ".join(map(str.strip, lines))[:300].rstrip(".:, ")
+            raise RequestError(f"{what}: {reason}; {way}") from error
+        self.__dict__["tokenizer"] = tokenizer
+        return tokenizer
 
     def stored_plan(self) -> PruningPlan | None:
         """The plan in a checkpoint that this package made, or None."""

@@ -23,6 +23,7 @@ class ApplyCommand(Command):
         flags.add_writing(parser)
         flags.add_settings(parser, ["mtp"])
         publishing.add_publishing(parser)
+        flags.add_settings(parser.add_argument_group("how --evaluate is read"), flags.READING)
         add_dry_run(parser)
         flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
@@ -34,7 +35,7 @@ class ApplyCommand(Command):
         from ..storage.folders import check_target
 
         check_target(args.output, args.overwrite, [args.model, args.plan])
-        publishing.check_publishing(args)
+        texts = publishing.check_publishing(args)
         flags.compute_of(args)
         source = flags.source_of(args)
         plan = PruningPlan.load(args.plan)
@@ -54,4 +55,4 @@ class ApplyCommand(Command):
                 mtp=args.mtp,
                 **publishing.for_card(args),
             )
-        return publishing.result_of_checkpoint(args, pruner, printed)
+        return publishing.result_of_checkpoint(args, pruner, texts, printed)

@@ -59,9 +59,10 @@ def execute(command: type[Command], args: argparse.Namespace) -> int:
 
 def as_flags(message: str) -> str:
     """A message of the library, which speaks of arguments, in the words of the command line."""
-    switches = r"\b(?:overwrite|restart|standalone|stream|allow_code)=True\b"
+    switches = r"\b(?:overwrite|restart|standalone|stream|allow_code|skip_bad)=True\b"
     settings = r"^(?:batch_size|new_tokens|num_fewshot|gen_kwargs|base_model|license|language)(?= is )"
     message = re.sub(
         f"{switches}|{settings}", lambda found: f"--{found[0].removesuffix('=True').replace('_', '-')}", message
     )
+    message = message.replace("text_column", "--text-column").replace("template_args", "--template-arg")
     return re.sub(r"\b(device|dtype)='([^']*)'", r"--\1 \2", message)

@@ -24,8 +24,8 @@ class EvaluateCommand(Command):
         parser.add_argument(
             "--reference", metavar="DIR|ID", help="the model to compare with, usually the unpruned one"
         )
-        parser.add_argument("--data", action="append", metavar="FILE", help=".jsonl or .txt; may be repeated")
-        flags.add_settings(parser, ["batch_size", "max_length"])
+        parser.add_argument("--data", action="append", metavar="FILE", help=f"{flags.DATA}; may be repeated")
+        flags.add_settings(parser, ["batch_size", "max_length", *flags.READING])
         group = parser.add_argument_group("speed")
         group.add_argument(
             "--speed",
@@ -50,20 +50,23 @@ class EvaluateCommand(Command):
         from ..names import EVALUATION_NAME
         from ..publishing.card import write_card
         from ..storage.files import check_file
+        from .inputs import held_out_samples
 
         compute = flags.compute_of(args)
         _check(args)
         if args.output is not None:
             check_file(args.output, ".json", args.overwrite, Comparison.load)
         reference = None if args.reference is None else replace(flags.source_of(args, args.reference), revision=None)
+        models = [flags.source_of(args, path) for path in args.model]
+        max_length = 2048 if args.max_length is None else args.max_length
         comparison = compare(
-            [flags.source_of(args, path) for path in args.model],
-            [Path(file) for file in args.data] if args.data else None,
+            models,
+            held_out_samples(args, models[0], args.data, "--data", max_length) if args.data else None,
             reference=reference,
             tasks=[name for names in args.tasks or [] for name in names.split(",")],
             speed=args.speed,
             batch_size=8 if args.batch_size is None else args.batch_size,
-            max_length=2048 if args.max_length is None else args.max_length,
+            max_length=max_length,
             new_tokens=args.new_tokens,
             compute=compute,
             include=args.task_include or (),
@@ -131,6 +134,9 @@ def _check(args: argparse.Namespace) -> None:
         "--no-fewshot-as-multiturn": not args.fewshot_as_multiturn,
         "--gen-kwargs": args.gen_kwargs,
     }
+    reading = {"--text-column": args.text_column, "--template-arg": args.template_args, "--skip-bad": args.skip_bad}
+    if not args.data and (idle := [flag for flag, value in reading.items() if value]):
+        raise RequestError(f"{idle[0]} is for --data, and none is named.")
     if not args.tasks and (idle := [flag for flag, value in given.items() if value]):
         raise RequestError(f"{idle[0]} is for --tasks, and none are named.")
     if args.revision is not None and len(args.model) > 1:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
-from ..storage.values import Json
+from ..storage.values import Json, no_constant
 
 if TYPE_CHECKING:
     from ..checkpoints.source import Source
@@ -31,8 +32,10 @@ CALIBRATION = (
     "pack",
     "sensitivity_samples",
 )
+READING = ("text_column", "template_args", "skip_bad")
 _FIELDS = {setting.name: setting for setting in dataclasses.fields(MoEPrunerConfig)}
-_FLAGS = {"method_options": "--option"}
+_FLAGS = {"method_options": "--option", "template_args": "--template-arg"}
+DATA = ".jsonl, .json, .csv, .tsv, .parquet, .txt, .md (also .gz), preset:NAME or hub:name[config](split):samples"
 _TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
 
 
@@ -130,10 +133,9 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         action="append",
         metavar="FILE",
-        help=".jsonl (text or messages, optional domain), .txt (blank line between documents), or "
-        "hub:name[config](split):samples; may be repeated",
+        help=f"records of text, messages or questions and answers (optional domain): {DATA}; may be repeated",
     )
-    add_settings(group, CALIBRATION)
+    add_settings(group, (*CALIBRATION, *READING))
 
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
@@ -189,6 +191,8 @@ def recipe(args: argparse.Namespace) -> MoEPrunerConfig:
         values["num_clusters"] = _whole(values["num_clusters"], "--num-clusters (or auto)")
     if "method_options" in values:
         values["method_options"] = _pairs(values["method_options"], "--option", "=", "NAME=VALUE")
+    if "template_args" in values:
+        values["template_args"] = template_args(values["template_args"])
     if "protect" in values:
         pairs = _pairs(values["protect"], "--protect", ":", "LAYER:EXPERT,EXPERT")
         values["protect"] = {
@@ -202,7 +206,21 @@ def recipe(args: argparse.Namespace) -> MoEPrunerConfig:
     stored = MoEPrunerConfig.from_pretrained(args.config)
     if values.get("method", stored.method) == stored.method:
         values["method_options"] = {**stored.method_options, **values.get("method_options", {})}
+    if "template_args" in values:
+        values["template_args"] = {**stored.template_args, **values["template_args"]}
     return MoEPrunerConfig.from_dict(stored.to_dict(), **values)
+
+
+def template_args(given: list[str] | None) -> Json:
+    """Arguments of a chat template by name: values that are JSON as they are, others as text."""
+    return {name: _json_or_text(value) for name, value in _pairs(given or [], "--template-arg", "=", "K=V").items()}
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value, parse_constant=no_constant)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(value, value)
 
 
 def domain_weights(args: argparse.Namespace) -> dict[str, float] | None:

@@ -1,35 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration texts as commands name them."""
+"""Calibration and evaluation texts as commands name them."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compat import text_config
 from ..errors import RequestError
+from ..storage.values import Json
+from . import flags
 
 if TYPE_CHECKING:
-    from ..calibration.samples import CalibrationSet
+    from ..calibration.samples import CalibrationInput, CalibrationSet
+    from ..checkpoints.source import Source
     from ..pruner import MoEPruner
+
+ON_THE_HUB = ("hub:", "preset:")
 
 
 def calibration_samples(args: argparse.Namespace, pruner: MoEPruner) -> CalibrationSet:
     """The calibration samples the arguments name, their tokens checked against the model's vocabulary."""
+    if not args.calibration:
+        raise RequestError("a calibration is needed; name a file (--calibration FILE), or a preset (list presets).")
+    samples = pruner.samples(_input(args.calibration, "--calibration"))
+    samples.check_vocabulary(text_config(pruner.model_config).vocab_size)
+    return _named(samples, args.calibration)
+
+
+def held_out_samples(
+    args: argparse.Namespace, model: Source, data: Sequence[str], flag: str, max_length: int = 2048
+) -> CalibrationSet:
+    """The samples to evaluate on that the arguments name, read as they say."""
+    from ..evaluation.compare import held_out
+
+    reading: Json = {
+        "text_column": args.text_column,
+        "template_args": flags.template_args(args.template_args),
+        "skip_bad": bool(args.skip_bad),
+    }
+    return _named(held_out(model, _input(data, flag), max_length=max_length, **reading), data)
+
+
+def _input(names: Sequence[str], flag: str) -> CalibrationInput:
+    """What files, or datasets on the Hub, are named."""
     from ..calibration.texts import HubMixture
 
-    sources = args.calibration or []
-    if not sources:
-        raise RequestError("a calibration is needed; name a file (--calibration FILE).")
-    hub = [source.removeprefix("hub:") for source in sources if source.startswith("hub:")]
-    files = [Path(source) for source in sources if not source.startswith("hub:")]
-    if hub and files:
-        raise RequestError("--calibration takes files or hub: mixtures, not both at once.")
-    source: Any = HubMixture(",".join(hub)) if hub else files
-    samples = pruner.samples(source)
-    if hub:
-        samples = replace(samples, sources=tuple(sources))
-    samples.check_vocabulary(text_config(pruner.model_config).vocab_size)
-    return samples
+    on_hub = [name.removeprefix("hub:") for name in names if name.startswith(ON_THE_HUB)]
+    if on_hub and len(on_hub) < len(names):
+        raise RequestError(f"{flag} takes files, or hub: mixtures and presets, not both at once.")
+    source: Any = HubMixture(",".join(on_hub)) if on_hub else [Path(name) for name in names]
+    return source
+
+
+def _named(samples: CalibrationSet, names: Sequence[str]) -> CalibrationSet:
+    """The samples, with datasets on the Hub called as on the command line."""
+    return replace(samples, sources=tuple(names)) if names[0].startswith(ON_THE_HUB) else samples

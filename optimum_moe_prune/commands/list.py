@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``list``: the known methods or models."""
+"""``list``: the known methods, models or calibration presets."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from .base import Command, Result
 
 
 class ListCommand(Command):
-    COMMAND = CommandInfo("list", "the known methods or models")
+    COMMAND = CommandInfo("list", "the known methods, models or calibration presets")
     shows_bars = True
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("what", choices=("methods", "models"))
+        parser.add_argument("what", choices=("methods", "models", "presets"))
         parser.add_argument("--markdown", action="store_true", help="the models as a table in Markdown")
         flags.add_common(parser)
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
+        if args.what == "presets":
+            return _presets()
         return _models(args.markdown) if args.what == "models" else _methods()
 
 
@@ -64,3 +66,15 @@ def _methods() -> Result:
         if options:
             lines.append(f"{'':<{width}}    options: " + ", ".join(f"{key}={value}" for key, value in options.items()))
     return "\n".join(lines), {"methods": values}
+
+
+def _presets() -> Result:
+    from ..calibration.presets import PREFIX, PRESETS
+
+    lines = []
+    for name, preset in PRESETS.items():
+        lines.append(f"{PREFIX}{name}: {preset.summary}")
+        share = f"1/{len(preset.parts)} " if len(preset.parts) > 1 else ""
+        lines += [f"    {share}{part.domain}: {part.spec}, {part.licence}" for part in preset.parts]
+    lines += ["", "Licences as the datasets' cards give them; look there before you publish."]
+    return "\n".join(lines), {"presets": {name: dataclasses.asdict(preset) for name, preset in PRESETS.items()}}

@@ -16,6 +16,7 @@ from . import flags, screen
 from .base import Result
 
 if TYPE_CHECKING:
+    from ..calibration.samples import CalibrationSet
     from ..plan import PruningPlan
     from ..pruner import MoEPruner
 
@@ -27,8 +28,8 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         action="append",
         metavar="FILE",
-        help="held-out text (.jsonl or .txt): compare with the original afterwards, and put the results into the "
-        "model card; may be repeated",
+        help="held-out text, in any form that --calibration takes: compare with the original afterwards, and put the "
+        "results into the model card; may be repeated",
     )
     group.add_argument("--report", action="store_true", help="add report.html and its pictures")
     group.add_argument("--push-to-hub", metavar="REPO", help="publish the finished folder, in one commit")
@@ -40,8 +41,11 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_publishing(args: argparse.Namespace) -> None:
+def check_publishing(args: argparse.Namespace) -> CalibrationSet | None:
     """Refuse what cannot be added to a pruned checkpoint, before any work.
+
+    Returns:
+        What ``--evaluate`` will judge on.
 
     Raises:
         RequestError: If a file is missing, or a package.
@@ -49,10 +53,12 @@ def check_publishing(args: argparse.Namespace) -> None:
     from ..publishing.facts import CardFacts
 
     CardFacts(**for_card(args))
+    texts = None
     if args.evaluate:
-        from ..evaluation.compare import held_out
+        from .inputs import held_out_samples
 
-        held_out(flags.source_of(args), _held_out(args))  # whatever is wrong with them, or with the model
+        # Whatever is wrong with them, or with the model.
+        texts = held_out_samples(args, flags.source_of(args), args.evaluate, "--evaluate")
     if args.report:
         from ..publishing.report import require_matplotlib
 
@@ -67,6 +73,7 @@ def check_publishing(args: argparse.Namespace) -> None:
             raise RequestError(f"--push-to-hub: {str(error).splitlines()[0]}") from error
     elif args.private:
         raise RequestError("--private is for --push-to-hub REPO.")
+    return texts
 
 
 def for_card(args: argparse.Namespace) -> Json:
@@ -93,12 +100,15 @@ def check_memory(args: argparse.Namespace, pruner: MoEPruner) -> None:
         )
 
 
-def result_of_checkpoint(args: argparse.Namespace, pruner: MoEPruner, printed: Collection[str] = ()) -> Result:
+def result_of_checkpoint(
+    args: argparse.Namespace, pruner: MoEPruner, texts: CalibrationSet | None, printed: Collection[str] = ()
+) -> Result:
     """Add results and report to the checkpoint a pruner wrote, publish it, and say what was done.
 
     Args:
         args: The command's.
         pruner: That wrote it.
+        texts: What :func:`check_publishing` returned.
         printed: Messages that were printed before.
 
     Raises:
@@ -108,7 +118,7 @@ def result_of_checkpoint(args: argparse.Namespace, pruner: MoEPruner, printed: C
     assert plan is not None
     folder = Path(args.output)
     try:
-        lost, more, results = _finish(args, pruner, plan, folder)
+        lost, more, results = _finish(args, pruner, plan, folder, texts)
     except MoEPruneError as error:
         raise RunError(
             f"the pruned checkpoint is written in {folder}, and what should follow failed: {error} Add results with "
@@ -121,12 +131,8 @@ def result_of_checkpoint(args: argparse.Namespace, pruner: MoEPruner, printed: C
     return "\n".join([*lines, *more]), {**values, **results}
 
 
-def _held_out(args: argparse.Namespace) -> list[Path]:
-    return [Path(file) for file in args.evaluate]
-
-
 def _finish(
-    args: argparse.Namespace, pruner: MoEPruner, plan: PruningPlan, folder: Path
+    args: argparse.Namespace, pruner: MoEPruner, plan: PruningPlan, folder: Path, texts: CalibrationSet | None
 ) -> tuple[str, list[str], Json]:
     """What was lost, in words; lines of what else was done; and both as values."""
     from ..names import EVALUATION_NAME, REPORT_NAME, REPORT_PICTURES
@@ -141,7 +147,7 @@ def _finish(
         source = flags.source_of(args)
         comparison = compare(
             replace(source, name_or_path=str(folder), revision=None),
-            _held_out(args),
+            texts,
             reference=source,
             speed=True,
             compute=flags.compute_of(args),

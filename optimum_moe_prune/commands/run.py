@@ -40,7 +40,7 @@ class RunCommand(Command):
         from .inputs import calibration_samples
 
         check_target(args.output, args.overwrite, [args.model])
-        publishing.check_publishing(args)
+        texts = publishing.check_publishing(args)
         config = flags.recipe(args)
         config.require_budget()
         weights = flags.domain_weights(args)
@@ -70,4 +70,4 @@ class RunCommand(Command):
                 **publishing.for_card(args),
                 **vars(compute),
             )
-        return publishing.result_of_checkpoint(args, pruner, printed)
+        return publishing.result_of_checkpoint(args, pruner, texts, printed)

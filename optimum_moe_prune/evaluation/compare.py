@@ -15,6 +15,7 @@ from typing import Any, Union
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from ..calibration.texts import needs_tokenizer
 from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import RequestError, RunError
@@ -52,7 +53,8 @@ def compare(
     Args:
         models: Folders, Hub ids or loaded models, one or several.
         data: Held-out texts, as :func:`~optimum_moe_prune.evaluation.losses.evaluate` takes them; the first model's
-            tokenizer reads them for all.
+            tokenizer reads them for all. A ``CalibrationSet`` where they are read in a way of their own
+            (``text_column``, ``template_args``, ``skip_bad``).
         reference: The model to compare with, usually the unpruned one.
         tasks: Tasks of lm-evaluation-harness to run on each, the reference included.
         speed: Whether to measure generation and peak memory, each model in a process of its own; a loaded model has
@@ -128,16 +130,24 @@ def held_out(
     data: CalibrationInput,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
+    **reading: Any,
 ) -> CalibrationSet:
     """Texts as samples for a model, by its tokenizer.
+
+    Args:
+        model: The model.
+        data: As :func:`~optimum_moe_prune.evaluation.losses.evaluate` takes them.
+        tokenizer: In place of the model's own.
+        max_length: Tokens of a sample at most.
+        reading: ``text_column``, ``template_args``, ``skip_bad``: see ``CalibrationSet.build``.
 
     Raises:
         RequestError: If they, or the model, cannot be read, or a token id is outside its vocabulary.
     """
     config = model.config
-    if tokenizer is None and not isinstance(data, CalibrationSet):
-        tokenizer = _tokenizer(model)
-    samples = CalibrationSet.build(data, tokenizer, max_length=sample_length(max_length, config))
+    if tokenizer is None and needs_tokenizer(data):
+        tokenizer = model.require_tokenizer() if isinstance(model, Source) else _tokenizer(model)
+    samples = CalibrationSet.build(data, tokenizer, max_length=sample_length(max_length, config), **reading)
     samples.check_vocabulary(text_config(config).vocab_size)
     return samples
 

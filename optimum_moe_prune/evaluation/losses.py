@@ -182,7 +182,9 @@ def evaluate(
 
     Args:
         model: A causal language model.
-        data: Texts, files, records or token tensors; each text is one sample, cut to ``max_length`` tokens.
+        data: Texts, files, records or token tensors; each text is one sample, cut to ``max_length`` tokens. A
+            ``CalibrationSet`` where they are read in a way of their own (``text_column``, ``template_args``,
+            ``skip_bad``).
         tokenizer: For texts.
         reference: The model to compare with, of the same vocabulary; usually the unpruned one.
         batch_size: Samples in a forward pass, at most; fewer where the vocabulary is large.

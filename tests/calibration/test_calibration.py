@@ -138,8 +138,8 @@ def test_batches_hold_every_sample_once_padded_on_the_right(tokenizer: PreTraine
         ([], "the calibration holds no samples"),
         (5, "calibration of type int is not understood"),
         (["w1 w2", {"text": "w3"}], "must hold one kind of thing, and holds dict, str"),
-        (["w1 w2", ""], "text 1 has 1 token; a sample needs at least 2"),
-        ([{"content": "w1"}], r"record 0 must have 'text' \(a string\) or 'messages' \(a list\); its keys: content"),
+        (["", " "], "holds no samples: of 2 records 2 blank; the first: text 0 is blank"),
+        ([{"body": "w1"}], r"record 0 must have 'text' \(a string\) or 'messages' \(a list\); its keys: body"),
         ([{"text": 5}], "record 0 must have 'text'"),
         ([{"text": ["w1", "w2"]}], "record 0 must have 'text'"),
         (["w1 \ud800"], "text 0 is not valid Unicode text"),
@@ -164,7 +164,8 @@ def test_broken_inputs_are_refused(tokenizer: PreTrainedTokenizerBase, source: o
         ("list.jsonl", b"[1, 2]\n", "list.jsonl, line 1 must be an object"),
         ("keys.jsonl", b'{"body": "w1"}\n', "keys.jsonl, line 1 must have 'text'"),
         ("short.txt", b"w1 w2\n\n\n\n<pad>", None),
-        ("table.csv", b"a,b\n", "table.csv ends in '.csv'; .jsonl .* and .txt are read"),
+        ("text.pdf", b"text", "text.pdf ends in '.pdf'; .jsonl .* and .txt are read"),
+        ("data.bin", b"\xff", "data.bin is not a text file"),
     ],
 )
 def test_broken_files_are_refused(

@@ -404,7 +404,7 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
         ),
         (
             ("run", "--model", "{model}", "--calibration", "{place}/short.jsonl", "--num-experts", "4", "{out}"),
-            "short.jsonl, line 1 has 1 token",
+            "short.jsonl, line 1 is blank.",
         ),
         (
             ("run", "--model", "{model}", "--calibration", "{model}/model.safetensors", "--num-experts", "4", "{out}"),
