@@ -20,8 +20,9 @@ from .errors import RequestError
 from .evaluation.choosing import choose_experts
 from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
 from .models.blocks import moe_blocks, moe_layers
-from .models.checks import check_model
+from .models.checks import usable_model
 from .models.memory import Compute
+from .models.wrappers import plain_model
 from .names import BY_SENSITIVITY
 from .plan import PruningPlan, with_parent
 from .planning.build import budget_for, build_plan
@@ -225,7 +226,7 @@ class MoEPruner:
         Returns:
             The statistics, also readable as ``stats``.
         """
-        model = self.layout() if model is None else model
+        model = self.layout() if model is None else usable_model(model)
         samples = self._samples_for(model, _needed(calibration))
         stats = statistics_for([self._recipe()], model, samples, Compute(**compute), workspace)
         self.stats, self.pruning_plan = self._with_commit(stats), None  # an earlier plan does not rest on these
@@ -257,7 +258,7 @@ class MoEPruner:
         Returns:
             The sensitivity, also readable as ``sensitivity``; ``allocation="sensitivity"`` plans with it.
         """
-        config, model = self._recipe(), self.layout() if model is None else model
+        config, model = self._recipe(), self.layout() if model is None else usable_model(model)
         samples = self._samples_for(model, _needed(calibration))
         if self.stats is None:
             self.calibrate(model, samples, workspace=workspace.part("calibration"), **compute)
@@ -305,27 +306,27 @@ class MoEPruner:
         """Prune a model in memory: calibrate, plan, and remove experts; or apply the plan there is.
 
         Args:
-            model: A causal language model with real parameters on any device.
+            model: A causal language model with real parameters on any device; also compiled or in a ``DataParallel``.
             calibration: Texts, files, records, a dataset, token tensors, or statistics of this model. Not needed by
                 methods that need none, nor where a plan was loaded or made before.
             domain_weights: A share for each domain of the calibration; by default every token counts once.
 
         Returns:
-            The same model, now smaller.
+            The same model, now smaller, as it was given.
 
         Raises:
             RequestError: If anything about the request is wrong; the model is then unchanged.
             RunError: If the model holds NaN or infinite values; the model is then unchanged.
         """
-        check_model(model)
+        given, model = model, usable_model(model, to_change=True)
         plan = self.pruning_plan
         if calibration is not None or domain_weights is not None or plan is None:
             blocks = moe_blocks(model)
             recipe, _ = fitted(self._recipe(), model)
             budget_for(recipe, {b.layer: b.num_experts for b in blocks}, blocks[0].rule)
             plan = self._plan(model, calibration, domain_weights, Workspace(), Compute())
-        self.model, self._applied_plan = apply_plan(plan, model), plan
-        return self.model
+        pruned, self.model, self._applied_plan = apply_plan(plan, given), model, plan
+        return pruned
 
     def prune_checkpoint(
         self,
@@ -423,7 +424,7 @@ class MoEPruner:
         Raises:
             RequestError: If there is no pruned model, it does not match the plan, or the target is in the way.
         """
-        model = model if model is not None else self.model
+        model = self.model if model is None else plain_model(model)
         plan = self._applied_plan if model is self.model else self.pruning_plan
         if model is None or plan is None:
             raise RequestError("there is no pruned model to save; call prune first, or pass the model it returned.")
