@@ -169,7 +169,7 @@ def _another_format(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
     if Plain(checkpoint, config).formats:
         return None
     found = checkpoint.source.find("config.json")
-    return None if found is None else foreign_format(read_json(found), checkpoint.tensors)
+    return None if found is None else foreign_format(read_json(found), checkpoint.tensors, checkpoint.metadata)
 
 
 def _found_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
