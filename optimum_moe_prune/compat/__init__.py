@@ -341,7 +341,7 @@ def _classes_of(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, ...]]]:
     import transformers
 
     for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
-        found = getattr(getattr(transformers, auto, None), "_model_mapping", {}).get(type(config))
+        found = getattr(getattr(transformers, auto, None), "_model_mapping", {}).get(type(config), None)
         if found is not None:
             yield auto, found if isinstance(found, tuple) else (found,)
 
