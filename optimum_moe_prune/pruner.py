@@ -22,7 +22,6 @@ from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
 from .models.blocks import moe_blocks, moe_layers
 from .models.checks import usable_model
 from .models.memory import Compute
-from .models.wrappers import plain_model
 from .names import BY_SENSITIVITY
 from .plan import PruningPlan, with_parent
 from .planning.build import budget_for, build_plan
@@ -424,7 +423,7 @@ class MoEPruner:
         Raises:
             RequestError: If there is no pruned model, it does not match the plan, or the target is in the way.
         """
-        model = self.model if model is None else plain_model(model)
+        model = model if model is not None else self.model
         plan = self._applied_plan if model is self.model else self.pruning_plan
         if model is None or plan is None:
             raise RequestError("there is no pruned model to save; call prune first, or pass the model it returned.")

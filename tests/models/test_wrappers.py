@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, dispatch_model
-from conftest import assert_equal_states, make_model
+from conftest import assert_equal_states, load, make_model
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -249,3 +249,10 @@ def test_code_that_looks_at_nothing_is_compiled_anew(pruned: Any, samples: Calib
 
 def test_rows_are_found_of_wrapped_models() -> None:
     assert discover(nn.DataParallel(tiny())).model_type == "mixtral"
+
+
+def test_wrapped_models_are_saved(samples: CalibrationSet, tmp_path: Path) -> None:
+    wrapped = nn.DataParallel(tiny())
+    pruner = MoEPruner(RECIPE)
+    pruner.save_pretrained(tmp_path / "out", pruner.prune(wrapped, samples))
+    assert_equal_states(load(tmp_path / "out"), wrapped.module)
