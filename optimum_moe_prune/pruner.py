@@ -20,7 +20,7 @@ from .errors import RequestError
 from .evaluation.choosing import choose_experts
 from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
 from .models.blocks import moe_blocks, moe_layers
-from .models.checks import check_model
+from .models.checks import usable_model
 from .models.memory import Compute
 from .names import BY_SENSITIVITY
 from .plan import PruningPlan, with_parent
@@ -227,7 +227,7 @@ class MoEPruner:
         Returns:
             The statistics, also readable as ``stats``.
         """
-        model = self.layout() if model is None else model
+        model = self.layout() if model is None else usable_model(model)
         samples = self._samples_for(model, _needed(calibration))
         stats = statistics_for([self._recipe()], model, samples, Compute(**compute), workspace)
         self.stats, self.pruning_plan = self._with_commit(stats), None  # an earlier plan does not rest on these
@@ -259,7 +259,7 @@ class MoEPruner:
         Returns:
             The sensitivity, also readable as ``sensitivity``; ``allocation="sensitivity"`` plans with it.
         """
-        config, model = self._recipe(), self.layout() if model is None else model
+        config, model = self._recipe(), self.layout() if model is None else usable_model(model)
         samples = self._samples_for(model, _needed(calibration))
         if self.stats is None:
             self.calibrate(model, samples, workspace=workspace.part("calibration"), **compute)
@@ -307,27 +307,27 @@ class MoEPruner:
         """Prune a model in memory: calibrate, plan, and remove experts; or apply the plan there is.
 
         Args:
-            model: A causal language model with real parameters on any device.
+            model: A causal language model with real parameters on any device; also compiled or in a ``DataParallel``.
             calibration: Texts, files, records, a dataset, token tensors, or statistics of this model. Not needed by
                 methods that need none, nor where a plan was loaded or made before.
             domain_weights: A share for each domain of the calibration; by default every token counts once.
 
         Returns:
-            The same model, now smaller.
+            The same model, now smaller, as it was given.
 
         Raises:
             RequestError: If anything about the request is wrong; the model is then unchanged.
             RunError: If the model holds NaN or infinite values; the model is then unchanged.
         """
-        check_model(model)
+        given, model = model, usable_model(model, to_change=True)
         plan = self.pruning_plan
         if calibration is not None or domain_weights is not None or plan is None:
             blocks = moe_blocks(model)
             recipe, _ = fitted(self._recipe(), model)
             budget_for(recipe, {b.layer: b.num_experts for b in blocks}, blocks[0].rule)
             plan = self._plan(model, calibration, domain_weights, Workspace(), Compute())
-        self.model, self._applied_plan = apply_plan(plan, model), plan
-        return self.model
+        pruned, self.model, self._applied_plan = apply_plan(plan, given), model, plan
+        return pruned
 
     def prune_checkpoint(
         self,

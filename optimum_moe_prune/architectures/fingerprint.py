@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_NAMES = ("fingerprint", "fingerprint_bfloat16")
+_NAMES = ("fingerprint", "fingerprint_bfloat16", "fingerprint_float16")
 
 
 def fingerprints_of(layers: Iterable[tuple[int, int, int, Iterable[Tensor]]]) -> Json:
     """The fingerprints of a model from layer index, number of experts, top_k and router tensors of each MoE layer.
 
-    ``fingerprint`` is of the numbers as they are; ``fingerprint_bfloat16`` of the same rounded, so that a model and
-    its files know each other whichever precision the model was loaded in.
+    ``fingerprint`` is of the numbers as they are; the others are of the same rounded, so that a model and its files
+    know each other whichever precision the model was loaded in, and whether its routers were or were kept as they are.
     """
     import torch
 
@@ -32,7 +32,8 @@ def fingerprints_of(layers: Iterable[tuple[int, int, int, Iterable[Tensor]]]) ->
             digest.update(f"{layer}:{num_experts}:{top_k};".encode())
         for tensor in tensors:
             exact = tensor.detach().float().cpu().contiguous()
-            for digest, values in zip(digests.values(), (exact, exact.to(torch.bfloat16).float()), strict=True):
+            every = (exact, exact.to(torch.bfloat16).float(), exact.to(torch.float16).float())
+            for digest, values in zip(digests.values(), every, strict=True):
                 digest.update(values.numpy().tobytes())
     return {name: digest.hexdigest() for name, digest in digests.items()}
 

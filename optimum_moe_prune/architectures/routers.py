@@ -276,9 +276,7 @@ class SoftmaxTopK(RoutingRule, kind="softmax"):
         return logits
 
     def numerators(self, logits: Tensor) -> Tensor:
-        logits = logits.double()
-        # The bound keeps their squares from vanishing; it matters only to experts e^300 times less likely than others.
-        return (logits - logits.amax(dim=1, keepdim=True)).clamp_(min=-300).exp_()
+        return likelihoods(logits.double())
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         return logits.double().log_softmax(dim=-1)
@@ -289,6 +287,14 @@ class SoftmaxTopK(RoutingRule, kind="softmax"):
     def to_dict(self) -> Json:
         """Without its kind: so statistics have been written from the beginning."""
         return asdict(self)
+
+
+def likelihoods(logits: Tensor) -> Tensor:
+    """What softmax divides by its sum ``(T, E)``, over that of each token's most likely expert.
+
+    A bound keeps their squares from vanishing; it matters only to experts e^300 times less likely than others.
+    """
+    return (logits - logits.amax(dim=1, keepdim=True)).clamp_(min=-300).exp_()
 
 
 def rule_from_dict(values: Values) -> RoutingRule:

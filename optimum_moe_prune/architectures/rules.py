@@ -8,13 +8,13 @@ token where a table says, :class:`SparseMixer` is Phi's. A row names one by a fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RequestError
-from .routers import Normalisation, RoutingRule
+from .routers import Normalisation, RoutingRule, likelihoods
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,15 +106,10 @@ class TopK(RoutingRule, kind="top_k"):
         return self.groups == 1 and self.fixed == 0 and not moving
 
     @property
-    def fewest_in_group(self) -> int:
-        return max(2 if self.group_score == "top2" and self.groups > 1 else 1, ceil(self.top_k / self.top_groups))
-
-    @property
     def fewest(self) -> int:
-        return self.top_k if self.groups == 1 else self.groups * self.fewest_in_group
-
-    def allows(self, num_experts: int) -> bool:
-        return num_experts >= self.fewest and num_experts % self.groups == 0
+        if self.groups == 1:
+            return self.top_k
+        return self.groups * max(2 if self.group_score == "top2" else 1, math.ceil(self.top_k / self.top_groups))
 
     def of_router(self, tensors: Mapping[str, Tensor]) -> RoutingRule:
         def read(name: str) -> tuple[float, ...]:
@@ -164,7 +159,7 @@ class TopK(RoutingRule, kind="top_k"):
         moved = (ids[:, None] == chosen[:, None, :]).any(-1)
         if self.groups > 1:  # and those by which its group is compared
             key = self._key(logits[:, ids], self._score(logits[:, ids]), ids)
-            whole = key.new_full(logits.shape, -torch.inf).index_copy_(1, ids, key).view(len(logits), self.groups, -1)
+            whole = self._by_group(key, ids, logits.shape[1])
             best = whole.topk(2 if self.group_score == "top2" else 1, dim=-1).indices
             leads = torch.zeros_like(whole, dtype=torch.bool).scatter_(-1, best, True)
             moved |= leads.flatten(1)[:, ids]
@@ -183,14 +178,10 @@ class TopK(RoutingRule, kind="top_k"):
         if self.on_input:
             return torch.ones_like(logits)
         if self.score == "softmax":
-            return (logits - logits.amax(dim=1, keepdim=True)).clamp_(min=-300).exp_()
+            return likelihoods(logits)
         if self.score == "sigmoid":
             return logits.clamp(min=-300).sigmoid()
         return torch.nn.functional.softplus(logits.clamp(min=-300)).sqrt()
-
-    def input_scores(self, logits: Tensor) -> Tensor:
-        """With ``on_input``: what multiplies the input of each expert, were it chosen ``(T, E)``."""
-        return self._score(logits).to(logits.dtype)
 
     # -- its parts
 
@@ -220,12 +211,16 @@ class TopK(RoutingRule, kind="top_k"):
         scale = torch.as_tensor(self.scale, dtype=torch.float64, device=ids.device)
         return scale[ids] if scale.ndim else scale.expand(len(ids))
 
+    def _by_group(self, key: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+        """Keys of some experts in the groups of the whole layer ``(T, groups, E / groups)``, of others -infinity."""
+        whole = key.new_full((len(key), num_experts), -math.inf).index_copy_(1, ids, key)
+        return whole.view(len(key), self.groups, -1)
+
     def _in_best_groups(self, key: Tensor, ids: Tensor, num_experts: int) -> Tensor:
         """The same keys, minus infinity outside the best groups: what is left of those of the whole layer."""
         import torch
 
-        whole = key.new_full((len(key), num_experts), -torch.inf).index_copy_(1, ids, key)
-        by_group = whole.view(len(key), self.groups, -1)
+        by_group = self._by_group(key, ids, num_experts)
         best = by_group.topk(2, dim=-1).values.sum(-1) if self.group_score == "top2" else by_group.amax(-1)
         taken = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(self.top_groups).indices, True)
         outside = 0.0 if self.others_are_zero else -torch.inf
@@ -302,5 +297,4 @@ class SparseMixer(RoutingRule, kind="sparse_mixer"):
         return logits
 
     def numerators(self, logits: Tensor) -> Tensor:
-        logits = logits.double()
-        return (logits - logits.amax(dim=1, keepdim=True)).clamp_(min=-300).exp_()
+        return likelihoods(logits.double())

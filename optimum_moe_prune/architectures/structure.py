@@ -12,7 +12,7 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -24,6 +24,9 @@ from ..errors import RequestError
 from .spec import MoESpec
 
 _INDEX = re.compile(r"(?:^|\.)(\d+)\.")
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of tensors by path."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class ExpertAxis:
     axis: int
     each: int = 1
     extra: int = 0
+
+    def count(self, shape: Sequence[int]) -> int:
+        """The experts in a tensor of a shape."""
+        return (shape[self.axis] - self.extra) // self.each
+
+    def length(self, count: int) -> int:
+        """How long the axis of a tensor of ``count`` experts is."""
+        return count * self.each + self.extra
 
     def rows(self, retained: Sequence[int], count: int) -> list[int]:
         """What is left along the axis of a tensor of ``count`` experts."""
@@ -136,18 +147,54 @@ def _structure(model: Any, config: ModelConfig, spec: MoESpec) -> Structure:
     count_key = spec.key_of_count(config)
     twin = built_like(model, with_more_experts(config, count_key))
     before, after = shapes_of(model), shapes_of(twin)
-    grown = {name: (shape, after[name]) for name, shape in before.items() if after.get(name, shape) != shape}
-    by_list: dict[str, dict[int, dict[str, Any]]] = {}
-    for name, shapes in grown.items():
+    grown = _grown(before, after, spec)
+    numbered = _numbered(after.keys() - before.keys(), spec, count_key)
+    lists = sorted({*grown, *numbered})
+    if not lists:
+        raise RequestError(
+            f"no tensor of this {spec.model_type!r} model grows with {count_key}: no layer has experts, so there is "
+            "nothing to prune."
+        )
+    if len(lists) > 1:
+        raise RequestError(
+            f"this {spec.model_type!r} model has experts in {' and in '.join(lists)}; one stack of decoder "
+            "layers is what can be pruned."
+        )
+    layers = lists[0]
+    tensors, modules = grown.get(layers, {}), numbered.get(layers, {})
+    numbers, more = counts_of(model), counts_of(twin)
+    counted = {path: value for path, value in numbers.items() if more.get(path, value) != value}
+    found = {}
+    for index in sorted({*tensors, *modules}):
+        start = f"{layers}.{index}."
+        counts = {path[len(start) :]: value for path, value in counted.items() if path.startswith(start)}
+        each = tuple(sorted(modules.get(index, ())))
+        found[index] = _layer(index, tensors.get(index, {}), counts, spec.num_experts(config, index), spec, each)
+    outside = tuple(path for path in counted if not path.startswith(f"{layers}."))
+    return Structure(layers, found, outside)
+
+
+def _grown(before: Shapes, after: Shapes, spec: MoESpec) -> dict[str, dict[int, dict[str, Any]]]:
+    """List of layers -> layer -> path -> both shapes of a tensor that grows with the number of experts."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, shape in before.items():
+        if (more := after.get(name, shape)) == shape:
+            continue
         match = _INDEX.search(name)
         if match is None:
             raise RequestError(
                 f"{name} of this {spec.model_type!r} model, outside its layers, grows with the number of experts; "
                 "such a model cannot be pruned."
             )
-        by_list.setdefault(name[: match.start()], {}).setdefault(int(match[1]), {})[name[match.end() :]] = shapes
-    numbered: dict[str, dict[int, dict[str, None]]] = {}  # list of layers -> layer -> paths with * for an expert
-    for name in after.keys() - before.keys():
+        layer = found.setdefault(name[: match.start()], {}).setdefault(int(match[1]), {})
+        layer[name[match.end() :]] = shape, more
+    return found
+
+
+def _numbered(more: Iterable[str], spec: MoESpec, count_key: str) -> dict[str, dict[int, set[str]]]:
+    """List of layers -> layer -> paths of tensors that further experts have of their own, with * for an expert."""
+    found: dict[str, dict[int, set[str]]] = {}
+    for name in more:
         places = list(_INDEX.finditer(name))
         if len(places) < 2:
             raise RequestError(
@@ -156,30 +203,8 @@ def _structure(model: Any, config: ModelConfig, spec: MoESpec) -> Structure:
             )
         of_layer, of_expert = places[0], places[1]
         path = f"{name[of_layer.end() : of_expert.start()]}.*.{name[of_expert.end() :]}"
-        layer = numbered.setdefault(name[: of_layer.start()], {}).setdefault(int(of_layer[1]), {})
-        layer[path] = None
-        by_list.setdefault(name[: of_layer.start()], {}).setdefault(int(of_layer[1]), {})
-    if not by_list:
-        raise RequestError(
-            f"no tensor of this {spec.model_type!r} model grows with {count_key}: no layer has experts, so there is "
-            "nothing to prune."
-        )
-    if len(by_list) > 1:
-        raise RequestError(
-            f"this {spec.model_type!r} model has experts in {' and in '.join(sorted(by_list))}; one stack of decoder "
-            "layers is what can be pruned."
-        )
-    ((layers, moe),) = by_list.items()
-    numbers, more = counts_of(model), counts_of(twin)
-    counted = {path: value for path, value in numbers.items() if more.get(path, value) != value}
-    found = {}
-    for index, tensors in sorted(moe.items()):
-        start = f"{layers}.{index}."
-        counts = {path[len(start) :]: value for path, value in counted.items() if path.startswith(start)}
-        each = tuple(sorted(numbered.get(layers, {}).get(index, {})))
-        found[index] = _layer(index, tensors, counts, spec.num_experts(config, index), spec, each)
-    outside = tuple(path for path in counted if not path.startswith(f"{layers}."))
-    return Structure(layers, found, outside)
+        found.setdefault(name[: of_layer.start()], {}).setdefault(int(of_layer[1]), set()).add(path)
+    return found
 
 
 def _layer(
@@ -243,7 +268,7 @@ def with_more_experts(config: ModelConfig, count_key: str) -> ModelConfig:
     return config
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: nn.Module) -> Shapes:
     """The shapes of parameters and buffers, by path."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: tuple(tensor.shape) for name, tensor in tensors}

@@ -18,6 +18,7 @@ from ..config import MoEPrunerConfig
 from ..errors import RequestError, RunError, faults_of
 from ..methods import get_method, make_options
 from ..models.blocks import model_facts, moe_blocks
+from ..models.checks import usable_model
 from ..models.heads import Heads, open_heads
 from ..models.memory import Compute, load_model, open_skeleton
 from ..provenance import versions
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Model = Union["PreTrainedModel", Layout, Source, str, os.PathLike]
-"""A model in memory, or the folder, Hub id or ``Source`` of one."""
+"""A model in memory, wrapped (``models.wrappers``) or not; or the folder, Hub id or ``Source`` of one."""
 Needs = str | Need | MoEPrunerConfig | Iterable[str | Need | MoEPrunerConfig]
 """``"all"``, methods by name, recipes, or single needs."""
 
@@ -77,6 +78,7 @@ def calibrate(
     """
     settings: Json = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
     layout = layout_of(model)
+    model = usable_model(model if layout is None else layout)
     gathered = _possible(needs_of(needs), needs == "all", rule_of(model if layout is None else layout))
     config = model.config if layout is None else layout.config  # type: ignore[union-attr]
     if tokenizer is None and layout is not None and needs_tokenizer(samples):
@@ -163,6 +165,7 @@ def no_calibration(model: Model, seed: int = 0) -> CalibrationStats:
         seed: Carried along.
     """
     layout = layout_of(model)
+    model = usable_model(model if layout is None else layout)
     if layout is None:
         blocks = moe_blocks(model)
         counts = {block.layer: block.num_experts for block in blocks}

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..architectures.routers import RoutingRule
 from ..compat import ModelConfig, text_config
 from ..models.blocks import decoder_of, model_facts, moe_blocks
-from ..models.checks import check_finite, check_model, evaluating, input_device, vocabulary
+from ..models.checks import check_finite, evaluating, input_device, usable_model, vocabulary
 from ..models.heads import Heads
 from ..progress import progress
 from ..provenance import now, versions
@@ -67,7 +67,7 @@ def collect(
     """
     needs = frozenset(needs)
     store = Store() if store is None else store
-    check_model(model)
+    model = usable_model(model)
     check_finite(model)
     blocks = [*moe_blocks(model), *(heads.blocks if heads is not None else ())]
     calibration.check_vocabulary(vocabulary(model))

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import RequestError, RunError
 from ..storage.tensor_files import TORCH_DTYPES, TensorEntry, all_finite, read_header, read_tensor
 from ..storage.values import Json, read_json
+from .folders import no_weights, not_downloaded, unfinished_download
 from .source import Source
 
 logger = logging.getLogger(__name__)
@@ -227,10 +228,9 @@ class Checkpoint:
     def _index(self) -> tuple[dict[str, str], Json]:
         path = self.source.find(INDEX_FILE)
         if path is None:
-            raise RequestError(
-                f"{self.name_or_path} has no safetensors files ({SINGLE_FILE} or {INDEX_FILE}); load the model with "
-                "transformers and save it again, which writes them."
-            )
+            raise RequestError(no_weights(self.name_or_path, self.source.names()))
+        if pointer := not_downloaded(path):
+            raise RequestError(pointer)
         index = read_json(path)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -245,7 +245,7 @@ class Checkpoint:
                     tensors = [name for name, where in weight_map.items() if where == file]
                     raise RequestError(
                         f"{Path(self.name_or_path) / file} is missing; the index says that it holds {tensors[0]} and "
-                        f"{len(tensors) - 1} more."
+                        f"{len(tensors) - 1} more. {unfinished_download(self.name_or_path) or ''}".strip()
                     )
         return weight_map, metadata if isinstance(metadata, dict) else {}
 
@@ -279,6 +279,8 @@ class Checkpoint:
     def _read(self, file: str) -> dict[str, str]:
         """Read a file's header; its metadata."""
         path = self.path(file)
+        if pointer := not_downloaded(path):
+            raise RequestError(pointer)
         self._entries[file], metadata = read_header(path)
         self._stamps[file] = _stamp(os.stat(path))
         return metadata

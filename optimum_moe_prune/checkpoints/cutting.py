@@ -73,10 +73,8 @@ def select(plan: PruningPlan, layout: Layout, left_out: Collection[str] = ()) ->
         )
         if len(retained) == layer.num_experts:
             continue
-        for name, (axis, each, extra) in layer.axes.items():
-            own = [expert * each + row for expert in retained for row in range(each)]
-            rows = (*own, *range(layer.num_experts * each, layer.num_experts * each + extra))
-            changed[name] = _cut(layout, name, axis, rows)
+        for name, axis in layer.axes.items():
+            changed[name] = _cut(layout, name, axis.axis, tuple(axis.rows(retained, layer.num_experts)))
         if layer.table:
             changed[layer.table] = _remapped(layout, layer, index, retained)
     pieces = {}

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from ..storage.values import Json
 
@@ -59,12 +60,15 @@ _METHODS = {
 }
 
 
-def foreign_format(config: Json, tensors: Iterable[str]) -> str | None:
+def foreign_format(
+    config: Json, tensors: Iterable[str], metadata: Mapping[str, str] = MappingProxyType({})
+) -> str | None:
     """What another tool wrote, in words that follow "the checkpoint is"; None if nothing tells.
 
     Args:
         config: The model's ``config.json``.
         tensors: The names of its tensors.
+        metadata: Of its files, where a writer may name itself.
     """
     names = list(tensors)
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
@@ -82,4 +86,4 @@ def foreign_format(config: Json, tensors: Iterable[str]) -> str | None:
     for pattern, what, why in _BY_TENSORS:
         if any(map(re.compile(pattern).search, names)):
             return f"{what} ({why})"
-    return None
+    return "MLX (its files say so)" if metadata.get("format") == "mlx" else None

@@ -62,7 +62,7 @@ class LayerChecks:
                 if math.prod(tensor.shape) == 1 and count > 1:
                     layer.whole.append(name)
                     del layer.axes[name]
-                elif not tensor.shape or tensor.shape[0] != count + layer.axes[name][2]:
+                elif not tensor.shape or tensor.shape[0] != layer.axes[name].length(count):
                     raise RequestError(
                         f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts."
                     )
@@ -79,13 +79,13 @@ class LayerChecks:
             name = layer.router[path]
             tensor, axis = checkpoint.tensors[name], found.tensors[path]
             whole = list(self.parameters[f"{self.structure.layers}.{like}.{path}"])
-            whole[axis.axis] = count * axis.each + axis.extra  # a head may have another number of experts
+            whole[axis.axis] = axis.length(count)  # a head may have another number of experts
             shape = tuple(whole)
             if tensor.shape != shape and TORCH_DTYPES.get(tensor.dtype) is not None:
                 raise RequestError(f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {shape}.")
-        for name, (along, each, extra) in layer.axes.items():
+        for name, axis in layer.axes.items():
             tensor = checkpoint.tensors[name]
-            if len(tensor.shape) <= along or tensor.shape[along] != count * each + extra:
+            if len(tensor.shape) <= axis.axis or tensor.shape[axis.axis] != axis.length(count):
                 raise RequestError(
                     f"{tensor.file}: {name} has shape {tensor.shape}, and config.json says {count} experts."
                 )

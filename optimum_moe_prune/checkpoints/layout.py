@@ -21,7 +21,7 @@ import torch
 
 from ..architectures.fingerprint import facts_of, fingerprints_of
 from ..architectures.spec import MoESpec
-from ..architectures.structure import LayerStructure, Structure, structure_of
+from ..architectures.structure import ExpertAxis, LayerStructure, Structure, structure_of
 from ..architectures.table import architecture_of
 from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, quantization_of, text_config
 from ..errors import RequestError, RunError, faults_of
@@ -170,7 +170,7 @@ def _another_format(checkpoint: Checkpoint, config: ModelConfig) -> str | None:
     if Plain(checkpoint, config).formats:
         return None
     found = checkpoint.source.find("config.json")
-    return None if found is None else foreign_format(read_json(found), checkpoint.tensors)
+    return None if found is None else foreign_format(read_json(found), checkpoint.tensors, checkpoint.metadata)
 
 
 def _found_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
@@ -235,7 +235,7 @@ def _counted(layout: Layout, head: Head) -> int:
     found = layout.structure.moe[head.like]
     name, axis = head.layer.router.get(found.logits_from), found.tensors[found.logits_from]
     shape = () if name is None else layout.checkpoint.tensors[name].shape
-    return 0 if len(shape) <= axis.axis else (shape[axis.axis] - axis.extra) // axis.each
+    return 0 if len(shape) <= axis.axis else axis.count(shape)
 
 
 def _located(name: str, owner: str, names: WeightNames, parameters: Shapes) -> tuple[str, Any, bool]:
@@ -298,14 +298,14 @@ def _sort(
             if converter is not None and len(converter.source_patterns) > 1:  # one of several that it is made of
                 label = ".".join(name.split(".")[-2:])
             _put(layout, layer.fused, name.rpartition(".")[2] if beside else label, name)
-            layer.axes[name] = (0, 1, axis.extra if axis is not None and not beside else 0)
+            layer.axes[name] = ExpertAxis(0, 1, axis.extra if axis is not None and not beside else 0)
     elif axis is not None and not beside:
-        layer.axes[name] = (axis.axis, axis.each, axis.extra)
+        layer.axes[name] = axis
         _put(layout, layer.router, path, name)
     elif axis is not None and math.prod(tensor.shape) == 1:
         layer.whole.append(name)
     elif axis is not None:
-        layer.axes[name] = (0, 1, 0)
+        layer.axes[name] = ExpertAxis(0)
         _put(layout, layer.router, f"{path}.{name.rpartition('.')[2]}", name)
     elif path.startswith(f"{found.router}.") and path.rpartition(".")[2] == getattr(layout.spec.form, "table", None):
         layer.table = name

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..architectures.structure import ExpertAxis
+
 
 @dataclass
 class MoELayer:
@@ -19,7 +21,7 @@ class MoELayer:
         whole: Tensors beside these that are of no single expert: scales of a whole router or of all experts.
         fixed: Experts after these that stay, and do not count.
         projections: What each expert has of its own, with the shape the config says where that can be told.
-        axes: Dimension, length for one expert and length beyond all, of each tensor that is cut.
+        axes: How each tensor that is cut holds experts.
     """
 
     num_experts: int
@@ -30,7 +32,7 @@ class MoELayer:
     whole: list[str] = field(default_factory=list)
     fixed: int = 0
     projections: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    axes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    axes: dict[str, ExpertAxis] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:

@@ -134,10 +134,10 @@ def _expert(layout: Layout, layer: MoELayer, parts: Mapping[str, Size]) -> Size:
     rows = [*layer.fused.values(), *layer.router.values()]
     for name in of(rows):
         named = next(n for n in rows if owners.get(n, n) == name)
-        axis, each, _ = layer.axes[named]
-        length = layout.checkpoint.tensors[named].shape[axis]
+        axis = layer.axes[named]
+        length = layout.checkpoint.tensors[named].shape[axis.axis]
         whole = parts.get(name, Size())
-        size += Size(*(number * each // length for number in (whole.parameters, whole.quantisable, whole.nbytes)))
+        size += Size(*(number * axis.each // length for number in (whole.parameters, whole.quantisable, whole.nbytes)))
     return size
 
 

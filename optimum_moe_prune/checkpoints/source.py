@@ -18,6 +18,7 @@ from ..names import PLAN_NAME
 from ..plan import PruningPlan
 from ..storage.outputs import MARKERS, marker_fault
 from ..storage.values import Json, is_integer
+from .folders import no_config, not_a_model, not_downloaded
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,12 @@ class Source:
         names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
         return [name for name in names if not _is_hidden(name)]
 
+    def names(self) -> list[str]:
+        """The names of files and folders that lie in the folder or repository, hidden ones too."""
+        if self.is_local:
+            return sorted(os.listdir(self.name_or_path))
+        return [] if Path(self.name_or_path).exists() else sorted({name.partition("/")[0] for name in self.files()})
+
     def other_files(self) -> list[str]:
         """The files beside the weights: tokenizer, configs, code. Earlier outputs of this package are left out."""
         names = self.files()
@@ -177,20 +184,37 @@ class Source:
 
         path = Path(self.name_or_path)
         if path.exists() and not (path / "config.json").is_file():
-            raise RequestError(f"{self.name_or_path} is not a model's folder: it has no config.json.")
+            raise RequestError(
+                no_config(self.name_or_path, self.names())
+                or f"{self.name_or_path} is not a model's folder: it has no config.json."
+            )
         try:
             config = AutoConfig.from_pretrained(self.name_or_path, **self.for_transformers)
         except Exception as error:  # a config can be wrong in as many ways as there are model types
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RequestError(
-                f"no model can be read from {self.name_or_path!r} (config.json): {first} Known architectures: "
-                f"{', '.join(list_architectures())}."
-            ) from error
-        with faults_of(f"config.json of {self.name_or_path}"):
-            check_sizes(config, f"config.json of {self.name_or_path}")
-            architecture_for(self, config)
+            raise RequestError(self._instead(str(error).strip() or type(error).__name__)) from error
+        try:
+            with faults_of(f"config.json of {self.name_or_path}"):
+                check_sizes(config, f"config.json of {self.name_or_path}")
+                architecture_for(self, config)
+        except RequestError as error:
+            if another := not_a_model(self.name_or_path, self.names()):
+                raise RequestError(another) from error
+            raise
         set_commit_of_config(config, self.commit())  # transformers no longer says which one it was
         return config
+
+    def _instead(self, error: str) -> str:
+        """What a folder or repository is of which transformers reads no config, by its files, or what it says."""
+        found = None
+        if self.is_local:
+            path = Path(self.name_or_path) / "config.json"
+            found = not_downloaded(path) or not_a_model(self.name_or_path, self.names())
+        elif "does not appear to have a file named config.json" in error:  # the Hub has answered
+            found = no_config(self.name_or_path, self.names())
+        return found or (
+            f"no model can be read from {self.name_or_path!r}: {error.splitlines()[0]} Known architectures: "
+            f"{', '.join(list_architectures())}."
+        )
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -331,12 +331,19 @@ def model_class(config: ModelConfig) -> Any:
         named = getattr(transformers, name, None)
         if named is not None and hasattr(named, "from_pretrained"):
             return named
-    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
-        mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+    for _, classes in _classes_of(config):
+        return classes[0]
     raise LookupError(config.model_type)
+
+
+def _classes_of(config: ModelConfig) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The auto classes that know a config, the one that reads text first, with the classes they give."""
+    import transformers
+
+    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        found = getattr(getattr(transformers, auto, None), "_model_mapping", {}).get(type(config), None)
+        if found is not None:
+            yield auto, found if isinstance(found, tuple) else (found,)
 
 
 def auto_class(config: ModelConfig) -> str:
@@ -345,13 +352,9 @@ def auto_class(config: ModelConfig) -> str:
     Raises:
         LookupError: If transformers has none.
     """
-    import transformers
-
     wanted = model_class(config)
-    for auto in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
-        mapping = getattr(getattr(transformers, auto, None), "_model_mapping", {})
-        found = mapping[type(config)] if type(config) in mapping else ()
-        if wanted in (found if isinstance(found, tuple) else (found,)):
+    for auto, classes in _classes_of(config):
+        if wanted in classes:
             return auto
     raise LookupError(config.model_type)
 

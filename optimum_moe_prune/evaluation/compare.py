@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
@@ -20,6 +21,7 @@ from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import RequestError, RunError
 from ..models.memory import Compute, load_model
+from ..models.wrappers import plain_model
 from ..provenance import versions
 from ..storage.values import Json, Values
 from .comparison import Comparison, ModelResult, reference_of
@@ -76,7 +78,7 @@ def compare(
             tasks or models cannot be used, or the vocabularies differ.
         RunError: If a model's loss or output is NaN, or a task's data cannot be read.
     """
-    several = [models] if isinstance(models, (str, os.PathLike, Source, PreTrainedModel)) else models
+    several = [models] if isinstance(models, (str, os.PathLike, Source, nn.Module)) else models
     compared = [_source(model) for model in several]
     original = None if reference is None else _source(reference)
     every = [*compared, *([] if original is None else [original])]
@@ -183,7 +185,7 @@ def _check(
 
 
 def _source(model: AnyModel) -> Source | PreTrainedModel:
-    return Source(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else model
+    return Source(os.fspath(model)) if isinstance(model, (str, os.PathLike)) else plain_model(model)
 
 
 def _name(model: Source | PreTrainedModel) -> str:

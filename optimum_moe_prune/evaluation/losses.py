@@ -19,6 +19,7 @@ from ..compat import text_config
 from ..errors import RequestError, RunError
 from ..models.batches import Batch
 from ..models.checks import evaluating, input_device, vocabulary
+from ..models.wrappers import plain_model
 from ..planning.sensitivity import ALL
 from ..progress import progress
 from ..storage.values import Json, Values
@@ -197,6 +198,7 @@ def evaluate(
     """
     if batch_size < 1:
         raise RequestError(f"batch_size is {batch_size}; it must be at least 1.")
+    model, reference = plain_model(model), plain_model(reference)
     samples = CalibrationSet.build(data, tokenizer, max_length=sample_length(max_length, model.config))
     models = [model] if reference is None else [model, reference]
     sizes = [text_config(m.config).vocab_size for m in models]

@@ -18,7 +18,7 @@ from ..checkpoints.layout import identity
 from ..config import MoEPrunerConfig
 from ..errors import RequestError, RunError
 from ..models.blocks import fingerprint, moe_blocks
-from ..models.checks import check_model
+from ..models.checks import usable_model
 from ..models.layerwise import LayerByLayer
 from ..models.memory import Compute, open_runner
 from ..planning.sensitivity import (
@@ -82,7 +82,7 @@ def measure_sensitivity(
     """
     layout = layout_of(model)
     if layout is None:
-        check_model(model)  # type: ignore[arg-type]
+        model = usable_model(model)
         blocks = moe_blocks(model)
         num_experts, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].rule
     else:

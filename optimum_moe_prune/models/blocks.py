@@ -72,8 +72,7 @@ class MoEBlock:
         if self.structure.numbered:
             return len(self.experts)  # type: ignore[arg-type]  # a list
         path = self.structure.expert_tensors[0]
-        axis = self.structure.tensors[path]
-        return (part(self.decoder_layer, path).shape[axis.axis] - axis.extra) // axis.each
+        return self.structure.tensors[path].count(part(self.decoder_layer, path).shape)
 
     @property
     def expert_tensors(self) -> dict[str, Tensor]:
@@ -100,11 +99,13 @@ class MoEBlock:
             ids = remapped(
                 part(self.decoder_layer, table), part(self.decoder_layer, self.structure.logits_from), retained
             )
-            _replace(*owner(self.decoder_layer, table), ids)
+            replace_tensor(*owner(self.decoder_layer, table), ids)
         if self.structure.numbered:
             keep_modules(self.experts, retained)  # type: ignore[arg-type]  # a list
         for path, axis in self.structure.tensors.items():
-            _replace(*owner(self.decoder_layer, path), _cut(part(self.decoder_layer, path), axis, retained, count))
+            replace_tensor(
+                *owner(self.decoder_layer, path), _cut(part(self.decoder_layer, path), axis, retained, count)
+            )
         for path, more in self.structure.counts.items():
             module, name = owner(self.decoder_layer, path)
             setattr(module, name, len(retained) + more)
@@ -118,13 +119,12 @@ class MoEBlock:
             forward: Called in place of the experts with their own forward, the hidden states ``(T, H)``, and the ids
                 and weights ``(T, K)`` the router really chose; what it returns is the experts' output.
         """
+        weight = part(self.decoder_layer, self.structure.logits_from)
         if self.calls_modules:
-            weight = part(self.decoder_layer, self.structure.logits_from)
             with ObservingModules(self.module, self.experts, weight, self.routing, on_logits, forward):  # type: ignore[arg-type]
                 yield
             return
         kind = ObservingScaledInput if getattr(self.rule, "on_input", False) else Observing
-        weight = part(self.decoder_layer, self.structure.logits_from)
         with kind(self.experts, self.router, weight, on_logits, forward, self.spec.at_least):
             yield
 
@@ -143,7 +143,7 @@ class MoEBlock:
         def swap(path: str, value: Any) -> None:
             module, name = owner(layer, path)
             before.append((module, name, getattr(module, name)))
-            _replace(module, name, value)
+            replace_tensor(module, name, value)
 
         if (table := self.table) is not None:
             swap(table, remapped(part(layer, table), part(layer, structure.logits_from), retained))
@@ -206,9 +206,7 @@ def moe_blocks(model: Any) -> list[MoEBlock]:
                 f"layer {index}: {error}. Only unquantised models with fused experts (transformers 5) can be pruned."
             ) from error
         counts = {
-            path: (tensors[path][axis.axis] - axis.extra) // axis.each
-            for path, axis in found.tensors.items()
-            if len(tensors[path]) > axis.axis
+            path: axis.count(tensors[path]) for path, axis in found.tensors.items() if len(tensors[path]) > axis.axis
         }
         if found.numbered:
             counts[found.experts] = len(part(layer, found.experts))
@@ -252,7 +250,7 @@ def _cut(tensor: Tensor, axis: ExpertAxis, retained: Sequence[int], count: int) 
     return tensor.detach().index_select(axis.axis, torch.tensor(rows, device=tensor.device))
 
 
-def _replace(module: nn.Module, name: str, value: Any) -> None:
+def replace_tensor(module: nn.Module, name: str, value: Any) -> None:
     """Put something new in place of a parameter, a buffer or a number."""
     old = getattr(module, name)
     if isinstance(old, nn.Parameter):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..checkpoints.layout import Layout
 from ..compat import is_quantised
 from ..errors import RequestError, RunError
 from ..storage.tensor_files import all_finite
+from .wrappers import check_plain, plain_model, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,9 +24,11 @@ def check_model(model: PreTrainedModel) -> None:
     """Raise unless the parameters of a model are really there, and plain.
 
     Raises:
-        RequestError: For meta or offloaded, quantised, and PEFT-wrapped models, with the way that works.
+        RequestError: For sharded, scripted, meta or offloaded, quantised, and PEFT-wrapped models, with the way that
+            works.
     """
-    if hasattr(model, "peft_config") or type(model).__module__.startswith("peft."):
+    check_plain(model)
+    if hasattr(model, "peft_config"):
         raise RequestError("this model carries PEFT adapters; merge them first (model.merge_and_unload()).")
     if is_quantised(model):
         raise RequestError(
@@ -33,10 +37,34 @@ def check_model(model: PreTrainedModel) -> None:
         )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
+            is_offloaded = any(getattr(_hook(module), "offload", False) for module in model.modules())
             raise RequestError(
-                f"{name} is on the meta device (offloaded or not loaded); load the model so that it fits the "
-                "machine's memory (device_map without offload)."
+                f"{name} is on the meta device ({'offloaded' if is_offloaded else 'not loaded'}), so the model cannot "
+                "be read or changed in memory. Name the model's folder or Hub id in its place, of which one layer at "
+                "a time is held (calibrate or prune_checkpoint with stream=True)."
             )
+
+
+def _hook(module: nn.Module) -> object:
+    """What accelerate has put around a module's forward; the last of several."""
+    hook = getattr(module, "_hf_hook", None)
+    return next((h for h in reversed(getattr(hook, "hooks", ())) if hasattr(h, "offload")), hook)
+
+
+def usable_model(model: Any, to_change: bool = False) -> Any:
+    """A model in memory without what is put around it, checked (:func:`check_model`); a checkpoint's layout as it is.
+
+    Args:
+        model: The model.
+        to_change: Whether its parameters will be replaced.
+
+    Raises:
+        RequestError: If it cannot be used.
+    """
+    if not isinstance(model, Layout):
+        model = plain_model(model, to_change)
+        check_model(model)
+    return model
 
 
 def check_finite(model: PreTrainedModel) -> None:
@@ -52,11 +80,12 @@ def check_finite(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside a ``with``; afterwards every module is in the mode it was in."""
+    """Evaluation mode, and nothing compiled, inside a ``with``; afterwards every module is in the mode it was in."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with uncompiled(model):
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -35,6 +35,7 @@ from .blocks import decoder_of, moe_blocks
 from .checks import check_model, evaluating, input_device
 from .memory import Compute, open_skeleton
 from .trials import Call, check_call, observed_of, prove
+from .wrappers import plain_model
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,7 @@ def discover(model: Any) -> MoESpec:
     Raises:
         RequestError: Naming what was not found.
     """
-    if isinstance(model, (str, os.PathLike)):
-        model = Source.of(model)
+    model = Source.of(model) if isinstance(model, (str, os.PathLike)) else plain_model(model)
     return architecture_for(model, model.config)
 
 

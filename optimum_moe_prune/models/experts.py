@@ -210,3 +210,8 @@ class Product(TorchFunctionMode):
 
     def _follows(self, value: Any) -> bool:
         return any(value is followed for followed in self._followed)
+
+
+def first_of(output: Any) -> Tensor:
+    """A block's output, without what it returns beside it."""
+    return output if isinstance(output, Tensor) else output[0]

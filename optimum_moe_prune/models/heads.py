@@ -157,4 +157,4 @@ def counts_built(layout: Layout, config: ModelConfig) -> dict[int, int] | str:
 def _count(layer: Any, layout: Layout, head: Head) -> int:
     found: LayerStructure = layout.structure_of(head.index)
     axis = found.tensors[found.logits_from]
-    return (part(layer, found.logits_from).shape[axis.axis] - axis.extra) // axis.each
+    return axis.count(part(layer, found.logits_from).shape)

@@ -63,6 +63,7 @@ class LayerByLayer:
         self._active: int | None = None
         self._input = self._output = self._filler = torch.empty(0)
         self._extra: Tensor | None = None
+        self._extra_out: Tensor | None = None
         self._seen: list[Tensor] | None = None
         self._is_layerwise = False
 
@@ -140,7 +141,7 @@ class LayerByLayer:
             self._check_layerwise(index, batch)
         self._active = index
         self._input, self._extra = self._unpacked(state.to(self.device))
-        self._extra_out: Tensor | None = None
+        self._extra_out = None
         self._decoder(batch)
         output = self._packed(self._output, self._extra_out)
         self._input, self._output, self._extra = torch.empty(0), torch.empty(0), None

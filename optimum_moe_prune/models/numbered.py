@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..architectures.routers import RoutingRule
 from ..errors import RunError
-from .experts import ExpertsForward, OnLogits, Product, StandIn
+from .experts import ExpertsForward, OnLogits, Product, StandIn, first_of
 
 
 class ModulesForward(ExpertsForward):
@@ -99,7 +99,7 @@ class ObservingModules:
                 f"a {type(self.block).__name__} multiplies nothing by its router's matrix; it cannot be observed."
             )
         logits = product.value.detach().reshape(-1, product.value.shape[-1])
-        plain = _first(output)
+        plain = first_of(output)
         measures = not self.is_proven or not self.rule.formula
         ids, weights = self._measured(plain, args, kwargs, logits) if measures else self.rule.choose(logits)
         self._check(calls, ids, weights)
@@ -118,7 +118,7 @@ class ObservingModules:
         weights = torch.empty(len(logits), count, dtype=torch.float32, device=plain.device)
         for first in range(0, count, width):
             with self._standing_in(size, first):
-                output = _first(self._forward(*args, **kwargs))
+                output = first_of(self._forward(*args, **kwargs))
             found = (output.float() - plain.float()).reshape(-1, width) / size
             weights[:, first : first + width] = found[:, : count - first]
         top_k = int((weights != 0).sum(1).max())
@@ -168,8 +168,3 @@ def keep_modules(experts: nn.ModuleList, retained: Sequence[int]) -> None:
     kept = [experts[expert] for expert in retained]
     experts._modules.clear()
     experts.extend(kept)
-
-
-def _first(output: Any) -> Tensor:
-    """A block's output, without what it returns beside it."""
-    return output if isinstance(output, Tensor) else output[0]

@@ -21,8 +21,8 @@ from ..architectures.candidates import Observed
 from ..architectures.routers import RoutingRule
 from ..architectures.structure import owner
 from ..errors import RequestError
-from .blocks import MoEBlock
-from .experts import ExpertsForward
+from .blocks import MoEBlock, replace_tensor
+from .experts import ExpertsForward, first_of
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def _prove_set(call: Call, retained: list[int]) -> None:
         cut = _copy(block)
         cut.retain(retained)
         with torch.no_grad():
-            expected = _first(cut.module(*args, **kwargs)).double()
+            expected = first_of(cut.module(*args, **kwargs)).double()
             with block.restricted(retained):
-                found = _first(block.module(*args, **kwargs)).double()
-            whole = _first(block.module(*args, **kwargs)).double()
+                found = first_of(block.module(*args, **kwargs)).double()
+            whole = first_of(block.module(*args, **kwargs)).double()
             with block.observed(lambda logits: None, _one_by_one):
-                again = _first(block.module(*args, **kwargs)).double()
+                again = first_of(block.module(*args, **kwargs)).double()
     except RequestError:
         raise
     except Exception as error:  # whatever a model's code does with fewer experts
@@ -232,13 +232,8 @@ def _copy(block: MoEBlock, dtype: torch.dtype | None = None, stir: bool = False)
         if stir and name in routing and value.numel() and bool((value == value.flatten()[0]).all()):
             noise = torch.randn(value.shape, generator=generator).to(value)
             value = value + noise * (0.1 if value.numel() == block.num_experts else value.shape[-1] ** -0.5)
-        _put(module, last, value)
+        replace_tensor(module, last, value)
     return twin
-
-
-def _put(module: Any, name: str, value: Tensor) -> None:
-    is_parameter = isinstance(getattr(module, name), nn.Parameter)
-    setattr(module, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
 def _as_they_are(hidden: Tensor) -> Tensor:
@@ -288,7 +283,3 @@ def _said(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return repr(value)[:20]
-
-
-def _first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ..architectures.structure import owner, structure_of
 from ..architectures.table import architecture_of
 from ..models.blocks import moe_blocks
-from ..models.checks import check_finite, check_model
+from ..models.checks import check_finite, usable_model
+from ..models.wrappers import forget_compiled
 from ..plan import PruningPlan
 from .checks import check_plan, check_unequal
 from .config_json import write_counts
@@ -25,16 +26,17 @@ def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         plan: The plan.
-        model: A causal language model with real parameters, the one the plan was made for.
+        model: A causal language model with real parameters, the one the plan was made for; it may be compiled, or in
+            a ``DataParallel``.
 
     Returns:
-        The same model.
+        The same model, as it was given.
 
     Raises:
         RequestError: If the plan does not fit the model, or the model cannot be changed.
         RunError: If a parameter holds NaN or infinity.
     """
-    check_model(model)
+    given, model = model, usable_model(model, to_change=True)
     plan = plan.without_heads  # transformers loads none with a model
     check_plan(plan, model)
     if plan.uniform_num_experts is None:
@@ -50,4 +52,5 @@ def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
         for path in counts:
             module, name = owner(model, path)
             setattr(module, name, plan.uniform_num_experts)
-    return model
+    forget_compiled(given)
+    return given

@@ -15,6 +15,7 @@ from ..checkpoints.source import Source
 from ..compat import ModelConfig
 from ..errors import RequestError
 from ..models.blocks import moe_blocks
+from ..models.wrappers import plain_model
 from ..plan import PruningPlan
 from ..storage.files import write_json
 from ..storage.folders import written_folder
@@ -63,6 +64,7 @@ def saved_model(
         RequestError: If the model does not match the plan, or the target is in the way.
         RunError: If something cannot be written.
     """
+    model = plain_model(model)
     if {block.layer: block.num_experts for block in moe_blocks(model)} != plan.without_heads.num_experts:
         raise RequestError(
             "this model does not have the numbers of experts of the plan; pass the model that was pruned."

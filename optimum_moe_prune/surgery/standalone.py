@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 
 from ..architectures import unequal
-from ..architectures.structure import structure_of
+from ..architectures.structure import Structure, structure_of
 from ..architectures.table import architecture_of
 from ..compat import ModelConfig, build_on_meta, causal_lm_class, text_config
 from ..errors import RequestError
@@ -65,15 +65,22 @@ def standalone_class(config: ModelConfig) -> str:
     Raises:
         RequestError: If transformers has no causal language model of this type.
     """
-    model_type = architecture_of(config).model_type
-    name = causal_lm_class(model_type)
+    return _parts(config)[0]
+
+
+def _parts(config: ModelConfig) -> tuple[str, str, Structure]:
+    """That class, its module, and where its models have experts; as :func:`standalone_class`."""
+    spec = architecture_of(config)
+    name = causal_lm_class(spec.model_type)
     if name is None or text_config(config) is not config:
         raise RequestError(f"standalone: transformers has no causal language model of type {config.model_type!r}.")
-    spec, model = architecture_of(config), build_on_meta(uniform_copy(config))
-    layer = next(iter(structure_of(model, spec).moe.values()))
-    if not layer.block:
-        raise RequestError(f"standalone: layers of a {model_type!r} model have no block to put another in place of.")
-    return name
+    model = build_on_meta(uniform_copy(config))
+    structure = structure_of(model, spec)
+    if not next(iter(structure.moe.values())).block:
+        raise RequestError(
+            f"standalone: layers of a {spec.model_type!r} model have no block to put another in place of."
+        )
+    return name, type(model).__module__, structure
 
 
 def uniform_copy(config: ModelConfig) -> ModelConfig:
@@ -93,15 +100,13 @@ def write_standalone(folder: str | Path, config: ModelConfig) -> Path:
     Returns:
         The file.
     """
-    spec, model = architecture_of(config), build_on_meta(uniform_copy(config))
-    structure = structure_of(model, spec)
+    causal, module, structure = _parts(config)
     layer = next(iter(structure.moe.values()))
-    causal = standalone_class(config)
     classes = _CLASSES.substitute(
-        module=type(model).__module__,
+        module=module,
         causal=causal,
         block=layer.block,
-        count_key=spec.key_of_count(config),
+        count_key=architecture_of(config).key_of_count(config),
         experts=layer.experts.rpartition(".")[2],
         tensor=layer.expert_tensors[0].rpartition(".")[2],
         layers=structure.layers,

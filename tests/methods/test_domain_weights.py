@@ -82,9 +82,10 @@ METHODS = [name for name in list_methods() if name != "random"]
 SCORES = [name for name in METHODS if get_method(name).scores is not None]
 SETS = [name for name in METHODS if name not in SCORES]
 CUTS = list(itertools.product(SPLITS, repeat=2))
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_how_a_domain_is_cut_into_samples_does_not_matter(method: str, seed: int) -> None:
     for weights in ({"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0}, {"a": 1.0, "b": 1.7}):
@@ -99,7 +100,7 @@ def test_how_a_domain_is_cut_into_samples_does_not_matter(method: str, seed: int
                 )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_domains_that_change_places_mirror_the_choice(method: str, seed: int) -> None:
     for (a, b), share in itertools.product(CUTS, (1.3, 3.0)):

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,6 +63,12 @@ def stats(kind: str, samples: CalibrationSet) -> CalibrationStats:
     return collect(make_model(kind), samples, set(Need))
 
 
+@pytest.fixture(scope="module")
+def looped(samples: CalibrationSet) -> Callable[[str], dict[int, dict[str, torch.Tensor]]]:
+    """What a straight loop gathers of the model of a kind; of each once."""
+    return functools.cache(lambda kind: straight_loop(make_model(kind), samples))
+
+
 def family(tables: dict[str, torch.Tensor], name: str, mean: bool) -> np.ndarray:
     total, tokens = tables[name].sum(0).numpy(), tables["routed_tokens"].sum(0).numpy()
     return np.where(tokens > 0, total / np.maximum(tokens, 1), 0) if mean else total
@@ -81,13 +89,19 @@ def family(tables: dict[str, torch.Tensor], name: str, mean: bool) -> np.ndarray
 )
 @torch.no_grad()
 def test_scores_equal_a_straight_loop(
-    kind: str, samples: CalibrationSet, method: str, options: dict[str, str], name: str, mean: bool
+    kind: str,
+    samples: CalibrationSet,
+    looped: Callable[[str], dict[int, dict[str, torch.Tensor]]],
+    method: str,
+    options: dict[str, str],
+    name: str,
+    mean: bool,
 ) -> None:
     model = make_model(kind)
     config = MoEPrunerConfig(method=method, method_options=options, num_experts=4)
     stats = collect(model, samples, get_method(method).needs(config.options()))
     plan = build_plan(stats, config)
-    for layer, tables in straight_loop(model, samples).items():
+    for layer, tables in looped(kind).items():
         expected = family(tables, name, mean)
         np.testing.assert_allclose(plan.scores[layer], expected, rtol=1e-5)
         assert set(plan.retained[layer]) == set(np.argsort(-expected, kind="stable")[:4].tolist())

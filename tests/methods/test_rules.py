@@ -361,7 +361,9 @@ def test_all_sets_are_never_in_memory(
 
     monkeypatch.setattr(replay, "losses", losses)
     monkeypatch.setattr(replay, "loss_by_definition", lambda retained: cheap_losses([retained])[0])
-    tracemalloc.start()
+    measured = not required and dtype == torch.float32  # which takes as long again
+    if measured:
+        tracemalloc.start()
     found = replay.best_set(8, required)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -370,7 +372,8 @@ def test_all_sets_are_never_in_memory(
     assert max(chunks) < _CHUNK_SETS + 512
     if not required:
         assert len(sets) == 735_471
-        assert peak < 40e6, "all tuples together take 88 MB"
+    if measured:
+        assert 0 < peak < 40e6, "all tuples together take 88 MB"
     every = cheap_losses(sets)
     if dtype == torch.float32:
         expected = sets[int((every <= every.min() * (1 + 1e-9)).nonzero()[0])]

@@ -287,16 +287,16 @@ def in_a_process(folder: Path, first: str = "", second: str = "", third: str = "
 @pytest.mark.parametrize(
     "order",
     [
-        {"first": "import optimum_moe_prune"},
-        {"second": "import optimum_moe_prune"},
         {"first": "import optimum_moe_prune.commands"},
         {
             "first": "import transformers.models.mixtral.modeling_mixtral, transformers.models.qwen2_moe."
             "modeling_qwen2_moe",
             "second": "import optimum_moe_prune",
         },
+        pytest.param({"first": "import optimum_moe_prune"}, marks=pytest.mark.slow),  # as other tests here do
+        pytest.param({"second": "import optimum_moe_prune"}, marks=pytest.mark.slow),
     ],
-    ids=["before", "after", "by the command line", "after the modelling code"],
+    ids=["by the command line", "after the modelling code", "before", "after"],
 )
 def test_the_order_of_imports_does_not_matter(order: dict[str, str], tmp_path: Path) -> None:
     folder = pruned_folder("qwen2_moe", tmp_path)
@@ -306,15 +306,26 @@ def test_the_order_of_imports_does_not_matter(order: dict[str, str], tmp_path: P
     assert "Reading global config value" not in result.stderr and "MISMATCH" not in result.stderr
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_without_the_package_loading_fails_loudly(kind: str, tmp_path: Path) -> None:
+REFUSED = """
+import sys
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        try:
+            AutoModelForCausalLM.from_pretrained(folder, **options)
+        except Exception as error:
+            print(str(error).replace(chr(10), " "))
+assert "optimum_moe_prune" not in sys.modules
+"""
+
+
+def test_without_the_package_loading_fails_loudly(tmp_path: Path) -> None:
     """Before a model is built, so that no option can fill it with random experts."""
-    folder = pruned_folder(kind, tmp_path)
-    loose = LOAD.replace("(sys.argv[1])", "(sys.argv[1], ignore_mismatched_sizes=True)")
-    for code in (LOAD, loose):
-        command = [sys.executable, "-c", code.format(first="", second="", third=""), str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert result.returncode == 1 and "is a per-layer attribute and may vary across layers" in result.stderr
+    folders = [str(pruned_folder(kind, tmp_path / kind)) for kind in KINDS[:2]]
+    result = subprocess.run([sys.executable, "-c", REFUSED, *folders], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4 and all("is a per-layer attribute and may vary across layers" in line for line in lines)
 
 
 INT8 = """
@@ -330,7 +341,7 @@ assert 0 < error < 0.2, error
 """
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", ["qwen2_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_int8_weights_on_load(kind: str, tmp_path: Path) -> None:
     folder = pruned_folder(kind, tmp_path)
     result = in_a_process(folder, first="import optimum_moe_prune", third=INT8)
@@ -425,7 +436,7 @@ def test_the_cut_is_repeated_on_the_base_model(kind: str, tmp_path: Path) -> Non
     assert edited.num_experts[layer] == plan.num_experts[layer] - 1
 
 
-def test_an_unequal_model_is_pruned_again(pruned: Path, tmp_path: Path) -> None:
+def test_an_unequal_model_is_pruned_again(kind: str, pruned: Path, tmp_path: Path) -> None:
     before = counts(load(pruned))
     top_k = moe_blocks(load(pruned))[0].routing.top_k
     pruner = MoEPruner.from_pretrained(pruned, MoEPrunerConfig(method="random", num_experts=top_k))
@@ -433,8 +444,9 @@ def test_an_unequal_model_is_pruned_again(pruned: Path, tmp_path: Path) -> None:
     pruner.save_pretrained(tmp_path / "equal")
     written = json.loads((tmp_path / "equal" / "config.json").read_text())
     assert not {"per_layer_config", "allow_global_per_layer_attribute_access"} & set(written)
-    result = in_a_process(tmp_path / "equal")  # plain transformers
-    assert json.loads(result.stdout) == [top_k] * len(before), result.stderr
+    if kind == "qwen2_moe":  # of no other count than those that plain transformers reloads elsewhere
+        result = in_a_process(tmp_path / "equal")
+        assert json.loads(result.stdout) == [top_k] * len(before), result.stderr
     fewer = MoEPruner.from_pretrained(
         pruned, MoEPrunerConfig(method="random", allocation="global", sparsity=0.2)
     ).prune(load(pruned))

@@ -261,7 +261,7 @@ def test_unfinished_folders_are_refused(hub: Hub, outputs: Path, tmp_path: Path)
         without(PLAN_NAME): f"it has no {PLAN_NAME}",
         without("config.json"): "it has no config.json",
         without(shard): f"{shard} is missing",
-        without(INDEX_FILE): "has no safetensors files",
+        without(INDEX_FILE): f"has no {INDEX_FILE}",
     }
     for name in (shard, "config.json", PLAN_NAME):
         damaged = tmp_path / f"damaged {name}"

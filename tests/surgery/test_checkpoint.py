@@ -132,7 +132,17 @@ def test_no_weights_are_loaded(folder: Path, tmp_path: Path, monkeypatch: pytest
     plan.apply_to_checkpoint(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize(
+    ("kind", "allocation"),
+    [
+        ("mixtral", "global"),
+        ("qwen2_moe", "uniform"),
+        *(
+            pytest.param(kind, allocation, marks=pytest.mark.slow)
+            for kind, allocation in (("mixtral", "uniform"), ("qwen2_moe", "global"), ("qwen2_moe_norm", "global"))
+        ),
+    ],
+)
 def test_in_a_process_that_knows_no_model(allocation: str, folder: Path, kind: str, tmp_path: Path) -> None:
     """Neither transformers' modelling code nor what this package adds to it is imported there."""
     plan = random_plan(folder, allocation)

@@ -427,7 +427,7 @@ def test_random_expressions() -> None:
         return generator.choice(choices)
 
     changed = 0
-    for _ in range(400):
+    for _ in range(160):
         numbers = [str(generator.randrange(12)) for _ in range(generator.randint(1, 4))]
         low, high = sorted(generator.sample(range(10), 2))
         regex = "".join(
@@ -448,7 +448,7 @@ def test_random_expressions() -> None:
         assert_same_experts("transformers", [regex], made)
         assert_same_experts("gptqmodel", {f"-:{regex}": {}, "+:.*": {"bits": 4}}, made)
         assert_same_experts("auto-round", {regex: 8, r".*experts\.\d\..*": 4}, made)
-    assert 200 < changed < 390  # else the test would show little
+    assert 80 < changed < 156  # else the test would show little
 
 
 def test_random_globs() -> None:

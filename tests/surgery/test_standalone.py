@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, aligned, load, make_texts, make_tokenizer, save_checkpoint
+from conftest import aligned, load, make_texts, make_tokenizer, save_checkpoint
 
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig, names
 from optimum_moe_prune.architectures import unequal
@@ -68,7 +68,7 @@ def prune(kind: str, path: Path, **settings: object) -> MoEPruner:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", ["qwen2_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_the_code_in_the_checkpoint_gives_the_same_model(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

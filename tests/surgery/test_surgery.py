@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import aligned, load, make_model
+from conftest import KINDS, aligned, load, make_model
 from oracles import masked_routers, plan_for
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -126,36 +127,41 @@ RELOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 assert "optimum_moe_prune" not in sys.modules
-model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(report.values()), report
-with torch.no_grad():
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    ids = torch.load(sys.argv[2])
-    torch.save({"logits": model(input_ids=ids).logits, "generated": model.generate(ids, max_new_tokens=5,
-    do_sample=False),
-                "state": model.state_dict()}, sys.argv[3])
+ids = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        torch.save({"logits": model(input_ids=ids).logits, "generated": model.generate(ids, max_new_tokens=5,
+        do_sample=False),
+                    "state": model.state_dict()}, folder + "/result.pt")
 assert "optimum_moe_prune" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_process_reloads_with_plain_transformers(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    make_model(kind).to(dtype).save_pretrained(tmp_path / "base")
-    model = load(tmp_path / "base")
-    assert model.dtype == dtype
-    aligned(plan_for(model).apply(model)).save_pretrained(tmp_path / "pruned", max_shard_size="20KB")
-    assert len(list((tmp_path / "pruned").glob("*.safetensors"))) > 1
+def test_a_fresh_process_reloads_with_plain_transformers(tmp_path: Path) -> None:
+    models: dict[Path, PreTrainedModel] = {}
+    for kind, dtype in itertools.product(KINDS, (torch.float32, torch.bfloat16)):
+        base, pruned = (tmp_path / f"{kind} {dtype} {name}" for name in ("base", "pruned"))
+        make_model(kind).to(dtype).save_pretrained(base)
+        model = load(base)
+        assert model.dtype == dtype
+        aligned(plan_for(model).apply(model)).save_pretrained(pruned, max_shard_size="20KB")
+        assert len(list(pruned.glob("*.safetensors"))) > 1
+        models[pruned] = model
     torch.save(IDS, tmp_path / "ids.pt")
-    command = [sys.executable, "-c", RELOAD, *(str(tmp_path / name) for name in ("pruned", "ids.pt", "result.pt"))]
+    command = [sys.executable, "-c", RELOAD, str(tmp_path / "ids.pt"), *map(str, models)]
     subprocess.run(command, check=True, capture_output=True, text=True)
-    result = torch.load(tmp_path / "result.pt")
-    with torch.no_grad():
-        assert torch.equal(result["logits"], model(input_ids=IDS).logits)
-        assert torch.equal(result["generated"], model.generate(IDS, max_new_tokens=5, do_sample=False))
-    state = model.state_dict()
-    assert result["state"].keys() == state.keys()
-    assert all(torch.equal(result["state"][name], tensor) for name, tensor in state.items())
+    for folder, model in models.items():
+        result = torch.load(folder / "result.pt")
+        with torch.no_grad():
+            assert torch.equal(result["logits"], model(input_ids=IDS).logits)
+            assert torch.equal(result["generated"], model.generate(IDS, max_new_tokens=5, do_sample=False))
+        state = model.state_dict()
+        assert result["state"].keys() == state.keys()
+        assert all(torch.equal(result["state"][name], tensor) for name, tensor in state.items())
 
 
 def test_a_plan_of_another_model_is_refused_and_nothing_changes(kind: str) -> None:

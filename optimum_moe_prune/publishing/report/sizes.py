@@ -173,8 +173,8 @@ def _expert(layout: Layout, layer: MoELayer) -> Size:
     tensors = layout.checkpoint.tensors
     shares = {name: 1 / max(1, len(layer.experts)) for parts in layer.experts.values() for name in parts.values()}
     for name in (*layer.fused.values(), *layer.router.values()):
-        axis, each, _ = layer.axes.get(name, (None, 0, 0))
-        shares[name] = 1 / layer.num_experts if axis is None else each / tensors[name].shape[axis]
+        axis = layer.axes.get(name)
+        shares[name] = 1 / layer.num_experts if axis is None else axis.each / tensors[name].shape[axis.axis]
     parameters = sum(math.prod(tensors[name].shape) * share for name, share in shares.items())
     nbytes = sum(tensors[name].nbytes * share for name, share in shares.items())
     return Size(None if quantization_of(layout.config) else round(parameters), round(nbytes))
