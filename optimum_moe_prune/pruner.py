@@ -204,9 +204,9 @@ class MoEPruner:
         config = self.model_config if model_config is None else model_config
         if config is None:
             raise RequestError("this pruner is bound to no model; pass the config of the one that samples are for.")
-        is_given = self._tokenizer is not None or self.source is None
-        tokenizer = (lambda: self._tokenizer) if is_given else self.source.require_tokenizer
-        return CalibrationSet.for_recipe(calibration, self._recipe(), tokenizer, config)
+        if self._tokenizer is not None or self.source is None:
+            return CalibrationSet.for_recipe(calibration, self._recipe(), lambda: self._tokenizer, config)
+        return CalibrationSet.for_recipe(calibration, self._recipe(), self.source.require_tokenizer, config)
 
     def calibrate(
         self,

@@ -212,7 +212,7 @@ class Source:
         elif "does not appear to have a file named config.json" in error:  # the Hub has answered
             found = no_config(self.name_or_path, self.names())
         return found or (
-            f"no model can be read from {self.name_or_path!r}: {error.splitlines()[0]} Known architectures: "
+            f"no model can be read from {self.name_or_path!r} (config.json): {error.splitlines()[0]} Known architectures: "
             f"{', '.join(list_architectures())}."
         )
 

@@ -21,7 +21,7 @@ from ..names import BY_SENSITIVITY, DROP
 from ..plan import PruningPlan
 from ..statistics.needs import DENSE, Need
 from ..storage.growing import IN_MEMORY_BYTES
-from ..storage.targets import nearest_existing, real_path
+from ..storage.paths import nearest_existing, real_path
 from ..storage.values import Json
 from .build import budget_for
 from .fit import Fit, fitted, gigabytes, weights_after

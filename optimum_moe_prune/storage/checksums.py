@@ -49,7 +49,7 @@ def tensor_checksum(tensor: Tensor, before: int = 0) -> int:
     if not tensor.numel():
         return before
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return zlib.crc32(memoryview(flat.numpy()), before)
+    return zlib.crc32(flat.numpy().data, before)
 
 
 def sealed(values: Values) -> Json:

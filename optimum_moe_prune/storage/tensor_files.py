@@ -153,7 +153,7 @@ def read_tensor(file: int, entry: TensorEntry) -> Tensor:
     if dtype is None:
         raise RequestError(f"tensors of dtype {entry.dtype} cannot be read by this version of torch.")
     made = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view, begin = memoryview(made.numpy()), entry.begin
+    view, begin = made.numpy().data, entry.begin
     while view:
         count = os.preadv(file, [view[:_READ_BYTES]], begin)
         if not count:
