@@ -370,7 +370,7 @@ def check_clusters(sample_selection: str, num_clusters: Any) -> None:
 
 def _one_budget(given: list[str]) -> RequestError:
     return RequestError(
-        "exactly one of num_experts (to retain in each layer), sparsity (fraction to remove), total_experts (to "
-        "retain in the whole model) and fit (the memory it has to fit in) is needed; given: "
+        "exactly one of num_experts (to retain in each layer), sparsity (fraction to remove), fit (the memory it has "
+        "to fit in) and total_experts (to retain in the whole model) is needed; given: "
         f"{' and '.join(given) or 'none'}."
     )

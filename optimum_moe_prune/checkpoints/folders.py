@@ -112,7 +112,8 @@ def no_config(name_or_path: str, names: Iterable[str]) -> str | None:
         )
     if unfinished := _unfinished(folder):
         return unfinished
-    start = f"{name_or_path} is not a model's {'folder' if folder.is_dir() else 'repository'}: it is"
+    kind = "folder" if folder.is_dir() else "repository"
+    start = f"{name_or_path} is not a model's {kind}: it has no config.json; it is"
     complete = {"model.safetensors", "model.safetensors.index.json"} & set(names)
     if found := _named(start, name_or_path, names, _NO_MODELS if complete else _NO_MODELS + _FORMATS):
         return found

@@ -212,8 +212,8 @@ class Source:
         elif "does not appear to have a file named config.json" in error:  # the Hub has answered
             found = no_config(self.name_or_path, self.names())
         return found or (
-            f"no model can be read from {self.name_or_path!r} (config.json): {error.splitlines()[0]} Known architectures: "
-            f"{', '.join(list_architectures())}."
+            f"no model can be read from {self.name_or_path!r} (config.json): {error.splitlines()[0]} Known "
+            f"architectures: {', '.join(list_architectures())}."
         )
 
     @functools.cached_property

@@ -37,7 +37,7 @@ FOLDERS: dict[str, tuple[dict[str, object], str]] = {
     "vLLM": ({**MIXTRAL, "model-rank-0-part-0.safetensors": ""}, "a sharded state of vLLM.*that it was made of"),
     "GGUF": (
         {"Mixtral.Q4_K_M.gguf": ""},
-        r"not a model's folder: it is GGUF \(llama.cpp\) \(Mixtral.Q4_K_M.gguf\); prune",
+        r"not a model's folder: it has no config.json; it is GGUF \(llama.cpp\) \(Mixtral.Q4_K_M.gguf\); prune",
     ),
     "GGUF and config": ({**MIXTRAL, "a.gguf": ""}, r"is GGUF \(llama.cpp\)"),
     "GPTQ": ({**MIXTRAL, "gptq_model-4bit-128g.safetensors": ""}, "a GPTQ checkpoint.*prune the original"),
@@ -100,7 +100,7 @@ FOLDERS: dict[str, tuple[dict[str, object], str]] = {
     "data": ({"train.jsonl": ""}, r"a folder of data \(train.jsonl\); pass it as calibration="),
     "a data set": ({"dataset_info.json": {}, "data-00000-of-00001.arrow": "", "state.json": {}}, "a folder of data"),
     "tokenizer": ({"tokenizer.json": {}}, "a tokenizer without a model"),
-    "empty": ({}, "not a model's folder: it is empty"),
+    "empty": ({}, "not a model's folder: it has no config.json; it is empty"),
     "something": ({"thesis.tex": ""}, r"is not a model's folder: it has no config\.json\."),
     "whole but the config": ({"model.safetensors": ""}, r"it has no config\.json\."),
 }
@@ -164,7 +164,10 @@ def test_repositories_without_a_config_are_named_too(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["README.md", "x.Q4_K_M.gguf"])
-    with pytest.raises(RequestError, match=r"org/x is not a model's repository: it is GGUF .*prune the original"):
+    with pytest.raises(
+        RequestError,
+        match=r"org/x is not a model's repository: it has no config.json; it is GGUF .*prune the original",
+    ):
         MoEPruner.from_pretrained("org/x")
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["README.md", "config/x.json"])
     with pytest.raises(RequestError, match=r"no model can be read from 'org/x': org/x does not appear to have a file"):
