@@ -211,9 +211,10 @@ class Source:
             found = not_downloaded(path) or not_a_model(self.name_or_path, self.names())
         elif "does not appear to have a file named config.json" in error:  # the Hub has answered
             found = no_config(self.name_or_path, self.names())
+        file = " (config.json)" if self.is_local else ""
         return found or (
-            f"no model can be read from {self.name_or_path!r} (config.json): {error.splitlines()[0]} Known "
-            f"architectures: {', '.join(list_architectures())}."
+            f"no model can be read from {self.name_or_path!r}{file}: {error.splitlines()[0]} Known architectures: "
+            f"{', '.join(list_architectures())}."
         )
 
     @functools.cached_property
