@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..errors import RequestError
 from .outputs import output_fault
-from .paths import check_parent, check_place
+from .paths import check_parent, check_place, nearest_existing, partial_folder, real_path
+
+__all__ = ["check_parent", "check_target", "nearest_existing", "partial_folder", "real_path"]
 
 
 def check_target(
