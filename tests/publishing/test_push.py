@@ -209,7 +209,8 @@ def test_weight_files_of_an_earlier_output_are_deleted(hub: Hub, outputs: Path) 
     hub.repositories[REPO].add(published(hub) | {"model-mtp.safetensors": b"added by hand", "notes.md": b"mine"})
     push_folder(outputs / "fewer", REPO, token="hf_writer")
     assert commits(hub) == 3
-    kept = {"model-mtp.safetensors", "notes.md", "report.html", "evaluation/results.json", "empty.txt"}
+    pictures = {"report_pictures/retained-1.png"}
+    kept = pictures | {"model-mtp.safetensors", "notes.md", "report.html", "evaluation/results.json", "empty.txt"}
     assert published(hub).keys() == files(outputs / "fewer").keys() | kept
     push_folder(outputs / "unequal", REPO, token="hf_writer")  # one file, no index
     assert weights(outputs / "unequal") == ["model.safetensors"] and INDEX_FILE not in published(hub)
