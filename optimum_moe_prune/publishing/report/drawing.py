@@ -132,6 +132,7 @@ class Picture:
         wide: As it is drawn for the column of the page, and for paper.
         narrow: As it is drawn for small screens; None where it fits as it is.
         tables: The same as tables, made from the same values; none where they would be too large to read.
+        cells: How many cells these tables have, or would have.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Picture:
     wide: Drawing
     narrow: Drawing | None = None
     tables: tuple[Table, ...] = ()
+    cells: int = 0
 
 
 @dataclass
@@ -173,7 +175,7 @@ class Gallery:
             content = wide.svg if form == "svg" else _saved(figure, form)
             self.files[f"{name}.{form}"] = content
         narrow = _drawing(_laid_out(make(*args, width=NARROW))) if both and wide.width > 96 * NARROW else None
-        return Picture(name, alt, wide, narrow, readable(tables))
+        return Picture(name, alt, wide, narrow, readable(tables), sum(table.cells for table in tables))
 
 
 def _laid_out(figure: Figure) -> Figure:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,7 +74,7 @@ def clusters(found: MosaicLayer, width: float = WIDTH) -> Figure:
     below.set_ylabel("domain")
     bar = figure.colorbar(image, ax=[above, below], location="bottom", fraction=0.06, aspect=40)
     bar.set_ticks(list(merits.ticks), labels=list(merits.ticks.values()), fontsize=TINY)
-    bar.set_label("\n".join(textwrap.wrap(merits.label, int(13 * (width - 0.8)))), fontsize=SMALL)
+    bar.set_label(merits.label if width > 5.5 else merits.label.replace(", ", ",\n"), fontsize=SMALL)
     bar.outline.set_visible(False)
     _number_experts(below, found, leaves, 72 * cell)
     return figure
@@ -279,7 +278,7 @@ def _draw_nodes(axes: Axes, plan: PruningPlan, diameter: float) -> list[Any]:
 
     grid = retained_grid(plan).T
     handles = []
-    for name, value, face in (("pruned", 0, "white"), ("retained", 1, RETAINED)):
+    for name, value, face in (("retained", 1, RETAINED), ("pruned", 0, "white")):
         expert, column = np.nonzero(grid == value)
         look: Json = {"marker": "o", "linestyle": "none", "markerfacecolor": face, "label": name}
         look |= {"markeredgecolor": RETAINED, "markeredgewidth": min(0.9, diameter / 6)}

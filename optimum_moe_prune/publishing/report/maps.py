@@ -174,6 +174,11 @@ def percent(value: float) -> str:
     return f"{value:.0f}"
 
 
+def tenths(value: float) -> str:
+    """The same of small ones."""
+    return f"{value:.1f}"
+
+
 def shares(
     maps: Sequence[Map],
     low: float,
@@ -182,18 +187,19 @@ def shares(
     what: str,
     power: float = 1.0,
     mark: tuple[float, str] | None = None,
+    words: Callable[[float], str] = percent,
     width: float = WIDTH,
 ) -> Figure:
     """Percentages from ``low`` to ``top``, which hold all of them, ``what`` across.
 
     A ``power`` of 0.5 is for values that are crowded near 0: as in a map of rain, the scale follows their roots. A
-    ``mark`` is a value that the scale shows by a line, and what it is.
+    ``mark`` is a value that the scale shows by a line, and what it is. ``words`` is a value as text.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.lines import Line2D
 
     top = max([top, *(float(np.nanmax(m.values)) for m in maps if np.isfinite(m.values).any())])
-    figure, panels, image = _draw(maps, PowerNorm(power, vmin=low, vmax=top), what, percent, width)
+    figure, panels, image = _draw(maps, PowerNorm(power, vmin=low, vmax=top), what, words, width)
     bar = _scale(figure, panels, image, label, format="%g")
     if mark is not None and low < mark[0] < top:
         bar.ax.axvline(mark[0], color=COLOURS[1], linewidth=1.6, gid="mark")

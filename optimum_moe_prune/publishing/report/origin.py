@@ -79,9 +79,8 @@ def overview(
 
 
 def _shape(num_experts: Mapping[int, int], top_k: int, dense: Any) -> str:
-    words = (
-        f"{len(num_experts)} MoE layers of {extent(num_experts.values())} experts, of which each token uses {top_k}"
-    )
+    layer = "MoE layer" if len(num_experts) == 1 else "MoE layers"
+    words = f"{len(num_experts)} {layer} of {extent(num_experts.values())} experts, of which each token uses {top_k}"
     layers = sorted(layer for layer in dense if isinstance(layer, int)) if isinstance(dense, list) else []
     return f"{words}; layers without experts: {spans(layers)}" if layers else words
 

@@ -99,8 +99,9 @@ def domains(stats: CalibrationStats | None, plans: Plans, gallery: Gallery) -> C
         content["even"] = None if even is None else f"{number(even)}%"
         mark = None if even is None else (even, f"used alike: {number(even)}%")
         label, top = "share of the domain's routing, %", 100 * float(np.nanmax(routing)) or 1.0
-        shown = Shown("routing", "Share of the routing", "% of the domain's routing", maps.percent, maps.shares)
-        more = 0.0, top, label, "expert", 0.5, mark
+        words = maps.percent if top >= 20 else maps.tenths
+        shown = Shown("routing", "Share of the routing", "% of the domain's routing", words, maps.shares)
+        more = 0.0, top, label, "expert", 0.5, mark, words
         figures = _by_domain(shown, 100 * routing, rows, stats, gallery, *more)
         caption = f"The {_NAMED} most used experts of each domain, with their shares of the domain's routing"
         content["routing"] = figures, _leaders(stats, -routing, rows, lambda v: f"{-v:.0%}", caption)

@@ -41,7 +41,7 @@ class Table:
         return sum(map(len, self.rows))
 
 
-MOST_CELLS = 20_000
+MOST_CELLS = 40_000
 """Cells of the tables below one picture: more are read by nobody, and make the page slow."""
 
 
