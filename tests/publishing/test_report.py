@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from heads import checkpoint
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -67,6 +68,7 @@ from optimum_moe_prune.publishing.report.data import (
     single_error,
 )
 from optimum_moe_prune.publishing.report.drawing import Gallery, Picture, style
+from optimum_moe_prune.publishing.report.sizes import find_family
 from optimum_moe_prune.publishing.report.tables import Table
 from optimum_moe_prune.publishing.report.text import number, plain, short, spans
 from optimum_moe_prune.statistics.samples import Sample, keep_tokens
@@ -839,6 +841,22 @@ def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     foreign = replace(plan, retained={0: (0, 1, 2)}, original_num_experts={0: 7})
     with pytest.raises(RequestError, match="neither the model that a plan was made for nor one"):
         write_report(tmp_path / "s.html", plans={"foreign": foreign}, model=tmp_path / "whole")
+
+
+@pytest.mark.parametrize("way", ["prune", "keep", "drop"])
+def test_sizes_know_what_becomes_of_heads(way: str, tmp_path: Path) -> None:
+    source = checkpoint("deepseek_v3", tmp_path / "whole", loads=False)
+    layout = open_layout(source)
+    layers = dict.fromkeys(layout.num_experts, tuple(range(8)))
+    provenance = {"model": {**layout.facts(), "name_or_path": str(source)}}
+    original = dict(layout.num_experts)
+    plan = PruningPlan("deepseek_v3", 3, "by hand", layers, original, provenance=provenance, config={"mtp": way})
+    plan.apply_to_checkpoint(source, tmp_path / "out")
+    whole, left = (Checkpoint.open(folder).nbytes for folder in (source, tmp_path / "out"))
+    for each, model in itertools.product((plan, PruningPlan.load(tmp_path / "out")), (None, source, tmp_path / "out")):
+        family = find_family({"plan": each}, model, tmp_path)
+        assert family is not None
+        assert (family.whole.nbytes, family.pruned(each).nbytes) == (whole, left)
 
 
 def test_notes_and_verdicts_are_on_top(plans: dict[str, PruningPlan], tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_MOST_LEAVES = 96
+"""Leaves of a tree beyond which its lines are drawn as an image: there is one of every layer."""
+
+
 def clusters(found: MosaicLayer, width: float = WIDTH) -> Figure:
     """The tree of a layer's experts (of a router with groups one for each), its cut, and where each expert is good.
 
@@ -55,10 +59,11 @@ def clusters(found: MosaicLayer, width: float = WIDTH) -> Figure:
     domains = len(found.shares)
     width = min(width, 1.6 + max(0.5 * len(leaves), 2.0))
     down = min(0.17 * domains, 2.6) + 0.15
-    figure = sheet((2.5 if found.has_tree else 1.35) + down, width)
+    cell = (width - 1.0) / len(leaves)
+    names = _Names.of(found.clusters.experts, 72 * cell)
+    figure = sheet((2.5 if found.has_tree else 1.35) + down + names.lines * names.step / 72 - 0.2, width)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1.3 if found.has_tree else 0.25, down])
     starts = _draw_bands(above, found, leaves)
-    cell = (width - 1.0) / len(leaves)
     if found.has_tree:
         _draw_tree(above, found, joints)
     else:
@@ -76,7 +81,7 @@ def clusters(found: MosaicLayer, width: float = WIDTH) -> Figure:
     bar.set_ticks(list(merits.ticks), labels=list(merits.ticks.values()), fontsize=TINY)
     bar.set_label(merits.label if width > 5.5 else merits.label.replace(", ", ",\n"), fontsize=SMALL)
     bar.outline.set_visible(False)
-    _number_experts(below, found, leaves, 72 * cell)
+    _number_experts(below, found, leaves, names)
     return figure
 
 
@@ -117,25 +122,37 @@ def _joints(found: MosaicLayer) -> list[list[str]]:
     return rows
 
 
-def _number_experts(axes: Axes, found: MosaicLayer, leaves: list[int], cell: float) -> None:
-    """Write the experts' numbers below a map whose cells are so many points wide, representatives in bold.
+@dataclass(frozen=True)
+class _Names:
+    """How the numbers of experts stand below a map: upright where cells are narrow; where these are very narrow, those
+    of representatives alone, in as many lines as it takes."""
 
-    Where cells are narrow the numbers stand upright; where they are very narrow, only representatives are named, in
-    as many lines as it takes.
-    """
+    every_one: bool
+    size: float
+    upright: bool
+    lines: int
+    step: float
+
+    @classmethod
+    def of(cls, experts: Sequence[int], cell: float) -> _Names:
+        """Below cells that are so many points wide."""
+        digits, every_one = len(str(max(experts))), 1.2 * TINY < cell
+        size = TINY if every_one else 5.5
+        lines = 1 if every_one else math.ceil(1.25 * size / cell)
+        return cls(every_one, size, 0.75 * TINY * digits >= cell, lines, 0.85 * size * digits + 2)
+
+
+def _number_experts(axes: Axes, found: MosaicLayer, leaves: list[int], names: _Names) -> None:
+    """Write the experts' numbers below a map, representatives in bold."""
     assert found.clusters is not None
     experts = [found.clusters.experts[leaf] for leaf in leaves]
-    digits = len(str(max(experts)))
-    every_one = 1.2 * TINY < cell
-    size = TINY if every_one else 5.5
-    lines = 1 if every_one else math.ceil(1.25 * size / cell)
     look: Json = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-    look |= {"ha": "center", "fontsize": size, "rotation": 0 if 0.75 * TINY * digits < cell else 90}
-    places = [place for place, e in enumerate(experts) if every_one or e in found.representatives]
+    look |= {"ha": "center", "fontsize": names.size, "rotation": 90 * names.upright}
+    places = [place for place, e in enumerate(experts) if names.every_one or e in found.representatives]
     for n, place in enumerate(places):
         chosen = experts[place] in found.representatives
         weight: Json = {"fontweight": "bold"} if chosen else {"color": MUTED}
-        offset = 0, -4 - (n % lines) * (0.85 * size * digits + 2)
+        offset = 0, -4 - (n % names.lines) * names.step
         axes.annotate(str(experts[place]), (place, 0), offset, gid="expert", **look, **weight)
     axes.set_xticks([])
     axes.annotate("expert", (0, 0), (-4, -4), **{**look, "xycoords": "axes fraction", "ha": "right", "rotation": 0})
@@ -161,7 +178,8 @@ def _draw_bands(axes: Axes, found: MosaicLayer, leaves: list[int]) -> list[int]:
     label = found.clusters.label[leaves]
     starts = [0, *(np.flatnonzero(np.diff(label)) + 1).tolist(), len(leaves)]
     for begin, end in list(itertools.pairwise(starts))[::2]:
-        axes.axvspan(begin - 0.5, end - 0.5, color="#e4ebf2", linewidth=0, zorder=0)
+        many = len(leaves) > _MOST_LEAVES
+        axes.axvspan(begin - 0.5, end - 0.5, color="#e4ebf2", linewidth=0, zorder=0, rasterized=many)
     chosen = [n for n, leaf in enumerate(leaves) if found.clusters.experts[leaf] in found.representatives]
     size = 5.5 if len(leaves) <= 64 else 3.5
     axes.plot(chosen, np.zeros(len(chosen)), "v", color=COLOURS[1], markersize=size, clip_on=False, zorder=5)
@@ -178,7 +196,9 @@ def _draw_tree(axes: Axes, found: MosaicLayer, joints: list[np.ndarray]) -> None
     top = float(heights.max(initial=0.0)) or 1.0
     below = [joint[1, 1] <= (cut or 0.0) for joint in joints]
     colours, widths = np.where(below, RETAINED, "#767676").tolist(), np.where(below, 1.4, 0.9)
-    axes.add_collection(LineCollection(joints, colors=colours, linewidths=widths, gid="tree"), autolim=False)
+    lines = LineCollection(joints, colors=colours, linewidths=widths, gid="tree")
+    lines.set_rasterized(len(joints) > _MOST_LEAVES)
+    axes.add_collection(lines, autolim=False)
     if cut is not None:
         axes.axhline(cut, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), gid="cut")
     axes.set_ylim(0, 1.15 * top)

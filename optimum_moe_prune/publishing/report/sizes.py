@@ -130,13 +130,14 @@ def _family(plan: PruningPlan, layout: Layout) -> Family | None:
     )
     if layout.num_experts == layers.original_num_experts:
         return found if same_routers(plan.made_for, layout.fingerprints()) else None
-    if layout.num_experts != layers.num_experts or not _is_made_by(plan, layout):
+    made = _plan_beside(layout)
+    if made is None or made.without_heads.retained != layers.retained:
         return None
-    heads = plan.provenance.get("heads")
+    heads = made.provenance.get("heads")
     if isinstance(heads, dict) and heads.get("bytes"):
         found = replace(found, all_heads=Size(heads.get("parameters"), heads["bytes"]))
-    found = replace(found, heads={**found.heads, **{n: plan.original_num_experts[n] for n in plan.heads}})
-    return replace(found, whole=found.whole.minus(_removed(plan, found), -1))
+    found = replace(found, heads={**found.heads, **{n: made.original_num_experts[n] for n in made.heads}})
+    return replace(found, whole=found.whole.minus(_removed(made, found), -1))
 
 
 def _size_of(layout: Layout, names: Iterable[str]) -> Size:
@@ -147,10 +148,10 @@ def _size_of(layout: Layout, names: Iterable[str]) -> Size:
     return Size(parameters, sum(tensor.nbytes for tensor in tensors))
 
 
-def _is_made_by(plan: PruningPlan, layout: Layout) -> bool:
-    """Whether files were left by a plan: by the plan beside them."""
+def _plan_beside(layout: Layout) -> PruningPlan | None:
+    """The plan that left some files, if it lies beside them: it knows what became of heads."""
     path = Path(layout.checkpoint.name_or_path) / PLAN_NAME
-    return path.is_file() and PruningPlan.load(path).retained == plan.retained
+    return PruningPlan.load(path) if path.is_file() else None
 
 
 def _removed(plan: PruningPlan, family: Family) -> Size:
