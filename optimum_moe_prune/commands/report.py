@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from optimum.commands.base import CommandInfo
 
-from ..errors import RequestError
+from ..errors import MoEPruneError, RequestError
 from ..names import PLAN_NAME
 from . import flags
 from .base import Command, Result
@@ -52,7 +52,8 @@ class ReportCommand(Command):
         target = Path(args.output)
         if target.suffix != ".html":
             raise RequestError(f"the report's file must end in .html, and is {args.output}.")
-        plans = {name: PruningPlan.load(path) for name, path in named_paths(args.plan).items()}
+        paths = named_paths(args.plan)
+        plans = {name: PruningPlan.load(path) for name, path in paths.items()}
         pictures = args.pictures or target.with_name(f"{target.stem}_pictures")
         write_report(
             target,
@@ -63,10 +64,25 @@ class ReportCommand(Command):
             title=args.title,
             overwrite=args.overwrite,
             pictures=pictures,
-            model=args.model,
+            model=args.model or _checkpoint_of(paths.values()),
         )
         values = {"output": str(target), "pictures": str(pictures), "plans": list(plans)}
         return f"{target}\npictures: {pictures}", values
+
+
+def _checkpoint_of(paths: Iterable[str]) -> Path | None:
+    """The first pruned checkpoint that a plan was given by, if its files can be read: sizes are found there."""
+    from ..checkpoints.layout import open_layout
+
+    for path in map(Path, paths):
+        folder = path.parent if path.name == PLAN_NAME else path
+        if (folder / "config.json").is_file():
+            try:
+                open_layout(folder)
+            except (MoEPruneError, OSError, ValueError):
+                continue
+            return folder
+    return None
 
 
 def named_paths(given: Sequence[str]) -> dict[str, str]:

@@ -853,7 +853,9 @@ def test_sizes_know_what_becomes_of_heads(way: str, tmp_path: Path) -> None:
     plan = PruningPlan("deepseek_v3", 3, "by hand", layers, original, provenance=provenance, config={"mtp": way})
     plan.apply_to_checkpoint(source, tmp_path / "out")
     whole, left = (Checkpoint.open(folder).nbytes for folder in (source, tmp_path / "out"))
-    for each, model in itertools.product((plan, PruningPlan.load(tmp_path / "out")), (None, source, tmp_path / "out")):
+    saved = PruningPlan.load(tmp_path / "out")  # which names the original without its place
+    places = (source, tmp_path / "out")
+    for each, model in ((plan, None), *itertools.product((plan, saved), places)):
         family = find_family({"plan": each}, model, tmp_path)
         assert family is not None
         assert (family.whole.nbytes, family.pruned(each).nbytes) == (whole, left)
