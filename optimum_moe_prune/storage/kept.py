@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..progress.pace import plural
-from .targets import partial_folder
+from .paths import partial_folder
 from .values import is_integer, read_json
 
 PROGRESS_NAME = "progress.json"

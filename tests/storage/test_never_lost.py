@@ -515,7 +515,7 @@ def test_another_request_is_refused_and_named(
     with pytest.raises(RequestError, match=r"else: model.safetensors of the model was changed\. Run"):
         calibrated(layout_of(folder), samples, needs, **how)
     found = calibrated(layout_of(folder), samples, needs, **how, restart=True)
-    assert_identical(found, calibrated(layout, samples, needs, batch_size=3, stream=True))
+    assert_identical(found, calibrated(layout_of(folder), samples, needs, batch_size=3, stream=True))
 
 
 def test_the_way_stays_when_memory_changes(
