@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m optimum_moe_prune``: the same commands as ``optimum-cli moe-prune``."""
 
-from .commands import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from .commands import main
+
+        main()
+    except KeyboardInterrupt:  # before a command was at work
+        sys.exit(130)

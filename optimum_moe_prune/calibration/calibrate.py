@@ -21,6 +21,7 @@ from ..models.blocks import model_facts, moe_blocks
 from ..models.checks import usable_model
 from ..models.heads import Heads, open_heads
 from ..models.memory import Compute, load_model, open_skeleton
+from ..progress import working
 from ..provenance import versions
 from ..statistics.needs import WITHOUT_RULE
 from ..statistics.stats import CalibrationStats, Need
@@ -98,10 +99,11 @@ def calibrate(
         "stream": compute.stream,
         "versions": versions(),
     }
+    asked = {"calibration": calibration.settings, "needs": _asked(needs)}
     skeleton = open_skeleton(layout, compute)  # checks all tensors
     found = open_heads(layout, skeleton)
     heads = found if isinstance(found, Heads) else None
-    store = Store(workspace.folder, work, workspace.restart)
+    store = Store(workspace.folder, work, workspace.restart, settings=asked)
     runs = faults_of(f"config.json of {layout.checkpoint.name_or_path}", RunError)
     try:
         if compute.stream:
@@ -109,7 +111,8 @@ def calibrate(
                 stats = collect_streamed(skeleton, calibration, gathered, **settings, store=store, heads=heads)
         else:
             try:
-                whole = load_model(layout, compute)
+                with working("loading the model", None, did="loaded the model"):
+                    whole = load_model(layout, compute)
                 with runs, contextlib.nullcontext() if heads is None else heads.loaded(whole):
                     stats = collect(whole, calibration, gathered, **settings, store=store, heads=heads)
             except RunError:
@@ -201,6 +204,21 @@ def needs_of(needs: Needs) -> frozenset[Need]:
             f"method {' or '.join(map(repr, names))} needs no calibration, so there is nothing to score."
         )
     return frozenset(found)
+
+
+def _asked(needs: Needs) -> Json:
+    """What was asked for, as settings that a person gave."""
+    if isinstance(needs, (str, Need, MoEPrunerConfig)):
+        needs = [needs]
+    asked = list(needs)
+    if any(isinstance(need, Need) for need in asked):
+        return {}  # they say it themselves
+    recipes = [need for need in asked if isinstance(need, MoEPrunerConfig)]
+    return {
+        "method": ", ".join(need.method if isinstance(need, MoEPrunerConfig) else str(need) for need in asked),
+        "method_options": {name: value for recipe in recipes for name, value in recipe.method_options.items()},
+        "protect_super_experts": any(recipe.protect_super_experts for recipe in recipes),
+    }
 
 
 def rule_of(model: Model) -> RoutingRule:

@@ -17,7 +17,7 @@ from ..compat import ModelConfig, text_config
 from ..models.blocks import decoder_of, model_facts, moe_blocks
 from ..models.checks import check_finite, evaluating, input_device, usable_model, vocabulary
 from ..models.heads import Heads
-from ..progress import progress
+from ..progress import working
 from ..provenance import now, versions
 from ..statistics.files import layer_file
 from ..statistics.needs import PER_SAMPLE, Need, layer_shapes, tensor_names
@@ -74,7 +74,7 @@ def collect(
     current = Current(calibration, max_tokens, seed)
     batches = list(calibration.batches(batch_size))
     resumed = store.finished
-    store.check_steps(len(batches))
+    store.check_steps(len(batches), "batch")
     unfinished = torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.samples for batch in batches[resumed:])])
 
     @functools.cache
@@ -106,10 +106,13 @@ def collect(
         stack.enter_context(evaluating(model))
         for observer in observers:
             stack.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
+        sizes = [batch.input_ids.numel() for batch in batches]
+        work = stack.enter_context(
+            working("calibrating", len(batches), "batch", "calibrated", begun=resumed, costs=sizes)
+        )
         since = time.monotonic()
-        for number, batch in enumerate(progress(batches, "calibrating", len(batches), unit="batch")):
-            if number < resumed:
-                continue
+        for number in range(resumed, len(batches)):
+            batch = batches[number]
             current.set(batch)
             output = decoder(
                 input_ids=batch.input_ids.to(device),
@@ -121,6 +124,7 @@ def collect(
             if time.monotonic() - since >= GROUP_SECONDS or number + 1 == len(batches):
                 store.commit(number + 1)
                 since = time.monotonic()
+            work.update()
 
     weights = torch.ones(len(calibration), dtype=torch.float64)
     return assemble(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import RequestError
-from ..progress import progress
+from ..progress import working
 from ..statistics.samples import equal_shares
 
 if TYPE_CHECKING:
@@ -57,17 +57,18 @@ def representatives(
     shares = Counter(ordered[i] for i in equal_shares(ordered, len(domains) if num_samples is None else num_samples))
     features = token_features(token_ids)
     chosen: list[int] = []
-    for domain, numbers in progress(sorted(members.items()), "finding representatives", unit="domain"):
-        count = shares[domain] if num_clusters is None else num_clusters
-        if count != "auto" and count > len(numbers):
-            raise RequestError(
-                f"num_clusters is {count}, and domain {domain!r} has {len(numbers)} samples; ask for fewer clusters "
-                "or give more samples."
-            )
-        if (count == "auto" and len(numbers) < 3) or count == len(numbers):
-            chosen += numbers
-        elif count:
-            chosen += [numbers[row] for row in _nearest_to_centres(features[numbers], count, seed)]
+    with working("finding representatives", len(members), "domain", "found representatives of") as work:
+        for domain, numbers in work.over(sorted(members.items())):
+            count = shares[domain] if num_clusters is None else num_clusters
+            if count != "auto" and count > len(numbers):
+                raise RequestError(
+                    f"num_clusters is {count}, and domain {domain!r} has {len(numbers)} samples; ask for fewer "
+                    "clusters or give more samples."
+                )
+            if (count == "auto" and len(numbers) < 3) or count == len(numbers):
+                chosen += numbers
+            elif count:
+                chosen += [numbers[row] for row in _nearest_to_centres(features[numbers], count, seed)]
     return sorted(chosen)
 
 

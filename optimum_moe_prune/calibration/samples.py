@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Union
 
@@ -21,14 +21,16 @@ from ..compat import ModelConfig, text_config
 from ..config import SAMPLE_SELECTIONS, MoEPrunerConfig, check_clusters
 from ..errors import RequestError
 from ..models.batches import Batch
+from ..progress import progress
 from ..statistics.samples import Sample, equal_shares, samples_fingerprint
-from ..storage.values import Values
+from ..storage.values import Json, Values
 from .counts import Counts, Tally
 from .drawing import Draw, Tokens
 from .records import Origin, Reading
 from .representatives import NumClusters, representatives
 from .texts import (
     HubMixture,
+    file_hashes,
     hub_parts,
     hub_remarks,
     hub_rows,
@@ -77,6 +79,7 @@ class CalibrationSet:
         duplicates: How many samples were left out because the same tokens were there already.
         sources: Names of the files they were read from, or mixtures on the Hub.
         counts: What became of the records that were read.
+        settings: What they follow from, as plain values: how they were chosen, and a hash of each file.
     """
 
     samples: tuple[Sample, ...]
@@ -85,6 +88,7 @@ class CalibrationSet:
     duplicates: int = 0
     sources: tuple[str, ...] = ()
     counts: Counts = Counts()
+    settings: Json = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -147,6 +151,18 @@ class CalibrationSet:
             raise RequestError(f"num_samples is {num_samples}; at least 1 sample is needed.")
         check_clusters(sample_selection, num_clusters)
         encoder = Encoder(tokenizer, Reading(text_column, dict(template_args or {}), skip_bad))
+        settings: Json = {
+            "num_samples": num_samples,
+            "max_length": max_length,
+            "sample_selection": sample_selection,
+            "num_clusters": num_clusters,
+            "pack": pack,
+            "seed": seed,
+            "text_column": text_column,
+            "template_args": dict(template_args or {}),
+            "skip_bad": skip_bad,
+            "files": file_hashes(resolved(source)),
+        }
         kmeans = sample_selection == "kmeans"
         source, tally = resolved(source), Tally()
         names = source_names(source)
@@ -170,9 +186,10 @@ class CalibrationSet:
         def choose(ids: list[Tensor], domains: list[str]) -> list[int]:
             return representatives(ids, domains, num_samples, num_clusters, seed)
 
+        tokens = progress(tokens, "tokenising", unit="text")
         found = cls._of_tokens(tokens, max_length, tally, choose if kmeans else None)
         tally.remarks += encoder.notes()
-        found = replace(found, sources=names, counts=tally.counts(found, max_length, requested))
+        found = replace(found, sources=names, settings=settings, counts=tally.counts(found, max_length, requested))
         for note in found.counts.warnings():
             logger.warning("%s", note)
         return found
@@ -253,7 +270,8 @@ class CalibrationSet:
         dealt = equal_shares([self.samples[i].domain for i in order], num_samples)
         chosen = sorted(order[i] for i in dealt)
         samples, token_ids = tuple(self.samples[i] for i in chosen), tuple(self.token_ids[i] for i in chosen)
-        return CalibrationSet(samples, token_ids, sources=self.sources)
+        settings = {**self.settings, "sensitivity_samples": num_samples}
+        return CalibrationSet(samples, token_ids, sources=self.sources, settings=settings)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise unless every token id is below ``vocab_size``.

@@ -17,7 +17,7 @@ from ..compat import text_config
 from ..models.batches import Batch
 from ..models.heads import Heads
 from ..models.skeleton import Skeleton
-from ..progress import progress
+from ..progress import progress, working
 from ..statistics.files import layer_file
 from ..statistics.needs import Need
 from ..statistics.stats import CalibrationStats, LayerStats
@@ -70,10 +70,11 @@ def collect_streamed(
     config = layout.config
     calibration.check_vocabulary(text_config(config).vocab_size)
     steps = skeleton.num_layers + (heads is not None)
-    store.check_steps(steps)
+    store.check_steps(steps, "layer")
     facts = layout.facts() if layout.checkpoint.is_local else None  # on the Hub it would fetch all files first
     current = Current(calibration, max_tokens, seed)
     batches = list(calibration.batches(batch_size))
+    sizes = [batch.input_ids.numel() for batch in batches]
     blocks = {block.layer: block for block in skeleton.blocks}
     top_k = skeleton.blocks[0].rule.top_k if Need.COACTIVATION in needs else None
 
@@ -103,7 +104,7 @@ def collect_streamed(
                 )
 
     skeleton.prepare()
-    with skeleton.running(), skeleton.reading_ahead() as ahead:
+    with skeleton.running(), skeleton.reading_ahead() as ahead, contextlib.ExitStack() as stack:
         states = _States(store, _state_shapes(batches, skeleton.state_shape, top_k))
         counts = {block.layer: block.num_experts for block in (*skeleton.blocks, *of_heads)}
         store.check_space(statistics_bytes(counts, needs, current, config) + 2 * states.nbytes)
@@ -111,8 +112,8 @@ def collect_streamed(
             states.open()
         else:
             states.begin(skeleton.embedded(batches))
-        remaining = range(store.finished, skeleton.num_layers)
-        for index in progress(remaining, "calibrating", len(remaining), unit="layer"):
+        work = stack.enter_context(working("calibrating", steps, "layer", "calibrated", begun=store.finished))
+        for index in range(store.finished, skeleton.num_layers):
             with skeleton.loaded(index), contextlib.ExitStack() as watching:
                 if read_ahead:
                     ahead(index + 1)
@@ -121,7 +122,7 @@ def collect_streamed(
                     observer = LayerObserver(blocks[index], needs, current, allocate, before)
                     watching.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
                 states.turn(index)
-                for number, batch in enumerate(batches):
+                for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=sizes)):
                     current.set(batch)
                     if before is not None:
                         before.chosen = states.chosen(number)
@@ -132,13 +133,14 @@ def collect_streamed(
                 before = Routed(observer.num_experts)
             store.commit(index + 1, [*map(layer_file, filter((index + 1).__gt__, blocks)), *states.whole(index + 1)])
             store.release(layer_file(index))
+            work.update()
         if heads is not None and store.finished < steps:
             states.turn(skeleton.num_layers)
             with heads.loaded(), skeleton.embeddings(), contextlib.ExitStack() as watching:
                 observers = observers_of(of_heads, needs, current, allocate, before)
                 for observer in observers:
                     watching.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
-                for number, batch in enumerate(progress(batches, "calibrating heads", len(batches), unit="batch")):
+                for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=sizes)):
                     current.set(batch)
                     if before is not None:
                         before.chosen = states.chosen(number)
@@ -146,6 +148,7 @@ def collect_streamed(
             layers |= {observer.block.layer: observer.statistics(weights) for observer in observers}
             done = [*blocks, *(block.layer for block in of_heads)]
             store.commit(steps, [*map(layer_file, done), *states.whole(skeleton.num_layers)])
+            work.update()
     return assemble(
         facts or layout.facts(),
         calibration,

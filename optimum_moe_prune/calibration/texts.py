@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os.path
 import re
@@ -76,9 +77,26 @@ def source_names(source: Any) -> tuple[str, ...]:
     """Names of the files of a calibration, whose folders are nobody else's business; or a mixture on the Hub."""
     if isinstance(source, HubMixture):
         return source.sources
+    return tuple(path.name for path in _files(source))
+
+
+def _files(source: Any) -> list[Path]:
     paths = source if isinstance(source, (list, tuple)) else [source]
     files = [path for path in paths if isinstance(path, PathLike) or (path is source and isinstance(path, str))]
-    return tuple(Path(path).name for path in files)
+    return [Path(path) for path in files]
+
+
+def file_hashes(source: Any) -> dict[str, str]:
+    """A hash of each file of a calibration, by its name; of a mixture on the Hub its name alone."""
+    hashes = dict.fromkeys(source_names(source), "") if isinstance(source, HubMixture) else {}
+    for path in _files(source):
+        if path.is_file():  # a pipe can be read once; what is not there is refused where it is read
+            digest = hashlib.sha256()
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            hashes[path.name] = hashes.get(path.name, "") + digest.hexdigest()
+    return hashes
 
 
 def needs_tokenizer(source: Any) -> bool:

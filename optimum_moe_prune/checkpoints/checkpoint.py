@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError, RunError
+from ..progress import working
 from ..storage.tensor_files import TORCH_DTYPES, TensorEntry, all_finite, read_header, read_tensor
 from ..storage.values import Json, read_json
 from .folders import no_weights, not_downloaded, unfinished_download
@@ -142,7 +143,7 @@ class Checkpoint:
             RunError: If it cannot be downloaded.
         """
         try:
-            with self._lock:
+            with self._lock, self._fetching(file):
                 found = self.source.find(file)
         except OSError as error:
             raise RunError(f"{file} of {self.name_or_path} cannot be fetched: {str(error).splitlines()[0]}") from error
@@ -284,6 +285,12 @@ class Checkpoint:
         self._entries[file], metadata = read_header(path)
         self._stamps[file] = _stamp(os.stat(path))
         return metadata
+
+    def _fetching(self, file: str) -> contextlib.AbstractContextManager[object]:
+        """Shows that a file is downloaded; what is here already takes no time."""
+        if self.is_local or self._is_cached(file):
+            return contextlib.nullcontext()
+        return working(f"downloading {file}", None, did=f"downloaded {file}")
 
     def _is_cached(self, file: str) -> bool:
         from huggingface_hub import try_to_load_from_cache

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -13,7 +14,10 @@ from typing import ClassVar
 from optimum.commands.base import BaseOptimumCLICommand
 
 from ..errors import MoEPruneError, RequestError
+from ..progress import printed_lines, shows_bars
+from ..storage.kept import kept_sentence
 from ..storage.values import Json
+from .interrupts import GOES_ON, exit_code, kept_of, raised_signals, said_of
 
 Result = tuple[str, Json]
 """What is printed for people, and with ``--json``."""
@@ -39,19 +43,31 @@ class Command(BaseOptimumCLICommand):
 
 def execute(command: type[Command], args: argparse.Namespace) -> int:
     """Do the work of a command and print its result; the exit code."""
+    with raised_signals(), printed_lines(sys.stderr):
+        return _executed(command, args)
+
+
+def _executed(command: type[Command], args: argparse.Namespace) -> int:
+    before = kept_of(args)
     try:
-        if not sys.stderr.isatty() and not command.shows_bars:
+        if not shows_bars() and not command.shows_bars:
             from transformers.utils.logging import disable_progress_bar
 
             disable_progress_bar()
         text, values = command.work(args)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        if args.debug:
+            traceback.print_exc()
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(said_of(error, args), file=sys.stderr)
+        return exit_code(error)
     except Exception as error:
         if args.debug:
             traceback.print_exc()
         name = "" if isinstance(error, MoEPruneError) else f"{type(error).__name__}: "
-        print(f"error: {name}{as_flags(str(error))}", file=sys.stderr)
+        kept = kept_of(args)
+        more = f" {kept_sentence(kept, args.output)}; {GOES_ON}." if kept and kept != before else ""
+        print(f"error: {name}{as_flags(str(error))}{more}", file=sys.stderr)
         return 2 if isinstance(error, RequestError) else 1
     print(json.dumps(values) if args.json else text)
     return 0

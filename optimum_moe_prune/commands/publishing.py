@@ -119,16 +119,24 @@ def result_of_checkpoint(
     folder = Path(args.output)
     try:
         lost, more, results = _finish(args, pruner, plan, folder, texts)
+    except KeyboardInterrupt as error:
+        error.args = (f"the pruned checkpoint is written in {folder}, and what should follow was not done. {_LATER}",)
+        raise
     except MoEPruneError as error:
         raise RunError(
-            f"the pruned checkpoint is written in {folder}, and what should follow failed: {error} Add results with "
-            "evaluate --update-card, pictures with report; MoEPruner.push_to_hub(repository, folder) publishes it."
+            f"the pruned checkpoint is written in {folder}, and what should follow failed: {error} {_LATER}"
         ) from error
     lines, values = screen.checkpoint_in_words(args.output, args.standalone, lost, printed)
     if not lost:
         evaluate = ["optimum-cli", "moe-prune", "evaluate", "--model", args.output, "--reference", args.model]
         more.append(f"next, see what it lost: {shlex.join([*evaluate, '--data', 'YOURS.jsonl', '--update-card'])}")
     return "\n".join([*lines, *more]), {**values, **results}
+
+
+_LATER = (
+    "Add results with evaluate --update-card, pictures with report; MoEPruner.push_to_hub(repository, folder) "
+    "publishes it."
+)
 
 
 def _finish(

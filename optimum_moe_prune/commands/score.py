@@ -30,7 +30,7 @@ class ScoreCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
-        from ..calibration.calibrate import calibrate, needs_of
+        from ..calibration.calibrate import Needs, calibrate, needs_of
         from ..planning.work import plan_work
         from ..pruner import MoEPruner
         from ..storage.folders import check_target, working_on
@@ -41,7 +41,8 @@ class ScoreCommand(Command):
         every = args.method == "all" or (args.method is None and not args.config)
         args.method = None if every else args.method
         config = flags.recipe(args)
-        needs = needs_of("all" if every else config)
+        asked: Needs = "all" if every else config
+        needs = needs_of(asked)
         compute = flags.compute_of(args)
         pruner = MoEPruner(config, source=flags.source_of(args))
         samples = calibration_samples(args, pruner)
@@ -53,7 +54,7 @@ class ScoreCommand(Command):
             stats = calibrate(
                 pruner.layout(),
                 samples,
-                needs,
+                asked,
                 batch_size=config.batch_size,
                 max_tokens=config.max_tokens,
                 seed=config.seed,

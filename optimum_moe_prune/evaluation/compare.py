@@ -22,6 +22,7 @@ from ..compat import text_config
 from ..errors import RequestError, RunError
 from ..models.memory import Compute, load_model
 from ..models.wrappers import plain_model
+from ..progress import working
 from ..provenance import versions
 from ..storage.values import Json, Values
 from .comparison import Comparison, ModelResult, reference_of
@@ -86,7 +87,10 @@ def compare(
     texts = None if data is None else held_out(every[0], data, tokenizer, max_length)
 
     def loaded(model: Source | PreTrainedModel) -> PreTrainedModel:
-        return load_model(model, compute) if isinstance(model, Source) else model
+        if not isinstance(model, Source):
+            return model
+        with working(f"loading {_name(model)}", None, did=f"loaded {_name(model)}"):
+            return load_model(model, compute)
 
     def result(source: Source | PreTrainedModel, model: PreTrainedModel, evaluation: Evaluation | None) -> ModelResult:
         settings = {"batch_size": batch_size, "seed": seed, **task_settings}
@@ -111,7 +115,8 @@ def compare(
     for label, source in zip(labels, every, strict=True):
         if speed and isinstance(source, Source):
             try:
-                generation = measure_generation(source, new_tokens=new_tokens, compute=compute)
+                with working(f"measuring the speed of {_name(source)}", None, did="measured it"):
+                    generation = measure_generation(source, new_tokens=new_tokens, compute=compute)
                 results[label] = replace(results[label], generation=generation)
             except RunError as error:  # what was evaluated before is not lost for it
                 logger.warning("%s", error)

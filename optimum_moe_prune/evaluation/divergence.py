@@ -21,7 +21,7 @@ from ..calibration.samples import CalibrationSet
 from ..compat import text_config
 from ..models.batches import Batch
 from ..models.layerwise import LayerByLayer
-from ..progress import progress_bar
+from ..progress import Work, progress, working
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
 from ..storage.values import Values
@@ -56,6 +56,7 @@ def divergences(
     *,
     batch_size: int = 8,
     work: Values | None = None,
+    settings: Values | None = None,
     workspace: Workspace = Workspace(),
 ) -> Tensor:
     """``KL(original || pruned)`` of the next-token distributions, summed over the predicted tokens of each sample.
@@ -69,6 +70,7 @@ def divergences(
         plans: For each plan the retained experts by layer; a layer that is not named keeps all.
         batch_size: Samples in a forward pass, at most; fewer where the vocabulary is large.
         work: What else decides about the numbers, as nested plain values: a later call for something else is refused.
+        settings: What of that follows from, as ``Store`` takes it.
         workspace: Where finished batches (on disk: layers) are kept; a later call for the same continues.
 
     Returns:
@@ -89,7 +91,7 @@ def divergences(
         "passes": len(passes),
         "plans": f"{len(plans)} with hash {hashlib.sha256(json.dumps(written).encode()).hexdigest()[:12]}",
     }
-    store = Store(workspace.folder, identity, workspace.restart, what="measurement")
+    store = Store(workspace.folder, identity, workspace.restart, "measurement", settings)
     try:
         shapes: Shapes = {"kl": ((len(plans), len(calibration)), torch.float64)}
         steps = runner.num_layers + 1
@@ -183,27 +185,33 @@ def _add(
 def _measure_in_memory(
     runner: LayerByLayer, batches: Sequence[Batch], plans: Sequence[Retained], store: Store, sums: Tensor
 ) -> None:
-    store.check_steps(len(batches))
+    store.check_steps(len(batches), "batch")
     # Plans that part late share most: keep them together.
     order = sorted(range(len(plans)), key=lambda p: sorted(plans[p].items()))
-    with runner.running(), progress_bar(len(batches), "measuring", "batch") as bar:
-        bar.update(store.finished)
+    sizes = [batch.input_ids.numel() for batch in batches]
+    with (
+        runner.running(),
+        working("measuring", len(batches), "batch", "measured", begun=store.finished, costs=sizes) as work,
+    ):
         for number in range(store.finished, len(batches)):
             batch = batches[number]
             sums[:, batch.samples] = 0  # an interrupted run may have added to them
             (embedded,) = runner.embedded([batch])
             at_once = max(1, _STATE_BYTES // (2 * embedded.nbytes) - 1)
-            for first in range(0, len(order), at_once):
-                chosen = order[first : first + at_once]
-                layers, last = _tree([plans[p] for p in chosen], runner)
-                states = [embedded]
-                for layer, branches in enumerate(layers):
-                    states = list(_grown(runner, layer, batch, states, branches))
-                part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
-                _add(runner, batch, states, last, part)
-                sums[chosen] += part
+            parts = [order[first : first + at_once] for first in range(0, len(order), at_once)]
+            trees = [_tree([plans[p] for p in chosen], runner) for chosen in parts]
+            sizes = [len(branches) for layers, _ in trees for branches in layers]
+            with working("layers", len(sizes), "layer", costs=sizes) as inner:
+                for chosen, (layers, last) in zip(parts, trees, strict=True):
+                    states = [embedded]
+                    for layer, branches in enumerate(layers):
+                        states = list(_grown(runner, layer, batch, states, branches))
+                        inner.update()
+                    part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
+                    _add(runner, batch, states, last, part)
+                    sums[chosen] += part
             store.commit(number + 1)
-            bar.update()
+            work.update()
 
 
 # ------------------------------------------------------------------------------------------- on disk
@@ -233,25 +241,33 @@ def _measure_on_disk(
 ) -> None:
     steps = runner.num_layers + 1
     store.check_steps(len(passes) * steps)
+    trees = [_tree([plans[p] for p in chosen], runner) for chosen in passes]
+    costs = [len(branches) for layers, last in trees for branches in (*layers, set(last))]
     runner.prepare()
-    with runner.running(), runner.reading_ahead() as ahead:
+    with (
+        runner.running(),
+        runner.reading_ahead() as ahead,
+        working("measuring", len(costs), "step", "measured", begun=store.finished, costs=costs) as work,
+    ):
         for number, chosen in enumerate(passes):
             if store.finished < (number + 1) * steps:
-                _pass(runner, batches, plans, chosen, number * steps, store, sums, ahead)
+                _pass(runner, batches, chosen, trees[number], number * steps, store, sums, ahead, work)
 
 
 def _pass(
     runner: LayerByLayer,
     batches: Sequence[Batch],
-    plans: Sequence[Retained],
     chosen: Sequence[int],
+    tree: tuple[list[list[_Branch]], list[int]],
     before: int,
     store: Store,
     sums: Tensor,
     ahead: Callable[[int], None],
+    work: Work,
 ) -> None:
     """Measure some of the plans in one pass through the files; ``before`` steps belong to earlier passes."""
-    layers, last = _tree([plans[p] for p in chosen], runner)
+    layers, last = tree
+    sizes = [batch.input_ids.numel() for batch in batches]
     shapes_of = [runner.state_shape(batch) for batch in batches]
 
     def states_of(layer: int, written: bool = False) -> Mapping[str, Tensor]:
@@ -269,27 +285,26 @@ def _pass(
         states = states_of(0)
         for number, embedded in enumerate(runner.embedded(batches)):
             states[f"{number}"][0].copy_(embedded)
-    work = sum(len(branches) for branches in layers[finished:])
-    with progress_bar(work, "measuring", "layer") as bar:
-        for layer in range(finished, runner.num_layers):
-            after = states_of(layer + 1)
-            with runner.loaded(layer):
-                ahead(layer + 1)
-                for number, batch in enumerate(batches):
-                    grown = _grown(runner, layer, batch, states[f"{number}"], layers[layer])
-                    for branch, hidden in enumerate(grown):
-                        after[f"{number}"][branch].copy_(hidden)
-            store.commit(before + layer + 1, [_states_file(layer + 1)])
-            store.remove(_states_file(layer))
-            states = after
-            bar.update(len(layers[layer]))
+    for layer in range(finished, runner.num_layers):
+        after = states_of(layer + 1)
+        with runner.loaded(layer):
+            ahead(layer + 1)
+            for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=sizes)):
+                grown = _grown(runner, layer, batch, states[f"{number}"], layers[layer])
+                for branch, hidden in enumerate(grown):
+                    after[f"{number}"][branch].copy_(hidden)
+        store.commit(before + layer + 1, [_states_file(layer + 1)])
+        store.remove(_states_file(layer))
+        states = after
+        work.update()
     part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
     with runner.head():
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=sizes)):
             _add(runner, batch, states[f"{number}"], last, part)
     sums[list(chosen)] = part
     store.commit(before + runner.num_layers + 1)
     store.remove(_states_file(runner.num_layers))
+    work.update()
 
 
 def _states_file(layer: int) -> str:

@@ -21,7 +21,7 @@ from ..models.batches import Batch
 from ..models.checks import evaluating, input_device, vocabulary
 from ..models.wrappers import plain_model
 from ..planning.sensitivity import ALL
-from ..progress import progress
+from ..progress import working
 from ..storage.values import Json, Values
 from .divergence import batch_size_for, kl_per_token
 
@@ -213,8 +213,10 @@ def evaluate(
         stack.enter_context(torch.no_grad())
         for m in models:
             stack.enter_context(evaluating(m))
-        batches = samples.batches(batch_size)
-        for batch in progress(batches, "evaluating", samples.num_batches(batch_size), unit="batch"):
+        batches = list(samples.batches(batch_size))
+        sizes = [batch.input_ids.numel() for batch in batches]
+        work = stack.enter_context(working("evaluating", len(batches), "batch", "evaluated", costs=sizes))
+        for batch in work.over(batches):
             sample, figures = _batch_figures(models, batch)
             sums.index_add_(0, sample, figures)
     domains = {}

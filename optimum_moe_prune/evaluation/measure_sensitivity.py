@@ -31,6 +31,7 @@ from ..planning.sensitivity import (
     Sensitivity,
     decisive,
 )
+from ..progress import working
 from ..provenance import now, versions
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
@@ -107,7 +108,8 @@ def measure_sensitivity(
     if workspace.folder is not None and not workspace.restart:
         parts = (unfinished(workspace.folder / part) for part in ("layers", "models"))
         streamed = next((bool(part[0].get("stream")) for part in parts if part is not None), None)
-    runner = open_runner(layout, compute.settled(layout, streamed))
+    with working("loading the model", None, did="loaded the model"):
+        runner = open_runner(layout, compute.settled(layout, streamed))
     work = {
         "model": identity(layout),
         "calibration": samples.fingerprint,
@@ -116,7 +118,27 @@ def measure_sensitivity(
         "stream": runner.streams,
         "versions": versions(),
     }
-    return _measured(_Divergences(runner, samples, batch_size, work, workspace), *settings)
+    asked: Json = {"batches": {"batch_size": batch_size}, "plans": _asked(recipes, domain_weights, counts, sparsities)}
+    asked |= dict.fromkeys(("calibration", "samples"), samples.settings)
+    return _measured(_Divergences(runner, samples, batch_size, work, asked, workspace), *settings)
+
+
+def _asked(
+    recipes: Sequence[MoEPrunerConfig],
+    domain_weights: Mapping[str, float] | None,
+    counts: Sequence[int] | None,
+    sparsities: Sequence[float],
+) -> Json:
+    """What decides which plans are measured, as settings that a person gave."""
+    values = [recipe.to_dict() for recipe in recipes]
+    names = ("method_options", "protect", "skip_layers", "protect_super_experts", "count_multiple_of", "seed")
+    return {
+        "method": [recipe.method for recipe in recipes],
+        **{name: values[0][name] for name in names},
+        "domain_weights": None if domain_weights is None else dict(domain_weights),
+        "counts": None if counts is None else list(counts),
+        "sparsities": list(sparsities),
+    }
 
 
 def _measured(
@@ -187,12 +209,14 @@ class _Divergences:
         samples: CalibrationSet,
         batch_size: int,
         work: Values | None = None,
+        settings: Values | None = None,
         workspace: Workspace = Workspace(),
     ) -> None:
         self.runner = runner
         self.samples = samples
         self._batch_size = batch_size
         self._work = work
+        self._settings = settings
         self._workspace = workspace
         domains = [sample.domain for sample in samples.samples]
         self._tokens = torch.tensor([sample.num_tokens - 1 for sample in samples.samples], dtype=torch.float64)
@@ -216,6 +240,7 @@ class _Divergences:
             list(new.values()),
             batch_size=self._batch_size,
             work=self._work,
+            settings=self._settings,
             workspace=self._workspace.part(part),
         )
         for key, by_sample in zip(new, sums, strict=True):

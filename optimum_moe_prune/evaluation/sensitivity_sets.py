@@ -16,6 +16,7 @@ from ..methods.limits import MOST_COUNTS, allowed_counts, least_kept
 from ..names import BY_SENSITIVITY
 from ..planning.build import protected_experts, quiet_plan
 from ..planning.sensitivity import Retained, Sensitivity
+from ..progress import working
 from ..statistics.stats import CalibrationStats
 
 logger = logging.getLogger(__name__)
@@ -38,18 +39,22 @@ def layer_sets(
     protected = {layer: tuple(sorted(protect.get(layer, ()))) for layer in layers}
     whole = Budget(layers, sum(layers.values()), stats.routing, protected, config.seed, config.count_multiple_of)
     sets: dict[int, dict[int, tuple[int, ...]]] = {layer: {} for layer in layers}
-    for count in sorted({count for values in grid.values() for count in values}):
-        budget = whole.exactly({layer: count if count in grid[layer] else total for layer, total in layers.items()})
-        try:
-            if method.check is not None:
-                method.check(budget, options)
-        except RequestError as error:
-            logger.warning("%s: %d experts a layer are not measured: %s", method.name, count, error)
-            continue
-        retained = method.select(stats, budget, options).retained
-        for layer in layers:
-            if count in grid[layer]:
-                sets[layer][count] = retained[layer]
+    measured = sorted({count for values in grid.values() for count in values})
+    doing = f"choosing the experts to measure ({method.name})"
+    with working(doing, len(measured), "number", "chose experts for") as work:
+        for count in work.over(measured):
+            numbers = {layer: count if count in grid[layer] else total for layer, total in layers.items()}
+            budget = whole.exactly(numbers)
+            try:
+                if method.check is not None:
+                    method.check(budget, options)
+            except RequestError as error:
+                logger.warning("%s: %d experts a layer are not measured: %s", method.name, count, error)
+                continue
+            retained = method.select(stats, budget, options).retained
+            for layer in layers:
+                if count in grid[layer]:
+                    sets[layer][count] = retained[layer]
     return sets
 
 
@@ -126,8 +131,10 @@ def whole_plans(
     own = sorted(get_method(config.method).allocations, reverse=True)
     level = logging.INFO if tuple(sparsities) == SPARSITIES else logging.WARNING  # those asked for are missed
     plans = []
-    for allocation in own if sensitivity is None else [BY_SENSITIVITY]:
-        for sparsity in sparsities:
+    allocations = own if sensitivity is None else [BY_SENSITIVITY]
+    budgets = [(allocation, sparsity) for allocation in allocations for sparsity in sparsities]
+    with working(f"planning whole models ({config.method})", len(budgets), "plan", "made") as work:
+        for allocation, sparsity in work.over(budgets):
             recipe = replace(config, num_experts=None, total_experts=None, sparsity=sparsity, allocation=allocation)
             try:
                 plan = quiet_plan(stats, recipe, domain_weights, sensitivity)

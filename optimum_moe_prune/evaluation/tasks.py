@@ -29,6 +29,7 @@ import torch
 
 from ..errors import RequestError, RunError, nearest_first
 from ..models.checks import evaluating
+from ..progress import Work, working
 from ..storage.values import Json, Values
 
 if TYPE_CHECKING:
@@ -105,7 +106,14 @@ def run_tasks(
         raise RequestError(f"gen_kwargs is {gen_kwargs!r}; it must be of the form NAME=VALUE,NAME=VALUE.")
     tokenizer = _copied(tokenizer, apply_chat_template)
     manager, names = _resolved(tasks, include, allow_code)
-    with _contained(allow_code), evaluating(model), torch.no_grad(), _watched(model):
+    doing = f"running {'the task' if len(names) == 1 else f'{len(names)} tasks'} {', '.join(names)}"
+    with (
+        _contained(allow_code),
+        evaluating(model),
+        torch.no_grad(),
+        working(doing, None, "batch", "ran the tasks") as work,
+        _watched(model, work),
+    ):
         evaluator, own = _harness("evaluator"), _harness("defaults")
         loaded, entries = _load(manager, names, tokenizer)
         try:
@@ -334,12 +342,16 @@ def _contained(allow_code: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watched(model: PreTrainedModel) -> Iterator[None]:
-    """Raise where the model's output is NaN: the harness would count it as a wrong answer, or even as a right one."""
+def _watched(model: PreTrainedModel, work: Work) -> Iterator[None]:
+    """Count batches, and raise where the model's output is NaN.
+
+    The harness would count it as a wrong answer, or even as a right one.
+    """
 
     def look(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         if torch.isnan(output.logits).any():
             raise RunError("the model's output is NaN: it holds NaN or infinite values.")
+        work.update()
 
     handle = model.register_forward_hook(look)
     try:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import RequestError
-from ..progress import progress
+from ..progress import working
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
 from .registry import register_method
@@ -65,10 +65,11 @@ class SearchOptions:
 )
 def enumeration(stats: CalibrationStats, budget: UniformBudget, options: SearchOptions) -> Selection:
     """The retained experts."""
-    found = {
-        index: search_set(stats.layers[index], index, count, budget, options)
-        for index, count in progress(budget.num_experts.items(), "enumerating", unit="layer")
-    }
+    with working("choosing experts (enumeration)", len(budget.num_experts), "layer", "chose experts in") as work:
+        found = {
+            index: search_set(stats.layers[index], index, count, budget, options)
+            for index, count in work.over(budget.num_experts.items())
+        }
     return Selection(
         {index: best.retained for index, best in found.items()},
         notes=search_notes(budget.num_experts, budget, options),

@@ -42,7 +42,7 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
-from ..progress import progress
+from ..progress import working
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
 from .clustering import kmeans, silhouette
@@ -107,20 +107,23 @@ def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> 
     retained, tied = {}, {}
     by_logs: list[int] = []
     fewer: dict[int, int] = {}
-    for index in progress(budget.num_experts, "mosaic", unit="layer"):
-        layer, best = stats.layers[index], search_generalists(stats.layers[index], index, budget, options)
-        first, clusters = best.retained, budget.num_experts[index] - len(best.retained)
-        found = cluster_layer(layer, first, clusters, budget.seed, options) if clusters else None
-        retained[index] = tuple(sorted([*first, *(found.representatives if found else ())]))
-        tied[index] = still_tied(best.tied, retained[index])
-        if found is None:
-            continue
-        tied[index] |= set(differing([retained[index], *_decided_otherwise(layer, first, found, clusters, options)]))
-        made = found.vectors.shape[1]
-        if made < 3:
-            by_logs.append(index)
-        if made < _domains_asked(options, clusters):
-            fewer[index] = made
+    with working("choosing experts (mosaic)", len(budget.num_experts), "layer", "chose experts in") as work:
+        for index in work.over(budget.num_experts):
+            layer, best = stats.layers[index], search_generalists(stats.layers[index], index, budget, options)
+            first, clusters = best.retained, budget.num_experts[index] - len(best.retained)
+            found = cluster_layer(layer, first, clusters, budget.seed, options) if clusters else None
+            retained[index] = tuple(sorted([*first, *(found.representatives if found else ())]))
+            tied[index] = still_tied(best.tied, retained[index])
+            if found is None:
+                continue
+            tied[index] |= set(
+                differing([retained[index], *_decided_otherwise(layer, first, found, clusters, options)])
+            )
+            made = found.vectors.shape[1]
+            if made < 3:
+                by_logs.append(index)
+            if made < _domains_asked(options, clusters):
+                fewer[index] = made
     notes = generalist_notes(budget, options)
     if fewer:
         asked = "as many as specialists" if options.num_domains is None else options.num_domains

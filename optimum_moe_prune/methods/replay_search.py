@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
+from ..progress import working
 from .replay import (
     WORKING_BYTES,
     errors_without,
@@ -208,8 +209,10 @@ class Replay:
         # In lower precision the model rounds weights and meets ties: decide among the best by its own operations.
         exact = self.logits.dtype == torch.float32
         leaders = Leaders(0 if exact else _DECIDED_BY_DEFINITION)
-        for sets in self._sets(size, tuple(sorted(required))):
-            leaders.add(sets, self.losses(sets))
+        required = tuple(sorted(required))
+        with working("trying sets", num_sets(self.routing, self.num_experts, size, required), "set", "tried") as work:
+            for sets in work.over(self._sets(size, required), len):
+                leaders.add(sets, self.losses(sets))
         if not leaders.first:
             raise RequestError(_NONE_LEFT)
         loss, best = leaders.first[0]

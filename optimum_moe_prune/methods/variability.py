@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import RequestError
-from ..progress import progress
+from ..progress import working
 from ..statistics.stats import CalibrationStats, LayerStats, Need
 from .budget import UniformBudget
 from .enumeration import SearchOptions, search_notes, search_set
@@ -121,10 +121,11 @@ def generalist_notes(budget: UniformBudget, options: GeneralistOptions) -> tuple
 def variability(stats: CalibrationStats, budget: UniformBudget, options: GeneralistOptions) -> Selection:
     """The retained experts."""
     retained, tied = {}, {}
-    for index, count in progress(budget.num_experts.items(), "variability", unit="layer"):
-        layer = stats.layers[index]
-        first, key = search_generalists(layer, index, budget, options), -variability_scores(layer)
-        retained[index] = tuple(sorted(budget.order(index, key, first.retained)[:count]))
-        among_scores = tied_in_layer(key.tolist(), budget, index, retained[index], first.retained)
-        tied[index] = among_scores | still_tied(first.tied, retained[index])
+    with working("choosing experts (variability)", len(budget.num_experts), "layer", "chose experts in") as work:
+        for index, count in work.over(budget.num_experts.items()):
+            layer = stats.layers[index]
+            first, key = search_generalists(layer, index, budget, options), -variability_scores(layer)
+            retained[index] = tuple(sorted(budget.order(index, key, first.retained)[:count]))
+            among_scores = tied_in_layer(key.tolist(), budget, index, retained[index], first.retained)
+            tied[index] = among_scores | still_tied(first.tied, retained[index])
     return Selection(retained, notes=generalist_notes(budget, options), ties=sorted_ties(tied))

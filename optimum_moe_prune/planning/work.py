@@ -19,6 +19,7 @@ from ..methods.limits import MOST_COUNTS, allowed_counts
 from ..models.memory import Compute, available_memory, model_bytes
 from ..names import BY_SENSITIVITY, DROP
 from ..plan import PruningPlan
+from ..progress.pace import duration
 from ..statistics.needs import DENSE, Need
 from ..storage.growing import IN_MEMORY_BYTES
 from ..storage.paths import nearest_existing, real_path
@@ -130,8 +131,9 @@ class WorkPlan:
             lines["runs"] = f"on {self.device} in {self.dtype}, {way}"
         lines["memory"] = f"about {gigabytes(self.memory)}; {gigabytes(self.free_memory)} are free"
         if self.streamed is not None:
-            known = self.seconds is not None
-            lines["time"] = f"about {duration(self.seconds or 0)}" if known else "cannot be told"
+            quick = self.seconds is not None and self.seconds < 60
+            known = "about a minute at most" if quick else f"about {duration(self.seconds or 0)}"
+            lines["time"] = "cannot be told" if self.seconds is None else known
         return "\n".join(f"{name:<7} {text}" for name, text in lines.items() if text)
 
     def _model(self) -> str:
@@ -305,10 +307,6 @@ def _seconds(
         alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2
         total += layers * speed.reading + (alone + _WHOLE_MODELS * layers) * measured * speed.plain
     return total
-
-
-def duration(seconds: float) -> str:
-    return "a minute at most" if seconds < 60 else f"{seconds / 60:.0f} min"
 
 
 def _count(number: int) -> str:

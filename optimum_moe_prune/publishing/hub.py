@@ -21,6 +21,8 @@ from ..compat import http_error
 from ..errors import RequestError, RunError
 from ..names import CARD_NAME, CONFIG_NAME, PLAN_NAME
 from ..plan import PruningPlan
+from ..progress import working
+from ..progress.pace import size
 from ..storage.values import read_json
 from .facts import names_of, to_publish
 
@@ -121,8 +123,12 @@ def push_folder(
     stale = sorted(filter(_WEIGHTS.fullmatch, there - set(names)))
     kept, total = sum(plan.num_experts.values()), sum(plan.original_num_experts.values())
     message = f"Pruned by {' '.join(plan.method.split())}: {kept} of {total} experts retained"
-    with _explained(
-        api, repo_id, head.sha, lambda: None if create_pr else api.model_info(repo_id, revision=revision).sha
+    nbytes = sum((folder / name).stat().st_size for name in names)
+    with (
+        working(f"publishing {size(nbytes)} as {repo_id}", None, did=f"published {repo_id}"),
+        _explained(
+            api, repo_id, head.sha, lambda: None if create_pr else api.model_info(repo_id, revision=revision).sha
+        ),
     ):
         if branch_is_new:
             api.create_branch(repo_id, branch=str(revision), revision=head.sha)

@@ -7,17 +7,19 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RequestError, RunError
+from ..progress.pace import plural
 from .checksums import file_checksum, is_sealed, sealed, tensor_checksum
+from .differences import VERSIONS, differences
 from .files import sync, write_json
 from .folders import check_space
+from .kept import PROGRESS_NAME
 from .tensor_files import MappedTensors, Shapes, shapes_bytes
 from .values import Json, Values, check_version, is_integer, read_json
 
@@ -26,8 +28,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 IN_MEMORY_BYTES = 512 * 2**20
 """What a calibration keeps in memory at most; beyond it, its tensors live in files mapped into memory."""
-
-_PROGRESS = "progress.json"
 
 Part = Callable[[Mapping[str, Tensor], int], Iterable[Tensor]]
 """What a step, by its number, finished for good in a file, of whose other values later steps may write some."""
@@ -44,6 +44,7 @@ class Store:
         of: What the calibration is of, as nested plain values: a later run with something else is refused.
         restart: Begin anew, whatever the folder holds.
         what: What it is called in messages.
+        settings: By name of a value in ``of``, the settings that it follows from: they are named where it differs.
 
     Attributes:
         finished: How many steps an earlier run had finished, and this one since.
@@ -60,6 +61,7 @@ class Store:
         of: Values | None = None,
         restart: bool = False,
         what: str = "calibration",
+        settings: Values | None = None,
     ) -> None:
         self.folder = folder
         self._what = what
@@ -71,6 +73,8 @@ class Store:
         self._parts: dict[str, Part] = {}
         self._checksums: dict[str, int] = {}
         self._of = json.loads(json.dumps(of or {}))
+        self._settings = json.loads(json.dumps(settings or {}))
+        self._steps, self._unit = 0, "step"
         if folder is None:
             return
         progress = None if restart else unfinished(folder)
@@ -78,14 +82,15 @@ class Store:
             self._begin(folder)
             return
         there, self.finished = progress
-        self._checksums = read_json(folder / _PROGRESS)["checksums"]
-        if differences := list(_differences(there, self._of)):
+        values = read_json(folder / PROGRESS_NAME)
+        self._checksums = values["checksums"]
+        if found := differences(there, self._of, values.get("settings") or {}, self._settings):
+            versions = there.get(VERSIONS) != self._of.get(VERSIONS)
             raise RequestError(
-                f"{folder} holds an unfinished {what} of something else: {'; '.join(differences)}. Run the "
-                "command that began it to continue, or begin anew (restart=True)."
+                f"{folder} holds an unfinished {what} of something else: {'; '.join(found)}. Run the command that "
+                f"began it{', with the versions it began with,' if versions else ''} to continue, or begin anew "
+                "(restart=True)."
             )
-        if self.finished:
-            logger.warning("continuing the unfinished %s in %s.", what, folder)
 
     def _begin(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -95,8 +100,12 @@ class Store:
         except OSError as error:
             raise RunError(f"{folder} cannot be written: {error}.") from error
 
-    def check_steps(self, steps: int) -> None:
-        """Raise if more was finished than there is to do.
+    def check_steps(self, steps: int, unit: str = "step") -> None:
+        """Raise if more was finished than there is to do, and say from where it goes on.
+
+        Args:
+            steps: All there is to do.
+            unit: What a step is.
 
         Raises:
             RequestError: The folder is damaged then.
@@ -106,6 +115,18 @@ class Store:
                 f"the unfinished {self._what} in {self.folder} is damaged: it says that {self.finished} steps of "
                 f"{steps} are finished. Begin anew (restart=True)."
             )
+        self._steps, self._unit = steps, unit
+        units = unit if steps == 1 else plural(unit)
+        if self.finished == steps:
+            logger.warning(
+                "the %s in %s is finished: none of %d %s is done again.", self._what, self.folder, steps, units
+            )
+        elif self.finished:
+            done = "is" if self.finished == 1 else "are"
+            logger.warning(
+                "continuing the unfinished %s in %s: %d of %d %s %s done.",
+                self._what, self.folder, self.finished, steps, units, done,
+            )  # fmt: skip
 
     def tensors(
         self, name: str, shapes: Shapes | None, keep: bool = False, part: Part | None = None
@@ -192,11 +213,15 @@ class Store:
             self._checksums = self._current_checksums(finished, whole)
             progress = {
                 "format_version": FORMAT_VERSION,
+                "what": self._what,
                 "of": self._of,
+                "settings": self._settings,
                 "finished": finished,
+                "steps": self._steps,
+                "unit": self._unit,
                 "checksums": self._checksums,
             }
-            write_json(self.folder / _PROGRESS, sealed(progress))
+            write_json(self.folder / PROGRESS_NAME, sealed(progress))
         self.finished = finished
 
     def _current_checksums(self, finished: int, whole: Iterable[str]) -> dict[str, int]:
@@ -240,11 +265,11 @@ def unfinished(folder: Path) -> tuple[Json, int] | None:
     Raises:
         RequestError: If it is damaged.
     """
-    if not (folder / _PROGRESS).is_file():
+    if not (folder / PROGRESS_NAME).is_file():
         return None
     advice = "Begin anew (restart=True)."
     try:
-        progress = read_json(folder / _PROGRESS)
+        progress = read_json(folder / PROGRESS_NAME)
         check_version(progress, FORMAT_VERSION, "it")
         of, finished = progress["of"], progress["finished"]
         if progress["format_version"] == 1:
@@ -252,24 +277,9 @@ def unfinished(folder: Path) -> tuple[Json, int] | None:
         if not isinstance(of, dict) or not is_integer(finished) or finished < 0:
             raise ValueError(f"finished {finished!r}")
         if not isinstance(progress["checksums"], dict) or not is_sealed(progress):
-            raise ValueError(f"{_PROGRESS} is not any more what was written")
+            raise ValueError(f"{PROGRESS_NAME} is not any more what was written")
     except (RequestError, KeyError, ValueError) as error:
         raise RequestError(
             f"the unfinished work in {folder} is damaged: {str(error).rstrip('.')}. {advice}"
         ) from error
     return of, finished
-
-
-def _differences(there: Values, now: Values, inside: str = "") -> Iterator[str]:
-    """What differs between two nested mappings, one by one."""
-    for name in sorted(set(there) | set(now)):
-        old, new = there.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{inside}{name}: ")
-        elif old != new:
-            yield f"{inside}{name} is {_short(old)} there and {_short(new)} now"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."

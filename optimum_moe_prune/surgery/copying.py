@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.cutting import Piece
 from ..errors import RunError
+from ..progress import Work
 from ..storage.tensor_files import TORCH_DTYPES, all_finite, header_bytes, reserve, write_all
 
 _BUFFER = 4 * 2**20  # bytes looked at, or copied by hand, at once
@@ -29,7 +29,7 @@ _SAMPLE = 4096  # bytes compared at each end of a range
 _NOT_HERE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
-def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, bar: Any) -> None:
+def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, work: Work) -> None:
     """Write one file, and have the library check it."""
     # Wide dtypes first: then every tensor lies at a multiple of the size of its elements, as the library writes them.
     width = {name: _element_bits(piece) for name, piece in pieces.items()}
@@ -54,7 +54,7 @@ def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, ba
                     made = ranges[0].piece.data
                     if made is not None:
                         os.pwrite(target, made, position)
-                        bar.update(len(made))
+                        work.update(len(made))
                         position += len(made)
                         continue
                     if file not in opened:
@@ -63,9 +63,9 @@ def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, ba
                     waiting.append(pool.submit(_copied, opened[file], target, ranges, position, file))
                     position += ranges[-1].end - ranges[0].begin
                     while len(waiting) > 2 * _AT_ONCE or (waiting and waiting[0].done()):
-                        bar.update(waiting.popleft().result())
+                        work.update(waiting.popleft().result())
                 while waiting:
-                    bar.update(waiting.popleft().result())
+                    work.update(waiting.popleft().result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -31,7 +31,7 @@ from ..names import (
     REPORT_PICTURES,
 )
 from ..plan import PruningPlan
-from ..progress import progress_bar
+from ..progress import working
 from ..storage.files import write_json
 from ..storage.folders import check_space, check_target, written_folder
 from ..storage.values import Json, Values
@@ -110,9 +110,9 @@ def pruned_checkpoint(
         config = with_settings(config_of_files(layout, pruned), cut)
     beside = changed_files(checkpoint.source, cut)
     with written_folder(target, overwrite, [source]) as output:
-        with progress_bar(total, "writing the checkpoint", "B") as bar:
+        with working("writing the checkpoint", total, "B", "wrote") as work:
             for file, names in files.filename_to_tensors.items():
-                _write_file(output / file, {name: pieces[name] for name in names}, checkpoint, bar)
+                _write_file(output / file, {name: pieces[name] for name in names}, checkpoint, work)
         checkpoint.check_unchanged()
         if len(files.filename_to_tensors) > 1:
             metadata: Json = {**checkpoint.index_metadata, **files.metadata}

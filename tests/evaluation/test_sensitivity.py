@@ -337,9 +337,13 @@ def test_interrupted_work_continues(
     assert found.methods == expected.methods
     assert interrupted[-1] < total * 0.7  # a good part of it was there
     limit = total  # never reached by what is left
-    with pytest.raises(RequestError, match=r"holds an unfinished measurement of something else: batches"):
+    with pytest.raises(
+        RequestError, match=r"an unfinished measurement of something else: batch_size is 2 there and 3 now"
+    ):
         measure(folder=tmp_path / "work", batch_size=3)
-    with pytest.raises(RequestError, match=r"holds an unfinished measurement of something else: .*plans"):
+    with pytest.raises(
+        RequestError, match=r"unfinished measurement of something else: counts is not set there and 4 now"
+    ):
         measure(folder=tmp_path / "work", counts=[4])
     calls, limit = 0, 0
     assert measure(folder=tmp_path / "work", restart=True).methods == expected.methods and calls == total
