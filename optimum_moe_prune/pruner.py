@@ -204,9 +204,7 @@ class MoEPruner:
         config = self.model_config if model_config is None else model_config
         if config is None:
             raise RequestError("this pruner is bound to no model; pass the config of the one that samples are for.")
-        if self._tokenizer is not None or self.source is None:
-            return CalibrationSet.for_recipe(calibration, self._recipe(), lambda: self._tokenizer, config)
-        return CalibrationSet.for_recipe(calibration, self._recipe(), self.source.require_tokenizer, config)
+        return CalibrationSet.for_recipe(calibration, self._recipe(), self._tokenizer or self.source, config)
 
     def calibrate(
         self,
@@ -489,7 +487,7 @@ class MoEPruner:
         source = model.checkpoint.source if isinstance(model, Layout) else self.source
         if source is None or source.name_or_path == self.name_or_path or self._tokenizer is not None:
             return self.samples(calibration, model.config)
-        return CalibrationSet.for_recipe(calibration, self._recipe(), source.require_tokenizer, model.config)
+        return CalibrationSet.for_recipe(calibration, self._recipe(), source, model.config)
 
     def _plan(
         self,

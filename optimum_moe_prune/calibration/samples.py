@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor
 
+from ..checkpoints.source import Source
 from ..compat import ModelConfig, text_config
 from ..config import SAMPLE_SELECTIONS, MoEPrunerConfig, check_clusters
 from ..errors import RequestError
@@ -196,14 +197,30 @@ class CalibrationSet:
 
     @classmethod
     def for_recipe(
-        cls, source: CalibrationInput, recipe: MoEPrunerConfig, tokenizer: Callable[[], Any], model_config: ModelConfig
+        cls,
+        source: CalibrationInput,
+        recipe: MoEPrunerConfig,
+        tokenizer: PreTrainedTokenizerBase | Source | None,
+        model_config: ModelConfig,
     ) -> CalibrationSet:
-        """As :meth:`build`, by the settings of a recipe and for a model of this config."""
+        """As :meth:`build`, by the settings of a recipe and for a model of this config.
+
+        Args:
+            source: As for :meth:`build`.
+            recipe: The recipe.
+            tokenizer: The tokenizer, or the model that it comes with.
+            model_config: Of the model.
+
+        Raises:
+            RequestError: As :meth:`build`, and if the model has no tokenizer where one is needed.
+        """
         if isinstance(source, CalibrationSet):
             return source
+        if isinstance(tokenizer, Source):
+            tokenizer = tokenizer.require_tokenizer() if needs_tokenizer(source) else None
         return cls.build(
             source,
-            tokenizer() if needs_tokenizer(source) else None,
+            tokenizer,
             num_samples=recipe.num_samples,
             max_length=sample_length(recipe.max_length, model_config),
             sample_selection=recipe.sample_selection,
