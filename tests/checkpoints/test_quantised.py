@@ -210,7 +210,7 @@ def test_run(
     capsys.readouterr()  # what writing the folder showed
     options = ("--calibration", tmp_path / "texts.jsonl", "--method", "reap", "--num-experts", 8)
     code, _, err = call(capsys, "run", "--model", folder, *options, tmp_path / "out")
-    assert (code, err) == (0, "")
+    assert code == 0 and "warning" not in err.lower(), err  # the plan of the work is shown there
     config = config_of(tmp_path / "out")
     assert config["quantization_config"] == config_of(folder)["quantization_config"]
     model = load(tmp_path / "out")  # transformers dequantises these itself where there is no GPU
