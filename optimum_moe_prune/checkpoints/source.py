@@ -247,7 +247,7 @@ class Source:
         except Exception as error:  # the files of a tokenizer can be wrong in as many ways as there are kinds of it
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reason = " ".join(map(str.strip, lines))[:300].rstrip(".:, ")
-            raise RequestError(f"{what}: {reason}; {way}") from error
+            raise RequestError(f"{what}: {reason} (tokenizer.json, tokenizer_config.json); {way}") from error
         self.__dict__["tokenizer"] = tokenizer
         return tokenizer
 

@@ -81,7 +81,7 @@ def output_fault(folder: str | os.PathLike) -> str | None:
         there = sorted(name for name in _entries(folder, known) if not _is_sealed(folder, name))
         if foreign := [name for name in there if name not in known]:
             if marker == PLAN_NAME and not (folder / LIST_NAME).is_file():
-                return f"it has no list of its files ({LIST_NAME}), and whose {_several(foreign)} is, is not known"
+                return f"it has {_several(foreign)}, and no list of what this package wrote ({LIST_NAME})"
             return f"it has {_several(foreign)}, which this package did not write"
         found = content_digests(folder / name for name in there if known[name])
     except OSError as error:
