@@ -100,7 +100,8 @@ def test_a_project_that_holds_an_output_of_ours_is_not_replaced(
 
 def test_checkpoints_without_a_list_are_not_replaced_and_plans_alone_are(out: Path) -> None:
     (out / LIST_NAME).unlink()
-    with pytest.raises(RequestError, match=r"it has config.json \(and \d+ more\), and no list of what this package wrote \(\.moe_pruning_files\.json\)"):
+    said = r"it has config.json \(and \d+ more\), and no list of what this package wrote \(\.moe_pruning_files\.json\)"
+    with pytest.raises(RequestError, match=said):
         replaced(out)
     shutil.rmtree(out)
     PruningPlan("mixtral", 2, "reap", {0: (0, 3)}, {0: 4}).save(out)
