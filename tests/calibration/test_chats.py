@@ -12,7 +12,7 @@ from conftest import make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from optimum_moe_prune import CalibrationSet, RequestError
-from optimum_moe_prune.calibration.chats import Template, messages_of, tools_of
+from optimum_moe_prune.calibration.chats import Chat, Template, messages_of, tools_of
 from optimum_moe_prune.calibration.records import Origin, Reading, record_of
 from optimum_moe_prune.calibration.texts import needs_tokenizer
 
@@ -254,3 +254,14 @@ def test_what_needs_a_tokenizer(samples: CalibrationSet) -> None:
     assert needs_tokenizer(["w1"]) and needs_tokenizer("a.txt") and not needs_tokenizer(samples)
     assert not needs_tokenizer(samples.token_ids[0]) and not needs_tokenizer(list(samples.token_ids))
     assert messages_of([{"role": "user", "content": None}]) == [{"role": "user", "content": ""}]
+
+
+def test_a_content_that_is_missing_is_never_written_as_none() -> None:
+    class Plain:
+        """Renders as transformers did before it dropped what is None."""
+
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            return " ".join(f"{m['role']}:{m['content']}" for m in messages)
+
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert Template(Plain(), {}).text(Chat([call])) == "assistant:"
