@@ -586,8 +586,10 @@ def test_layer_by_layer_and_continued(
     class Stopped(Exception):
         pass
 
-    def commit(finished: int, own: Callable[[int], None] = store.commit) -> None:
-        own(finished)
+    own = store.commit
+
+    def commit(finished: int, *written: Any) -> None:
+        own(finished, *written)
         if finished == 2:
             raise Stopped
 
