@@ -361,7 +361,7 @@ class MoEPrunerConfig:
         """
         from .checkpoints.recipes import read_recipe
 
-        hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
+        hub: Json = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
         file_name = "/".join(filter(None, (kwargs.pop("subfolder", None), CONFIG_NAME)))
         path, values = read_recipe(name_or_path, file_name, hub)
         with read_from(path):
