@@ -8,9 +8,9 @@ transformers load checkpoints whose layers have different numbers of experts (``
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from .environment import check_platform, package_version
 from .models.reload import enable as _enable_reload
 from .models.unknown import enable as _enable_discovery
 
@@ -40,10 +40,7 @@ if TYPE_CHECKING:
     from .statistics.stats import Need as Need
     from .storage.workspace import Workspace as Workspace
 
-try:
-    __version__ = version("optimum-moe-prune")
-except PackageNotFoundError:  # run from a source tree
-    __version__ = "0+unknown"
+__version__ = package_version()
 
 _HOME = {
     "CalibrationSet": "calibration.samples",
@@ -72,6 +69,11 @@ _HOME = {
     "write_report": "publishing.report",
 }
 """Public names and the modules they live in."""
+_ANYWHERE = frozenset(
+    "MoEPruneError MoESpec RequestError RunError list_architectures list_methods register_architecture "
+    "register_method".split()
+)
+"""Those that are there on every system; the others read and write checkpoints as Linux and macOS do."""
 
 __all__ = list(_HOME)
 
@@ -79,6 +81,8 @@ __all__ = list(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ANYWHERE:
+        check_platform()
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .environment import PACKAGE, is_newer, package_version
 from .errors import RequestError, nearest_first
 from .names import BY_SENSITIVITY, CONFIG_NAME, DROP, GLOBAL, KEEP, PRUNE, UNIFORM
 from .storage.files import write_text
 from .storage.paths import check_name
-from .storage.values import Json, Values, is_integer, read_from, read_json, size_bytes
+from .storage.values import Json, Values, fraction, is_integer, read_from, size_bytes
 
 if TYPE_CHECKING:
     import os
 
-    from .statistics.stats import Need
+    from .statistics.needs import Need
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class MoEPrunerConfig:
     Attributes:
         method: Name of a method (``list_methods()``).
         num_experts: Experts to retain in each layer (on average, where layers keep different numbers); or
-        sparsity: the fraction of experts to remove; or
+        sparsity: the fraction of experts to remove, as 0.4 or ``"40%"``; or
         total_experts: the experts to retain in the whole model, for a global allocation; or
         fit: the memory that the pruned model has to fit in, as bytes or ``"24GB"``: the fewest experts are removed.
             At most one of the four; a plan needs one.
@@ -84,11 +85,12 @@ class MoEPrunerConfig:
         mtp: What becomes of heads for further tokens (MTP) in a checkpoint's files: ``"prune"``, as a layer is;
             ``"keep"``, whole; ``"drop"``, left out; None for what loads: pruned where every layer keeps the same
             number of experts, else whole.
+        version: The version of this package.
     """
 
     method: str = _setting("mosaic", "see: list methods", "NAME")
     num_experts: int | None = _setting(None, "experts to retain in each layer (global: on average)", "N", least=1)
-    sparsity: float | None = _setting(None, "or the fraction of experts to remove", "F")
+    sparsity: float | None = _setting(None, "or the fraction of experts to remove, as 0.4 or 40%%", "F")
     total_experts: int | None = _setting(
         None, "or, global: the experts to retain in all layers together", "N", least=1
     )
@@ -132,11 +134,19 @@ class MoEPrunerConfig:
         "layers keep the same number of experts, else keep)",
         "prune|keep|drop",
     )
+    version: str = field(
+        default_factory=package_version,
+        compare=False,
+        repr=False,
+        metadata={"help": "of this package", "metavar": "V", "least": None, "most": None},
+    )
 
     def __post_init__(self) -> None:
         from .methods import get_method, make_options
 
+        self.version = package_version()
         method = get_method(self.method)
+        self.method = method.name
         options = make_options(method, self.method_options)
         # Plain values, so that they compare and travel as JSON.
         self.method_options = {name: getattr(options, name) for name in self.method_options}
@@ -179,6 +189,11 @@ class MoEPrunerConfig:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise _one_budget(given)
+        if isinstance(self.sparsity, str) and self.sparsity.strip().endswith("%"):
+            try:
+                self.sparsity = fraction(self.sparsity)
+            except RequestError as error:
+                raise RequestError(f"sparsity: {error}") from error
         if self.sparsity is not None and (not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1):
             raise RequestError(
                 f"sparsity is {self.sparsity!r}; the fraction of experts to remove lies between 0 and 1."
@@ -211,7 +226,7 @@ class MoEPrunerConfig:
     def needs(self) -> frozenset[Need]:
         """The statistics that planning with this recipe reads."""
         from .methods import get_method
-        from .statistics.stats import Need
+        from .statistics.needs import Need
 
         needs = get_method(self.method).needs(self.options())
         return needs | {Need.ROUTING, Need.ROUTED_NORMS} if self.protect_super_experts else needs
@@ -247,22 +262,31 @@ class MoEPrunerConfig:
 
     @classmethod
     def from_dict(cls, values: Values, **overrides: Any) -> MoEPrunerConfig:
-        """From plain values; keys that this version does not know are left out with a warning.
+        """From plain values.
+
+        Keys that a newer version wrote, and this one does not know, are left out with a warning.
 
         Args:
             values: As :meth:`to_dict` gives them.
             overrides: Take precedence. Giving one of ``num_experts``, ``sparsity``, ``total_experts`` and ``fit``
                 replaces the others.
+
+        Raises:
+            RequestError: If a key is not known, or a value is not one that its setting takes.
         """
         known = {setting.name for setting in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        unknown = sorted(map(str, set(values) - known))
+        if unknown and is_newer(values.get("version")):
             logger.warning(
-                "These keys of the configuration are not known to this version and are ignored: %s.",
-                ", ".join(unknown),
+                "The recipe was written by %s %s, which is newer than this, %s; these of its keys are not known here "
+                "and are ignored: %s.",
+                *(PACKAGE, values["version"], package_version(), ", ".join(unknown)),
             )
-        if wrong := sorted(set(overrides) - known):
+            unknown = []
+        if wrong := unknown + sorted(set(overrides) - known):
+            settings = sorted(known - {"version"})
             raise RequestError(
-                f"{wrong[0]!r} is no setting of MoEPrunerConfig. Settings: {nearest_first(wrong[0], sorted(known))}."
+                f"{wrong[0]!r} is no setting of MoEPrunerConfig. Settings: {nearest_first(wrong[0], settings)}."
             )
         merged = {key: value for key, value in values.items() if key in known}
         if any(overrides.get(name) is not None for name in BUDGETS):
@@ -328,28 +352,20 @@ class MoEPrunerConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> MoEPrunerConfig:
-        """Read the recipe from a folder, a ``.json`` file or a repository on the Hub.
+        """Read the recipe from a folder, a ``.json`` or ``.yaml`` file, or a repository on the Hub.
 
         Args:
             name_or_path: Where it is.
             kwargs: ``revision``, ``token``, ``cache_dir``, ``subfolder`` for the Hub; anything else overrides a
                 setting.
         """
-        path = Path(name_or_path)
-        hub = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
-        file_name = "/".join(filter(None, (kwargs.pop("subfolder", None), CONFIG_NAME)))
-        if not path.is_file():
-            from .checkpoints.source import Source
+        from .checkpoints.recipes import read_recipe
 
-            try:
-                found = Source(str(name_or_path), **hub).find(file_name)
-            except (OSError, ValueError) as error:
-                raise RequestError(f"no recipe can be read from {str(name_or_path)!r}: {error}") from error
-            if found is None:
-                raise RequestError(f"{name_or_path} has no {CONFIG_NAME}.")
-            path = found
+        hub: Json = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
+        file_name = "/".join(filter(None, (kwargs.pop("subfolder", None), CONFIG_NAME)))
+        path, values = read_recipe(name_or_path, file_name, hub)
         with read_from(path):
-            return cls.from_dict(read_json(path), **kwargs)
+            return cls.from_dict(values, **kwargs)
 
 
 def check_clusters(sample_selection: str, num_clusters: Any) -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that users and files know: of files in an output, and of allocations."""
+"""Names that users and files know: of files in an output, of allocations, of precisions."""
+
+from .errors import RequestError, nearest_first
 
 # Files in an output.
 
@@ -34,3 +36,28 @@ DROP = "drop"
 
 NOTES_LOGGER = "optimum_moe_prune.notes"
 """Where what a person must know of a plan is logged, when it is made."""
+
+# Precisions to calculate in, and what else they are called.
+AUTO = "auto"
+_DTYPES = {
+    "float32": ("fp32", "f32", "float", "single", "full"),
+    "bfloat16": ("bf16", "brain"),
+    "float16": ("fp16", "f16", "half"),
+}
+_DTYPE_NAMES = {other: name for name, others in _DTYPES.items() for other in (name, *others)} | {AUTO: AUTO}
+
+
+def dtype_name(dtype: object) -> str:
+    """The name of a precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+
+    Args:
+        dtype: One of these or of their other names (``bf16``, ``fp16``, ``half``, ``fp32``, ``torch.bfloat16``), or a
+            ``torch.dtype``.
+
+    Raises:
+        RequestError: If it is another.
+    """
+    name = str(dtype).strip().lower().removeprefix("torch.").replace("-", "").replace("_", "")
+    if name not in _DTYPE_NAMES:
+        raise RequestError(f"dtype {str(dtype)!r} is not known. Known: {nearest_first(name, [AUTO, *_DTYPES])}.")
+    return _DTYPE_NAMES[name]

@@ -30,8 +30,9 @@ def test_the_pure_half_imports_no_model_code(name: str) -> None:
     assert not modules & {"transformers", "huggingface_hub"}
 
 
-def test_architectures_are_light() -> None:
-    assert "torch" not in loaded_by("optimum_moe_prune.architectures")
+@pytest.mark.parametrize("name", ["architectures.overview", "methods"])
+def test_what_lists_are_made_of_is_light(name: str) -> None:
+    assert not loaded_by(f"optimum_moe_prune.{name}") & {"torch", "transformers", "sklearn", "scipy"}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from conftest import KINDS, assert_equal_states, load, make_model, make_texts, m
 from huggingface_hub import HfApi
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, OlmoeConfig, PreTrainedTokenizerBase
 
-from optimum_moe_prune import MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, RunError
+import optimum_moe_prune
+from optimum_moe_prune import Compute, MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, RunError
 from optimum_moe_prune.architectures import table
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.calibration.samples import CalibrationSet
@@ -358,16 +360,55 @@ def test_overrides_take_what_depends_on_them_along() -> None:
 
 
 def test_keys_of_newer_versions_are_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    values = MoEPrunerConfig(num_experts=4).to_dict() | {"from_the_future": 1}
+    values = MoEPrunerConfig(num_experts=4).to_dict()
+    assert values["version"] == optimum_moe_prune.__version__
+    future = values | {"from_the_future": 1, "version": "99.0"}
     with caplog.at_level(logging.WARNING):
-        assert MoEPrunerConfig.from_dict(values) == MoEPrunerConfig(num_experts=4)
-    assert "are not known to this version and are ignored: from_the_future" in caplog.text
+        read = MoEPrunerConfig.from_dict(future)
+    assert read == MoEPrunerConfig(num_experts=4) and read.version == optimum_moe_prune.__version__
+    assert "written by optimum-moe-prune 99.0, which is newer" in caplog.text and "from_the_future" in caplog.text
+    for version in ({}, {"version": "0.0.1"}, {"version": values["version"]}, {"version": "no version"}):
+        wrong = {"num_experts": 4, "num_sample": 3} | version
+        with pytest.raises(RequestError, match=r"'num_sample' is no setting of \w+\. Settings: num_samples"):
+            MoEPrunerConfig.from_dict(wrong)
+
+
+def test_recipes_may_be_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.YML"
+    file.write_text("# mine\nmethod: Soft-Frequency\nsparsity: 40%\nprotect: {0: [1, 2]}\nskip_layers: [2]\n")
+    read = MoEPrunerConfig.from_pretrained(file, seed=3)
+    expected = MoEPrunerConfig("soft_frequency", sparsity=0.4, protect={0: (1, 2)}, skip_layers=(2,), seed=3)
+    assert read == expected and read.method == "soft_frequency"
+    assert MoEPrunerConfig.from_pretrained(read.save_pretrained(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(("written", "meant"), [("40%", 0.4), (" 12.5 % ", 0.125), (".5%", 0.005)])
+def test_fractions_as_people_write_them(written: str, meant: float) -> None:
+    assert MoEPrunerConfig(sparsity=written).sparsity == meant
+
+
+@pytest.mark.parametrize("written", ["40", "0", "100%", "1.5", "-1%", "many", "0,4", "%", True, "nan", [0.4]])
+def test_what_is_no_fraction(written: object) -> None:
+    with pytest.raises(RequestError, match="sparsity"):
+        MoEPrunerConfig(sparsity=written)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "BF16", "bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_precisions_by_their_other_names(dtype: Any) -> None:
+    assert Compute(dtype=dtype) == Compute(dtype="bfloat16")
+
+
+def test_precisions_by_all_their_names() -> None:
+    for name, others in {"float32": "fp32 float single full", "float16": "fp16 half f16", "auto": "AUTO"}.items():
+        assert {Compute(dtype=other).dtype for other in others.split()} == {name}
+    with pytest.raises(RequestError, match="dtype 'int8' is not known"):
+        Compute(dtype="int8")
 
 
 def test_a_recipe_needs_a_budget_only_for_a_plan(folder: Path) -> None:
     recipe = MoEPrunerConfig(method="frequency")
     pruner = MoEPruner.from_pretrained(folder, recipe)
-    message = "exactly one of num_experts .* sparsity .* and total_experts .* given: none"
+    message = "exactly one of num_experts .* sparsity .* total_experts .* given: none"
     with pytest.raises(RequestError, match=message):
         pruner.prune_checkpoint(folder.with_name("out"), calibration=TEXTS)
     with pytest.raises(RequestError, match=message):

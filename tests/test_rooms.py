@@ -16,6 +16,7 @@ PACKAGE = Path(optimum_moe_prune.__file__).parent
 
 ORDER = (
     "errors",
+    "environment",
     "progress",
     "provenance",
     "names",

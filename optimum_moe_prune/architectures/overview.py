@@ -7,8 +7,16 @@ from dataclasses import asdict, dataclass
 
 from ..compat import default_config
 from .forms import Form, Mixer
+from .rows import ROWS
 from .spec import MoESpec
 from .table import all_architectures
+
+BUILT_MTP = frozenset(
+    "bailing_hybrid deepseek_v3 deepseek_v4 glm4_moe inkling_text mellum nemotron_h sarvam_mla sarvam_moe "
+    "step3p5".split()
+)
+"""The types of the rows whose heads for further tokens transformers builds."""
+_OF_ROWS = frozenset(model_type for spec in ROWS for model_type in (spec.model_type, *spec.also))
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ def _methods(spec: MoESpec) -> str:
 
 
 def _has_mtp(model_type: str) -> bool:
+    if model_type in _OF_ROWS:  # without transformers
+        return model_type in BUILT_MTP
     try:
         config = default_config(model_type)
     except (ValueError, KeyError):

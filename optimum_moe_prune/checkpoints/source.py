@@ -19,6 +19,7 @@ from ..plan import PruningPlan
 from ..storage.outputs import MARKERS, marker_fault
 from ..storage.values import Json, is_integer
 from .folders import no_config, not_a_model, not_downloaded
+from .naming import check_named, not_found
 
 logger = logging.getLogger(__name__)
 
@@ -182,12 +183,7 @@ class Source:
         """
         from transformers import AutoConfig
 
-        path = Path(self.name_or_path)
-        if path.exists() and not (path / "config.json").is_file():
-            raise RequestError(
-                no_config(self.name_or_path, self.names())
-                or f"{self.name_or_path} is not a model's folder: it has no config.json."
-            )
+        check_named(self.name_or_path)
         try:
             config = AutoConfig.from_pretrained(self.name_or_path, **self.for_transformers)
         except Exception as error:  # a config can be wrong in as many ways as there are model types
@@ -211,6 +207,8 @@ class Source:
             found = not_downloaded(path) or not_a_model(self.name_or_path, self.names())
         elif "does not appear to have a file named config.json" in error:  # the Hub has answered
             found = no_config(self.name_or_path, self.names())
+        else:
+            found = not_found(self.name_or_path, error.splitlines()[0])
         file = " (config.json)" if self.is_local else ""
         return found or (
             f"no model can be read from {self.name_or_path!r}{file}: {error.splitlines()[0]} Known architectures: "

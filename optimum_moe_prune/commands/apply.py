@@ -14,6 +14,7 @@ from .work import add_dry_run, check_apply, shown
 
 class ApplyCommand(Command):
     COMMAND = CommandInfo("apply", "prune a model by a plan")
+    examples = ("--model ./mixtral --plan plan.json ./mixtral-4",)
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
@@ -30,15 +31,17 @@ class ApplyCommand(Command):
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..plan import PruningPlan
-        from ..planning.work import plan_work
-        from ..pruner import MoEPruner
         from ..storage.folders import check_target
 
         check_target(args.output, args.overwrite, [args.model, args.plan])
+        plan = PruningPlan.load(args.plan)
+
+        from ..planning.work import plan_work
+        from ..pruner import MoEPruner
+
         texts = publishing.check_publishing(args)
         flags.compute_of(args)
         source = flags.source_of(args)
-        plan = PruningPlan.load(args.plan)
         pruner = MoEPruner.from_plan(plan, source.name_or_path, **source.for_transformers)
         publishing.check_memory(args, pruner)
         layout = pruner.layout()

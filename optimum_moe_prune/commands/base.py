@@ -6,18 +6,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import re
 import sys
 import traceback
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
 
+from ..environment import check_packages
 from ..errors import MoEPruneError, RequestError
 from ..progress import printed_lines, shows_bars
 from ..storage.kept import kept_sentence
 from ..storage.values import Json
 from .interrupts import GOES_ON, exit_code, kept_of, raised_signals, said_of
+from .libraries import quiet_libraries
+from .parsing import Parser, describe, flags_of
+from .requests import check_request
+from .shown import show, show_error
+from .wording import with_flags
 
 Result = tuple[str, Json]
 """What is printed for people, and with ``--json``."""
@@ -27,10 +32,22 @@ class Command(BaseOptimumCLICommand):
     """A command that does its work and ends the process with its exit code.
 
     Attributes:
+        examples: What may follow the command, for help; the first also where something is missing.
         shows_bars: Whether libraries may show progress bars off a terminal as well.
     """
 
+    examples: ClassVar[tuple[str, ...]] = ()
     shows_bars: ClassVar[bool] = False
+
+    def __init__(self, subparsers: Any, *settings: Any, from_defaults_factory: bool = False, **named: Any) -> None:
+        super().__init__(subparsers, *settings, from_defaults_factory=from_defaults_factory, **named)
+        if not from_defaults_factory:
+            self.parser.siblings = subparsers.choices
+            describe(self.parser, self.COMMAND.help, self.examples)
+
+    @staticmethod
+    def check(args: argparse.Namespace) -> None:
+        """Refuse flags that exclude one another or lack one another, before anything that they name is looked at."""
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
@@ -50,11 +67,13 @@ def execute(command: type[Command], args: argparse.Namespace) -> int:
 def _executed(command: type[Command], args: argparse.Namespace) -> int:
     before = kept_of(args)
     try:
-        if not shows_bars() and not command.shows_bars:
-            from transformers.utils.logging import disable_progress_bar
-
-            disable_progress_bar()
-        text, values = command.work(args)
+        bars = command.shows_bars or shows_bars()
+        with quiet_libraries(args.debug, bars):
+            check_packages()
+            command.check(args)
+            check_request(args)
+            text, values = command.work(args)
+        show(json.dumps(values) if args.json else text)
     except KeyboardInterrupt as error:
         if args.debug:
             traceback.print_exc()
@@ -64,21 +83,30 @@ def _executed(command: type[Command], args: argparse.Namespace) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        name = "" if isinstance(error, MoEPruneError) else f"{type(error).__name__}: "
         kept = kept_of(args)
         more = f" {kept_sentence(kept, args.output)}; {GOES_ON}." if kept and kept != before else ""
-        print(f"error: {name}{as_flags(str(error))}{more}", file=sys.stderr)
+        if isinstance(error, MoEPruneError):
+            message = as_flags(str(error), command)
+        else:
+            message = f"{type(error).__name__}: {error}"
+        show_error(message + more)
         return 2 if isinstance(error, RequestError) else 1
-    print(json.dumps(values) if args.json else text)
     return 0
 
 
-def as_flags(message: str) -> str:
-    """A message of the library, which speaks of arguments, in the words of the command line."""
-    switches = r"\b(?:overwrite|restart|standalone|stream|allow_code|skip_bad)=True\b"
-    settings = r"^(?:batch_size|new_tokens|num_fewshot|gen_kwargs|base_model|license|language)(?= is )"
-    message = re.sub(
-        f"{switches}|{settings}", lambda found: f"--{found[0].removesuffix('=True').replace('_', '-')}", message
-    )
-    message = message.replace("text_column", "--text-column").replace("template_args", "--template-arg")
-    return re.sub(r"\b(device|dtype)='([^']*)'", r"--\1 \2", message)
+def as_flags(message: str, command: type[Command] | None = None) -> str:
+    """A message of the library, which speaks of arguments, in the words of the command line.
+
+    Args:
+        message: The message.
+        command: The one that was given; by default any.
+    """
+    commands = Command.__subclasses__() if command is None else [command]
+    return with_flags(message, {name: flag for each in commands for name, flag in flags_by_name(each).items()})
+
+
+def flags_by_name(command: type[Command]) -> dict[str, tuple[str, ...]]:
+    """The names of each flag of a command, by the argument it stands for."""
+    parser = Parser(prog=command.COMMAND.name)
+    command.parse_args(parser)
+    return {action.dest: tuple(action.option_strings) for action in flags_of(parser).values()}

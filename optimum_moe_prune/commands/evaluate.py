@@ -16,6 +16,10 @@ from .base import Command, Result
 
 class EvaluateCommand(Command):
     COMMAND = CommandInfo("evaluate", "perplexity by domain, tasks and speed, of models or against a reference")
+    examples = (
+        "--model ./mixtral-4 --reference ./mixtral --data held-out.jsonl",
+        "--model ./mixtral-4 --reference ./mixtral --tasks arc_easy,piqa --output results.json",
+    )
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +48,10 @@ class EvaluateCommand(Command):
         flags.add_common(parser)
 
     @staticmethod
+    def check(args: argparse.Namespace) -> None:
+        _check(args)
+
+    @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..evaluation.compare import compare
         from ..evaluation.comparison import Comparison
@@ -53,7 +61,6 @@ class EvaluateCommand(Command):
         from .inputs import held_out_samples
 
         compute = flags.compute_of(args)
-        _check(args)
         if args.output is not None:
             check_file(args.output, ".json", args.overwrite, Comparison.load)
         reference = None if args.reference is None else replace(flags.source_of(args, args.reference), revision=None)

@@ -13,6 +13,7 @@ from .base import Command, Result
 
 class ExportCommand(Command):
     COMMAND = CommandInfo("export", "a plan for programs that leave experts out when they load the original")
+    examples = ("--plan plan.json served.json",)
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:

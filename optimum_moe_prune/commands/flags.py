@@ -6,18 +6,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
-from ..storage.values import Json, no_constant
+from ..names import dtype_name
+from ..storage.values import Json, fraction, no_constant
+from .parsing import add_general, nearest
 
 if TYPE_CHECKING:
     from ..checkpoints.source import Source
     from ..models.memory import Compute
 
 T = TypeVar("T", int, float)
+V = TypeVar("V")
 
 METHOD = ("method", "method_options", "protect_super_experts")
 BUDGET = ("num_experts", "sparsity", "total_experts", "fit", "bits", "context", "allocation", "count_multiple_of")
@@ -36,7 +40,50 @@ READING = ("text_column", "template_args", "skip_bad")
 _FIELDS = {setting.name: setting for setting in dataclasses.fields(MoEPrunerConfig)}
 _FLAGS = {"method_options": "--option", "template_args": "--template-arg"}
 DATA = ".jsonl, .json, .csv, .tsv, .parquet, .txt, .md (also .gz), preset:NAME or hub:name[config](split):samples"
-_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
+
+
+def value_of(function: Callable[[str], V]) -> Callable[[str], V]:
+    """For ``type=``: a function that raises ``RequestError``, whose message argparse would not show."""
+
+    def value(text: str) -> V:
+        try:
+            return function(text)
+        except RequestError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return value
+
+
+def one_of(*known: str) -> Callable[[str], str]:
+    """For ``type=``: one of a few words, in capitals or not."""
+
+    def value(text: str) -> str:
+        if text.lower() not in known:
+            meant = nearest(text, known)
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not known; " + (f"did you mean {meant[0]}?" if meant else f"known: {', '.join(known)}.")
+            )
+        return text.lower()
+
+    return value
+
+
+def device(text: str) -> str:
+    """For ``type=``: a device as torch names it. Whether it is there is found out later."""
+    name, _, number = text.partition(":")
+    meant = {"gpu": "cuda", "nvidia": "cuda", "amd": "cuda", "rocm": "cuda", "apple": "mps", "metal": "mps"}
+    if name.lower() in meant:
+        suffix = f":{number}" if number else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; did you mean {meant[name.lower()]}{suffix}?")
+    if text.isdecimal() or (found := re.fullmatch(r"([a-z]+)(\d+)", text)):
+        known = f"cuda:{text}" if text.isdecimal() else f"{found[1]}:{found[2]}"  # type: ignore[index]
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; did you mean {known}?")
+    if not re.fullmatch(r"[a-z]+(:\d+)?", text.lower()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, cuda, cuda:1, mps, auto ...")
+    return text.lower()
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": value_of(fraction)}
 
 
 def add_settings(group: Any, names: Iterable[str]) -> None:
@@ -58,13 +105,16 @@ def add_settings(group: Any, names: Iterable[str]) -> None:
             group.add_argument(flag, type=str if name == "num_clusters" else _TYPES.get(kind, str), **options)
 
 
-def add_recipe(parser: argparse.ArgumentParser, several: bool = False, budget: bool = True) -> None:
+def add_recipe(parser: argparse.ArgumentParser, several: bool = False, budget: bool = True) -> Any:
     """Method, budget and what must be retained.
 
     Args:
         parser: The command's.
         several: Whether several methods may be named.
         budget: Whether a plan is made.
+
+    Returns:
+        The group of these flags.
     """
     group = parser.add_argument_group("method and budget" if budget else "method")
     if several:
@@ -81,47 +131,57 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, budget: b
     group.add_argument(
         "--domain-weight", action="append", default=[], metavar="DOMAIN=W", help="share of a domain; may be repeated"
     )
+    return group
 
 
 def add_config(group: Any) -> None:
     """A saved recipe."""
     group.add_argument(
-        "--config", metavar="FILE", help="a saved recipe (moe_pruner_config.json); other flags take precedence"
+        "--config",
+        metavar="FILE",
+        help="a saved recipe: .json, .yaml or a pruned checkpoint's folder; other flags take precedence",
     )
 
 
 def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """The model, or several, and how they are reached."""
-    parser.add_argument(
+    group = parser.add_argument_group("model")
+    group.add_argument(
         "--model",
         required=True,
         action="append" if several else "store",
         metavar="DIR|ID",
         help="the model's folder, or its id on the Hub" + ("; may be repeated" if several else ""),
     )
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument("--token", help="access token for a private repository on the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    group.add_argument("--revision", help="branch, tag or commit on the Hub")
+    group.add_argument("--token", help="access token for a private repository on the Hub")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
 def add_compute(parser: argparse.ArgumentParser, what: str, stream: bool = True) -> None:
     """Where and in which precision to calculate, how much is in memory, what becomes of interrupted work."""
-    parser.add_argument(
-        "--device", default="cpu", metavar="D", help="where to run: cpu, cuda, cuda:1, auto ... (default cpu)"
+    group = parser.add_argument_group("how it is run")
+    group.add_argument(
+        "--device",
+        default="cpu",
+        type=device,
+        metavar="D",
+        help="where to run: cpu, cuda, cuda:1, auto ... (default cpu)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help=f"precision of {what} (default auto: the checkpoint's)",
+        type=value_of(dtype_name),
+        metavar="D",
+        help=f"precision of {what}: auto, float32, bfloat16 (bf16) or float16 (fp16) (default auto: the checkpoint's)",
     )
     if stream:
-        parser.add_argument(
+        group.add_argument(
             "--stream",
             action=argparse.BooleanOptionalAction,
             help="hold one decoder layer in memory at a time (default: where the model does not fit)",
         )
-        parser.add_argument(
+        group.add_argument(
             "--restart", action="store_true", help="begin an interrupted calibration anew; by default it is continued"
         )
 
@@ -140,10 +200,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """How the pruned checkpoint is written."""
-    parser.add_argument(
+    group = parser.add_argument_group("what is written")
+    group.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes in a file, as 500MB or 5GB (default 5GB)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--standalone",
         action="store_true",
         help="where layers keep different numbers of experts, add code so that trust_remote_code=True loads it "
@@ -155,9 +216,12 @@ def add_common(parser: argparse.ArgumentParser, output: str | None = None, outpu
     """The output, and how results and errors are shown."""
     if output is not None:
         parser.add_argument("output", metavar=output, help=output_help)
-        parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of this package")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    group = parser.add_argument_group("general")
+    if output is not None:
+        group.add_argument("--overwrite", action="store_true", help="replace an earlier output of this package")
+    group.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    group.add_argument("--debug", action="store_true", help="show tracebacks, and what other libraries say")
+    add_general(parser, group)
 
 
 # ------------------------------------------------------------------------------------------- what flags say
@@ -239,9 +303,10 @@ def numbers(text: str | None, flag: str, kind: Callable[[str], T]) -> list[T] | 
     if text is None:
         return None
     try:
-        return [kind(part) for part in text.split(",")]
+        return [kind(part.strip()) for part in text.split(",")]
     except ValueError as error:
-        raise RequestError(f"{flag} must be numbers with commas between them, and is {text!r}.") from error
+        why = f": {error}" if isinstance(error, RequestError) else "."
+        raise RequestError(f"{flag} must be numbers with commas between them, and is {text!r}{why}") from error
 
 
 def _whole(text: str, what: str) -> int:
@@ -257,5 +322,6 @@ def _pairs(items: list[str], flag: str, separator: str, form: str) -> dict[str, 
         key, found, value = item.partition(separator)
         if not found or not key or not value:
             raise RequestError(f"{flag} {item} is not of the form {form}.")
-        pairs[key] = value
+        if pairs.setdefault(key, value) != value:
+            raise RequestError(f"{flag} gives {key} twice, as {pairs[key]} and as {value}; give it once.")
     return pairs

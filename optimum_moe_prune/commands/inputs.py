@@ -13,6 +13,7 @@ from ..compat import text_config
 from ..errors import RequestError
 from ..storage.values import Json
 from . import flags
+from .requests import require_calibration
 
 if TYPE_CHECKING:
     from ..calibration.samples import CalibrationInput, CalibrationSet
@@ -24,8 +25,7 @@ ON_THE_HUB = ("hub:", "preset:")
 
 def calibration_samples(args: argparse.Namespace, pruner: MoEPruner) -> CalibrationSet:
     """The calibration samples the arguments name, their tokens checked against the model's vocabulary."""
-    if not args.calibration:
-        raise RequestError("a calibration is needed; name a file (--calibration FILE), or a preset (list presets).")
+    require_calibration(args)
     samples = pruner.samples(_input(args.calibration, "--calibration"))
     samples.check_vocabulary(text_config(pruner.model_config).vocab_size)
     return _named(samples, args.calibration)

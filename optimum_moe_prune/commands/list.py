@@ -14,11 +14,20 @@ from .base import Command, Result
 
 class ListCommand(Command):
     COMMAND = CommandInfo("list", "the known methods, models or calibration presets")
+    examples = (
+        "models",
+        "methods --json",
+    )
     shows_bars = True
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("what", choices=("methods", "models", "presets"))
+        parser.add_argument(
+            "what",
+            type=flags.one_of("methods", "models", "presets"),
+            metavar="methods|models|presets",
+            help="which of them",
+        )
         parser.add_argument("--markdown", action="store_true", help="the models as a table in Markdown")
         flags.add_common(parser)
 

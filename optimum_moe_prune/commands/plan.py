@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from optimum.commands.base import CommandInfo
 
 from ..errors import RequestError
+from ..statistics.folder import header_of
 from . import flags, screen
 from .base import Command, Result
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 class PlanCommand(Command):
     COMMAND = CommandInfo("plan", "choose experts from saved statistics")
+    examples = (
+        "--stats ./stats --method reap --sparsity 40%% plan.json",
+        "--stats ./stats --num-experts 4 --protect 0:1,5 --skip-layers 0,1 plan.json",
+    )
     shows_bars = True
 
     @staticmethod
@@ -29,26 +34,29 @@ class PlanCommand(Command):
             metavar="DIR|ID",
             help="with --fit: the model that they are of (default: where it was when they were made)",
         )
-        flags.add_recipe(parser)
-        parser.add_argument(
+        group = flags.add_recipe(parser)
+        group.add_argument(
             "--sensitivity", metavar="FILE", help="with --allocation sensitivity: what the command sensitivity wrote"
         )
-        flags.add_settings(parser, ["seed", "mtp"])
+        flags.add_settings(group, ["seed", "mtp"])
         flags.add_common(parser, "PLAN.json", "file of the plan")
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..plan import PruningPlan
-        from ..planning.build import build_plan
-        from ..planning.fit import fitted, with_fit
-        from ..planning.sensitivity import Sensitivity
-        from ..statistics.stats import CalibrationStats
         from ..storage.files import check_file
 
         target = check_file(args.output, ".json", args.overwrite, PruningPlan.load)
         config = flags.recipe(args)
         config.require_budget()
         weights = flags.domain_weights(args)
+        header_of(args.stats)
+
+        from ..planning.build import build_plan
+        from ..planning.fit import fitted, with_fit
+        from ..planning.sensitivity import Sensitivity
+        from ..statistics.stats import CalibrationStats
+
         sensitivity = None if args.sensitivity is None else Sensitivity.load(args.sensitivity)
         stats = CalibrationStats.load(args.stats)
         config, fit = fitted(config, None if config.fit is None else _model_of(stats, args.model))

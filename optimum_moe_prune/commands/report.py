@@ -12,12 +12,17 @@ from optimum.commands.base import CommandInfo
 
 from ..errors import MoEPruneError, RequestError
 from ..names import PLAN_NAME
+from ..statistics.folder import header_of
 from . import flags
 from .base import Command, Result
 
 
 class ReportCommand(Command):
     COMMAND = CommandInfo("report", "one HTML page, and pictures, of what was chosen, why, and what it costs")
+    examples = (
+        "--stats ./stats --plan plan.json report.html",
+        "--stats ./stats --plan reap.json --plan mosaic.json report.html",
+    )
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
@@ -43,17 +48,21 @@ class ReportCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
-        from ..evaluation.comparison import Comparison
         from ..plan import PruningPlan
-        from ..planning.sensitivity import Sensitivity
-        from ..publishing.report import write_report
-        from ..statistics.stats import CalibrationStats
 
         target = Path(args.output)
         if target.suffix != ".html":
             raise RequestError(f"the report's file must end in .html, and is {args.output}.")
+        if args.stats is not None:
+            header_of(args.stats)
         paths = named_paths(args.plan)
         plans = {name: PruningPlan.load(path) for name, path in paths.items()}
+
+        from ..evaluation.comparison import Comparison
+        from ..planning.sensitivity import Sensitivity
+        from ..publishing.report import write_report
+        from ..statistics.stats import CalibrationStats
+
         pictures = args.pictures or target.with_name(f"{target.stem}_pictures")
         write_report(
             target,

@@ -9,22 +9,28 @@ from optimum.commands.base import CommandInfo
 
 from . import flags, publishing, screen
 from .base import Command, Result
+from .requests import require_calibration
 from .work import add_dry_run, check_run, shown
 
 
 class RunCommand(Command):
     COMMAND = CommandInfo("run", "calibrate, choose experts, and write the pruned checkpoint")
+    examples = (
+        "--model ./mixtral --calibration texts.jsonl --num-experts 4 ./mixtral-4",
+        "--model mistralai/Mixtral-8x7B-v0.1 --calibration math.jsonl --calibration code.jsonl --sparsity 25%% out",
+        "--model ./mixtral --method random --sparsity 0.5 ./mixtral-random",
+    )
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         flags.add_model(parser)
-        flags.add_compute(parser, "the calibration; what is written keeps the checkpoint's")
         flags.add_calibration(parser)
-        flags.add_recipe(parser)
-        parser.add_argument(
+        group = flags.add_recipe(parser)
+        group.add_argument(
             "--sensitivity", metavar="FILE", help="with --allocation sensitivity: what the command sensitivity wrote"
         )
-        flags.add_settings(parser, ["seed", "mtp"])
+        flags.add_settings(group, ["seed", "mtp"])
+        flags.add_compute(parser, "the calibration; what is written keeps the checkpoint's")
         flags.add_writing(parser)
         publishing.add_publishing(parser)
         add_dry_run(parser)
@@ -33,17 +39,21 @@ class RunCommand(Command):
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..names import BY_SENSITIVITY
-        from ..planning.sensitivity import Sensitivity
-        from ..planning.work import plan_work
-        from ..pruner import MoEPruner
         from ..storage.folders import check_target
-        from .inputs import calibration_samples
 
         check_target(args.output, args.overwrite, [args.model])
-        texts = publishing.check_publishing(args)
         config = flags.recipe(args)
         config.require_budget()
         weights = flags.domain_weights(args)
+        if config.needs or (config.allocates == BY_SENSITIVITY and args.sensitivity is None):
+            require_calibration(args)
+        texts = publishing.check_publishing(args)
+
+        from ..planning.sensitivity import Sensitivity
+        from ..planning.work import plan_work
+        from ..pruner import MoEPruner
+        from .inputs import calibration_samples
+
         compute = flags.compute_of(args)
         source = flags.source_of(args)
         pruner = MoEPruner.from_pretrained(source.name_or_path, config, **source.for_transformers)

@@ -9,38 +9,46 @@ from optimum.commands.base import CommandInfo
 
 from . import flags
 from .base import Command, Result
+from .requests import require_calibration
 from .work import add_dry_run, shown
 
 
 class ScoreCommand(Command):
     COMMAND = CommandInfo("score", "calibrate once and save the statistics")
+    examples = (
+        "--model ./mixtral --calibration texts.jsonl ./stats",
+        "--model ./mixtral --calibration texts.jsonl --method reap --stream ./stats",
+    )
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         flags.add_model(parser)
-        flags.add_compute(parser, "the calibration")
         flags.add_calibration(parser)
         group = parser.add_argument_group("method")
         group.add_argument("--method", metavar="NAME", help="gather what it needs, or all (default all)")
         flags.add_settings(group, flags.METHOD[1:])
         flags.add_config(group)
-        flags.add_settings(parser, ["seed"])
+        flags.add_settings(group, ["seed"])
+        flags.add_compute(parser, "the calibration")
         add_dry_run(parser)
         flags.add_common(parser, "STATS_DIR", "folder of the statistics, absent or empty")
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
-        from ..calibration.calibrate import Needs, calibrate, needs_of
-        from ..planning.work import plan_work
-        from ..pruner import MoEPruner
         from ..storage.folders import check_target, working_on
-        from ..storage.workspace import Workspace
-        from .inputs import calibration_samples
 
+        require_calibration(args)
         check_target(args.output, args.overwrite, [args.model])
         every = args.method == "all" or (args.method is None and not args.config)
         args.method = None if every else args.method
         config = flags.recipe(args)
+
+        from ..calibration.calibrate import Needs, calibrate, needs_of
+        from ..planning.work import plan_work
+        from ..pruner import MoEPruner
+        from ..storage.workspace import Workspace
+        from .inputs import calibration_samples
+
         asked: Needs = "all" if every else config
         needs = needs_of(asked)
         compute = flags.compute_of(args)

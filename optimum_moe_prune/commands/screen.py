@@ -32,28 +32,38 @@ def notes_kept(as_json: bool) -> Iterator[set[str]]:
     Yields:
         The messages that were printed.
     """
-    handler = _Printing(as_json)
     logger = logging.getLogger(_PACKAGE)
+    others = list(logger.handlers)  # print already what is not a note
+    handler = _Printing(as_json, alone=not others)
+    for other in others:
+        other.addFilter(handler.is_printed)
     logger.addHandler(handler)
     try:
         yield handler.printed
     finally:
         logger.removeHandler(handler)
+        for other in others:
+            other.removeFilter(handler.is_printed)
 
 
 class _Printing(logging.Handler):
     """Prints as Python does where nobody has set up logging, but for the notes of plans."""
 
-    def __init__(self, prints_notes: bool) -> None:
+    def __init__(self, prints_notes: bool, alone: bool) -> None:
         super().__init__(logging.WARNING)
         self.prints_notes = prints_notes
+        self.alone = alone
         self.printed: set[str] = set()
 
+    def is_printed(self, record: logging.LogRecord) -> bool:
+        """Whether a message is printed at once."""
+        return record.name != NOTES_LOGGER or self.prints_notes
+
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == NOTES_LOGGER and not self.prints_notes:
+        if not self.is_printed(record):
             return
         self.printed.add(record.getMessage())
-        if not logging.getLogger().handlers and logging.lastResort is not None:
+        if self.alone and not logging.getLogger().handlers and logging.lastResort is not None:
             logging.lastResort.handle(record)
 
 

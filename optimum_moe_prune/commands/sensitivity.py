@@ -8,18 +8,23 @@ import argparse
 from optimum.commands.base import CommandInfo
 
 from ..errors import RequestError
+from ..storage.values import fraction
 from . import flags
 from .base import Command, Result
+from .requests import require_calibration
 from .work import add_dry_run, shown
 
 
 class SensitivityCommand(Command):
     COMMAND = CommandInfo("sensitivity", "how far a model can be pruned, and where: measured divergences")
+    examples = (
+        "--model ./mixtral --calibration texts.jsonl sensitivity.json",
+        "--model ./mixtral --calibration texts.jsonl --method reap --sparsities 25%%,50%% sensitivity.json",
+    )
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
         flags.add_model(parser)
-        flags.add_compute(parser, "the calculation")
         flags.add_calibration(parser)
         flags.add_recipe(parser, several=True, budget=False)
         group = parser.add_argument_group("what to measure")
@@ -36,24 +41,17 @@ class SensitivityCommand(Command):
         group.add_argument(
             "--sparsities", metavar="F,F", help="of whole models (default 0.125,0.25,0.375,0.5,0.625,0.75)"
         )
-        flags.add_settings(parser, ["seed"])
+        flags.add_settings(group, ["seed"])
+        flags.add_compute(parser, "the calculation")
         add_dry_run(parser)
         flags.add_common(parser, "OUTPUT.json", "file of the result")
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
-        from ..evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
         from ..methods import list_methods
-        from ..planning.sensitivity import Sensitivity
-        from ..planning.work import plan_work
-        from ..pruner import MoEPruner
-        from ..statistics.stats import CalibrationStats
         from ..storage.files import check_file
-        from ..storage.folders import working_on
-        from ..storage.workspace import Workspace
-        from .inputs import calibration_samples
 
-        check_file(args.output, ".json", args.overwrite, Sensitivity.load)
+        require_calibration(args)
         names = list(dict.fromkeys(args.method or [None if args.config else "mosaic"]))
         names = list(list_methods()) if "all" in names else names
         if len(names) > 1 and args.method_options:
@@ -64,11 +62,22 @@ class SensitivityCommand(Command):
         for args.method in names:
             configs.append(flags.recipe(args))
         counts = flags.numbers(args.counts, "--counts", int)
-        sparsities = flags.numbers(args.sparsities, "--sparsities", float)
+        sparsities = flags.numbers(args.sparsities, "--sparsities", fraction)
         if sparsities is not None and not all(0 < s < 1 for s in sparsities):
             raise RequestError(
                 f"--sparsities is {args.sparsities}; fractions of experts to remove lie between 0 and 1."
             )
+
+        from ..evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
+        from ..planning.sensitivity import Sensitivity
+        from ..planning.work import plan_work
+        from ..pruner import MoEPruner
+        from ..statistics.stats import CalibrationStats
+        from ..storage.folders import working_on
+        from ..storage.workspace import Workspace
+        from .inputs import calibration_samples
+
+        check_file(args.output, ".json", args.overwrite, Sensitivity.load)
         compute = flags.compute_of(args)
         pruner = MoEPruner(configs[0], source=flags.source_of(args))
         layout = pruner.layout()

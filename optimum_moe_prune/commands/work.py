@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """The flag that stops before the work."""
-    parser.add_argument(
+    parser.add_argument_group("before it begins").add_argument(
         "--dry-run",
         action="store_true",
         help="show what would be kept, read, written and held in memory, and for how long, and stop",

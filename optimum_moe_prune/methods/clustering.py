@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import silhouette_samples
+
+if TYPE_CHECKING:
+    from sklearn.cluster import KMeans
 
 _SILHOUETTE_ROWS = 2000
 
 
 def kmeans(points: Any, count: int, seed: int, *, weights: np.ndarray | None = None, n_init: int = 1) -> KMeans:
     """K-Means of ``points`` (rows, dense or sparse); with fewer distinct rows than clusters some stay empty."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         return KMeans(count, n_init=n_init, random_state=seed).fit(points, sample_weight=weights)
@@ -30,6 +33,8 @@ def silhouette(points: Any, label: np.ndarray, seed: int, *, weights: np.ndarray
         seed: Of the choice.
         weights: What each row counts in the mean; 1 by default.
     """
+    from sklearn.metrics import silhouette_samples
+
     rows = np.random.default_rng(seed).permutation(len(label))[:_SILHOUETTE_ROWS]
     if not 1 < len(set(label[rows].tolist())) < len(rows):
         return float("-inf")

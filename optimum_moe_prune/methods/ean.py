@@ -6,9 +6,16 @@ r"""EAN, expert activation norm: the norm of the expert's output, summed over th
 A baseline of REAP, arXiv 2510.13999.
 """
 
-from ..statistics.stats import CalibrationStats, Need
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..statistics.needs import Need
 from .registry import NoOptions, register_method
 from .selection import Scores
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 
 @register_method(

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import RequestError
 from ..progress import working
-from ..statistics.stats import CalibrationStats, LayerStats, Need
+from ..statistics.needs import Need
 from .budget import UniformBudget
 from .registry import register_method
-from .replay_leaders import Found
-from .replay_search import Replay
 from .selection import Selection
 from .sets import num_sets
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats, LayerStats
+    from .replay_leaders import Found
 
 Search = Literal["auto", "exhaustive", "greedy"]
 
@@ -107,6 +109,9 @@ def best_set(
 
 def search_set(layer: LayerStats, index: int, size: int, budget: UniformBudget, options: SearchOptions) -> Found:
     """As :func:`best_set`, with the experts between which only their numbers decided."""
+    from .replay_leaders import Found  # they need torch
+    from .replay_search import Replay
+
     required = budget.protected[index]
     if size == len(required):
         return Found(required)

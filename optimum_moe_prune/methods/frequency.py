@@ -6,9 +6,16 @@ r"""Frequency: how many tokens chose the expert.
 with :math:`X_e` the tokens that have :math:`e` among their top K. A baseline of both papers.
 """
 
-from ..statistics.stats import CalibrationStats, Need
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..statistics.needs import Need
 from .registry import NoOptions, register_method
 from .selection import Scores
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 
 @register_method(

@@ -5,12 +5,19 @@ An ablation of MoE Pathfinder, arXiv 2512.18425 ("IS"): the weight of a path is 
 :math:`e_i = \mathrm{softmax}_i(-L_i / (\tau \|F_{all}\|_F))` along it. Everything else is as in ``pathfinder``.
 """
 
-from ..statistics.stats import CalibrationStats, Need
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..statistics.needs import Need
 from .budget import Budget
 from .path_selection import on_best_paths
 from .pathfinder import GLOBAL_FIRST, ImportanceOptions, log_importance
 from .registry import register_method
 from .selection import Selection
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 
 @register_method(

@@ -35,23 +35,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.spatial.distance import squareform
-from scipy.stats import rankdata
 
 from ..progress import working
-from ..statistics.stats import CalibrationStats, LayerStats, Need
+from ..statistics.needs import Need
 from .budget import UniformBudget
 from .clustering import kmeans, silhouette
 from .registry import register_method
-from .replay import TIE
-from .selection import Selection
+from .selection import TIE, Selection
 from .sets import differing
 from .ties import sorted_ties, still_tied
 from .variability import GeneralistOptions, check, generalist_notes, search_generalists, variability_scores
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats, LayerStats
 
 _MOST_DOMAINS = 16  # the most that num_domains="auto" tries
 _TRIALS = 9  # choices made again, to find ties
@@ -300,6 +299,10 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks", noise: np.random.Generat
         ward: ``"ranks"`` or ``"distances"``.
         noise: Decides between equal distances, in place of the order of the experts.
     """
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+    from scipy.stats import rankdata
+
     if len(vectors) == 1:
         return np.zeros((0, 4))
     if vectors.shape[1] < 3:
@@ -320,6 +323,8 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks", noise: np.random.Generat
 
 def cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:
     """Cluster of each expert ``(C,)``, exactly ``num_clusters`` of them, by the order of merges."""
+    from scipy.cluster.hierarchy import cut_tree
+
     return cut_tree(tree, n_clusters=num_clusters)[:, 0] if len(tree) else np.zeros(1, dtype=np.int64)
 
 

@@ -6,9 +6,16 @@ r"""MSAN, mean squared activation norm: the mean squared norm of the expert's ou
 An expert without routed tokens scores 0. arXiv 2606.15716.
 """
 
-from ..statistics.stats import CalibrationStats, Need
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..statistics.needs import Need
 from .registry import NoOptions, per_routed_token, register_method
 from .selection import Scores
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 
 @register_method(

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..progress import progress
-from ..statistics import weights as domain_weights
-from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from .budget import Budget, choose_ranked
 from .paths import k_best_paths, max_marginals
 from .selection import Selection
 from .ties import sorted_ties, tied_by_keys, tied_in_layer
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 _DIGITS = 9  # participation and path weights are compared to so many decimals, beyond are rounding errors
 
@@ -145,6 +146,10 @@ def marginals(
 
 def sample_weights(stats: CalibrationStats) -> np.ndarray:
     """What each sample counts ``(S,)``: 1, or an equal part of its domain's share; 1 on average."""
+    import torch
+
+    from ..statistics import weights as domain_weights
+
     voices = torch.ones(len(stats.samples))
     if stats.domain_weights is None:
         return voices.double().numpy()

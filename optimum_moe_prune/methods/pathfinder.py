@@ -36,16 +36,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from scipy.special import log_softmax
 
-from ..statistics.stats import CalibrationStats, Need
+from ..statistics.needs import Need
 from .budget import Budget
 from .path_selection import on_best_paths
 from .registry import register_method
 from .selection import Selection
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 Transitions = Literal["mean", "conditional"]
 GLOBAL_FIRST = ("global", "uniform")
@@ -134,6 +136,8 @@ def pathfinder(stats: CalibrationStats, budget: Budget, options: Options) -> Sel
 
 def log_importance(stats: CalibrationStats, tau: float) -> list[np.ndarray]:
     """Logarithms of the importance of each expert for each sample ``(S, E)``, by MoE layer."""
+    from scipy.special import log_softmax
+
     importance = []
     for _, layer in sorted(stats.layers.items()):
         error = np.sqrt(layer.tensors["single_error"].double().numpy())

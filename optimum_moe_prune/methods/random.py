@@ -4,12 +4,18 @@
 A layer's draw depends on the seed and the layer alone, and a smaller budget keeps a subset of what a larger one keeps.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from ..statistics.stats import CalibrationStats
 from .budget import Budget, choose
 from .registry import ALLOCATIONS, NoOptions, register_method
 from .selection import Selection
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 
 @register_method(

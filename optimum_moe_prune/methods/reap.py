@@ -10,12 +10,17 @@ Which weight is meant differs between readings, so it is an option: ``applied``,
 over all experts; ``renormalised``, divided by the sum over the chosen ones whatever the model does.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from ..statistics.stats import CalibrationStats, Need
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ..statistics.needs import Need
 from .registry import per_routed_token, register_method
 from .selection import Scores
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 
 @dataclass(frozen=True)

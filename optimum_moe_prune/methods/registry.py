@@ -15,17 +15,20 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import RequestError, RunError, nearest_first
 from ..names import BY_SENSITIVITY, GLOBAL, UNIFORM
-from ..statistics.stats import CalibrationStats, LayerStats, Need
+from ..statistics.needs import Need
 from ..storage.values import Values
 from .budget import Budget, UniformBudget, choose_ranked, keys_of
 from .selection import Retained, Scores, Selection
 from .ties import tied_by_keys
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats, LayerStats
 
 logger = logging.getLogger(__name__)
 
@@ -196,15 +199,23 @@ def list_methods() -> list[str]:
 
 
 def get_method(name: str) -> Method:
-    """A method by name.
+    """A method by name, in capitals or not.
 
     Raises:
         RequestError: If there is none, listing those there are, the most similar name first.
     """
     known = list_methods()
-    if not isinstance(name, str) or name not in _METHODS:
+    if isinstance(name, str) and name in _METHODS:
+        return _METHODS[name]
+    alike = [each for each in known if _plain(each) == _plain(str(name))]
+    if len(alike) != 1:
         raise RequestError(f"method {name!r} is not known. Known: {nearest_first(str(name), known)}.")
-    return _METHODS[name]
+    return _METHODS[alike[0]]
+
+
+def _plain(name: str) -> str:
+    """A name without what people write in different ways: ``Soft-Frequency``, ``soft_frequency``."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
 
 
 def make_options(method: Method, values: Values) -> Any:

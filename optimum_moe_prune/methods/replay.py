@@ -26,12 +26,10 @@ from torch import Tensor
 
 from ..architectures.routers import RoutingRule
 from ..errors import RunError
+from .selection import TIE
 
 WORKING_BYTES = 16 * 2**20
 """Chunks of this size stay near the processor."""
-
-TIE = 1e-9
-"""Losses within this relative distance are ties."""
 
 
 def gram_index(num_experts: int) -> Tensor:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .replay import TIE, first_minimum
+from .replay import first_minimum
+from .selection import TIE
 from .sets import RetainedSet
 
 

@@ -9,6 +9,9 @@ import numpy as np
 
 from ..storage.values import Values
 
+TIE = 1e-9
+"""Losses within this relative distance are ties."""
+
 Scores = dict[int, np.ndarray]
 """One number ``(E,)`` for each expert, by layer; higher = keep."""
 

@@ -7,9 +7,16 @@ with :math:`p` the router's probabilities over all experts and :math:`X_e` the t
 top K. SEER-MoE, arXiv 2404.05089.
 """
 
-from ..statistics.stats import CalibrationStats, Need
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..statistics.needs import Need
 from .registry import NoOptions, register_method
 from .selection import Scores
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 
 @register_method(

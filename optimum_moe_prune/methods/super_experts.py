@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ..errors import RequestError
-from ..statistics.stats import CalibrationStats
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 
 def super_experts(stats: CalibrationStats) -> dict[int, tuple[int, ...]]:

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 
 from .budget import Budget, UniformBudget
-from .replay import TIE
-from .selection import Retained, Ties
+from .selection import TIE, Retained, Ties
 
 
 def tied_by_keys(keys: Mapping[int, Sequence[Any]], budget: Budget, retained: Retained) -> Ties:

@@ -5,12 +5,18 @@ An ablation of MoE Pathfinder, arXiv 2512.18425 ("TI"): the weight of a path is 
 :math:`t_{ij} = a_i^{(l)} p_j^{(l+1)}` along it. Everything else is as in ``pathfinder``.
 """
 
-from ..statistics.stats import CalibrationStats
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from .budget import Budget
 from .path_selection import on_best_paths
 from .pathfinder import GLOBAL_FIRST, TransitionOptions, log_transitions, transition_needs
 from .registry import register_method
 from .selection import Selection
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats
 
 
 @register_method(

@@ -11,19 +11,23 @@ generalists it uses is not published, and 0 is our default (then it is the pure 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import RequestError
 from ..progress import working
-from ..statistics.stats import CalibrationStats, LayerStats, Need
+from ..statistics.needs import Need
 from .budget import UniformBudget
 from .enumeration import SearchOptions, search_notes, search_set
 from .limits import allowed_counts
 from .registry import register_method
-from .replay_leaders import Found
 from .selection import Selection
 from .ties import sorted_ties, still_tied, tied_in_layer
+
+if TYPE_CHECKING:
+    from ..statistics.stats import CalibrationStats, LayerStats
+    from .replay_leaders import Found
 
 
 @dataclass(frozen=True)

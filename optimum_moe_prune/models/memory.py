@@ -19,6 +19,7 @@ from ..checkpoints.plain import Plain
 from ..checkpoints.source import Source
 from ..compat import build_on_meta, load_made, loader_of, quantization_of
 from ..errors import RequestError, faults_of
+from ..names import dtype_name
 from ..storage.values import Json
 from .checks import check_model
 from .layerwise import LayerByLayer
@@ -40,7 +41,8 @@ class Compute:
     """How a checkpoint is run.
 
     Attributes:
-        dtype: The precision to calculate in; ``"auto"`` is the checkpoint's.
+        dtype: The precision to calculate in: ``"float32"``, ``"bfloat16"`` or ``"float16"``, by one of their other
+            names too (``"bf16"``, ``"half"``, ``torch.bfloat16``); ``"auto"`` is the checkpoint's.
         device: Where to calculate: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` is wherever there is room.
         stream: Hold one decoder layer in memory at a time; by default where the model does not fit.
     """
@@ -48,6 +50,9 @@ class Compute:
     dtype: str = "auto"
     device: str = "cpu"
     stream: bool | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
     def check(self) -> None:
         """Raise unless the device is there.

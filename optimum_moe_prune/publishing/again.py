@@ -32,7 +32,7 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
             command += ["--calibration", _name(str(source))]
         if isinstance(dtype := calibration.get("dtype"), str) and dtype:
             command += ["--dtype", dtype]
-    defaults = {f.name: f.default for f in fields(MoEPrunerConfig)}
+    defaults = {f.name: f.default for f in fields(MoEPrunerConfig) if f.name != "version"}
     for name, value in plan.config.items():
         flag = f"--{name.replace('_', '-')}"
         if name not in defaults or (value == defaults[name] and name != "method") or value in ({}, [], None, False):

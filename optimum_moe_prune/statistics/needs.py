@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..architectures.routers import RoutingRule
-from ..storage.tensor_files import Shapes
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..storage.tensor_files import Shapes
 
 
 class Need(str, enum.Enum):
@@ -108,6 +111,8 @@ def layer_shapes(
         inputs_dtype: Of the block's input.
         rule: The routers'; says what stands beside the experts (``fixed``).
     """
+    import torch
+
     fixed = 0 if rule is None else rule.fixed
     outputs = num_experts + (fixed if rule is not None and rule.fixed_are_chosen else 0)
     others = {

@@ -29,6 +29,7 @@ from ..storage.folders import written_folder
 from ..storage.tensor_files import read_tensors
 from ..storage.values import Json, check_version, read_json
 from .files import LayerFile, MergedTensors, layer_file, names_of_format_1, save_layer, tensor_shapes
+from .folder import header_of
 from .needs import IN_FORMAT_1, OF_RULE, PER_TOKEN, Need, layer_shapes, tensor_names
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
 from .weights import sample_weights
@@ -247,9 +248,7 @@ class CalibrationStats:
             RequestError: If the folder holds no statistics, or those of a newer format, or damaged ones.
         """
         folder = Path(folder)
-        if not (folder / STATS_NAME).is_file():
-            raise RequestError(f"{folder} holds no calibration statistics ({STATS_NAME} is missing).")
-        header = read_json(folder / STATS_NAME)
+        header = read_json(header_of(folder))
         check_version(header, FORMAT_VERSION, str(folder))
         try:
             samples = tuple(Sample(**sample) for sample in header["samples"])

@@ -94,6 +94,26 @@ def size_bytes(size: str | int, what: str) -> int:
     return nbytes
 
 
+def fraction(value: object) -> float:
+    """A fraction as people write it: ``0.4``, ``"0.4"``, ``"40%"``.
+
+    Raises:
+        RequestError: If it is no number, or a percentage without its sign.
+    """
+    text = str(value).strip()
+    percent = text.endswith("%")
+    number = text.removesuffix("%").strip()
+    if isinstance(value, bool) or not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", number):
+        comma = re.fullmatch(r"(\d*),(\d+)", number)
+        meant = f"; did you mean {comma[1] or 0}.{comma[2]}{'%' * percent}?" if comma else ", as 0.4 or 40%."
+        raise RequestError(f"{value!r} is no fraction{meant}")
+    if percent:
+        return float(number) / 100
+    if 2 <= float(number) <= 100:
+        raise RequestError(f"{text} is more than the whole; write {text}% or {float(number) / 100:g}.")
+    return float(number)
+
+
 def no_constant(name: str) -> float:
     """For ``json.loads(parse_constant=...)``: NaN and infinity, which Python reads, are not JSON."""
     raise ValueError(f"{name} is not JSON")

@@ -334,19 +334,22 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*RUN, "--num-experts", "0", "{out}"), "num_experts is 0"),
-        ((*RUN, "--num-experts", "1", "{out}"), "num_experts=1 leaves layer 0 with 1 experts, and every token uses 2"),
+        ((*RUN, "--num-experts", "0", "{out}"), "--num-experts is 0"),
+        (
+            (*RUN, "--num-experts", "1", "{out}"),
+            "--num-experts 1 leaves layer 0 with 1 experts, and every token uses 2",
+        ),
         ((*RUN, "--num-experts", "8", "{out}"), "nothing to prune"),
         ((*RUN, "--num-experts", "9", "{out}"), "asks for more experts than layer 0 has (8)"),
         (
             (*RUN, "--num-experts", "5", "--count-multiple-of", "2", "{out}"),
-            "leaves layer 0 with 5 experts, and count_multiple_of is 2. Ask for 4 or 6",
+            "leaves layer 0 with 5 experts, and --count-multiple-of is 2. Ask for 4 or 6",
         ),
         (
             (*RUN, "--method", "pathfinder", "--total-experts", "13", "--count-multiple-of", "4", "{out}"),
-            "count_multiple_of is 4: what layers keep adds up to 12 or 16. Ask for 12 or 16",
+            "--count-multiple-of is 4: what layers keep adds up to 12 or 16. Ask for 12 or 16",
         ),
-        ((*RUN, "--num-experts", "4", "--sparsity", "0.5", "{out}"), "given: num_experts and sparsity"),
+        ((*RUN, "--num-experts", "4", "--sparsity", "0.5", "{out}"), "given: --num-experts and --sparsity"),
         ((*RUN, "{out}"), "given: none"),
         ((*RUN, "--sparsity", "1.5", "{out}"), "sparsity is 1.5"),
         ((*RUN, "--sparsity", "0.01", "{out}"), "removes 0 of 8 experts"),
@@ -378,11 +381,11 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
         ),
         (
             (*RUN, "--sparsity", "0.5", "--sample-selection", "kmeans", "--num-clusters", "0", "{out}"),
-            "num_clusters is 0",
+            "--num-clusters is 0",
         ),
         (
             (*RUN, "--sparsity", "0.5", "--sample-selection", "kmeans", "--num-clusters", "6", "{out}"),
-            "num_clusters is 6, and domain 'high' has 5 samples",
+            "--num-clusters is 6, and domain 'high' has 5 samples",
         ),
         (
             (*RUN, "--sparsity", "0.5", "--sample-selection", "kmeans", "--num-clusters", "few", "{out}"),
@@ -442,7 +445,7 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
         (("evaluate", "--model", "{model}", "--data", "{texts}", "--batch-size", "-1"), "--batch-size is -1"),
         (
             (*RUN, "--num-experts", "4", "--skip-layers", "9", "{out}"),
-            "skip_layers names layer 9, which has no experts",
+            "--skip-layers names layer 9, which has no experts",
         ),
         ((*RUN, "--num-experts", "4", "--protect", "0:77", "{out}"), "protect names expert 77 of layer 0"),
         (

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be said of a request before anything heavy is imported: models and files that it names are there."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..checkpoints.naming import check_named
+from ..errors import RequestError
+from ..storage.nearby import absent
+
+_FILES = ("stats", "plan", "sensitivity", "evaluation", "calibration", "data", "evaluate", "task_include")
+"""Arguments that name files or folders that must be there."""
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Raise where a model or a file that is named cannot be there.
+
+    Raises:
+        RequestError: Naming it, and what was probably meant.
+    """
+    for name in _named(args, "model", "reference"):
+        check_named(name)
+    for name in _named(args, *_FILES):
+        if _is_file(name) and not _exists(name):
+            raise RequestError(absent(name))
+
+
+def require_calibration(args: argparse.Namespace) -> None:
+    """Raise where texts are needed and none are named.
+
+    Raises:
+        RequestError: Saying how to name them.
+    """
+    if not args.calibration:
+        raise RequestError("a calibration is needed; name a file (--calibration FILE), or a preset (list presets).")
+
+
+def _named(args: argparse.Namespace, *arguments: str) -> Iterator[str]:
+    for argument in arguments:
+        value = getattr(args, argument, None)
+        yield from (value if isinstance(value, list) else [] if value is None else [value])
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name is that of a file here: neither of texts elsewhere (``hub:...``) nor one word by itself."""
+    return not re.match(r"\w{2,}:", name) and (Path(name).suffix != "" or "/" in name or "\\" in name)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{name[:80]!r} is no name of a file: {error}") from error

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is shown, wherever it leads: to a file, to a pipe that nobody reads, to a terminal that knows ASCII alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from io import TextIOWrapper
+
+
+def prepare_streams() -> None:
+    """Have characters that a terminal does not know shown by their numbers, not end the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def show(text: str) -> None:
+    """Print a result; a reader that has seen enough (``... | head``) is no mistake."""
+    if sys.stdout is None:  # closed: `>&-`
+        return
+    try:
+        print(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would be written, and fail, once more when the process ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def show_error(message: str) -> None:
+    """Print a mistake in one line on standard error; standard output is for results alone, with ``--json`` too."""
+    message = one_line(message)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """A text in one line, without characters that a terminal would obey."""
+    joined = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return "".join(c if c.isprintable() or "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in joined)
