@@ -156,7 +156,8 @@ class WorkPlan:
             what = f"{per_layer.pop()} experts in each layer, {choice.total} of {choice.original}"
         else:
             what = f"{choice.total} of {choice.original} experts"
-        asked = "" if choice.asked is None else f", {choice.asked:.1%} was asked for"
+        is_rounded = choice.asked is not None and abs(choice.asked - choice.sparsity) >= 0.0005
+        asked = f", {choice.asked:.1%} was asked for" if is_rounded else ""
         return f"{what} ({choice.sparsity:.1%} removed{asked}){others}"
 
 

@@ -134,7 +134,7 @@ def test_unequal_layers_from_run_to_evaluate(place: Path, tmp_path: Path, capsys
     run = ("run", "--model", place / "model", "--calibration", place / "texts.jsonl", "--method", "pathfinder")
     budget = ("--sparsity", 0.25, "--sample-selection", "kmeans", "--num-clusters", 3)
     code, out, err = call(capsys, *run, *budget, "--standalone", tmp_path / "run")
-    assert code == 0 and err.startswith("model") and "25.0% removed" in err
+    assert code == 0 and err.startswith("model") and "25.0% removed)" in err
     assert out.startswith("pathfinder: 18 of 24 experts retained in 3 layers (25% removed)\n  layer 0  ")
     assert "import optimum_moe_prune before loading it, or pass trust_remote_code=True." in out
     plan = PruningPlan.load(tmp_path / "run")
