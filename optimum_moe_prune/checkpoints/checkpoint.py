@@ -158,8 +158,12 @@ class Checkpoint:
             self._read(file)
         return self._entries[file][name]
 
-    def opened(self, file: str) -> int:
+    def opened(self, file: str, since: bool = True) -> int:
         """A descriptor to read a file's bytes from, which the caller closes.
+
+        Args:
+            file: The file.
+            since: Whether nothing may have been written to it since; else it may not be another, or of another length.
 
         Raises:
             RunError: If it is not the file any more whose header was read.
@@ -167,7 +171,8 @@ class Checkpoint:
         if file not in self._entries:
             self._read(file)
         descriptor = os.open(self.path(file), os.O_RDONLY)
-        if _stamp(os.fstat(descriptor)) != self._stamps[file]:
+        compared = slice(None if since else _SAME_FILE)
+        if _stamp(os.fstat(descriptor))[compared] != self._stamps[file][compared]:
             os.close(descriptor)
             raise RunError(f"{file} of {self.name_or_path} was changed while it was read.")
         return descriptor
@@ -322,7 +327,7 @@ class _Files:
         file = self._checkpoint.tensors[name].file
         with self._lock:
             if file not in self._opened:
-                self._opened[file] = self._checkpoint.opened(file)
+                self._opened[file] = self._checkpoint.opened(file, since=False)
         try:
             return read_tensor(self._opened[file], self._checkpoint.entry(name))
         except EOFError as error:
@@ -341,3 +346,7 @@ class _Files:
 def _stamp(found: os.stat_result) -> tuple[int, ...]:
     """What changes when a file is replaced or written to."""
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+_SAME_FILE = 3
+"""So many of these values say that a file is the same, and as long."""

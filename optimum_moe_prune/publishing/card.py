@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from .. import names
 from ..compat import auto_class
+from ..errors import RequestError
 from ..evaluation.comparison import Comparison
 from ..methods import get_method, list_methods
 from ..plan import PruningPlan
@@ -44,18 +45,28 @@ def write_card(folder: str | os.PathLike, name: str) -> Path:
         name: What it is called: its folder or its repository.
 
     Raises:
-        RequestError: If there is no plan in the folder.
+        RequestError: If there is no plan in the folder, or both cards were edited.
         RunError: If the card cannot be written.
     """
     path, text = Path(folder) / names.CARD_NAME, str(model_card(folder, name))
-    if path.is_file():
-        there = path.read_text(encoding="utf-8", errors="replace")
-        if not there.endswith(_seal(there.rpartition(_SEAL)[0])):
-            path = path.with_name(names.NEW_CARD_NAME)
-            logger.warning(
-                "%s in %s was edited and is kept; the new card is %s.", names.CARD_NAME, folder, names.NEW_CARD_NAME
+    if _is_edited(path):
+        path = path.with_name(names.NEW_CARD_NAME)
+        if _is_edited(path):
+            raise RequestError(
+                f"{names.CARD_NAME} and {names.NEW_CARD_NAME} in {folder} were both edited and are kept; move one."
             )
+        logger.warning(
+            "%s in %s was edited and is kept; the new card is %s.", names.CARD_NAME, folder, names.NEW_CARD_NAME
+        )
     return write_text(path, text + _seal(text))
+
+
+def _is_edited(path: Path) -> bool:
+    """Whether there is a card that is not as this package wrote it."""
+    if not path.is_file():
+        return False
+    there = path.read_text(encoding="utf-8", errors="replace")
+    return not there.endswith(_seal(there.rpartition(_SEAL)[0]))
 
 
 def _seal(text: str) -> str:

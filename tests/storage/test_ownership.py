@@ -130,8 +130,12 @@ def test_what_this_package_adds_later_is_its_own(out: Path) -> None:
     (out / "README.md").write_text("edited")
     write_card(out, "another name")
     assert (out / "README.new.md").exists() and "README.md was changed" in str(output_fault(out))
+    (out / "README.new.md").write_text("edited as well")
+    with pytest.raises(RequestError, match="were both edited and are kept"):
+        write_card(out, "another name")
+    assert (out / "README.new.md").read_text() == "edited as well"
     write_bytes(out / "else.txt", b"not one of them")
-    assert "else.txt" in str(output_fault(out))
+    assert "(and 1 more), which this package did not write" in str(output_fault(out))
 
 
 def test_what_appears_while_the_new_output_is_written_is_kept_beside_it(
