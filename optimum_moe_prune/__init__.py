@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .errors import RequestError as RequestError
     from .errors import RunError as RunError
     from .evaluation.compare import compare as compare
+    from .evaluation.compare_methods import compare_methods as compare_methods
     from .evaluation.losses import evaluate as evaluate
     from .evaluation.measure_sensitivity import measure_sensitivity as measure_sensitivity
     from .methods import list_methods as list_methods
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .planning.sensitivity import Sensitivity as Sensitivity
     from .planning.work import plan_work as plan_work
     from .pruner import MoEPruner as MoEPruner
+    from .publishing.method_comparison import write_method_comparison as write_method_comparison
     from .publishing.report import write_report as write_report
     from .statistics.stats import CalibrationStats as CalibrationStats
     from .statistics.stats import Need as Need
@@ -59,6 +61,7 @@ _HOME = {
     "Workspace": "storage.workspace",
     "calibrate": "calibration.calibrate",
     "compare": "evaluation.compare",
+    "compare_methods": "evaluation.compare_methods",
     "evaluate": "evaluation.losses",
     "list_architectures": "architectures",
     "list_methods": "methods",
@@ -66,6 +69,7 @@ _HOME = {
     "plan_work": "planning.work",
     "register_architecture": "architectures",
     "register_method": "methods",
+    "write_method_comparison": "publishing.method_comparison",
     "write_report": "publishing.report",
 }
 """Public names and the modules they live in."""

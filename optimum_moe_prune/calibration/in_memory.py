@@ -19,6 +19,7 @@ from ..models.checks import check_finite, evaluating, input_device, usable_model
 from ..models.heads import Heads
 from ..progress import working
 from ..provenance import now, versions
+from ..statistics import passages
 from ..statistics.files import layer_file
 from ..statistics.needs import PER_SAMPLE, Need, layer_shapes, tensor_names
 from ..statistics.stats import CalibrationStats, LayerStats
@@ -167,6 +168,7 @@ def assemble(
             "duplicate_samples": calibration.duplicates,
             "calibration_counts": calibration.counts.to_dict(),
             "calibration_notes": list(calibration.notes()),
+            passages.KEY: calibration.passages.to_dict(),
             **provenance,
         },
     )

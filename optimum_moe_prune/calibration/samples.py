@@ -23,6 +23,7 @@ from ..config import SAMPLE_SELECTIONS, MoEPrunerConfig, check_clusters
 from ..errors import RequestError
 from ..models.batches import Batch
 from ..progress import progress
+from ..statistics.passages import Passages
 from ..statistics.samples import Sample, equal_shares, samples_fingerprint
 from ..storage.values import Json, Values
 from .counts import Counts, Tally
@@ -103,6 +104,11 @@ class CalibrationSet:
     def fingerprint(self) -> str:
         """A hash of the samples and their domains."""
         return samples_fingerprint(self.samples)
+
+    @property
+    def passages(self) -> Passages:
+        """By what the samples are known again."""
+        return Passages.of([sample.hash for sample in self.samples], self.token_ids)
 
     @classmethod
     def build(

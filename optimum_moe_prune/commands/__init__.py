@@ -16,6 +16,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .apply import ApplyCommand
 from .base import Command
+from .compare import CompareCommand
 from .evaluate import EvaluateCommand
 from .export import ExportCommand
 from .list import ListCommand
@@ -32,6 +33,7 @@ COMMANDS: tuple[type[Command], ...] = (
     PlanCommand,
     ApplyCommand,
     EvaluateCommand,
+    CompareCommand,
     SensitivityCommand,
     ReportCommand,
     ExportCommand,

@@ -44,6 +44,7 @@ class ApplyCommand(Command):
         source = flags.source_of(args)
         pruner = MoEPruner.from_plan(plan, source.name_or_path, **source.for_transformers)
         publishing.check_memory(args, pruner)
+        publishing.say_overlap(texts, pruner.pruning_plan)
         layout = pruner.layout()
         check_apply(args, plan, layout)
         work = plan_work(layout, plan=plan, mtp=args.mtp, output=args.output)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import shutil
 import sys
 import traceback
 from typing import Any, ClassVar
@@ -110,3 +112,10 @@ def flags_by_name(command: type[Command]) -> dict[str, tuple[str, ...]]:
     parser = Parser(prog=command.COMMAND.name)
     command.parse_args(parser)
     return {action.dest: tuple(action.option_strings) for action in flags_of(parser).values()}
+
+
+def terminal() -> tuple[bool, int | None]:
+    """Whether standard output shows bold print, and how many characters fit in its lines; None where any do."""
+    if not sys.stdout.isatty():
+        return False, None
+    return "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb", shutil.get_terminal_size().columns

@@ -11,7 +11,7 @@ from optimum.commands.base import CommandInfo
 
 from ..errors import RequestError
 from . import flags
-from .base import Command, Result
+from .base import Command, Result, terminal
 
 
 class EvaluateCommand(Command):
@@ -34,7 +34,7 @@ class EvaluateCommand(Command):
         group.add_argument(
             "--speed",
             action="store_true",
-            help="measure generation and peak memory, each model in a process of its own",
+            help="measure generation and peak memory, each model in a process of its own, in turn with the reference",
         )
         group.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens to generate (default 64)")
         _add_tasks(parser)
@@ -93,7 +93,8 @@ class EvaluateCommand(Command):
             whole = Comparison.load(earlier).updated(comparison) if earlier.is_file() else comparison
             whole.save(earlier)
             write_card(folder, folder.resolve().name)
-        return comparison.markdown() if args.markdown else comparison.summary(), comparison.to_dict()
+        text = comparison.markdown() if args.markdown else comparison.summary(*terminal())
+        return text, {**comparison.to_dict(), "verdict": comparison.verdict()}
 
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:

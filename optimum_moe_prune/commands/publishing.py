@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 from collections.abc import Collection
 from dataclasses import replace
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING
 from ..errors import MoEPruneError, RequestError, RunError
 from ..storage.values import Json
 from . import flags, screen
-from .base import Result
+from .base import Result, terminal
 
 if TYPE_CHECKING:
     from ..calibration.samples import CalibrationSet
     from ..plan import PruningPlan
     from ..pruner import MoEPruner
+
+logger = logging.getLogger(__name__)
 
 
 def add_publishing(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +33,11 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="held-out text, in any form that --calibration takes: compare with the original afterwards, and put the "
         "results into the model card; may be repeated",
+    )
+    group.add_argument(
+        "--speed",
+        action="store_true",
+        help="measure generation and peak memory afterwards, in turn with the original, each in a process of its own",
     )
     group.add_argument("--report", action="store_true", help="add report.html and its pictures")
     group.add_argument("--push-to-hub", metavar="REPO", help="publish the finished folder, in one commit")
@@ -79,6 +87,26 @@ def check_publishing(args: argparse.Namespace) -> CalibrationSet | None:
 def for_card(args: argparse.Namespace) -> Json:
     """What is said of the original for the model card."""
     return {"base_model": args.base_model, "license": args.license, "language": args.language}
+
+
+def say_overlap(texts: CalibrationSet | None, made_with: PruningPlan | CalibrationSet | None) -> None:
+    """Say before any work that ``--evaluate`` names text that is calibrated on.
+
+    Args:
+        texts: To judge on.
+        made_with: The plan, or what it will be made with.
+    """
+    if texts is None or made_with is None:
+        return
+    from ..evaluation.overlap import overlap_of, overlap_with
+    from ..plan import PruningPlan
+
+    if isinstance(made_with, PruningPlan):
+        overlap = overlap_of(made_with, texts)
+    else:
+        overlap = overlap_with([made_with.passages], texts)
+    if overlap is not None and (sentence := overlap.sentence()):
+        logger.warning("%s", sentence)
 
 
 def check_memory(args: argparse.Namespace, pruner: MoEPruner) -> None:
@@ -149,7 +177,7 @@ def _finish(
     lost, comparison = "", None
     more: list[str] = []
     values: Json = {}
-    if args.evaluate:
+    if args.evaluate or args.speed:
         from ..evaluation.compare import compare
 
         source = flags.source_of(args)
@@ -157,12 +185,12 @@ def _finish(
             replace(source, name_or_path=str(folder), revision=None),
             texts,
             reference=source,
-            speed=True,
+            speed=args.speed,
             compute=flags.compute_of(args),
         )
         comparison.save(folder / EVALUATION_NAME)
-        lost = comparison.summary()
-        values["evaluation"] = comparison.to_dict()
+        lost = comparison.summary(*terminal())
+        values["evaluation"] = {**comparison.to_dict(), "verdict": comparison.verdict()}
     if args.report:
         from ..publishing.report import write_report
 
@@ -176,7 +204,7 @@ def _finish(
         )
         more.append(f"report: {folder / REPORT_NAME}")
         values["report"] = str(folder / REPORT_NAME)
-    if args.evaluate or args.report:
+    if comparison is not None or args.report:
         write_card(folder, folder.resolve().name)
     if args.push_to_hub is not None:
         commit = pruner.push_to_hub(args.push_to_hub, private=args.private)

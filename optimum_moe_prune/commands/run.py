@@ -65,6 +65,7 @@ class RunCommand(Command):
         measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
         with screen.notes_kept(args.json) as printed:
             samples = calibration_samples(args, pruner) if measures or config.needs else None
+            publishing.say_overlap(texts, samples)
             check_run(args, pruner, samples)
             work = plan_work(pruner.layout(), config, samples, output=args.output, compute=compute, measures=measures)
             if (result := shown(args, work)) is not None:

@@ -22,12 +22,14 @@ from ..compat import text_config
 from ..errors import RequestError, RunError
 from ..models.memory import Compute, load_model
 from ..models.wrappers import plain_model
+from ..plan import PruningPlan
 from ..progress import working
 from ..provenance import versions
 from ..storage.values import Json, Values
 from .comparison import Comparison, ModelResult, reference_of
 from .losses import Evaluation, evaluate
-from .speed import measure_generation
+from .overlap import overlap_of
+from .speed import Generation, measure_in_turn
 from .tasks import check_tasks, run_tasks
 
 logger = logging.getLogger(__name__)
@@ -60,8 +62,8 @@ def compare(
             (``text_column``, ``template_args``, ``skip_bad``).
         reference: The model to compare with, usually the unpruned one.
         tasks: Tasks of lm-evaluation-harness to run on each, the reference included.
-        speed: Whether to measure generation and peak memory, each model in a process of its own; a loaded model has
-            none.
+        speed: Whether to measure generation and peak memory, each model in a process of its own and in turn with the
+            reference; a loaded model has none.
         tokenizer: In place of those that come with the models.
         batch_size: Samples, or prompts, in a forward pass.
         max_length: Tokens of a sample at most.
@@ -112,14 +114,12 @@ def compare(
             results[labels[-1]] = result(original, other, None if last is None else reference_of(last))
         del other
         gc.collect()  # before other processes need the memory
-    for label, source in zip(labels, every, strict=True):
-        if speed and isinstance(source, Source):
-            try:
-                with working(f"measuring the speed of {_name(source)}", None, did="measured it"):
-                    generation = measure_generation(source, new_tokens=new_tokens, compute=compute)
-                results[label] = replace(results[label], generation=generation)
-            except RunError as error:  # what was evaluated before is not lost for it
-                logger.warning("%s", error)
+    if texts is not None:
+        for label, source in zip(labels, every, strict=True):
+            results[label] = replace(results[label], overlap=overlap_of(_plan(source), texts))
+    if speed:
+        for label, generation in _speeds(dict(zip(labels, every, strict=True)), original, new_tokens, compute).items():
+            results[label] = replace(results[label], generation=generation)
     settings: Json = {}
     if texts is not None:
         settings = {"text": ", ".join(texts.sources), "samples_fingerprint": texts.fingerprint[:12]}
@@ -130,6 +130,28 @@ def compare(
     known = versions()
     settings |= {name: known[name] for name in ("transformers", "torch") if name in known}
     return Comparison(results, None if original is None else labels[-1], settings)
+
+
+def _speeds(
+    models: dict[str, Source | PreTrainedModel],
+    reference: Source | PreTrainedModel | None,
+    new_tokens: int,
+    compute: Compute,
+) -> dict[str, Generation]:
+    """The speed of each model, in turn with the reference; without one all of them in turn."""
+    labels = list(models)
+    sources = {label: model for label, model in models.items() if isinstance(model, Source)}
+    found: dict[str, Generation] = {}
+    for group in [labels] if reference is None else [[label, labels[-1]] for label in labels[:-1]]:
+        try:
+            measured = measure_in_turn([sources[label] for label in group], new_tokens=new_tokens, compute=compute)
+        except RunError as error:  # what was evaluated before is not lost for it
+            logger.warning("%s", error)
+            continue
+        if reference is None:
+            measured = [replace(generation, speedup=None, speedup_range=None) for generation in measured]
+        found |= dict(zip(group, measured, strict=True))
+    return found
 
 
 def held_out(
@@ -201,6 +223,18 @@ def _tokenizer(model: Source | PreTrainedModel) -> PreTrainedTokenizerBase | Non
     if isinstance(model, Source):
         return model.tokenizer
     return Source(model.name_or_path).tokenizer if model.name_or_path else None
+
+
+def _plan(model: Source | PreTrainedModel) -> PruningPlan | None:
+    """The plan that made a model, where its folder holds one."""
+    source = model if isinstance(model, Source) else Source(model.name_or_path or "")
+    if not isinstance(model, Source) and not source.is_local:
+        return None
+    try:
+        return source.stored_plan()
+    except (RequestError, OSError, ValueError) as error:  # the model can be judged without it
+        logger.warning("whether %s was calibrated on these texts is not known: %s", source.name_or_path, error)
+        return None
 
 
 def _labels(models: Sequence[Source | PreTrainedModel]) -> list[str]:

@@ -3,19 +3,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError, one_line
+from ..errors import RequestError
+from ..planning.sensitivity import ALL
 from ..storage.files import check_own, write_json
 from ..storage.values import Json, Values, check_version, read_from, read_json
-from .losses import DomainResult, Evaluation, aligned
-from .speed import Generation
+from .losses import DomainResult, Evaluation, nats, short
+from .overlap import CALIBRATED_ON, HELD_OUT, PARTLY, UNKNOWN, Overlap
+from .speed import Generation, with_range
+from .tables import Table, best_of, filled
+from .tables import markdown_table as markdown_table
+from .verdict import EXPLAINED, growth, times, verdict_of
 
 FORMAT_VERSION = 1
 
 Tasks = dict[str, dict[str, float]]
+
+_NAMED = 3  # models, beyond which they are counted
+KINDS = (CALIBRATED_ON, PARTLY, UNKNOWN, HELD_OUT)
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,7 @@ class ModelResult:
         nbytes: Bytes they take.
         generation: Speed and peak memory, if measured.
         tasks: Metrics by task, if measured.
+        overlap: Which of the samples it was calibrated on; None where it is no pruned model, or that is not known.
     """
 
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -35,6 +46,7 @@ class ModelResult:
     nbytes: int | None = None
     generation: Generation | None = None
     tasks: Tasks = field(default_factory=dict)
+    overlap: Overlap | None = None
 
     @classmethod
     def of(cls, model: Any, evaluation: Evaluation | None = None, tasks: Tasks | None = None) -> ModelResult:
@@ -52,6 +64,8 @@ class ModelResult:
             values["generation"] = self.generation.to_dict()
         if self.tasks:
             values["tasks"] = self.tasks
+        if self.overlap is not None:
+            values["overlap"] = self.overlap.to_dict()
         return values
 
 
@@ -74,47 +88,120 @@ class Comparison:
         """The models but the reference."""
         return {name: result for name, result in self.models.items() if name != self.reference}
 
+    @property
+    def text_kind(self) -> str:
+        """What to call the text they were judged on: held out, unless some of it is known to be calibrated on."""
+        kinds = [result.overlap.kind for result in self.compared.values() if result.overlap is not None]
+        return next((kind for kind in KINDS if kind in kinds), HELD_OUT)
+
+    def verdict(self) -> str:
+        """What was lost, in a sentence for each model that needs no knowledge of the field; empty without a reference.
+
+        Where samples were calibrated on, another sentence says so.
+        """
+        several = len(self.compared) > 1
+        said = []
+        for name, result in self.compared.items():
+            words = verdict_of(result.evaluation)
+            said += [f"{name}: {words}" if several else words] if words else []
+        return "\n".join([*said, *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """What a person must know of the text: which models were calibrated on how much of it."""
+        groups: dict[str, list[str]] = {}
+        for name, result in self.models.items():
+            if result.overlap is not None and (sentence := result.overlap.sentence("{}")):
+                groups.setdefault(sentence, []).append(name)
+        said = []
+        for sentence, names in groups.items():
+            shown = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} of {len(self.compared)} models"
+            everyone = set(names) >= set(self.compared or self.models)
+            said.append(sentence.replace(" for {}", "" if everyone else f" for {shown}", 1))
+        return said
+
     def parts(self) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
         """Results by domain, sizes and speed, and tasks, as rows of text with the head first; no more where empty."""
-        return self._by_domain(), self._sizes(), self._tasks()
+        return self.by_domain().rows, self._sizes(), self._tasks().rows
 
-    def summary(self) -> str:
-        """Tables for people."""
-        return "\n\n".join("\n".join(aligned(table)) for table in self.parts() if len(table) > 1)
+    def summary(self, bold: bool = False, width: int | None = None) -> str:
+        """Tables for people, what their words mean, and what it comes to.
+
+        Args:
+            bold: Whether the best of each row is printed bold, where there are several models.
+            width: Characters in a line; wider tables are continued below.
+        """
+        parts = [table.text(bold, width) for table in self._tables()]
+        return "\n\n".join([*parts, *(filled(words, width) for words in self._words())])
 
     def markdown(self) -> str:
-        """Tables in Markdown."""
-        return "\n\n".join(markdown_table(table) for table in self.parts() if len(table) > 1)
+        """The same in Markdown."""
+        return "\n\n".join([*(table.markdown() for table in self._tables()), *self._words()])
 
-    def _by_domain(self) -> list[list[str]]:
-        several = len(self.compared) > 1
-        rows: list[list[str]] = []
-        for name, result in (self.compared if self.compared else self.models).items():
-            table = result.evaluation.table() if result.evaluation.domains else []
-            if not rows and table:
-                rows.append((["model"] if several else []) + table[0])
-            rows += [([name] if several else []) + row for row in table[1:]]
-        return rows
+    def _tables(self) -> list[Table]:
+        """Those that hold something; of several models each is a column."""
+        sizes = Table(self._sizes())
+        if len(self.compared) > 1 and sizes:
+            sizes = sizes.transposed()
+        return [table for table in (self.by_domain(), sizes, self._tasks()) if table]
+
+    def _words(self) -> list[str]:
+        """What stands below the tables."""
+        judged = any(result.evaluation.domains for result in self.models.values())
+        compared = judged and self.reference is not None
+        speeds = [r.generation for r in self.models.values() if r.generation is not None and r.generation.has_spread]
+        words = [EXPLAINED] if compared else [EXPLAINED.partition(" Lost:")[0]] if judged else []
+        if speeds:
+            against = f", in turn with {self.reference}" if self.reference is not None else ""
+            words.append(
+                f"Speed: medians of {speeds[0].rounds} rounds{against}, with the least and the most, generating "
+                f"{speeds[0].new_tokens} tokens of one text on {speeds[0].hardware}."
+            )
+        return [*words, *([verdict] if (verdict := self.verdict()) else [])]
+
+    def by_domain(self) -> Table:
+        """Results by domain; of several models each is a column, and the best of a row stands out."""
+        models = self.compared or self.models
+        judged = {name: result.evaluation.domains for name, result in models.items() if result.evaluation.domains}
+        if not judged:
+            return Table([["domain"]])
+        if len(judged) == 1:
+            return Table(Evaluation(next(iter(judged.values()))).table())
+        domains = list(dict.fromkeys(domain for results in judged.values() for domain in results))
+        compared = all(result.lost is not None for results in judged.values() for result in results.values())
+        last = ALL if ALL in domains else domains[-1]
+
+        def row(name: str, shown: Callable[[DomainResult], str], domain: str) -> list[str]:
+            return [name, *("" if domain not in found else shown(found[domain]) for found in judged.values())]
+
+        if not compared:
+            rows = [["perplexity", *judged], *(row(d, lambda r: short(r.perplexity), d) for d in domains)]
+            return Table(rows, best_of(rows, float))
+        rows = [["lost (nats)", *judged], *(row(d, lambda r: nats(r.lost), d) for d in domains if d != ALL)]
+        if ALL in domains:
+            means = [mean_lost(found) for found in judged.values()]
+            rows.append(["mean", *map(nats, means)])
+            rows.append(row("all text", lambda r: nats(r.lost), ALL))
+        rows.append(row("perplexity", lambda r: times(growth(r) or 1.0), last))
+        rows.append(row("KL (nats)", lambda r: nats(r.kl_divergence), last))
+        rows.append(row("top-1 same", lambda r: f"{r.top1_agreement:.1%}", last))
+        return Table(rows, best_of(rows, float) | best_of(rows, _percent, max))
 
     def _sizes(self) -> list[list[str]]:
-        rows = [["model", "parameters", "GB", "to first token (s)", "tokens/s", "peak memory (GB)"]]
+        rows = [["model", "parameters", "GB", "to first token (s)", "tokens/s", "times as fast", "peak memory (GB)"]]
         for name, result in self.models.items():
             if result.parameters is None and result.generation is None:
                 continue
-            row = [name]
-            size = "" if result.nbytes is None else f"{result.nbytes / 1e9:.3g}"
-            row += ["" if result.parameters is None else f"{result.parameters:,}", size]
-            g = result.generation
-            row += (
-                ["", "", ""]
-                if g is None
-                else [f"{g.prompt_seconds:.3g}", f"{g.tokens_per_second:.3g}", f"{g.peak_memory_bytes / 1e9:.3g}"]
-            )
-            rows.append(row)
+            g, size = result.generation, "" if result.nbytes is None else f"{result.nbytes / 1e9:.3g}"
+            speed = ["", "", ""]
+            if g is not None and g.has_spread:
+                speed = [f"{g.prompt_seconds:.3g}", with_range(g.tokens_per_second, g.tokens_per_second_range)]
+                speed.append(with_range(g.speedup, g.speedup_range))
+            memory = "" if g is None else f"{g.peak_memory_bytes / 1e9:.3g}"
+            rows.append([name, "" if result.parameters is None else f"{result.parameters:,}", size, *speed, memory])
         kept = [i for i in range(len(rows[0])) if i == 0 or any(row[i] for row in rows[1:])]
         return [[row[i] for i in kept] for row in rows]
 
-    def _tasks(self) -> list[list[str]]:
+    def _tasks(self) -> Table:
         rows = [["task", "metric", *self.models]]
         metrics = dict.fromkeys(
             (task, metric)
@@ -131,7 +218,7 @@ class Comparison:
                 shown = "" if metric not in values else f"{values[metric]:.3f}"
                 row.append(shown if error is None else f"{shown} ± {error:.3f}")
             rows.append(row)
-        return rows
+        return Table(rows)
 
     def updated(self, later: Comparison) -> Comparison:
         """With later results of the same models in place of these; what was not measured again stays."""
@@ -147,6 +234,7 @@ class Comparison:
                 nbytes=new.nbytes or old.nbytes,
                 generation=new.generation or old.generation,
                 tasks={**old.tasks, **new.tasks},
+                overlap=new.overlap if new.evaluation.domains else old.overlap,
             )
         return Comparison(models, later.reference, {**self.settings, **later.settings})
 
@@ -204,26 +292,27 @@ def reference_of(evaluation: Evaluation) -> Evaluation:
     )
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    """A table of text in Markdown: the first column to the left, the others to the right."""
-    lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
-    rule = "|" + "|".join("---" if i == 0 else "--:" for i in range(len(rows[0]))) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+def mean_lost(domains: Mapping[str, DomainResult]) -> float:
+    """The mean over domains of what was lost, in nats: each counts the same, however much text it has."""
+    lost = [result.lost for name, result in domains.items() if name != ALL and result.lost is not None]
+    return sum(lost) / len(lost) if lost else math.nan
 
 
-def _cell(text: str) -> str:
-    plain = one_line(text).replace("\\", "\\\\").replace("<", "&lt;")
-    return plain.replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")
+def _percent(text: str) -> float:
+    if not text.endswith("%"):
+        raise ValueError(text)
+    return float(text[:-1])
 
 
 def _result(values: Values) -> ModelResult:
     domains = {str(name): DomainResult.from_dict(entry) for name, entry in values["domains"].items()}
-    generation = values.get("generation")
+    generation, overlap = values.get("generation"), values.get("overlap")
     tasks = {str(t): {str(m): float(v) for m, v in found.items()} for t, found in values.get("tasks", {}).items()}
     return ModelResult(
         Evaluation(domains),
         values.get("parameters"),
         values.get("bytes"),
-        None if generation is None else Generation(**generation),
+        None if generation is None else Generation.from_dict(generation),
         tasks,
+        None if overlap is None else Overlap.from_dict(overlap),
     )

@@ -35,6 +35,10 @@ _STATE_BYTES = 512 * 2**20  # hidden states of all branches of a batch; more pla
 _DISK_BYTES = 32 * 10**9  # hidden states of all branches of all batches, for a checkpoint that is read from disk
 _RESULT = "divergence.safetensors"
 
+Sums = Mapping[str, Tensor]
+"""What is summed over the predicted tokens of each sample, for each plan: ``(P, S)`` float64."""
+KL, LOSS, AGREEMENT = "kl", "loss", "agreement"
+
 
 def kl_per_token(reference: Tensor, other: Tensor) -> Tensor:
     """``KL(reference || other)`` in nats of log-probabilities ``(T, V)``: ``(T,)`` float64."""
@@ -61,6 +65,29 @@ def divergences(
 ) -> Tensor:
     """``KL(original || pruned)`` of the next-token distributions, summed over the predicted tokens of each sample.
 
+    Arguments and errors are those of :func:`outcomes`.
+
+    Returns:
+        ``(P, S)`` float64, in nats.
+    """
+    return outcomes(
+        runner, calibration, plans, (KL,), batch_size=batch_size, work=work, settings=settings, workspace=workspace
+    )[KL]
+
+
+def outcomes(
+    runner: LayerByLayer,
+    calibration: CalibrationSet,
+    plans: Sequence[Retained],
+    figures: Sequence[str] = (KL, LOSS, AGREEMENT),
+    *,
+    batch_size: int = 8,
+    work: Values | None = None,
+    settings: Values | None = None,
+    workspace: Workspace = Workspace(),
+) -> Sums:
+    """What pruned models do with samples, for many plans in one pass; a model is pruned by masking, and none copied.
+
     A model in memory is measured batch by batch. One on disk is read layer by layer, with the hidden states of all
     batches and branches in files; once, unless these would take more than 32 GB.
 
@@ -68,13 +95,15 @@ def divergences(
         runner: The unpruned model.
         calibration: The samples to measure on.
         plans: For each plan the retained experts by layer; a layer that is not named keeps all.
+        figures: ``"kl"``, the divergence from the original, ``"loss"``, the negative log-likelihood, both in nats, and
+            ``"agreement"``, the tokens for which the original finds the same next token most likely.
         batch_size: Samples in a forward pass, at most; fewer where the vocabulary is large.
         work: What else decides about the numbers, as nested plain values: a later call for something else is refused.
         settings: What of that follows from, as ``Store`` takes it.
         workspace: Where finished batches (on disk: layers) are kept; a later call for the same continues.
 
     Returns:
-        ``(P, S)`` float64, in nats.
+        Each figure, summed over the predicted tokens of each sample.
 
     Raises:
         RunError: If a weight is NaN or infinite, or the disk is full.
@@ -93,22 +122,23 @@ def divergences(
     }
     store = Store(workspace.folder, identity, workspace.restart, "measurement", settings)
     try:
-        shapes: Shapes = {"kl": ((len(plans), len(calibration)), torch.float64)}
+        shapes: Shapes = {name: ((len(plans), len(calibration)), torch.float64) for name in figures}
         steps = runner.num_layers + 1
 
         def finished_in(tensors: Mapping[str, Tensor], step: int) -> Iterator[Tensor]:
             """What a batch gave, or the last step of a pass."""
-            if not runner.streams:
-                yield tensors["kl"][:, batches[step].samples]
-            elif (step + 1) % steps == 0:
-                yield tensors["kl"][list(passes[step // steps])]
+            for name in figures:
+                if not runner.streams:
+                    yield tensors[name][:, batches[step].samples]
+                elif (step + 1) % steps == 0:
+                    yield tensors[name][list(passes[step // steps])]
 
-        sums = store.tensors(_RESULT, shapes, keep=store.finished > 0, part=finished_in)["kl"]
+        sums = store.tensors(_RESULT, shapes, keep=store.finished > 0, part=finished_in)
         if runner.streams:
             _measure_on_disk(runner, batches, plans, passes, store, sums)
         else:
             _measure_in_memory(runner, batches, plans, store, sums)
-        return sums.clone().clamp_(min=0)  # rounding can leave less than nothing
+        return {name: sums[name].clone().clamp_(min=0) for name in figures}  # rounding can leave less than nothing
     finally:
         store.close()
 
@@ -160,30 +190,44 @@ def _grown(
 
 
 def _add(
-    runner: LayerByLayer, batch: Batch, states: Sequence[Tensor] | Tensor, last: Sequence[int], sums: Tensor
+    runner: LayerByLayer, batch: Batch, states: Sequence[Tensor] | Tensor, last: Sequence[int], sums: Sums
 ) -> None:
-    """Add the divergences of a batch, whose hidden states after the last layer are given, to ``(P, S)``."""
+    """Add what a batch gives, whose hidden states after the last layer are given."""
     mask = batch.attention_mask[:, 1:].bool()
     sample = batch.samples[:, None].expand(mask.shape)[mask]
+    targets = batch.input_ids[:, 1:][mask][:, None]
 
     def log_p(hidden: Tensor) -> Tensor:
         logits = runner.logits(batch, hidden.clone())
         return torch.log_softmax(logits[:, :-1][mask.to(logits.device)].float(), dim=-1)
 
     original = log_p(states[0])
-    by_branch = {0: torch.zeros(sums.shape[1], dtype=torch.float64)}
-    for branch in sorted(set(last) - {0}):
-        figures = kl_per_token(original, log_p(states[branch])).cpu()
-        by_branch[branch] = torch.zeros_like(by_branch[0]).index_add_(0, sample, figures)
-    for number, branch in enumerate(last):
-        sums[number] += by_branch[branch]
+    for branch in sorted(set(last)):
+        if branch == 0 and set(sums) == {KL}:  # nothing is pruned, nothing diverges
+            continue
+        figures = _figures(original, original if branch == 0 else log_p(states[branch]), targets, tuple(sums))
+        for name, values in figures.items():
+            total = torch.zeros(sums[name].shape[1], dtype=torch.float64).index_add_(0, sample, values.cpu())
+            for number, own in enumerate(last):
+                if own == branch:
+                    sums[name][number] += total
+
+
+def _figures(original: Tensor, pruned: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """What is asked for of log-probabilities ``(T, V)``: ``(T,)`` float64 each."""
+    made: dict[str, Callable[[], Tensor]] = {
+        KL: lambda: kl_per_token(original, pruned),
+        LOSS: lambda: -pruned.gather(1, targets.to(pruned.device))[:, 0].double(),
+        AGREEMENT: lambda: (original.argmax(1) == pruned.argmax(1)).double(),
+    }
+    return {name: made[name]() for name in names}
 
 
 # ------------------------------------------------------------------------------------------- in memory
 
 
 def _measure_in_memory(
-    runner: LayerByLayer, batches: Sequence[Batch], plans: Sequence[Retained], store: Store, sums: Tensor
+    runner: LayerByLayer, batches: Sequence[Batch], plans: Sequence[Retained], store: Store, sums: Sums
 ) -> None:
     store.check_steps(len(batches), "batch")
     # Plans that part late share most: keep them together.
@@ -195,7 +239,8 @@ def _measure_in_memory(
     ):
         for number in range(store.finished, len(batches)):
             batch = batches[number]
-            sums[:, batch.samples] = 0  # an interrupted run may have added to them
+            for values in sums.values():
+                values[:, batch.samples] = 0  # an interrupted run may have added to them
             (embedded,) = runner.embedded([batch])
             at_once = max(1, _STATE_BYTES // (2 * embedded.nbytes) - 1)
             parts = [order[first : first + at_once] for first in range(0, len(order), at_once)]
@@ -207,9 +252,10 @@ def _measure_in_memory(
                     for layer, branches in enumerate(layers):
                         states = list(_grown(runner, layer, batch, states, branches))
                         inner.update()
-                    part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
+                    part = _empty(sums, len(chosen))
                     _add(runner, batch, states, last, part)
-                    sums[chosen] += part
+                    for name, values in part.items():
+                        sums[name][chosen] += values
             store.commit(number + 1)
             work.update()
 
@@ -237,7 +283,7 @@ def _measure_on_disk(
     plans: Sequence[Retained],
     passes: Sequence[Sequence[int]],
     store: Store,
-    sums: Tensor,
+    sums: Sums,
 ) -> None:
     steps = runner.num_layers + 1
     store.check_steps(len(passes) * steps)
@@ -261,7 +307,7 @@ def _pass(
     tree: tuple[list[list[_Branch]], list[int]],
     before: int,
     store: Store,
-    sums: Tensor,
+    sums: Sums,
     ahead: Callable[[int], None],
     work: Work,
 ) -> None:
@@ -297,14 +343,20 @@ def _pass(
         store.remove(_states_file(layer))
         states = after
         work.update()
-    part = torch.zeros(len(chosen), sums.shape[1], dtype=torch.float64)
+    part = _empty(sums, len(chosen))
     with runner.head():
         for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=sizes)):
             _add(runner, batch, states[f"{number}"], last, part)
-    sums[list(chosen)] = part
+    for name, values in part.items():
+        sums[name][list(chosen)] = values
     store.commit(before + runner.num_layers + 1)
     store.remove(_states_file(runner.num_layers))
     work.update()
+
+
+def _empty(sums: Sums, plans: int) -> Sums:
+    """Zeros for some of the plans."""
+    return {name: torch.zeros(plans, values.shape[1], dtype=torch.float64) for name, values in sums.items()}
 
 
 def _states_file(layer: int) -> str:

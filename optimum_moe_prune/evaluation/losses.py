@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from ..planning.sensitivity import ALL
 from ..progress import working
 from ..storage.values import Json, Values
 from .divergence import batch_size_for, kl_per_token
+from .tables import aligned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,32 +141,27 @@ class Evaluation:
         head += ["reference", "lost (nats)", "95% interval", "KL (nats)", "top-1 same"] if compared else []
         rows = [head]
         for name, r in self.domains.items():
-            row = [name, str(r.samples), str(r.tokens), _short(r.perplexity)]
+            row = [name, str(r.samples), str(r.tokens), short(r.perplexity)]
             if r.reference_perplexity is not None:
                 row += [
-                    _short(r.reference_perplexity),
-                    f"{r.lost:.3f}",
-                    "" if r.lost_interval is None else "{:.3f} to {:.3f}".format(*r.lost_interval),
-                    f"{r.kl_divergence:.3f}",
+                    short(r.reference_perplexity),
+                    nats(r.lost),
+                    "" if r.lost_interval is None else " to ".join(map(nats, r.lost_interval)),
+                    nats(r.kl_divergence),
                     f"{r.top1_agreement:.1%}",
                 ]
             rows.append(row)
         return rows
 
 
-def _short(perplexity: float) -> str:
+def nats(value: float | None) -> str:
+    """Nats per token as text; nothing where there are none."""
+    return "" if value is None else f"{round(value, 3) + 0.0:.3f}"  # no -0.000
+
+
+def short(perplexity: float) -> str:
+    """A perplexity as text."""
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table as lines of text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def evaluate(
@@ -219,6 +214,21 @@ def evaluate(
         for batch in work.over(batches):
             sample, figures = _batch_figures(models, batch)
             sums.index_add_(0, sample, figures)
+    return evaluation_of(samples, sums, compared=reference is not None, seed=seed)
+
+
+def evaluation_of(samples: CalibrationSet, sums: Tensor, compared: bool, seed: int = 0) -> Evaluation:
+    """Results by domain, from what was summed over the predicted tokens of each sample.
+
+    Args:
+        samples: The samples.
+        sums: Loss, the reference's loss, divergence and agreement ``(S, 4)`` float64.
+        compared: Whether there is a reference.
+        seed: Of the resamples.
+
+    Raises:
+        RunError: If a loss is NaN or infinite.
+    """
     domains = {}
     names = sorted({s.domain for s in samples.samples})
     for name in [*names, *([ALL] if len(names) > 1 else [])]:
@@ -228,11 +238,11 @@ def evaluate(
         loss, reference_loss, divergence, agreement = (sums[rows].sum(0) / tokens).tolist()
         if not math.isfinite(loss) or not math.isfinite(reference_loss):
             raise RunError(f"the loss on domain {name!r} is {loss}: a model holds NaN or infinite values.")
-        if reference is None:
-            domains[name] = DomainResult(len(rows), tokens, loss)
-        else:
+        if compared:
             intervals = _intervals(sums[rows, :2].numpy(), predicted.numpy(), seed)
             domains[name] = DomainResult(len(rows), tokens, loss, reference_loss, divergence, agreement, *intervals)
+        else:
+            domains[name] = DomainResult(len(rows), tokens, loss)
     return Evaluation(domains)
 
 

@@ -33,6 +33,7 @@ from ..planning.sensitivity import (
 )
 from ..progress import working
 from ..provenance import now, versions
+from ..statistics import passages
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
@@ -173,6 +174,7 @@ def _measured(
         "calibration": stats.fingerprint,
         "samples": divergences.samples.fingerprint,
         "sources": list(divergences.samples.sources),
+        passages.KEY: divergences.samples.passages.to_dict(),
         "dtype": str(divergences.runner.dtype).removeprefix("torch."),
         "streamed": divergences.runner.streams,
     }

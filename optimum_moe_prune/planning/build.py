@@ -17,6 +17,7 @@ from ..methods.super_experts import super_experts
 from ..names import BY_SENSITIVITY, NOTES_LOGGER
 from ..plan import PruningPlan
 from ..provenance import now, without_folders
+from ..statistics import passages
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from . import notes as said_of
@@ -151,7 +152,8 @@ def quiet_plan(
             "tokens_by_domain": stats.domains,
             "domain_weights": stats.domain_weights,
             "kept_tokens": len(stats.token_sample),
-            **stats.provenance,
+            passages.KEY: passages.Passages.of([sample.hash for sample in stats.samples]).to_dict(),
+            **stats.provenance,  # where they are not of an earlier version, it knows the passages as well
         },
         "notes": list(dict.fromkeys(filter(None, (*notes, *selection.notes, *in_heads.notes, *more)))),  # each once
         "findings": {**selection.findings, **findings},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import names
 from ..evaluation.comparison import Comparison, markdown_table
+from ..evaluation.speed import speed_in_words
 from ..plan import PruningPlan
 from ..storage.values import Json
 from .front_matter import text_kind
@@ -34,7 +35,8 @@ def sizes_table(plan: PruningPlan, folder: Path, comparison: Comparison | None) 
         if len(speeds) == len(models):
             memory = [bytes_in_words(speed.peak_memory_bytes) for speed in speeds]
             rows.append(["peak memory when generating, with all libraries", *memory])
-            rows.append(["tokens per second", *(f"{speed.tokens_per_second:.3g}" for speed in speeds)])
+            if all(speed.has_spread for speed in speeds):
+                rows.append([f"tokens per second on {plain(speeds[-1].hardware)}", *map(speed_in_words, speeds)])
     return markdown_table(rows)
 
 

@@ -199,7 +199,9 @@ def test_evaluate_prints_domains(place: Path, tmp_path: Path, capsys: pytest.Cap
     call(capsys, "run", "--model", place / "model", "--method", "random", "--num-experts", 4, tmp_path / "out")
     code, out, _ = call(capsys, "evaluate", "--model", tmp_path / "out", "--reference", place / "model", *data)
     assert code == 0
-    first, second = out.split("\n\n")
+    first, second, words, verdict = out.split("\n\n")
+    assert words.startswith("Perplexity: among how many") and "nats per token: 0.1 is 11% more" in words
+    assert verdict.startswith("Perplexity ") and "(x " in verdict and "held-out" not in verdict
     assert [line.split()[0] for line in first.splitlines()] == ["domain", "high", "low", "all"]
     assert [line.split()[0] for line in second.splitlines()] == ["model", "out", "model"]
     code, out, _ = call(capsys, "evaluate", "--model", place / "model", *data, "--json")
@@ -238,7 +240,8 @@ def test_several_models_their_card_and_their_files(
     code, out, err = call(capsys, *both, "--markdown", "--output", tmp_path / "results.json")
     assert code == 0, err
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.split("\n\n")[0].splitlines()]
-    assert rows[0][:3] == ["model", "domain", "samples"] and {row[0] for row in rows[2:]} == {"a", "b"}
+    assert rows[0] == ["lost (nats)", "a", "b"] and "**" in out, "models are columns, domains rows, the best bold"
+    assert [row[0] for row in rows[2:5]] == ["high", "low", "mean"]
     found = Comparison.load(tmp_path / "results.json")
     assert list(found.models) == ["a", "b", "model"] and found.reference == "model"
     alone = json.loads(call(capsys, *both[:3], *both[5:], "--json")[1])
@@ -246,6 +249,7 @@ def test_several_models_their_card_and_their_files(
     code, out, err = call(capsys, *both[:3], *both[5:], "--speed", "--new-tokens", 4, "--update-card", "--json")
     assert code == 0, err
     speed = json.loads(out)["models"]["a"]["generation"]
+    assert speed["rounds"] == 5 and speed["speedup"] > 0 and speed["hardware"]
     assert speed["new_tokens"] == 4 and speed["tokens_per_second"] > 0 and speed["peak_memory_bytes"] > 10**7
     assert (tmp_path / "a" / "moe_evaluation.json").is_file()
     card = (tmp_path / "a" / "README.md").read_text()
@@ -272,7 +276,11 @@ def test_several_models_their_card_and_their_files(
 
 
 def test_one_command_with_results_and_report(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pytest.importorskip("matplotlib")
     texts = place / "texts.jsonl"
@@ -281,8 +289,12 @@ def test_one_command_with_results_and_report(
     assert code == 0, err
     told = json.loads(out)
     assert set(told["evaluation"]["models"]) == {"out", "model"} and told["report"].endswith("report.html")
+    said = "10 of 10 evaluation samples were calibrated on: on other text more may be lost"
+    assert said in told["evaluation"]["verdict"] and caplog.text.count(said) == 1, "before any work as well"
+    assert told["evaluation"]["models"]["out"]["overlap"]["calibrated_on"] == 10
+    assert "generation" not in told["evaluation"]["models"]["out"], "speed is measured where it is asked for"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "[report.html](report.html)" in card and "| peak memory when generating, with all libraries |" in card
+    assert "[report.html](report.html)" in card
     assert any((tmp_path / "out" / "report_pictures").glob("*.png"))
     # A second pruning carries none of that along.
     again = ("run", "--model", tmp_path / "out", "--method", "random", "--num-experts", 3, tmp_path / "again")

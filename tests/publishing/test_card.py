@@ -18,6 +18,7 @@ from optimum_moe_prune import CalibrationSet, MoEPruner, MoEPrunerConfig, Prunin
 from optimum_moe_prune.calibration.texts import DEFAULT_DOMAIN
 from optimum_moe_prune.evaluation.comparison import Comparison, ModelResult, reference_of
 from optimum_moe_prune.evaluation.losses import evaluate
+from optimum_moe_prune.evaluation.overlap import Overlap
 from optimum_moe_prune.evaluation.speed import Generation
 from optimum_moe_prune.methods import get_method
 from optimum_moe_prune.publishing.card import model_card, write_card
@@ -35,6 +36,9 @@ datasets: [some/data]
 
 Do not trust it.
 """
+
+
+PARTLY = Overlap(12, 3, {"low": 3})
 
 
 def prune(folder: Path, output: Path, texts: list[dict[str, str]] | None = None, **settings: Any) -> MoEPruner:
@@ -120,9 +124,11 @@ def test_results_are_shown_and_are_in_the_front_matter(tmp_path: Path) -> None:
     samples = CalibrationSet.build(make_texts(seed=5), make_tokenizer())
     model, original = pruner.prune(make_model()), make_model()
     found = evaluate(model, samples, reference=original)
-    speed = Generation(8, 4, 0.1, 40.0, 2 * 10**9)
+    speed = Generation(8, 4, 0.1, 40.0, 2 * 10**9, 5, (39.0, 41.0), 1.3, (1.2, 1.4), "a processor, 1 thread")
     mine = replace(ModelResult.of(model, found), generation=speed, tasks={"arc": {"acc": 0.25, "acc_stderr": 0.01}})
-    theirs = replace(ModelResult.of(original, reference_of(found)), generation=replace(speed, tokens_per_second=30.0))
+    theirs = replace(
+        ModelResult.of(original, reference_of(found)), generation=replace(speed, tokens_per_second=30.0, speedup=None)
+    )
     comparison = Comparison({"out": mine, "model": theirs}, "model")
     comparison.save(tmp_path / "out" / "moe_evaluation.json")
     assert Comparison.load(tmp_path / "out" / "moe_evaluation.json") == comparison
@@ -132,7 +138,9 @@ def test_results_are_shown_and_are_in_the_front_matter(tmp_path: Path) -> None:
     figures = found.domains["low"]
     row = next(line for line in card.text.splitlines() if line.startswith("| low |") and "%" in line)
     assert f" {figures.perplexity:.2f} | {figures.reference_perplexity:.2f} | {figures.lost:.3f} |" in row
-    assert "| arc | acc | 0.250 ± 0.010 |" in card.text and "| tokens per second | 30 | 40 |" in card.text
+    assert "| arc | acc | 0.250 ± 0.010 |" in card.text and "held-out" in card.text
+    speeds = "| tokens per second on a processor, 1 thread | 30 (39 to 41) | 40 (39 to 41); x 1.3 (1.2 to 1.4) |"
+    assert speeds in card.text
     assert "were not measured" not in card.text
     name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     assert name == "my-model"
@@ -140,6 +148,16 @@ def test_results_are_shown_and_are_in_the_front_matter(tmp_path: Path) -> None:
     assert values["held-out text: low", "perplexity"] == pytest.approx(figures.perplexity, abs=1e-3)
     assert values["held-out text: all", "kl_divergence"] == pytest.approx(found.domains["all"].kl_divergence, abs=1e-4)
     assert values["arc", "acc"] == 0.25 and ("arc", "acc_stderr") not in values
+    before = replace(comparison.models["out"], generation=Generation(8, 4, 0.1, 40.0, 2 * 10**9), overlap=PARTLY)
+    Comparison({**comparison.models, "out": before}, "model").save(tmp_path / "out" / "moe_evaluation.json")
+    write_card(tmp_path / "out", "me/my-model")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "tokens per second" not in card.text and "peak memory" in card.text, (
+        "of an earlier version, without a spread"
+    )
+    assert "held-out" not in str(card)
+    assert "Perplexity on text that was partly calibrated on" in card.text
+    assert "3 of 12 evaluation samples were calibrated on" in card.text
     (tmp_path / "out" / "moe_evaluation.json").write_text('{"format_version": 1, "models": {"a": {}}}')
     with pytest.raises(RequestError, match="the evaluation is damaged"):
         write_card(tmp_path / "out", "out")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...evaluation.comparison import Comparison, ModelResult
 from ...planning.sensitivity import ALL, Sensitivity
+from ...statistics.passages import without_passages
 from ...statistics.stats import CalibrationStats
 from ...storage.values import Values
 from .sections import Content, Plans, in_words
@@ -119,7 +120,7 @@ def origin(stats: CalibrationStats | None, plans: Plans) -> Content | None:
             ["tokens kept for statistics per token", f"{len(stats.token_sample):,}"],
             *(
                 [key.replace("_", " "), described(value)]
-                for key, value in sorted(stats.provenance.items())
+                for key, value in sorted(without_passages(stats.provenance).items())
                 if key != "notes"
             ),
         ]

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``compare``: methods and sparsities judged side by side, from one calibration."""
+
+from __future__ import annotations
+
+import argparse
+
+from optimum.commands.base import CommandInfo
+
+from ..errors import RequestError
+from ..storage.values import fraction
+from . import flags
+from .base import Command, Result, terminal
+
+
+class CompareCommand(Command):
+    COMMAND = CommandInfo("compare", "methods and sparsities side by side: what each loses, from one calibration")
+
+    examples = (
+        "--model ./mixtral --calibration texts.jsonl --data heldout.jsonl --method all compared",
+        "--model ./mixtral --stats stats --data heldout.jsonl --method mosaic --method reap --sparsity 25%% compared",
+    )
+
+    @staticmethod
+    def parse_args(parser: argparse.ArgumentParser) -> None:
+        flags.add_model(parser)
+        flags.add_compute(parser, "the calculation")
+        flags.add_calibration(parser)
+        flags.add_recipe(parser, several=True, budget=False)
+        group = parser.add_argument_group("what to compare")
+        group.add_argument("--stats", metavar="STATS_DIR", help="saved by score, in place of a calibration")
+        group.add_argument(
+            "--data",
+            action="append",
+            required=True,
+            metavar="FILE",
+            help=f"held-out text: {flags.DATA}; may be repeated",
+        )
+        group.add_argument(
+            "--sparsity",
+            action="append",
+            type=flags.value_of(_sparsity),
+            metavar="F",
+            help="fraction of experts to remove, as 0.25 or 25%%; may be repeated (default 25%% and 50%%)",
+        )
+        group.add_argument(
+            "--allocation",
+            action="append",
+            metavar="A",
+            help="uniform, global or sensitivity; may be repeated (default: each method's own way)",
+        )
+        group.add_argument(
+            "--sensitivity", metavar="FILE", help="what the command sensitivity wrote (default: measured here)"
+        )
+        group.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+        flags.add_settings(parser, ["seed"])
+        flags.add_common(parser, "OUTPUT", "folder of results.json, table.md, picture.png and plans, absent or empty")
+
+    @staticmethod
+    def work(args: argparse.Namespace) -> Result:
+        from ..evaluation.compare_methods import compare_methods
+        from ..methods import list_methods
+        from ..planning.sensitivity import Sensitivity
+        from ..pruner import MoEPruner
+        from ..publishing.method_comparison import check_method_comparison, write_method_comparison
+        from ..statistics.stats import CalibrationStats
+        from ..storage.folders import working_on
+        from ..storage.workspace import Workspace
+        from .inputs import calibration_samples, held_out_samples
+
+        if args.json and args.markdown:
+            raise RequestError("--json and --markdown exclude each other.")
+        check_method_comparison(args.output, args.overwrite)
+        sparsities = args.sparsity or [0.25, 0.5]
+        asked, args.sparsity, allocations, args.allocation = args.method, None, args.allocation or (), None
+        names = list(dict.fromkeys(asked or [None if args.config else "all"]))
+        names = list(list_methods()) if "all" in names else names
+        if len(names) > 1 and args.method_options:
+            raise RequestError(
+                "--option is for one method, and several are named; name one, or compare recipes from Python."
+            )
+        recipes = []
+        for args.method in names:
+            recipes.append(flags.recipe(args))
+        compute = flags.compute_of(args)
+        pruner = MoEPruner(recipes[0], source=flags.source_of(args))
+        layout = pruner.layout()
+        stats = None if args.stats is None else CalibrationStats.load(args.stats)
+        needs_text = stats is None and any(recipe.needs for recipe in recipes)
+        samples = calibration_samples(args, pruner) if args.calibration or needs_text else None
+        heldout = held_out_samples(args, flags.source_of(args), args.data, "--data")
+        workspace = Workspace.beside(args.output, args.restart).part("compare")
+        with working_on(args.output):
+            found = compare_methods(
+                layout,
+                samples,
+                heldout,
+                methods=recipes,
+                sparsities=sparsities,
+                allocations=allocations,
+                stats=stats,
+                sensitivity=None if args.sensitivity is None else Sensitivity.load(args.sensitivity),
+                domain_weights=flags.domain_weights(args),
+                batch_size=recipes[0].batch_size,
+                seed=recipes[0].seed,
+                compute=compute,
+                workspace=workspace,
+            )
+            folder = write_method_comparison(args.output, found, args.overwrite)
+            workspace.clear()
+        files = sorted(path.name for path in folder.iterdir())
+        text = found.markdown() if args.markdown else found.summary(*terminal())
+        return f"{text}\n\n{args.output}: {', '.join(files)}", {"output": args.output, **found.to_dict()}
+
+
+def _sparsity(text: str) -> float:
+    """A fraction of experts to remove.
+
+    Raises:
+        RequestError: If it is none.
+    """
+    value = fraction(text)
+    if not 0 < value < 1:
+        raise RequestError(f"{text} experts cannot be removed; the fraction lies between 0 and 1, as 0.25 or 25%.")
+    return value

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods and sparsities judged side by side, from one calibration: which way of pruning loses least."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..architectures.routers import RoutingRule
+from ..calibration.calibrate import Model, layout_of, no_calibration, statistics_for
+from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from ..checkpoints.layout import Layout, identity
+from ..checkpoints.source import Source
+from ..config import MoEPrunerConfig
+from ..errors import RequestError
+from ..methods import list_methods
+from ..models.blocks import fingerprint, moe_blocks
+from ..models.checks import check_model
+from ..models.layerwise import LayerByLayer
+from ..models.memory import Compute, open_runner
+from ..models.wrappers import plain_model
+from ..names import BY_SENSITIVITY
+from ..plan import PruningPlan, with_parent
+from ..planning.build import budget_for, quiet_plan
+from ..planning.sensitivity import Sensitivity
+from ..progress import progress
+from ..provenance import versions
+from ..statistics.passages import remembered
+from ..statistics.samples import check_domain_weights
+from ..statistics.stats import CalibrationStats
+from ..storage.growing import unfinished
+from ..storage.values import Json
+from ..storage.workspace import Workspace
+from .comparison import Comparison, ModelResult, reference_of
+from .divergence import AGREEMENT, KL, LOSS, Retained, outcomes
+from .losses import evaluation_of
+from .measure_sensitivity import check_model_of, measure_sensitivity
+from .method_comparison import Judged, MethodComparison
+from .overlap import overlap_of, overlap_with
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+ORIGINAL = "original"
+"""What the unpruned model is called among the results."""
+
+Methods = str | MoEPrunerConfig | Sequence[str | MoEPrunerConfig]
+"""``"all"``, methods by name, or recipes (their budgets are not looked at)."""
+
+
+def compare_methods(
+    model: Model,
+    calibration: CalibrationInput | CalibrationStats | None,
+    data: CalibrationInput,
+    *,
+    methods: Methods = "all",
+    sparsities: Sequence[float] = (0.25, 0.5),
+    allocations: Sequence[str] = (),
+    stats: CalibrationStats | None = None,
+    sensitivity: Sensitivity | None = None,
+    domain_weights: Mapping[str, float] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 2048,
+    batch_size: int = 8,
+    seed: int = 0,
+    compute: Compute = Compute(),
+    workspace: Workspace = Workspace(),
+) -> MethodComparison:
+    """Plan by several methods at several sparsities from one calibration, and judge every plan on held-out text.
+
+    The model is not cut for it: every plan masks its experts in place, which gives the numbers of the model that is
+    really pruned. What cannot be planned is left out, and why is in the result.
+
+    Args:
+        model: The unpruned model, or the folder, Hub id or ``Source`` of one.
+        calibration: Texts, files, records, a dataset or token tensors, or statistics. None with methods that need
+            none.
+        data: Held-out texts, as :func:`~optimum_moe_prune.evaluation.losses.evaluate` takes them.
+        methods: ``"all"``, names, or recipes; the first one's settings are those of the calibration.
+        sparsities: Fractions of the experts to remove.
+        allocations: ``"uniform"``, ``"global"``, ``"sensitivity"``; by default each method's own (of a recipe, its).
+        stats: Of the same model, from which the methods choose; the calibration is then read for
+            ``allocation="sensitivity"`` alone.
+        sensitivity: What was measured of the model, for that allocation; without one it is measured on the
+            calibration.
+        domain_weights: A share for each domain of the calibration; by default every token counts once.
+        tokenizer: In place of the one that comes with the model.
+        max_length: Tokens of a held-out sample at most; less if the model was made for less.
+        batch_size: Samples in a forward pass.
+        seed: Of the resamples behind intervals.
+        compute: How a checkpoint is run.
+        workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same.
+
+    Returns:
+        A result for each plan, and the plans.
+
+    Raises:
+        RequestError: If nothing can be planned, or the model, the calibration or the data cannot be read.
+        RunError: If the model holds NaN or infinite values, or something cannot be written.
+    """
+    if isinstance(calibration, CalibrationStats):
+        calibration, stats = None, calibration
+    recipes = _recipes(methods)
+    model = plain_model(model)
+    if wrong := [s for s in sparsities if not isinstance(s, (int, float)) or not 0 < s < 1]:
+        raise RequestError(f"sparsity is {wrong[0]!r}; the fraction of experts to remove lies between 0 and 1.")
+    if not sparsities:
+        raise RequestError("no sparsity is named.")
+    layout = layout_of(model)
+    if layout is None:
+        check_model(model)  # type: ignore[arg-type]
+        blocks = moe_blocks(model)
+        num_experts, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].rule
+        config, source = model.config, Source(getattr(model, "name_or_path", "") or "")  # type: ignore[union-attr]
+    else:
+        num_experts, rule = layout.num_experts, layout.spec.routing(layout.config)
+        config, source = layout.config, layout.checkpoint.source
+    own = tokenizer if tokenizer is not None or not source.name_or_path else source.tokenizer
+    heldout = CalibrationSet.build(data, own, max_length=sample_length(max_length, config))
+    asked = list(dict.fromkeys(_asked(recipes, sparsities, allocations)))
+    possible, left_out = _possible(asked, num_experts, rule)
+    samples = None
+    if calibration is not None and (stats is None or any(item.allocation == BY_SENSITIVITY for item in possible)):
+        samples = CalibrationSet.for_recipe(calibration, recipes[0], lambda: own, config)
+        if domain_weights is not None and stats is None:
+            check_domain_weights(samples.samples, domain_weights)
+    texts = remembered(stats.provenance) if stats is not None else [] if samples is None else [samples.passages]
+    if sentence := overlap_with(texts, heldout).sentence():
+        logger.warning("%s", sentence)  # before any work
+    meant = model if layout is None else layout
+    if stats is None:
+        needed = [item.recipe for item in possible]
+        stats = statistics_for(needed, meant, samples, compute, workspace.part("calibration"))
+    check_model_of(stats, fingerprint(blocks) if layout is None else layout.fingerprints())
+    by_sensitivity = [item.recipe for item in possible if item.allocation == BY_SENSITIVITY]
+    if by_sensitivity and sensitivity is None and samples is not None:
+        unique = list({recipe.method: recipe for recipe in by_sensitivity}.values())
+        sensitivity = measure_sensitivity(
+            meant, samples, unique, stats, domain_weights=domain_weights, sparsities=(), batch_size=batch_size,
+            compute=compute, workspace=workspace.part("sensitivity"),
+        )  # fmt: skip
+    judged, plans = _planned(possible, stats, sensitivity, domain_weights, left_out, meant, source)
+    results = _judged(model, layout, plans, heldout, batch_size, seed, compute, workspace.part("judged"))
+    settings = _settings(heldout, stats, layout, model, compute, max_length)
+    return MethodComparison(Comparison(results, ORIGINAL, settings), judged, plans, left_out)
+
+
+def _recipes(methods: Methods) -> list[MoEPrunerConfig]:
+    several = [methods] if isinstance(methods, (str, MoEPrunerConfig)) else list(methods)
+    if not several:
+        raise RequestError("no method is named.")
+    recipes: list[MoEPrunerConfig] = []
+    for method in several:
+        names = list_methods() if method == "all" else [method]
+        for name in names:
+            recipe = name if isinstance(name, MoEPrunerConfig) else MoEPrunerConfig(method=name)
+            recipe = MoEPrunerConfig.from_dict(recipe.to_dict(), num_experts=None, sparsity=None, total_experts=None)
+            recipes += [] if recipe in recipes else [recipe]
+    return recipes
+
+
+def _asked(
+    recipes: Sequence[MoEPrunerConfig], sparsities: Sequence[float], allocations: Sequence[str]
+) -> Iterator[Judged]:
+    """What is to be planned, in the order it is shown in: by sparsity, then as the methods were named."""
+    names = [recipe.method for recipe in recipes]
+    for sparsity in sparsities:
+        for place, recipe in enumerate(recipes):
+            before = names[:place].count(recipe.method)
+            method = recipe.method if before == 0 else f"{recipe.method} #{before + 1}"
+            for allocation in allocations or [recipe.allocates]:
+                yield Judged(method, allocation, sparsity, recipe)
+
+
+def _possible(
+    asked: Sequence[Judged], num_experts: Mapping[int, int], rule: RoutingRule
+) -> tuple[list[Judged], dict[str, str]]:
+    """Those whose budget can be kept to, each with a recipe for it; and why not, of the others by name."""
+    possible, left_out = [], {}
+    for item in asked:
+        try:
+            values = {"allocation": item.allocation, "sparsity": item.sparsity}
+            recipe = MoEPrunerConfig.from_dict(item.recipe.to_dict(), **values)
+            budget_for(recipe, num_experts, rule)
+            possible.append(replace(item, recipe=recipe))
+        except RequestError as error:
+            left_out[item.name] = str(error)
+    if not possible:
+        raise _nothing(left_out)
+    return possible, left_out
+
+
+def _planned(
+    possible: Sequence[Judged],
+    stats: CalibrationStats,
+    sensitivity: Sensitivity | None,
+    domain_weights: Mapping[str, float] | None,
+    left_out: dict[str, str],
+    model: Model,
+    source: Source,
+) -> tuple[dict[str, Judged], dict[str, PruningPlan]]:
+    """The plans, by name; what turns out to be impossible is added to what is left out."""
+    judged, plans = {}, {}
+    parent = source.stored_plan() if isinstance(model, Layout) else None
+    empty: CalibrationStats | None = None
+    for item in progress(possible, "choosing experts", len(possible), unit="plan"):
+        statistics = stats
+        if not item.recipe.needs and stats.samples:  # a plan that no text had a part in says so
+            empty = empty or no_calibration(model, item.recipe.seed)
+            statistics = stats if item.allocation == BY_SENSITIVITY else empty
+        weights = domain_weights if statistics.samples else None
+        measured = sensitivity if item.allocation == BY_SENSITIVITY else None
+        try:
+            plans[item.name] = with_parent(quiet_plan(statistics, item.recipe, weights, measured), parent)
+            judged[item.name] = item
+        except RequestError as error:
+            left_out[item.name] = str(error)
+    if not plans:
+        raise _nothing(left_out)
+    return judged, plans
+
+
+def _nothing(left_out: Mapping[str, str]) -> RequestError:
+    name, why = next(iter(left_out.items()))
+    more = f" ({len(left_out) - 1} more are not possible either)" if len(left_out) > 1 else ""
+    return RequestError(f"nothing can be compared: {name}: {why}{more}")
+
+
+def _judged(
+    model: Model,
+    layout: Layout | None,
+    plans: Mapping[str, PruningPlan],
+    heldout: CalibrationSet,
+    batch_size: int,
+    seed: int,
+    compute: Compute,
+    workspace: Workspace,
+) -> dict[str, ModelResult]:
+    """Results of the plans and, last, of the original."""
+    retained: dict[str, Retained] = {name: plan.without_heads.retained for name, plan in plans.items()}
+    distinct: list[Retained] = [{}]  # the original
+    for experts in retained.values():
+        distinct += [] if experts in distinct else [experts]
+    work: Json = {}
+    if layout is None:
+        runner: LayerByLayer = LayerByLayer(model)
+    else:
+        begun = None if workspace.folder is None or workspace.restart else unfinished(workspace.folder)
+        runner = open_runner(layout, compute.settled(layout, None if begun is None else bool(begun[0].get("stream"))))
+        work = {"model": identity(layout), "dtype": compute.dtype, "device": runner.device.type}
+        work |= {"stream": runner.streams, "versions": versions()}
+    sums = outcomes(runner, heldout, distinct, batch_size=batch_size, work=work, workspace=workspace)
+    original = sums[LOSS][0]
+    results = {}
+    for name, experts in retained.items():
+        row = distinct.index(experts)
+        figures = torch.stack([sums[LOSS][row], original, sums[KL][row], sums[AGREEMENT][row]], dim=1)
+        evaluation = evaluation_of(heldout, figures, compared=True, seed=seed)
+        results[name] = ModelResult(evaluation, overlap=overlap_of(plans[name], heldout))
+    results[ORIGINAL] = ModelResult(reference_of(next(iter(results.values())).evaluation))
+    return results
+
+
+def _settings(
+    heldout: CalibrationSet,
+    stats: CalibrationStats,
+    layout: Layout | None,
+    model: Model,
+    compute: Compute,
+    max_length: int,
+) -> Json:
+    name = stats.model.get("name_or_path")
+    device = compute.device if layout is not None else str(model.device)  # type: ignore[union-attr]
+    dtype = compute.dtype if layout is not None else str(model.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    known = versions()
+    settings: Json = {
+        "model": os.path.basename(name) if isinstance(name, str) and os.path.isdir(name) else name,
+        "calibration_fingerprint": stats.fingerprint[:12],
+        "text": ", ".join(heldout.sources),
+        "samples_fingerprint": heldout.fingerprint[:12],
+        "max_length": max_length,
+        "dtype": dtype,
+        "device": device,
+        **{name: known[name] for name in ("transformers", "torch") if name in known},
+    }
+    return {key: value for key, value in settings.items() if value is not None}
