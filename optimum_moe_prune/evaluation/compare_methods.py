@@ -128,7 +128,7 @@ def compare_methods(
     possible, left_out = _possible(asked, num_experts, rule)
     samples = None
     if calibration is not None and (stats is None or any(item.allocation == BY_SENSITIVITY for item in possible)):
-        samples = CalibrationSet.for_recipe(calibration, recipes[0], lambda: own, config)
+        samples = CalibrationSet.for_recipe(calibration, recipes[0], own, config)
         if domain_weights is not None and stats is None:
             check_domain_weights(samples.samples, domain_weights)
     texts = remembered(stats.provenance) if stats is not None else [] if samples is None else [samples.passages]
