@@ -205,8 +205,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert values["models"]["reap 25%"]["domains"] == first["models"]["reap 25%"]["domains"]
     assert CalibrationStats.load(tmp_path / "stats").fingerprint[:12] == values["settings"]["calibration_fingerprint"]
     for arguments, message in (
-        ((*base, *stats, "--sparsity", "25", tmp_path / "x"), "--sparsity is 25"),
-        ((*base, *stats, "--sparsity", "a%", tmp_path / "x"), "--sparsity is a%"),
+        ((*base, *stats, "--sparsity", "25", tmp_path / "x"), "write 25% or 0.25"),
+        ((*base, *stats, "--sparsity", "a%", tmp_path / "x"), "is no fraction"),
         ((*base, *stats, tmp_path / "model"), "exists and is not empty"),
         ((*base, *stats, "--overwrite", tmp_path / "model"), "something else than a comparison"),
         ((*base, "--method", "reap", tmp_path / "x"), "name a file (--calibration FILE)"),
