@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files beside a model's weights come along, and which stay: a list of what models have, and not of what not."""
+"""Which files beside a model's weights come along: all but other weights, what a training left, what may be private."""
 
 from __future__ import annotations
 
@@ -49,22 +49,18 @@ _TRAINING_FOLDERS = (
 _PRIVATE = "it may hold what is private"
 _PRIVATE_FILES = (
     "*credential* *secret* *password* *passwd* *service?account* *private* *apikey* *api_key* *.env env.* auth.json "
-    "token.json tokens.json token.txt *access?token* *_key.* *.key.* *kubeconfig* *.netrc"
+    "token.json tokens.json token.txt *access?token* *_key.* *.key.* *kubeconfig* *.netrc *.pem *.key *.p12 *.pfx *.jks "
+    "*.kdbx *.gpg *.asc id_rsa* id_dsa* id_ecdsa* id_ed25519* known_hosts authorized_keys *history *.sqlite* *.db"
 ).split()
+_DATA_FILES = "*.jsonl *.jsonl.* *.ndjson *.parquet *.arrow *.csv *.tsv *.zip *.tar *.tar.* *.tgz *.7z *.npy".split()
 _CACHES = ("__pycache__", "node_modules", "venv", "site-packages")
-_CARRIED = (
-    "*.json *.yaml *.yml *.toml *.cff *.txt *.md *.rst *.py *.jinja *.jinja2 *.j2 *.model *.tiktoken *.vocab *.bpe "
-    "*.spm *.dict *.png *.jpg *.jpeg *.gif *.svg *.webp *.pdf licen[sc]e* notice* copying* copyright* authors* "
-    "contributors* use_policy* acceptable_use* vocab merges"
-).split()
-"""The kinds of files that models have beside their weights: configs, tokenizers, templates, code, words, pictures."""
 
 
 def carried(names: Sequence[str], find: Callable[[str], Path | None]) -> tuple[list[str], dict[str, str]]:
     """Which of a model's files belong beside pruned weights.
 
-    The model's own weights, which are written anew, are in neither answer. Carried are the kinds of files that models
-    have, and nothing that a training or a person may have left there.
+    The model's own weights, which are written anew, are in neither answer. Nothing is carried that a training left, or
+    that looks like a person's own: keys, passwords, histories.
 
     Args:
         names: All files of the model.
@@ -115,6 +111,8 @@ def _not_the_models(folder: str, base: str) -> str | None:
         fnmatchcase(part, p) for part in folders for p in _TRAINING_FOLDERS
     ):
         return _TRAINING
-    if any(part in _CACHES for part in folders) or not any(fnmatchcase(base, pattern) for pattern in _CARRIED):
-        return "no kind of file that models have"
+    if any(part in _CACHES for part in folders):
+        return "a program's own, and not the model's"
+    if any(fnmatchcase(base, pattern) for pattern in _DATA_FILES):
+        return "data, and not the model's"
     return _PRIVATE if any(fnmatchcase(base, pattern) for pattern in _PRIVATE_FILES) else None
