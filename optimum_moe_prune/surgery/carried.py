@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files beside a model's weights come along: all but other weights, what a training left, what may be private."""
+"""Which files beside a model's weights come along: all but other weights, training's leftovers, and private ones."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ _TRAINING_FOLDERS = (
 _PRIVATE = "it may hold what is private"
 _PRIVATE_FILES = (
     "*credential* *secret* *password* *passwd* *service?account* *private* *apikey* *api_key* *.env env.* auth.json "
-    "token.json tokens.json token.txt *access?token* *_key.* *.key.* *kubeconfig* *.netrc *.pem *.key *.p12 *.pfx *.jks "
-    "*.kdbx *.gpg *.asc id_rsa* id_dsa* id_ecdsa* id_ed25519* known_hosts authorized_keys *history *.sqlite* *.db"
+    "token.json tokens.json token.txt *access?token* *_key.* *.key.* *kubeconfig* *.netrc *.pem *.key *.p12 *.pfx "
+    "*.jks *.kdbx *.gpg *.asc id_rsa* id_dsa* id_ecdsa* id_ed25519* known_hosts authorized_keys *history *.sqlite*"
 ).split()
 _DATA_FILES = "*.jsonl *.jsonl.* *.ndjson *.parquet *.arrow *.csv *.tsv *.zip *.tar *.tar.* *.tgz *.7z *.npy".split()
 _CACHES = ("__pycache__", "node_modules", "venv", "site-packages")
