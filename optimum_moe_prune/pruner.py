@@ -88,6 +88,7 @@ class MoEPruner:
         self._applied_plan: PruningPlan | None = None
         self._parent: PruningPlan | None = None  # the plan that made the bound model, if it is the one to prune
         self._tokenizer = tokenizer
+        self._layouts: dict[Source, Layout] = {}  # of models on the Hub
 
     @classmethod
     def from_pretrained(
@@ -190,7 +191,12 @@ class MoEPruner:
         Raises:
             RequestError: If there is none, or its files are damaged.
         """
-        return open_layout(self._source(source))
+        found = self._source(source)
+        if found.is_local:  # what lies there may change; a commit does not
+            return open_layout(found)
+        if found not in self._layouts:
+            self._layouts[found] = open_layout(found)
+        return self._layouts[found]
 
     # -- the verbs
 
@@ -373,7 +379,7 @@ class MoEPruner:
         plan = None if calibration is not None or domain_weights is not None else self.pruning_plan
         if plan is not None:
             check_plan_for_config(plan, read.config)
-        layout = open_layout(read)
+        layout = self.layout(source)
         mtp = mtp or (None if self.config is None else self.config.mtp)
         workspace = Workspace.beside(output_dir, restart)
         with working_on(output_dir):

@@ -42,11 +42,17 @@ def same_routers(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Whether two models, by what is remembered of them, have the same routers, perhaps in another precision.
 
     Of what an earlier version remembers there is one fingerprint, of numbers in the precision it was loaded in. What
-    remembers none is not compared.
+    remembers none is not compared. In float16 one of the two has to be as it is: nobody has both only rounded.
     """
-    ours = {some[name] for name in _NAMES if name in some}
-    theirs = {others[name] for name in _NAMES if name in others}
-    return not ours or not theirs or bool(ours & theirs)
+    ours, theirs = ({name: facts[name] for name in _NAMES if name in facts} for facts in (some, others))
+    if not ours or not theirs:
+        return True
+    half = _NAMES[-1]
+    return any(
+        mine == other and not name == another == half
+        for name, mine in ours.items()
+        for another, other in theirs.items()
+    )
 
 
 def facts_of(spec: MoESpec, config: ModelConfig, fingerprints: Json, dense_layers: list[int]) -> Json:

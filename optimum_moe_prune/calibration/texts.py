@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os.path
 import re
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..storage.contents import content_digest
 from ..storage.values import Json
 from .counts import Tally
 from .presets import PREFIX, Part, preset_parts
@@ -87,15 +87,12 @@ def _files(source: Any) -> list[Path]:
 
 
 def file_hashes(source: Any) -> dict[str, str]:
-    """A hash of each file of a calibration, by its name; of a mixture on the Hub its name alone."""
+    """A hash of each file of a calibration, by its name, of large ones not of all; of a mixture its name alone."""
     hashes = dict.fromkeys(source_names(source), "") if isinstance(source, HubMixture) else {}
     for path in _files(source):
-        if path.is_file():  # a pipe can be read once; what is not there is refused where it is read
-            digest = hashlib.sha256()
-            with contextlib.suppress(OSError), open(path, "rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-            hashes[path.name] = hashes.get(path.name, "") + digest.hexdigest()
+        with contextlib.suppress(OSError, ValueError):  # what is no file is refused where it is read
+            if path.is_file():  # a pipe can be read once
+                hashes[path.name] = hashes.get(path.name, "") + content_digest(path)
     return hashes
 
 

@@ -37,7 +37,7 @@ def check_named(name: str) -> None:
         said = no_config(name, names) or f"{name} is not a model's folder: it has no config.json."
         raise RequestError(said)
     if not there and looks_like_path(name):
-        raise RequestError(absent(name))
+        raise RequestError(f"no model can be read from {absent(name)}")
     if not there and not _ID.fullmatch(name):
         raise RequestError(f"{name!r} is neither a folder here nor an id on the Hub (owner/name).")
 
@@ -53,9 +53,12 @@ def not_found(name: str, reason: str) -> str:
     hint = "" if meant is None else f" Did you mean {meant if '/' in str(meant) else f'./{meant}'}?"
     if "not a valid model identifier" in reason or "404" in reason or "Repository Not Found" in reason:
         return (
-            f"{name!r} is neither a folder here nor a model on the Hub that can be seen from here (private ones need "
-            f"an access token).{hint}"
+            f"no model can be read from {name!r}, which is neither a folder here nor a model on the Hub that can be "
+            f"seen from here (private ones need an access token).{hint}"
         )
     if re.search(r"couldn't connect|[Oo]ffline|cannot find the requested files|[Cc]onnection", reason):
-        return f"there is no folder {name!r} here, and the Hub cannot be reached to look there.{hint}"
+        return (
+            f"no model can be read from {name!r}: there is no such folder here, and the Hub cannot be reached to look "
+            f"there.{hint}"
+        )
     return f"no model can be read from {name!r}: {reason}"

@@ -362,7 +362,7 @@ def _unknown_flag(parser: Parser, name: str) -> str:
     others = [other for other, sibling in parser.siblings.items() if name in flags_of(sibling)]
     is_no = f"is no flag of {command}, but of {listed(others)}" if others else "is not known"
     synonym = _SYNONYMS.get(plain)
-    meant = [synonym] if synonym in flags else nearest(name, flags)
+    meant = [synonym] if synonym in flags else [] if others else nearest(name, flags)
     return f"{name} {is_no}; " + (f"did you mean {listed(meant, 'or')}?" if meant else f"see {command} --help.")
 
 

@@ -54,13 +54,14 @@ class ScoreCommand(Command):
         compute = flags.compute_of(args)
         pruner = MoEPruner(config, source=flags.source_of(args))
         samples = calibration_samples(args, pruner)
-        work = plan_work(pruner.layout(), config, samples, needs=needs, output=args.output, compute=compute)
+        layout = pruner.layout()
+        work = plan_work(layout, config, samples, needs=needs, output=args.output, compute=compute)
         if (result := shown(args, work)) is not None:
             return result
         workspace = Workspace.beside(args.output, args.restart).part("calibration")
         with working_on(args.output):
             stats = calibrate(
-                pruner.layout(),
+                layout,
                 samples,
                 asked,
                 batch_size=config.batch_size,

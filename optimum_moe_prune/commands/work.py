@@ -69,4 +69,5 @@ def check_apply(args: argparse.Namespace, plan: PruningPlan, layout: Layout) -> 
     check_plan_for_config(plan, layout.config)
     uniform = plan.uniform_num_experts is not None
     check_request(layout, uniform, args.standalone, way_of_plan(plan, args.mtp))
-    check_routers(plan, layout.fingerprints())
+    if layout.checkpoint.is_local:  # else it would be downloaded for it
+        check_routers(plan, layout.fingerprints())

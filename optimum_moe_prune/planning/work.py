@@ -299,7 +299,8 @@ def _seconds(
     measured = samples.take(recipe.sensitivity_samples).num_tokens if measures else 0
     if sizes.whole.parameters * (tokens + measured * len(layout.num_experts)) < _WORTH_PROBING:
         return 0.0
-    speed = probe(layout, samples, needs, compute, recipe.batch_size)
+    # Of a model on the Hub nothing is downloaded before the work.
+    speed = probe(layout, samples, needs, compute, recipe.batch_size) if layout.checkpoint.is_local else None
     if speed is None:
         return None
     layers = text_config(layout.config).num_hidden_layers

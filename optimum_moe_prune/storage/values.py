@@ -110,7 +110,9 @@ def fraction(value: object) -> float:
     if percent:
         return float(number) / 100
     if 2 <= float(number) <= 100:
-        raise RequestError(f"{text} is more than the whole; write {text}% or {float(number) / 100:g}.")
+        raise RequestError(
+            f"{text} is more than the whole; write {text}% or {float(number) / 100:g} (fractions lie between 0 and 1)."
+        )
     return float(number)
 
 

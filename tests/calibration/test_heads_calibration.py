@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +82,8 @@ def test_streamed_and_in_memory_and_continued(folder: Path, tmp_path: Path, samp
 
     for after in (LAYERS - 1, LAYERS, LAYERS + 1):  # before the last layer, before the head, at the end
 
-        def stop(self: Store, finished: int, after: int = after) -> None:
-            commit(self, finished)
+        def stop(self: Store, finished: int, *whole: Any, after: int = after) -> None:
+            commit(self, finished, *whole)
             if finished == after:
                 raise Stop
 

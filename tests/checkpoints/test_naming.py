@@ -36,9 +36,13 @@ OFFLINE = "We couldn't connect to 'https://huggingface.co' to load the files"
         (
             "mixtrl",
             NOT_LISTED,
-            r"'mixtrl' is neither a folder here nor .* on the Hub .* Did you mean \./mixtral\?$",
+            r"'mixtrl', which is neither a folder here nor .* on the Hub .* Did you mean \./mixtral\?$",
         ),
-        ("MIXTRAL", OFFLINE, r"no folder 'MIXTRAL' here, and the Hub cannot be reached .* Did you mean \./mixtral\?$"),
+        (
+            "MIXTRAL",
+            OFFLINE,
+            r"'MIXTRAL': there is no such folder here, and the Hub cannot be reached .* Did you mean \./mixtral\?$",
+        ),
         ("models/qwem", NOT_LISTED, r"neither a folder .* Did you mean models/qwen\?$"),
         (
             "owner/model",

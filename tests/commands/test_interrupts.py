@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import make_texts, save_checkpoint
+from optimum.commands.base import CommandInfo
 
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig
 from optimum_moe_prune.calibration.observer import LayerObserver
@@ -38,7 +39,8 @@ def arguments(**values: Any) -> argparse.Namespace:
 
 
 def command(work: Callable[[argparse.Namespace], Any]) -> type[Command]:
-    return type("Made", (Command,), {"work": staticmethod(work)})
+    names = {"work": staticmethod(work), "parse_args": staticmethod(lambda parser: None)}
+    return type("Made", (Command,), {"COMMAND": CommandInfo("made", "for a test"), **names})
 
 
 def call(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -210,7 +212,7 @@ def test_a_calibration_stops_continues_and_names_what_was_changed(
         (["--num-samples", "5"], "num_samples is 128 there and 5 now"),
         (["--sample-selection", "random", "--num-samples", "5"], "sample_selection is first there and random now"),
         (["--method", "reap"], "method is all there and reap now"),
-        (["--batch-size", "2"], "batch_size is 4 there and 2 now"),
+        (["--max-tokens", "99"], "max_tokens is 8192 there and 99 now"),
     ):
         code, _, err = call(capsys, *asked(place, "score", "OUT", *more))
         flagged = said.replace(said.split()[0], f"--{said.split()[0].replace('_', '-')}", 1)

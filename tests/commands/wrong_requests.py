@@ -64,7 +64,10 @@ FLAGS = (
     (f"{RUN} --num-experts 4 --zzz out", "--zzz is not known; see run --help"),
     (f"{RUN} --num-experts 4 --no-overwrite out", "--no-overwrite is not known; did you mean --overwrite?"),
     (f"{RUN} --num-experts 4 --verbose out", "did you mean --debug?"),
-    (f"{PLAN} --calibration texts.jsonl p.json", "--calibration is no flag of plan, but of run, score and sens"),
+    (
+        f"{PLAN} --calibration texts.jsonl p.json",
+        "--calibration is no flag of plan, but of run, score, compare and sensitivity; see plan --help.",
+    ),
     (f"{PLAN} --dtype bf16 --num-experts 4 p.json", "--dtype is no flag of plan, but of run"),
     (f"{PLAN} --num-experts 4 --out p.json", "the output has no flag, it stands alone at the end: PLAN.json"),
     ("score --model mixtral --calibration texts.jsonl --num-experts 4 stats", "--num-experts is no flag of score"),

@@ -548,7 +548,8 @@ def test_what_was_done_otherwise_is_said_once_and_kept(
 
 
 def test_layers_without_experts_are_named(stats: CalibrationStats) -> None:
-    notes = build_plan(stats, MoEPrunerConfig(method="frequency", num_experts=4)).provenance["notes"]
+    plan = build_plan(stats, MoEPrunerConfig(method="frequency", num_experts=4))
+    notes = [note for note in plan.provenance["notes"] if "among equals" not in note]
     expected = [] if stats.model["model_type"] == "mixtral" else ["layers without experts stay as they are: 1"]
     assert notes == expected
 

@@ -1243,7 +1243,7 @@ def test_only_an_earlier_report_is_replaced(plans: dict[str, PruningPlan], tmp_p
     (tmp_path / "thesis.html").write_text("<p>years of work</p>")
     with pytest.raises(RequestError, match="no report of this package"):
         write_report(tmp_path / "thesis.html", plans=plans, overwrite=True)
-    with pytest.raises(RequestError, match="no report of this package"):
+    with pytest.raises(RequestError, match="is no file and is not replaced"):
         write_report(tmp_path, plans=plans, overwrite=True)
     with pytest.raises(RequestError, match="is a file; name a folder"):
         write_report(tmp_path / "t.html", plans=plans, pictures=path)
