@@ -11,6 +11,7 @@ from ..errors import RequestError
 from ..storage.values import fraction
 from . import flags
 from .base import Command, Result, terminal
+from .work import add_dry_run, shown
 
 
 class CompareCommand(Command):
@@ -54,13 +55,16 @@ class CompareCommand(Command):
         )
         group.add_argument("--markdown", action="store_true", help="print tables in Markdown")
         flags.add_settings(parser, ["seed"])
+        add_dry_run(parser)
         flags.add_common(parser, "OUTPUT", "folder of results.json, table.md, picture.png and plans, absent or empty")
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..evaluation.compare_methods import compare_methods
         from ..methods import list_methods
+        from ..names import BY_SENSITIVITY
         from ..planning.sensitivity import Sensitivity
+        from ..planning.work import plan_work
         from ..pruner import MoEPruner
         from ..publishing.method_comparison import check_method_comparison, write_method_comparison
         from ..statistics.stats import CalibrationStats
@@ -89,6 +93,20 @@ class CompareCommand(Command):
         needs_text = stats is None and any(recipe.needs for recipe in recipes)
         samples = calibration_samples(args, pruner) if args.calibration or needs_text else None
         heldout = held_out_samples(args, flags.source_of(args), args.data, "--data")
+        plans = len(recipes) * len(sparsities) * max(1, len(allocations))
+        measures = args.sensitivity is None and BY_SENSITIVITY in allocations
+        work = plan_work(
+            layout,
+            recipes[0],
+            heldout if samples is None else samples,
+            needs=frozenset(need for recipe in recipes for need in recipe.needs) if needs_text else frozenset(),
+            output=args.output,
+            compute=compute,
+            measures=measures,
+            judged_tokens=(1 + plans) * heldout.num_tokens,
+        )
+        if (result := shown(args, work)) is not None:
+            return result
         workspace = Workspace.beside(args.output, args.restart).part("compare")
         with working_on(args.output):
             found = compare_methods(

@@ -55,7 +55,9 @@ class ScoreCommand(Command):
         pruner = MoEPruner(config, source=flags.source_of(args))
         samples = calibration_samples(args, pruner)
         layout = pruner.layout()
-        work = plan_work(layout, config, samples, needs=needs, output=args.output, compute=compute)
+        work = plan_work(
+            layout, config, samples, needs=needs, output=args.output, compute=compute, saves_statistics=True
+        )
         if (result := shown(args, work)) is not None:
             return result
         workspace = Workspace.beside(args.output, args.restart).part("calibration")

@@ -124,8 +124,9 @@ class WorkPlan:
             lines["text"] = f"{self.texts['samples']} samples, {self.texts['tokens']} tokens ({domains})"
         lines["reads"] = gigabytes(self.reads)
         if self.writes or self.unfinished:
-            unfinished = f", and {gigabytes(self.unfinished)} until it is done" if self.unfinished else ""
-            lines["writes"] = f"{gigabytes(self.writes)}{unfinished}; {gigabytes(self.disk)} are free"
+            unfinished = f"{gigabytes(self.unfinished)} until it is done" if self.unfinished else ""
+            parts = [gigabytes(self.writes) if self.writes else "", unfinished]
+            lines["writes"] = f"{', and '.join(filter(None, parts))}; {gigabytes(self.disk)} are free"
         if self.streamed is not None:
             way = "one layer at a time" if self.streamed else "the whole model in memory"
             lines["runs"] = f"on {self.device} in {self.dtype}, {way}"
@@ -172,6 +173,8 @@ def plan_work(
     output: str | os.PathLike | None = None,
     compute: Compute = Compute(),
     measures: bool | None = None,
+    saves_statistics: bool = False,
+    judged_tokens: int = 0,
 ) -> WorkPlan:
     """What calibrating, choosing and writing will take. Nothing is written; one layer is run on a few tokens.
 
@@ -185,6 +188,8 @@ def plan_work(
         output: The folder or file to write.
         compute: How the checkpoint is run.
         measures: Whether the sensitivity is measured; by default where the recipe allocates by it.
+        saves_statistics: Whether the statistics are what is written.
+        judged_tokens: Tokens that go through the model beside, for all plans that are judged together.
 
     Raises:
         RequestError: If the budget cannot be kept to, or the device is not there.
@@ -222,7 +227,7 @@ def plan_work(
     )
     measures = measures if measures is not None else recipe is not None and recipe.allocates == BY_SENSITIVITY
     needs = needs if needs is not None else frozenset() if recipe is None else recipe.needs
-    if recipe is None or samples is None or not (needs or measures):
+    if recipe is None or samples is None or not (needs or measures or judged_tokens):
         return work
     compute = compute.settled(layout)
     dtype = model_dtype(config, layout.checkpoint, compute.dtype)
@@ -236,14 +241,14 @@ def plan_work(
         work,
         texts={"samples": len(samples), "tokens": samples.num_tokens, "tokens_by_domain": _by_domain(samples)},
         reads=sizes.whole.nbytes + writes,
-        writes=writes if choice is not None or output is None else statistics,
-        unfinished=(statistics if choice is not None else 0) + states if output is not None else 0,
+        writes=statistics if saves_statistics else writes,
+        unfinished=(0 if saves_statistics else statistics) + states if output is not None else 0,
         memory=_LIBRARIES + held + min(statistics, IN_MEMORY_BYTES) + running,
         free_memory=available_memory(compute.device),
         device=compute.device,
         dtype=str(dtype).removeprefix("torch."),
         streamed=bool(compute.stream),
-        seconds=_seconds(layout, sizes, recipe, samples, needs, compute, measures),
+        seconds=_seconds(layout, sizes, recipe, samples, needs, compute, measures, judged_tokens),
     )
 
 
@@ -293,11 +298,12 @@ def _seconds(
     needs: frozenset[Need],
     compute: Compute,
     measures: bool,
+    judged: int,
 ) -> float | None:
-    """How long the model will run, roughly: for the calibration, and for measuring the sensitivity."""
+    """How long the model will run, roughly: to calibrate, to measure the sensitivity, and to judge plans."""
     tokens = samples.num_tokens
     measured = samples.take(recipe.sensitivity_samples).num_tokens if measures else 0
-    if sizes.whole.parameters * (tokens + measured * len(layout.num_experts)) < _WORTH_PROBING:
+    if sizes.whole.parameters * (tokens + judged + measured * len(layout.num_experts)) < _WORTH_PROBING:
         return 0.0
     # Of a model on the Hub nothing is downloaded before the work.
     speed = probe(layout, samples, needs, compute, recipe.batch_size) if layout.checkpoint.is_local else None
@@ -305,6 +311,7 @@ def _seconds(
         return None
     layers = text_config(layout.config).num_hidden_layers
     total = layers * (speed.reading + tokens * speed.watched) if needs else 0.0
+    total += layers * (speed.reading + judged * speed.plain) if judged else 0.0
     if measures:
         alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2
         total += layers * speed.reading + (alone + _WHOLE_MODELS * layers) * measured * speed.plain

@@ -117,6 +117,7 @@ def test_dry_runs_write_nothing(folder: Path, tmp_path: Path, capsys: pytest.Cap
         ("run", "--model", folder, *texts, "--fit", "60KB", tmp_path / "out"),
         ("score", "--model", folder, *texts, tmp_path / "out"),
         ("sensitivity", "--model", folder, *texts, tmp_path / "out.json"),
+        ("compare", "--model", folder, *texts, "--data", file, tmp_path / "out"),
         ("apply", "--model", folder, "--plan", tmp_path / "pruned" / "moe_pruning_plan.json", tmp_path / "out"),
     ):
         assert run(*command, "--dry-run", "--json") == 0
