@@ -19,4 +19,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:  # before a command was at work
+        print("interrupted: nothing was begun", file=sys.stderr)
         sys.exit(130)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ class PruningPlan:
                 raise RequestError(f"layer {layer}: retained experts must be distinct integers in rising order.")
             if experts and not 0 <= experts[0] <= experts[-1] < original:
                 raise RequestError(
-                    f"layer {layer}: retained names expert {experts[-1]}, and its experts are 0 to {original - 1}."
+                    f"layer {layer}: retained names expert {experts[0 if experts[0] < 0 else -1]}, and its experts are 0 to {original - 1}."
                 )
             if len(experts) < self.top_k:
                 raise RequestError(
@@ -236,9 +237,14 @@ class PruningPlan:
             RequestError: If they are of a newer format, or no sound plan.
         """
         check_version(values, FORMAT_VERSION, "the plan")
+        entries = values.get("layers")
+        if not isinstance(entries, dict):
+            raise RequestError("the plan is damaged: it has no layers, as an object with an entry for each.")
         try:
-            layers = {int(layer): entry for layer, entry in values["layers"].items()}
+            layers = {_layer_number(layer): entry for layer, entry in entries.items()}
             for layer, entry in layers.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get("retained"), list):
+                    raise RequestError(f"layer {layer}: the plan is damaged: it has no list of retained experts.")
                 if entry["num_experts"] != len(entry["retained"]):
                     raise RequestError(
                         f"layer {layer}: num_experts is {entry['num_experts']!r}, and {len(entry['retained'])} "
@@ -261,7 +267,8 @@ class PruningPlan:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, RequestError):
                 raise
-            raise RequestError(f"the plan is damaged: {error!r}.") from error
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise RequestError(f"the plan is damaged: {what}.") from error
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, to a ``.json`` file or as ``moe_pruning_plan.json`` into a folder.
@@ -318,3 +325,10 @@ def with_parent(plan: PruningPlan, parent: PruningPlan | None) -> PruningPlan:
     if parent is None or "parent" in plan.provenance:
         return plan
     return replace(plan, provenance={**plan.provenance, "parent": parent.to_dict()})
+
+
+def _layer_number(name: str) -> int:
+    """The layer that a key names, which is written in one way alone: else two keys could name one layer."""
+    if not re.fullmatch("-?(0|[1-9][0-9]{0,8})", name):
+        raise RequestError(f"the plan is damaged: {name!r} is no number of a layer.")
+    return int(name)

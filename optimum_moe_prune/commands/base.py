@@ -86,7 +86,7 @@ def _executed(command: type[Command], args: argparse.Namespace) -> int:
         if args.debug:
             traceback.print_exc()
         kept = kept_of(args)
-        more = f" {kept_sentence(kept, args.output)}; {GOES_ON}." if kept and kept != before else ""
+        more = f" {_capital(kept_sentence(kept, args.output))}; {GOES_ON}." if kept and kept != before else ""
         if isinstance(error, MoEPruneError):
             message = as_flags(str(error), command)
         else:
@@ -94,6 +94,10 @@ def _executed(command: type[Command], args: argparse.Namespace) -> int:
         show_error(message + more)
         return 2 if isinstance(error, RequestError) else 1
     return 0
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def as_flags(message: str, command: type[Command] | None = None) -> str:

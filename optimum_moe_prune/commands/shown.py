@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from io import TextIOWrapper
+
+from ..errors import printable
+
+_BOLD = re.compile("(\x1b\\[[01]m)")
 
 
 def prepare_streams() -> None:
@@ -17,7 +22,11 @@ def prepare_streams() -> None:
 
 
 def show(text: str) -> None:
-    """Print a result; a reader that has seen enough (``... | head``) is no mistake."""
+    """Print a result; a reader that has seen enough (``... | head``) is no mistake.
+
+    Plans and statistics come from others: of what terminals obey only bold print is let through.
+    """
+    text = "".join(part if _BOLD.fullmatch(part) else printable(part) for part in _BOLD.split(text))
     if sys.stdout is None:  # closed: `>&-`
         return
     try:

@@ -7,6 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from ..errors import printable
 from . import flags
 from .base import Result
 
@@ -32,7 +33,7 @@ def shown(args: argparse.Namespace, work: WorkPlan) -> Result | None:
     if args.dry_run:
         return f"{work.summary()}\nNothing was written (--dry-run).", {"dry_run": True, **work.to_dict()}
     if not args.json:
-        print(work.summary(), file=sys.stderr, flush=True)
+        print(printable(work.summary()), file=sys.stderr, flush=True)
     return None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory
 
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from ..checkpoints.layout import Layout, model_dtype
 from ..checkpoints.plain import Plain
 from ..checkpoints.source import Source
@@ -126,12 +126,13 @@ def _plain_of(source: Source) -> Plain | None:
     """The tensors of a model's files; None where it has none that are known here, and is not said to be quantised.
 
     Raises:
-        RequestError: If a quantised model's files are damaged.
+        RequestError: If the files are damaged.
     """
     try:
         return Plain(Checkpoint.open(source), source.config)
     except RequestError:
-        if quantization_of(source.config) or _MODELOPT in source.files():
+        is_safetensors = any(source.find(name) for name in (SINGLE_FILE, INDEX_FILE))
+        if is_safetensors or quantization_of(source.config) or _MODELOPT in source.files():
             raise
         return None
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _LIBRARIES = 5 * 10**8  # what torch and transformers hold before any model is there
 _COPYING = _LIBRARIES + 2 * 10**8
+_KERNELS = 3 * 10**8  # what torch takes for itself once anything runs, and its allocator keeps
 _STATES_AT_ONCE = 12  # copies of a batch's hidden states while a layer runs
 _CHUNKS = 4 * 128 * 2**20  # outputs of all experts for some tokens
 _WORTH_PROBING = 10**11  # parameters times tokens: below, the work takes seconds
@@ -46,9 +47,11 @@ class Choice:
     Attributes:
         total: Experts that are kept in all layers together, of ``original``.
         original: Experts there are.
-        per_layer: Experts that each layer keeps, where the budget says it.
-        neighbours: Experts that can be asked for instead, in a layer or in all, with the sparsity of each.
+        per_layer: Experts that each layer keeps that is not skipped, where the budget says it.
+        neighbours: What can be asked for instead: experts in a layer that is not skipped, or in all layers together,
+            with the sparsity of each, which is that of the layers that are not skipped.
         asked: The sparsity that was asked for, where one was.
+        skipped: Experts of the layers that are skipped.
     """
 
     total: int
@@ -56,11 +59,17 @@ class Choice:
     per_layer: dict[int, int] | None
     neighbours: dict[int, float]
     asked: float | None = None
+    skipped: int = 0
 
     @property
     def sparsity(self) -> float:
         """The fraction of experts that is removed."""
         return 1 - self.total / self.original
+
+    @property
+    def sparsity_of_others(self) -> float:
+        """The same of the layers that are not skipped, which is what a recipe asks for."""
+        return 1 - (self.total - self.skipped) / (self.original - self.skipped)
 
 
 @dataclass(frozen=True)
@@ -154,12 +163,14 @@ class WorkPlan:
         others = ", ".join(f"{n} ({sparsity:.1%})" for n, sparsity in choice.neighbours.items())
         others = f"; the next: {others}" if others else ""
         if per_layer and len(per_layer) == 1:
-            what = f"{per_layer.pop()} experts in each layer, {choice.total} of {choice.original}"
+            where = f"each of {len(choice.per_layer or ())} layers" if choice.skipped else "each layer"
+            what = f"{per_layer.pop()} experts in {where}, {choice.total} of {choice.original}"
         else:
             what = f"{choice.total} of {choice.original} experts"
-        is_rounded = choice.asked is not None and abs(choice.asked - choice.sparsity) >= 0.0005
+        is_rounded = choice.asked is not None and abs(choice.asked - choice.sparsity_of_others) >= 0.0005
         asked = f", {choice.asked:.1%} was asked for" if is_rounded else ""
-        return f"{what} ({choice.sparsity:.1%} removed{asked}){others}"
+        skipped = f", {choice.sparsity_of_others:.1%} without the skipped layers" if choice.skipped else ""
+        return f"{what} ({choice.sparsity:.1%} removed{skipped}{asked}){others}"
 
 
 def plan_work(
@@ -243,7 +254,7 @@ def plan_work(
         reads=sizes.whole.nbytes + writes,
         writes=statistics if saves_statistics else writes,
         unfinished=(0 if saves_statistics else statistics) + states if output is not None else 0,
-        memory=_LIBRARIES + held + min(statistics, IN_MEMORY_BYTES) + running,
+        memory=_LIBRARIES + _KERNELS + held + min(statistics, IN_MEMORY_BYTES) + running,
         free_memory=available_memory(compute.device),
         device=compute.device,
         dtype=str(dtype).removeprefix("torch."),
@@ -257,11 +268,12 @@ def _choice(budget: Budget, everything: int) -> Choice:
     skipped = everything - sum(budget.original.values())
     kept = budget.total + skipped
     if isinstance(budget, UniformBudget):
-        return Choice(kept, everything, dict(budget.num_experts), _beside(budget))
+        return Choice(kept, everything, dict(budget.num_experts), _beside(budget), skipped=skipped)
     step = max(budget.rule.groups, budget.multiple)
     least = sum(budget.allowed(layer)[0] for layer in budget.original)
-    others = (n for n in (budget.total - step, budget.total + step) if least <= n < sum(budget.original.values()))
-    return Choice(kept, everything, None, {n: 1 - (n + skipped) / everything for n in others})
+    most = everything - skipped
+    others = (n for n in (budget.total - step, budget.total + step) if least <= n < most)
+    return Choice(kept, everything, None, {n + skipped: 1 - n / most for n in others}, skipped=skipped)
 
 
 def _beside(budget: UniformBudget) -> dict[int, float]:

@@ -280,7 +280,8 @@ class CalibrationStats:
             )
             stats._check()
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
-            raise RequestError(f"the statistics in {folder} are damaged: {error!r}. Calibrate again.") from error
+            what = f"{error} is missing or wrong" if isinstance(error, LookupError) else str(error).rstrip(".")
+            raise RequestError(f"the statistics in {folder} are damaged: {what}. Calibrate again.") from error
         return stats
 
     def _check(self) -> None:

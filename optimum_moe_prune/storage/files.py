@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import RequestError
 from .atomic import replace_file, sync
 from .outputs import announce
-from .paths import check_name, check_parent
+from .paths import check_name, check_parent, check_spelling
 
 __all__ = ["check_file", "check_own", "sync", "write_bytes", "write_json", "write_text"]
 
@@ -29,7 +29,7 @@ def check_file(path: str | os.PathLike, suffix: str, overwrite: bool, read: Call
     Raises:
         RequestError: If it is in the way.
     """
-    path = check_name(path)
+    path = check_spelling(path)
     if path.suffix != suffix:
         raise RequestError(f"the output's file must end in {suffix}, and is {path}.")
     if path.exists() and not overwrite:

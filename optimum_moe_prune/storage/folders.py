@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import RequestError, RunError
+from ..progress.pace import size
 from .files import sync
 from .outputs import is_output, list_files, output_fault
 from .paths import nearest_existing, partial_folder, real_path
@@ -39,7 +40,7 @@ def check_space(folder: str | os.PathLike, nbytes: int) -> None:
     free = shutil.disk_usage(nearest_existing(real_path(folder))).free
     if nbytes > free:
         raise RequestError(
-            f"writing {folder} takes {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; make room, or "
+            f"writing {folder} takes {size(nbytes)}, and {size(free)} are free there; make room, or "
             "name a folder on another disk."
         )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError, RunError
-from ..progress.pace import plural
+from ..progress.pace import plural, size
 from .checksums import file_checksum, is_sealed, sealed, tensor_checksum
 from .differences import VERSIONS, differences
 from .files import sync, write_json
@@ -167,7 +167,7 @@ class Store:
                 return MappedTensors.create(Path(folder) / name, shapes)
         except OSError as error:
             where = self.folder or tempfile.gettempdir()
-            raise RunError(f"the statistics ({nbytes / 1e9:.1f} GB) cannot be kept in {where}: {error}.") from error
+            raise RunError(f"the statistics ({size(nbytes)}) cannot be kept in {where}: {error}.") from error
 
     def _opened(self, name: str, part: Part | None) -> MappedTensors:
         """A file that an earlier run left, if it holds what its checksum says."""

@@ -187,8 +187,10 @@ def _entries(folder: Path, known: Mapping[str, object]) -> Iterator[str]:
         path = folder / name
         if path.is_symlink():
             yield f"{name.as_posix()} (a link)"
-        elif not path.is_dir():
+        elif path.is_file():
             yield name.as_posix()
+        elif not path.is_dir():
+            yield f"{name.as_posix()} (a pipe or device)"  # to open one may wait for ever
         elif name.as_posix() not in inside:
             yield f"{name.as_posix()}/"
         else:

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import unicodedata
 from pathlib import Path
 
 from ..errors import RequestError
+
+_LONGEST = 64
+"""Characters that the path of a file in an output is longer than that of the output, at most."""
 
 
 def check_name(path: str | os.PathLike) -> Path:
@@ -21,8 +27,27 @@ def check_name(path: str | os.PathLike) -> Path:
             f"the output's name is {name!r}, and names nothing (is a variable of the shell unset?); name what to "
             "write."
         )
-    if Path(name).parts[:1] == ("~",):
+    if os.path.expanduser(name) != name:
         raise RequestError(f"{name} is not the home folder: only a shell puts that in place of ~; write it in full.")
+    return Path(path)
+
+
+def check_spelling(path: str | os.PathLike) -> Path:
+    """The path of an output as a person gave it, if files can be made there.
+
+    Raises:
+        RequestError: As :func:`check_name`, or if it holds what libraries cannot write to, or a terminal would obey;
+            or if it is too long, or would be with what unfinished work is called.
+    """
+    name = os.fspath(check_name(path))
+    if odd := next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")), None):
+        raise RequestError(f"the output's name {name!r} holds {odd!r}, which is no text; name another.")
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):  # a root has no sibling
+            os.lstat(partial_folder(name) / ("x" * _LONGEST))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RequestError(f"the output's name is too long ({name[:60]}...); name a shorter one.") from error
     return Path(path)
 
 
@@ -32,7 +57,7 @@ def check_place(folder: str | os.PathLike) -> Path:
     Raises:
         RequestError: If it is the folder one stands in, the home folder, or holds one of them: it would be replaced.
     """
-    check_name(folder)
+    check_spelling(folder)
     try:
         target, here = real_path(folder), real_path(os.getcwd())
     except FileNotFoundError as error:

@@ -120,7 +120,7 @@ def test_an_error_after_hours_says_what_is_kept(
     args = arguments(output="OUT", restart=False)
     whole = "the whole calibration (24 layers) is kept in .OUT.partial"
     assert execute(command(full), args) == 1
-    assert capsys.readouterr().err == f"error: the disk is full. {whole}; {ON}.\n"
+    assert capsys.readouterr().err == f"error: the disk is full. T{whole[1:]}; {ON}.\n"
     assert execute(command(wrong), args) == 2  # which has nothing to do with it
     assert capsys.readouterr().err == "error: no such method.\n"
 

@@ -53,12 +53,31 @@ def test_what_it_says_is_what_is_done(folder: Path, texts: CalibrationSet, tmp_p
     assert json.loads(json.dumps(work.to_dict()))["choice"]["neighbours"] == {"4": 0.5, "6": 0.25}
 
 
+def test_skipped_layers_are_not_called_pruned(folder: Path) -> None:
+    """What is kept is of all layers; what can be asked for instead, and was asked for, of those not skipped."""
+    layout = open_layout(folder)
+    for recipe, said in (
+        ({}, "5 experts in each of 2 layers, 18 of 24 (25.0% removed, 37.5% without the skipped layers, 40.0% was"),
+        ({"allocation": "global"}, "18 of 24 experts (25.0% removed, 37.5% without the skipped layers, 40.0% was"),
+    ):
+        work = plan_work(layout, MoEPrunerConfig(method="random", sparsity=0.4, skip_layers=(1,), **recipe))
+        assert said in work.summary() and work.choice is not None
+        smaller, larger = work.choice.neighbours.items()
+        for count, sparsity in (smaller, larger):
+            again = plan_work(layout, MoEPrunerConfig(method="random", sparsity=sparsity, skip_layers=(1,), **recipe))
+            assert again.choice is not None and again.choice.sparsity_of_others == pytest.approx(sparsity)
+            if recipe:
+                assert again.choice.total == count
+            else:
+                assert again.choice.per_layer == {0: count, 2: count}
+
+
 def test_budgets_for_the_whole_model(folder: Path, texts: CalibrationSet) -> None:
     layout = open_layout(folder)
     config = MoEPrunerConfig(method="reap", allocation="global", total_experts=13, skip_layers=(1,))
     choice = plan_work(layout, config, texts).choice
     assert choice is not None and (choice.total, choice.original, choice.per_layer) == (21, 24, None)
-    assert list(choice.neighbours) == [12, 14] and choice.neighbours[12] == pytest.approx(1 - 20 / 24)
+    assert list(choice.neighbours) == [20, 22] and choice.neighbours[20] == pytest.approx(1 - 12 / 16)
     with pytest.raises(RequestError, match="at least"):
         plan_work(layout, MoEPrunerConfig(method="reap", allocation="global", total_experts=3), texts)
 

@@ -71,6 +71,7 @@ ADDITIONS: dict[str, Callable[[Path], object]] = {
         out / "model.safetensors", (out / "model.safetensors").read_bytes()[:-1] + b"x"
     ),
     "tokens.safetensors": lambda out: (out / "tokens.safetensors").touch(),
+    "config.json (a pipe or device)": lambda out: ((out / "config.json").unlink(), os.mkfifo(out / "config.json")),
 }
 
 
@@ -243,7 +244,11 @@ def test_an_earlier_output_half_removed_by_others_is_in_nobodys_way(out: Path) -
 # ------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", "/", "~", "~/out", "here", "above", "home", "a/.."])
+PLACES = ("", " ", ".", "..", "/", "~", "~/out", "~root/out", "here", "above", "home", "a/..")
+SPELLINGS = ("a\nb.json", "a\x1b[31m.html", "a\u2028b", "caf\udcff", "x" * 250 + ".json", "x" * 300, "a/" * 3000 + "b")
+
+
+@pytest.mark.parametrize("name", [*PLACES, *SPELLINGS], ids=lambda name: ascii(name)[:20])
 def test_places_that_are_no_output(
     name: str, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +272,7 @@ def test_places_that_are_no_output(
     ):
         code, _, err = call(capsys, *line)
         assert code == 2 and len(err.splitlines()) == 1, (line, err)
+        assert err.isascii() and ("\x1b" not in err)
     with pytest.raises(RequestError):
         MoEPruner.from_pretrained(pruned / "model", method="random", num_experts=4).prune_checkpoint(output)
     assert not list(here.iterdir()) and not list((tmp_path / "home").iterdir())

@@ -169,7 +169,7 @@ def _check_is_report(path: Path) -> None:
         with path.open("rb") as file:
             is_report = GENERATOR.encode() in file.read(2000)
     if not is_report:
-        raise RequestError(f"{path} is no report of this package and is not replaced; name another file.")
+        raise RequestError(f"{path} is no report of this package.")
 
 
 def _write_pictures(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
