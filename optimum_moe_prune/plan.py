@@ -79,9 +79,10 @@ class PruningPlan:
                 raise RequestError(f"layer {layer}: the plan's original_num_experts is {original!r}.")
             if not all(map(is_integer, experts)) or list(experts) != sorted(set(experts)):
                 raise RequestError(f"layer {layer}: retained experts must be distinct integers in rising order.")
-            if experts and not 0 <= experts[0] <= experts[-1] < original:
+            outside = next((expert for expert in experts if not 0 <= expert < original), None)
+            if outside is not None:
                 raise RequestError(
-                    f"layer {layer}: retained names expert {experts[0 if experts[0] < 0 else -1]}, and its experts are 0 to {original - 1}."
+                    f"layer {layer}: retained names expert {outside}, and its experts are 0 to {original - 1}."
                 )
             if len(experts) < self.top_k:
                 raise RequestError(

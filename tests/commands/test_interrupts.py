@@ -248,7 +248,7 @@ def test_an_interrupt_while_writing_keeps_the_calibration(
     with monkeypatch.context() as patched:
         patched.setattr(surgery_files, "_write_file", full)
         code, _, err = call(capsys, *asked(place, "run", "OUT"))
-    assert code == 1 and err.splitlines()[-1].endswith(f"{whole}; {ON}.")
+    assert code == 1 and err.splitlines()[-1].endswith(f"T{whole[1:]}; {ON}.")
     stop_at(monkeypatch, 1, "SIGINT")  # nothing is observed again
     assert call(capsys, *asked(place, "run", "OUT"))[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["OUT", "aside"]

@@ -91,7 +91,7 @@ def edited(**changes: object) -> dict[str, object]:
         ({"layers": {"00": {"retained": [0, 1]}}}, "'00' is no number of a layer"),
         ({"layers": {"x": {"retained": [0, 1]}}}, "'x' is no number of a layer"),
         ({"layers": {"0": {"retained": None}}}, "layer 0: the plan is damaged: it has no list of retained experts"),
-        ({"layers": {"0": {"retained": [-1, 0, 1, 2]}}}, "layer 0: retained names expert -1"),
+        ({"layers": {"0": {"retained": [-1, 0, 1], "num_experts": 3}}}, "layer 0: retained names expert -1"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": None}, "top_k is None"),
         ({"format_version": -3}, "format version -3"),

@@ -27,8 +27,10 @@ from optimum_moe_prune import (
     RunError,
 )
 from optimum_moe_prune.checkpoints.checkpoint import Checkpoint
+from optimum_moe_prune.checkpoints.source import Source
 from optimum_moe_prune.errors import MoEPruneError, one_line, printable
 from optimum_moe_prune.evaluation.comparison import Comparison
+from optimum_moe_prune.models.memory import Compute, load_model
 from optimum_moe_prune.planning.sensitivity import Sensitivity
 from optimum_moe_prune.storage.tensor_files import read_header, read_tensors
 
@@ -279,6 +281,8 @@ def test_a_source_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
         read(last)
     with pytest.raises(RequestError, match=r"model\.safetensors is damaged"):
         Checkpoint.open(model)
+    with pytest.raises(RequestError, match=r"model\.safetensors is damaged"):  # evaluate, which needs no layout
+        load_model(Source.of(model), Compute())
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["memory", "stream"])
