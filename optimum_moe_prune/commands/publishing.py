@@ -49,24 +49,15 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_publishing(args: argparse.Namespace) -> CalibrationSet | None:
+def check_publishing(args: argparse.Namespace) -> None:
     """Refuse what cannot be added to a pruned checkpoint, before any work.
 
-    Returns:
-        What ``--evaluate`` will judge on.
-
     Raises:
-        RequestError: If a file is missing, or a package.
+        RequestError: If a package is missing, or a name is wrong.
     """
     from ..publishing.facts import CardFacts
 
     CardFacts(**for_card(args))
-    texts = None
-    if args.evaluate:
-        from .inputs import held_out_samples
-
-        # Whatever is wrong with them, or with the model.
-        texts = held_out_samples(args, flags.source_of(args), args.evaluate, "--evaluate")
     if args.report:
         from ..publishing.report import require_matplotlib
 
@@ -81,7 +72,19 @@ def check_publishing(args: argparse.Namespace) -> CalibrationSet | None:
             raise RequestError(f"--push-to-hub: {str(error).splitlines()[0]}") from error
     elif args.private:
         raise RequestError("--private is for --push-to-hub REPO.")
-    return texts
+
+
+def texts_to_judge(args: argparse.Namespace) -> CalibrationSet | None:
+    """What ``--evaluate`` will judge on, read before any work.
+
+    Raises:
+        RequestError: If it cannot be read.
+    """
+    if not args.evaluate:
+        return None
+    from .inputs import held_out_samples
+
+    return held_out_samples(args, flags.source_of(args), args.evaluate, "--evaluate")
 
 
 def for_card(args: argparse.Namespace) -> Json:
@@ -136,7 +139,7 @@ def result_of_checkpoint(
     Args:
         args: The command's.
         pruner: That wrote it.
-        texts: What :func:`check_publishing` returned.
+        texts: What :func:`texts_to_judge` returned.
         printed: Messages that were printed before.
 
     Raises:
