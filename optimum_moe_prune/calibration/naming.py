@@ -11,7 +11,9 @@ from ..errors import nearest_first
 from ..storage.nearby import absent
 from .presets import PREFIX, PRESETS
 
-_ON_THE_HUB = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)")
+ON_THE_HUB = ("hub:", PREFIX)
+"""How names of texts begin that are no files."""
+_ADDRESS = re.compile(r"https?:/+(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)")
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".gz", ".bz2", ".xz")
 
@@ -19,7 +21,7 @@ _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", "
 def not_there(name: str | os.PathLike) -> str:
     """That texts are not there, in words: an address, a preset, a dataset on the Hub, several files, or a slip."""
     name = os.fspath(name)
-    if found := _ON_THE_HUB.match(name):
+    if found := _ADDRESS.match(name):
         return f"{name} is an address; the dataset on the Hub is read as hub:{found[1]}."
     if re.match(r"\w+:/", name):
         return f"{name} is an address; download it, and name the file."

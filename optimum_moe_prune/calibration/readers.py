@@ -90,8 +90,7 @@ def _folder(path: Path) -> str:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     if (kind := kind_of(path)) is not None:
         return f"{path} is {kind}, and texts are needed: .jsonl or .txt files."
-    there = f"there {'is' if len(names) == 1 else 'are'} {shown}" if names else "there are none that are read"
-    return f"{path} is a folder; name the .jsonl or .txt files in it ({there})."
+    return f"{path} is a folder; name the .jsonl or .txt files in it ({'there are ' + shown if names else 'none'})."
 
 
 def _check_there(path: Path) -> None:
@@ -112,9 +111,10 @@ def _unreadable(path: Path, error: Exception) -> RequestError:
 
 
 def _no_text(path: Path) -> RequestError:
-    if (kind := kind_of(path)) is not None:
-        return RequestError(f"{path} is {kind}, and texts are needed: .jsonl or .txt files.")
-    way = "; save it as UTF-8." if path.suffix.lower() in _FORMATS else "; give .jsonl or .txt."
+    kind = None if path.suffix.lower() in COMPRESSED else kind_of(path)
+    is_text = kind is None and _kind(path) is not None
+    way = f" and is {kind}" if kind else ""
+    way += "; save it as UTF-8." if is_text else "; give .jsonl or .txt."
     return RequestError(f"{path} is not a text file (no UTF-8 at byte {_no_utf8_at(path)}){way}")
 
 

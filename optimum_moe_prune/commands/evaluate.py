@@ -146,8 +146,11 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError(f"{idle[0]} is for --data, and none is named.")
     if not args.tasks and (idle := [flag for flag, value in given.items() if value]):
         raise RequestError(f"{idle[0]} is for --tasks, and none are named.")
+    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--new-tokens", args.new_tokens, 2)):
+        if value is not None and value < least:
+            raise RequestError(f"{flag} is {value}; it must be at least {least}.")
     if not args.speed and args.new_tokens is not None:
-        raise RequestError("--new-tokens is for --speed, and speed is not measured.")
+        raise RequestError("--new-tokens is for --speed, which is not asked for.")
     if args.overwrite and args.output is None:
         raise RequestError("--overwrite is for --output, and none is named.")
     named = [Path(name) for name in (*args.model, *([args.reference] if args.reference else []))]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..calibration.naming import not_there
+from ..calibration.naming import ON_THE_HUB, not_there
 from ..checkpoints.naming import check_named
 from ..errors import RequestError
 from ..storage.nearby import absent
@@ -28,7 +28,8 @@ def check_request(args: argparse.Namespace) -> None:
         check_named(name)
     for argument in _FILES:
         for given in _named(args, argument):
-            if not _is_file(given) or _exists(given):
+            is_file = not given.startswith(ON_THE_HUB) if argument in _TEXTS else _is_file(given)
+            if not is_file or _exists(given):
                 continue
             name = given
             if argument == "plan" and isinstance(args.plan, list):  # NAME=PLAN.json

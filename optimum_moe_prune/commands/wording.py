@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 _ARGUMENTS = {"domain_weights": "domain_weight", "limit": "task_limit", "include": "task_include"}
 """Arguments of other names than the flags' destinations."""
-_VERBS = r"(?= (?:is|are|must|names|has|lies|takes|needs no)\b| \(|\.$)"
+_VERBS = r"(?= (?:is|are|must|names|has|lies|takes|needs no)\b| \(|\.$| and [\w-]+\.$)"
 _NOT_ARGUMENTS = (
     r"(?<!\w)'[^']*'(?!\w)",  # what somebody wrote
     r'(?<!\w)"[^"]*"(?!\w)',

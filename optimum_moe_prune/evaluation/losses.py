@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from scipy.stats import bootstrap
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from ..calibration.texts import needs_tokenizer
+from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import RequestError, RunError, check_type
 from ..models.batches import Batch

@@ -19,7 +19,8 @@ EVALUATION = "a result of evaluate"
 RECIPE = "a recipe"
 _EXPORTED = "an exported plan"
 _CHECKPOINT = "a pruned checkpoint"
-_ALSO_READ = {PLAN: (_CHECKPOINT, _EXPORTED), RECIPE: (_CHECKPOINT,)}
+_MODEL = "a model's folder"
+_ALSO_READ = {PLAN: (_CHECKPOINT, _EXPORTED), RECIPE: (_CHECKPOINT, _MODEL)}
 """Other kinds that one is read from."""
 
 _BY_KEYS = (
@@ -41,7 +42,7 @@ _BY_KEYS = (
 _BY_NAME = (
     (STATS_NAME, STATS),
     (PLAN_NAME, _CHECKPOINT),
-    ("config.json", "a model's folder"),
+    ("config.json", _MODEL),
 )
 """Folders by a file in them."""
 _BY_START = (
@@ -96,7 +97,9 @@ def reading(path: str | os.PathLike, wanted: str) -> Iterator[None]:
         found = kind_of(path)
         if found in (None, wanted, *_ALSO_READ.get(wanted, ())):
             raise
-        raise RequestError(f"{path} is {found}, and {wanted} is needed{_instead(Path(path), wanted)}.") from error
+        said = f"is {found}, and {wanted} is needed{_instead(Path(path), wanted)}."
+        begin = f"{error} This" if "format version" in str(error) else str(path)
+        raise RequestError(f"{begin} {said}") from error
 
 
 def _instead(path: Path, wanted: str) -> str:
