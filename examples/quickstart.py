@@ -197,7 +197,11 @@ def compare(
                 row.lost.append({domain: after[domain] - base[domain] for domain in base})
             rows[sparsity].append(row)
             at = f"plan {len(rows) * len(entries) - len(entries) + len(rows[sparsity])} of {2 * len(entries)}"
-            print(f"  {at}: {name}, {sparsity:.0%} removed: {round(row.mean, 2) + 0.0:.2f} nats lost", file=sys.stderr, flush=True)
+            print(
+                f"  {at}: {name}, {sparsity:.0%} removed: {round(row.mean, 2) + 0.0:.2f} nats lost",
+                file=sys.stderr,
+                flush=True,
+            )
     perplexities = ", ".join(f"{domain} {torch.tensor(base[domain]).exp():.1f}" for domain in corpus.DOMAINS)
     print(f"\nPerplexity of the whole model: {perplexities}")
     return rows

@@ -58,6 +58,7 @@ _FAULTS = (
     AssertionError,
     RuntimeError,
     ImportError,
+    NameError,  # of a package that is missing, as transformers has it
 )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people pass in a notebook: values of other types are refused in words, and names are taken where they can be."""
+"""What people pass in a notebook: other types are refused in words, and names are taken where they can be."""
 
 from __future__ import annotations
 
@@ -63,9 +63,13 @@ def test_other_types_are_refused_in_words(
 
 
 def test_names_and_single_values_are_taken(folder: Path, stats: CalibrationStats) -> None:
-    assert plan_work(str(folder), CONFIG).choice == plan_work(MoEPruner.from_pretrained(folder).layout(), CONFIG).choice
+    assert (
+        plan_work(str(folder), CONFIG).choice == plan_work(MoEPruner.from_pretrained(folder).layout(), CONFIG).choice
+    )
     one = compare_methods(folder, stats, make_texts(3), methods="reap", sparsities="50%", allocations="uniform")
-    several = compare_methods(folder, stats, make_texts(3), methods=["reap"], sparsities=[0.5], allocations=["uniform"])
+    several = compare_methods(
+        folder, stats, make_texts(3), methods=["reap"], sparsities=[0.5], allocations=["uniform"]
+    )
     assert one.to_dict() == several.to_dict()
 
 

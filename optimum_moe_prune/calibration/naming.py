@@ -33,7 +33,9 @@ def not_there(name: str | os.PathLike) -> str:
         if word.lower() in PRESETS:
             return f"the file {name} does not exist; did you mean the preset {PREFIX}{word.lower()}?"
     if re.match(r"\w{2,}:", name):
-        return f"{name} is no file; presets are {PREFIX}NAME ({nearest_first(plain, list(PRESETS))}), datasets hub:NAME."
+        return (
+            f"{name} is no file; presets are {PREFIX}NAME ({nearest_first(plain, list(PRESETS))}), datasets hub:NAME."
+        )
     if any(sign in name for sign in "*?["):
         return f"no file is called {name}, or fits it."
     has_folder = Path(name).parent.is_dir()

@@ -15,7 +15,6 @@ from .base import Command, Result
 from .requests import require_calibration
 from .work import add_dry_run, shown
 
-
 if TYPE_CHECKING:
     from ..checkpoints.layout import Layout
 

@@ -108,13 +108,13 @@ def compare_methods(
     if isinstance(calibration, CalibrationStats):
         calibration, stats = None, calibration
     recipes = _recipes(methods)
-    sparsities = [sparsities] if isinstance(sparsities, (int, float, str)) else list(sparsities)
+    one_or_more = [sparsities] if isinstance(sparsities, (int, float, str)) else sparsities
     allocations = [allocations] if isinstance(allocations, str) else list(allocations)
-    sparsities = [fraction(sparsity) if isinstance(sparsity, str) else sparsity for sparsity in sparsities]
+    fractions = [fraction(sparsity) if isinstance(sparsity, str) else sparsity for sparsity in one_or_more]
     model = plain_model(model)
-    if wrong := [s for s in sparsities if not isinstance(s, (int, float)) or not 0 < s < 1]:
+    if wrong := [s for s in fractions if not isinstance(s, (int, float)) or not 0 < s < 1]:
         raise RequestError(f"sparsity is {wrong[0]!r}; the fraction of experts to remove lies between 0 and 1.")
-    if not sparsities:
+    if not fractions:
         raise RequestError("no sparsity is named.")
     layout = layout_of(model)
     if layout is None:
@@ -127,7 +127,7 @@ def compare_methods(
         config, source = layout.config, layout.checkpoint.source
     own = tokenizer if tokenizer is not None or not source.name_or_path else source.tokenizer
     heldout = CalibrationSet.build(data, own, max_length=sample_length(max_length, config))
-    asked = list(dict.fromkeys(_asked(recipes, sparsities, allocations)))
+    asked = list(dict.fromkeys(_asked(recipes, fractions, allocations)))
     possible, left_out = _possible(asked, num_experts, rule)
     samples = None
     if calibration is not None and (stats is None or any(item.allocation == BY_SENSITIVITY for item in possible)):

@@ -323,8 +323,8 @@ class CalibrationStats:
         Raises:
             RequestError: If they come from different models or settings, or share samples.
         """
-        for other in others:
-            check_type(other, CalibrationStats, "a CalibrationStats (CalibrationStats.load reads a folder)")
+        for given in others:
+            check_type(given, CalibrationStats, "a CalibrationStats (CalibrationStats.load reads a folder)")
         parts = (self, *others)
         hashes: set[str] = set()
         for part in parts:

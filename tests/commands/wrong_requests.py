@@ -365,7 +365,10 @@ TEXTS = (
     ("run --model mixtral --calibration someone/data --num-experts 4 o", "is read as hub:someone/data."),
     ("run --model mixtral --calibration texts.jsonl,lines.jsonl --num-experts 4 o", "one by one: texts.jsonl and li"),
     ("run --model mixtral --calibration '*.json' --num-experts 4 o", "no file is called *.json, or fits it."),
-    ("evaluate --model mixtral --data https://huggingface.co/datasets/a/b", "the dataset on the Hub is read as hub:a/b"),
+    (
+        "evaluate --model mixtral --data https://huggingface.co/datasets/a/b",
+        "the dataset on the Hub is read as hub:a/b",
+    ),
     (f"{RUN} --num-experts 4 --evaluate s3://bucket/x.jsonl o", "s3://bucket/x.jsonl is an address; download it"),
 )
 
