@@ -197,7 +197,11 @@ def compare(
                 row.lost.append({domain: after[domain] - base[domain] for domain in base})
             rows[sparsity].append(row)
             at = f"plan {len(rows) * len(entries) - len(entries) + len(rows[sparsity])} of {2 * len(entries)}"
-            print(f"  {at}: {name}, {sparsity:.0%} removed: {row.mean:.2f} nats lost", file=sys.stderr, flush=True)
+            print(
+                f"  {at}: {name}, {sparsity:.0%} removed: {round(row.mean, 2) + 0.0:.2f} nats lost",
+                file=sys.stderr,
+                flush=True,
+            )
     perplexities = ", ".join(f"{domain} {torch.tensor(base[domain]).exp():.1f}" for domain in corpus.DOMAINS)
     print(f"\nPerplexity of the whole model: {perplexities}")
     return rows
@@ -212,9 +216,9 @@ def print_table(rows: dict[float, list[Row]], draws: int) -> None:
         columns = [*corpus.DOMAINS, "mean", "worst", "plan s"]
         print(f"{'method':<{width}} " + " ".join(f"{c:>8}" for c in columns) + "  experts")
         losses_of = {row.name: [*row.by_domain(), row.mean, max(row.by_domain())] for row in table}
-        least = [f"{min(column):8.2f}" for column in zip(*losses_of.values(), strict=True)]
+        least = [f"{round(min(column), 2) + 0.0:8.2f}" for column in zip(*losses_of.values(), strict=True)]
         for row in sorted(table, key=lambda r: r.mean):
-            cells = [f"{cell:8.2f}" for cell in losses_of[row.name]]
+            cells = [f"{round(cell, 2) + 0.0:8.2f}" for cell in losses_of[row.name]]
             if sys.stdout.isatty():
                 cells = [f"\x1b[1m{c}\x1b[0m" if c == best else c for c, best in zip(cells, least, strict=True)]
             numbers = row.experts if len(set(row.experts)) > 1 else [row.experts[0], "in each layer"]
@@ -338,7 +342,7 @@ def main() -> None:
             found = compare_models(folder, judged, reference=model, compute=Compute(arguments.dtype))
             print(f"\nWhat it lost, on {len(judged)} held-out texts:\n")
             print(found.models[method].evaluation.summary())
-            print(f"\n{filled(EXPLAINED)}" if number == 1 else "")
+            print(f"\n{filled(EXPLAINED)}\n" if number == 1 else "")
             print(filled(found.verdict()), flush=True)
         step(f"3 of 3: all {len(arguments.methods)} methods, 25% and 50% removed, from one calibration")
         every = heldout if arguments.write or arguments.draws > 1 else judged

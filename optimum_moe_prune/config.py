@@ -18,6 +18,7 @@ from .environment import PACKAGE, is_newer, package_version
 from .errors import RequestError, nearest_first
 from .names import BY_SENSITIVITY, CONFIG_NAME, DROP, GLOBAL, KEEP, PRUNE, UNIFORM
 from .storage.files import write_text
+from .storage.kinds import RECIPE, reading
 from .storage.paths import check_name
 from .storage.values import Json, Values, fraction, is_integer, read_from, size_bytes
 
@@ -35,7 +36,10 @@ ALLOCATIONS = (UNIFORM, GLOBAL, BY_SENSITIVITY)
 MTP = (PRUNE, KEEP, DROP)
 
 
-def _setting(default: Any, help: str, metavar: str = "", least: int | None = None, most: int = 2**63 - 1) -> Any:
+_MOST = 2**63 - 1  # that other programs can hold
+
+
+def _setting(default: Any, help: str, metavar: str = "", least: int | None = None, most: int = _MOST) -> Any:
     """A setting: default, help and placeholder on the command line; the bounds of a whole number."""
     metadata = {"help": help, "metavar": metavar, "least": least, "most": most}
     if isinstance(default, (dict, list)):
@@ -203,7 +207,7 @@ class MoEPrunerConfig:
             if self.bits not in (None, *BITS):
                 raise RequestError(f"bits is {self.bits!r}; it must be one of {', '.join(map(str, BITS))}.")
         elif self.bits is not None or self.context:
-            raise RequestError(f"{'context' if self.bits is None else 'bits'} is for fit, and no fit is given.")
+            raise RequestError(f"{'context' if self.bits is None else 'bits'} is for fit=SIZE, and none is given.")
         for setting in dataclasses.fields(self):
             value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
             if isinstance(setting.default, bool) and not isinstance(value, bool):
@@ -211,9 +215,9 @@ class MoEPrunerConfig:
             if least is None or (value is None and setting.default is None):
                 continue
             if not is_integer(value) or not least <= value <= most:
-                raise RequestError(
-                    f"{setting.name} is {value!r}; it must be an integer of at least {least} and at most {most}."
-                )
+                too_large = is_integer(value) and value > most
+                bounds = f"at least {least}" + (f" and at most {most}" if most < _MOST or too_large else "")
+                raise RequestError(f"{setting.name} is {value!r}; it must be an integer of {bounds}.")
 
     @property
     def allocates(self) -> str:
@@ -363,9 +367,10 @@ class MoEPrunerConfig:
 
         hub: Json = {key: kwargs.pop(key) for key in ("revision", "token", "cache_dir") if key in kwargs}
         file_name = "/".join(filter(None, (kwargs.pop("subfolder", None), CONFIG_NAME)))
-        path, values = read_recipe(name_or_path, file_name, hub)
-        with read_from(path):
-            return cls.from_dict(values, **kwargs)
+        with reading(name_or_path, RECIPE):
+            path, values = read_recipe(name_or_path, file_name, hub)
+            with read_from(path):
+                return cls.from_dict(values, **kwargs)
 
 
 def check_clusters(sample_selection: str, num_clusters: Any) -> None:

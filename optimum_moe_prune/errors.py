@@ -58,6 +58,7 @@ _FAULTS = (
     AssertionError,
     RuntimeError,
     ImportError,
+    NameError,  # of a package that is missing, as transformers has it
 )
 
 
@@ -84,6 +85,21 @@ def faults_of(what: str, kind: type[MoEPruneError] = RequestError) -> Iterator[N
             raise
         said = str(error).strip().splitlines() or [""]
         raise kind(f"{what} is wrong, or of another model: {type(error).__name__}: {said[0]}") from error
+
+
+def check_type(value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        value: The argument.
+        kind: What it has to be.
+        wanted: That in words, with how to get one.
+
+    Raises:
+        RequestError: If it is something else.
+    """
+    if not isinstance(value, kind):
+        raise RequestError(f"{wanted} is needed, and this is a {type(value).__name__}.")
 
 
 def nearest_first(name: str, known: list[str]) -> str:

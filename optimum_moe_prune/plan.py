@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import RequestError
+from .errors import RequestError, check_type
 from .names import PLAN_NAME
 from .storage.files import check_own, write_json
+from .storage.kinds import PLAN, reading
 from .storage.paths import check_name
 from .storage.values import Json, Values, check_version, is_integer, read_from, read_json
 
@@ -160,6 +161,7 @@ class PruningPlan:
 
     def diff(self, other: PruningPlan) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Where two plans differ: by layer, the experts only this one retains and those only the other does."""
+        check_type(other, PruningPlan, "a PruningPlan (PruningPlan.load reads a file)")
         layers = sorted(set(self.retained) | set(other.retained))
         pairs = {layer: (set(self.retained.get(layer, ())), set(other.retained.get(layer, ()))) for layer in layers}
         return {
@@ -291,10 +293,10 @@ class PruningPlan:
         Raises:
             RequestError: If there is none, or it is damaged or of a newer format.
         """
-        path = Path(path)
+        given = path = Path(path)
         if path.is_dir():
             path = path / PLAN_NAME
-        with read_from(path):
+        with reading(given, PLAN), read_from(path):
             return cls.from_dict(read_json(path))
 
     @classmethod

@@ -16,7 +16,7 @@ from .checkpoints.layout import Layout, open_layout
 from .checkpoints.source import Source
 from .compat import ModelConfig, commit_of_config
 from .config import MoEPrunerConfig
-from .errors import RequestError
+from .errors import RequestError, check_type
 from .evaluation.choosing import choose_experts
 from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
 from .models.blocks import moe_blocks, moe_layers
@@ -118,6 +118,8 @@ class MoEPruner:
         Raises:
             RequestError: If there is no model, its architecture is not known, or the recipe is wrong.
         """
+        check_type(name_or_path, (str, os.PathLike), "the folder or Hub id of a model (a loaded one goes to prune)")
+        check_type(config, (MoEPrunerConfig, type(None)), "a MoEPrunerConfig (MoEPrunerConfig.from_dict reads a dict)")
         source = Source(os.fspath(name_or_path), revision, token, cache_dir, trust_remote_code)
         pruner = cls(source=source)
         model_config = pruner.model_config
@@ -296,6 +298,7 @@ class MoEPruner:
         stats = stats if stats is not None else self.stats
         if stats is None:
             raise RequestError("there are no statistics to plan with; calibrate first, or pass saved ones.")
+        check_type(stats, CalibrationStats, "a CalibrationStats (CalibrationStats.load reads a folder)")
         recipe = self._recipe()
         recipe, fit = fitted(recipe, None if recipe.fit is None else self.layout())
         plan = with_fit(build_plan(stats, recipe, domain_weights, self.sensitivity), fit)

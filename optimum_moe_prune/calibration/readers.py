@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import RequestError
+from ..storage.kinds import kind_of
+from .naming import not_there
 from .records import COLUMNS, BadRecord, Origin, Reading
 
 Rows = Iterator[tuple[Origin, Any]]
@@ -61,7 +63,7 @@ def rows_of(path: Path, reading: Reading = Reading()) -> Rows:
                 empty = False
                 yield row
     except FileNotFoundError as error:
-        raise RequestError(f"the file {path} does not exist.") from error
+        raise RequestError(not_there(path)) from error
     except UnicodeDecodeError as error:
         raise _no_text(path) from error
     except RequestError:
@@ -86,6 +88,8 @@ def _kind(path: Path) -> str | None:
 def _folder(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir() if entry.is_file() and _kind(entry) is not None)
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    if (kind := kind_of(path)) is not None:
+        return f"{path} is {kind}, and texts are needed: .jsonl or .txt files."
     return f"{path} is a folder; name the .jsonl or .txt files in it ({'there are ' + shown if names else 'none'})."
 
 
@@ -93,7 +97,7 @@ def _check_there(path: Path) -> None:
     try:
         path.open("rb").close()
     except FileNotFoundError as error:
-        raise RequestError(f"the file {path} does not exist.") from error
+        raise RequestError(not_there(path)) from error
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
 
@@ -107,7 +111,11 @@ def _unreadable(path: Path, error: Exception) -> RequestError:
 
 
 def _no_text(path: Path) -> RequestError:
-    return RequestError(f"{path} is not a text file (no UTF-8 at byte {_no_utf8_at(path)}); give .jsonl or .txt.")
+    kind = None if path.suffix.lower() in COMPRESSED else kind_of(path)
+    is_text = kind is None and _kind(path) is not None
+    way = f" and is {kind}" if kind else ""
+    way += "; save it as UTF-8." if is_text else "; give .jsonl or .txt."
+    return RequestError(f"{path} is not a text file (no UTF-8 at byte {_no_utf8_at(path)}){way}")
 
 
 def _damaged(path: Path, error: Exception) -> RequestError:
@@ -181,7 +189,10 @@ def _json(path: Path, reading: Reading) -> Rows:
     elif isinstance(value, dict):
         named = [rows for rows in value.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
         known = COLUMNS | {reading.text_column}
-        value = named[0] if len(named) == 1 and len(value) == 1 and not known & set(value) else [value]
+        is_named = len(named) == 1 and len(value) == 1 and not known & set(value)
+        if not is_named and not known & set(value) and (kind := kind_of(path)) is not None:
+            raise RequestError(f"{path} is {kind}, and texts are needed: .jsonl or .txt files.")
+        value = named[0] if is_named else [value]
     if not isinstance(value, list):
         raise RequestError(f"{path} holds a {type(value).__name__}, and not an array of records.")
     yield from ((Origin(f"record {number}", path), row) for number, row in enumerate(value, 1))

@@ -115,6 +115,12 @@ class Record:
         return len(self.content) > 1 if isinstance(self.content, Tensor) else not skip_bad
 
 
+def said_domain(row: Mapping[str, Any]) -> Any:
+    """The domain that a row says; None where it says none, or a blank one."""
+    label = row.get("domain")
+    return None if isinstance(label, str) and not label.strip() else label
+
+
 def record_of(row: Any, origin: Origin, domain: str, reading: Reading = Reading()) -> Record:
     """The record in a row of data; one that holds nothing is blank.
 
@@ -133,7 +139,7 @@ def record_of(row: Any, origin: Origin, domain: str, reading: Reading = Reading(
         return Record(origin, _read(origin, lambda: Chat(messages_of(row))), domain)
     if not isinstance(row, Mapping):
         raise BadRecord(origin, f"must be an object with 'text' or 'messages', and is a {type(row).__name__}.")
-    label = row.get("domain")
+    label = said_domain(row)
     content = _read(origin, lambda: _named(row, reading.text_column) if reading.text_column else _content(row))
     name = checked(str(domain if label is None else label), origin, "the domain of ")
     return Record(origin, content, name, label is not None)

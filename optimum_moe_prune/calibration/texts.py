@@ -24,7 +24,7 @@ from ..storage.values import Json
 from .counts import Tally
 from .presets import PREFIX, Part, preset_parts
 from .readers import domain_of, rows_of, without_nulls
-from .records import DEFAULT_DOMAIN, BadRecord, Origin, Reading, Record, record_of
+from .records import DEFAULT_DOMAIN, BadRecord, Origin, Reading, Record, record_of, said_domain
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def records(rows: Iterable[Row], reading: Reading, tally: Tally) -> Iterator[Rec
             if not reading.skip_bad:
                 raise
             if isinstance(row, Mapping):
-                label = row.get("domain")
+                label = said_domain(row)
                 tally.domains.setdefault(domain if label is None else str(label))
             tally.leave_out("bad", error)
             continue
@@ -206,7 +206,7 @@ def _file_rows(path: Path, reading: Reading, tally: Tally, is_enough: Callable[[
     with contextlib.suppress(OSError, ValueError):  # what is wrong with the file is said when it is read
         large = path.stat().st_size > LARGE_FILE
     for number, (origin, row) in enumerate(rows_of(path, reading), 1):
-        large = large and not (isinstance(row, Mapping) and row.get("domain") is not None)
+        large = large and not (isinstance(row, Mapping) and said_domain(row) is not None)
         yield origin, row, domain
         if large and is_enough(domain):
             tally.remarks.append(f"{path.name} was read as far as it was used, {number} records that say no domain.")

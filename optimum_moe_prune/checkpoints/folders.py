@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..storage.kinds import kind_of
+
 _CONVERT = "prune the original checkpoint, and convert what comes out"
 _SAVE = "load the model with transformers and save it again (save_pretrained), which writes safetensors"
 _ANOTHER = "name the folder or Hub id of a causal language model"
+_OF_MODELS = (".safetensors", ".bin", ".pt", ".pth")  # files that lie in a model's folder
 _MANY = 200  # entries of a folder that are looked at for models below it
 _LFS = b"version https://git-lfs.github.com/spec/"
 
@@ -105,11 +108,14 @@ def no_config(name_or_path: str, names: Iterable[str]) -> str | None:
     """
     names, folder = list(names), Path(name_or_path)
     if folder.is_file():
-        return (
-            f"{name_or_path} is a file, and a model's folder is needed; "
-            + (_CONVERT if folder.suffix == ".gguf" else f"name the one it is in ({folder.parent})")
-            + "."
-        )
+        if folder.suffix == ".gguf":
+            way = f"; {_CONVERT}"
+        elif (folder.parent / "config.json").is_file() or folder.suffix in _OF_MODELS:
+            way = f"; name the one it is in ({folder.parent})"
+        else:
+            way = ""
+        kind = kind_of(folder) if not way else None
+        return f"{name_or_path} is {kind or 'a file'}, and a model's folder is needed{way}."
     if unfinished := _unfinished(folder):
         return unfinished
     kind = "folder" if folder.is_dir() else "repository"
@@ -123,6 +129,8 @@ def no_config(name_or_path: str, names: Iterable[str]) -> str | None:
         return f"{start} {said}; name {', or '.join(map(str, models[:3]))}{more}."
     if not names and folder.is_dir():
         return f"{start} empty; {_ANOTHER}."
+    if kind := kind_of(folder):
+        return f"{start} {kind}."
     return None if complete else _named(start, name_or_path, names, _DATA)
 
 

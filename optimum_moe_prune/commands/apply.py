@@ -7,6 +7,7 @@ import argparse
 
 from optimum.commands.base import CommandInfo
 
+from ..errors import RequestError
 from . import flags, publishing, screen
 from .base import Command, Result
 from .work import add_dry_run, check_apply, shown
@@ -39,14 +40,16 @@ class ApplyCommand(Command):
         from ..planning.work import plan_work
         from ..pruner import MoEPruner
 
-        texts = publishing.check_publishing(args)
+        _check_reading(args)
+        publishing.check_publishing(args)
         flags.compute_of(args)
         source = flags.source_of(args)
         pruner = MoEPruner.from_plan(plan, source.name_or_path, **source.for_transformers)
-        publishing.check_memory(args, pruner)
-        publishing.say_overlap(texts, pruner.pruning_plan)
         layout = pruner.layout()
         check_apply(args, plan, layout)
+        publishing.check_memory(args, pruner)
+        texts = publishing.texts_to_judge(args)
+        publishing.say_overlap(texts, pruner.pruning_plan)
         work = plan_work(layout, plan=plan, mtp=args.mtp, output=args.output)
         if (result := shown(args, work)) is not None:
             return result
@@ -60,3 +63,13 @@ class ApplyCommand(Command):
                 **publishing.for_card(args),
             )
         return publishing.result_of_checkpoint(args, pruner, texts, printed)
+
+
+def _check_reading(args: argparse.Namespace) -> None:
+    """Refuse flags that say how texts are read, where none are.
+
+    Raises:
+        RequestError: Naming one.
+    """
+    if not args.evaluate and (idle := flags.given_reading(args)):
+        raise RequestError(f"{idle[0]} is for --evaluate, and none is named.")

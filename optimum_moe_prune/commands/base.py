@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from optimum.commands.base import BaseOptimumCLICommand
@@ -22,7 +23,7 @@ from ..storage.values import Json
 from .interrupts import GOES_ON, exit_code, kept_of, raised_signals, said_of
 from .libraries import quiet_libraries
 from .parsing import Parser, describe, flags_of
-from .requests import check_request
+from .requests import check_request, named_files
 from .shown import show, show_error
 from .wording import with_flags
 
@@ -88,7 +89,7 @@ def _executed(command: type[Command], args: argparse.Namespace) -> int:
         kept = kept_of(args)
         more = f" {_capital(kept_sentence(kept, args.output))}; {GOES_ON}." if kept and kept != before else ""
         if isinstance(error, MoEPruneError):
-            message = as_flags(str(error), command)
+            message = as_flags(str(error), command, named_files(args))
         else:
             message = f"{type(error).__name__}: {error}"
         show_error(message + more)
@@ -100,15 +101,16 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def as_flags(message: str, command: type[Command] | None = None) -> str:
+def as_flags(message: str, command: type[Command] | None = None, given: Iterable[str] = ()) -> str:
     """A message of the library, which speaks of arguments, in the words of the command line.
 
     Args:
         message: The message.
         command: The one that was given; by default any.
+        given: Names of files and folders in the command, which stay as they are.
     """
     commands = Command.__subclasses__() if command is None else [command]
-    return with_flags(message, {name: flag for each in commands for name, flag in flags_by_name(each).items()})
+    return with_flags(message, {name: flag for each in commands for name, flag in flags_by_name(each).items()}, given)
 
 
 def flags_by_name(command: type[Command]) -> dict[str, tuple[str, ...]]:

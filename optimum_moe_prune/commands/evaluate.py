@@ -36,7 +36,7 @@ class EvaluateCommand(Command):
             action="store_true",
             help="measure generation and peak memory, each model in a process of its own, in turn with the reference",
         )
-        group.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens to generate (default 64)")
+        group.add_argument("--new-tokens", type=int, metavar="N", help="tokens to generate (default 64)")
         _add_tasks(parser)
         group = parser.add_argument_group("results")
         group.add_argument("--output", metavar="FILE.json", help="write the results")
@@ -74,7 +74,7 @@ class EvaluateCommand(Command):
             speed=args.speed,
             batch_size=8 if args.batch_size is None else args.batch_size,
             max_length=max_length,
-            new_tokens=args.new_tokens,
+            new_tokens=64 if args.new_tokens is None else args.new_tokens,
             compute=compute,
             include=args.task_include or (),
             limit=args.task_limit,
@@ -142,11 +142,20 @@ def _check(args: argparse.Namespace) -> None:
         "--no-fewshot-as-multiturn": not args.fewshot_as_multiturn,
         "--gen-kwargs": args.gen_kwargs,
     }
-    reading = {"--text-column": args.text_column, "--template-arg": args.template_args, "--skip-bad": args.skip_bad}
-    if not args.data and (idle := [flag for flag, value in reading.items() if value]):
+    if not args.data and (idle := flags.given_reading(args)):
         raise RequestError(f"{idle[0]} is for --data, and none is named.")
     if not args.tasks and (idle := [flag for flag, value in given.items() if value]):
         raise RequestError(f"{idle[0]} is for --tasks, and none are named.")
+    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--new-tokens", args.new_tokens, 2)):
+        if value is not None and value < least:
+            raise RequestError(f"{flag} is {value}; it must be at least {least}.")
+    if not args.speed and args.new_tokens is not None:
+        raise RequestError("--new-tokens is for --speed, which is not asked for.")
+    if args.overwrite and args.output is None:
+        raise RequestError("--overwrite is for --output, and none is named.")
+    named = [Path(name) for name in (*args.model, *([args.reference] if args.reference else []))]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise RequestError(f"{twice[0]} is named twice.")
     if args.revision is not None and len(args.model) > 1:
         raise RequestError("--revision is for one model, and several are named.")
     if args.json and args.markdown:

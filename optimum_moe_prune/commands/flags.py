@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
-from ..names import dtype_name
+from ..names import BY_SENSITIVITY, dtype_name
 from ..storage.values import Json, fraction, no_constant
 from .parsing import add_general, nearest
 
@@ -285,6 +285,29 @@ def _json_or_text(value: str) -> Any:
         return json.loads(value, parse_constant=no_constant)
     except ValueError:
         return {"True": True, "False": False, "None": None}.get(value, value)
+
+
+def check_sensitivity(args: argparse.Namespace, config: MoEPrunerConfig, is_shown: bool = False) -> None:
+    """Refuse ``--sensitivity`` where nothing reads it.
+
+    Args:
+        args: The command's.
+        config: The recipe.
+        is_shown: Whether a report shows it.
+
+    Raises:
+        RequestError: With what it is for.
+    """
+    if args.sensitivity is not None and config.allocates != BY_SENSITIVITY and not is_shown:
+        raise RequestError(
+            f"--sensitivity is for --allocation {BY_SENSITIVITY}, and the allocation is {config.allocates!r}."
+        )
+
+
+def given_reading(args: argparse.Namespace) -> list[str]:
+    """The flags that are given of those that say how texts are read."""
+    said = {"--text-column": args.text_column, "--template-arg": args.template_args, "--skip-bad": args.skip_bad}
+    return [flag for flag, value in said.items() if value]
 
 
 def domain_weights(args: argparse.Namespace) -> dict[str, float] | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.naming import ON_THE_HUB
 from ..compat import text_config
 from ..errors import RequestError
 from ..storage.values import Json
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from ..calibration.samples import CalibrationInput, CalibrationSet
     from ..checkpoints.source import Source
     from ..pruner import MoEPruner
-
-ON_THE_HUB = ("hub:", "preset:")
 
 
 def calibration_samples(args: argparse.Namespace, pruner: MoEPruner) -> CalibrationSet:

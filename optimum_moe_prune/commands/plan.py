@@ -49,6 +49,9 @@ class PlanCommand(Command):
         target = check_file(args.output, ".json", args.overwrite, PruningPlan.load)
         config = flags.recipe(args)
         config.require_budget()
+        flags.check_sensitivity(args, config)
+        if args.model is not None and config.fit is None:
+            raise RequestError("--model is for --fit SIZE, and none is given; a plan is made from statistics alone.")
         weights = flags.domain_weights(args)
         header_of(args.stats)
 

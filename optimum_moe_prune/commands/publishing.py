@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from ..errors import MoEPruneError, RequestError, RunError
 from ..storage.values import Json
 from . import flags, screen
 from .base import Result, terminal
+from .shown import show
 
 if TYPE_CHECKING:
     from ..calibration.samples import CalibrationSet
@@ -49,24 +51,17 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_publishing(args: argparse.Namespace) -> CalibrationSet | None:
+def check_publishing(args: argparse.Namespace) -> None:
     """Refuse what cannot be added to a pruned checkpoint, before any work.
 
-    Returns:
-        What ``--evaluate`` will judge on.
-
     Raises:
-        RequestError: If a file is missing, or a package.
+        RequestError: If a package is missing, or a name is wrong.
     """
     from ..publishing.facts import CardFacts
+    from ..surgery.files import shard_bytes
 
     CardFacts(**for_card(args))
-    texts = None
-    if args.evaluate:
-        from .inputs import held_out_samples
-
-        # Whatever is wrong with them, or with the model.
-        texts = held_out_samples(args, flags.source_of(args), args.evaluate, "--evaluate")
+    shard_bytes(args.max_shard_size)
     if args.report:
         from ..publishing.report import require_matplotlib
 
@@ -81,7 +76,19 @@ def check_publishing(args: argparse.Namespace) -> CalibrationSet | None:
             raise RequestError(f"--push-to-hub: {str(error).splitlines()[0]}") from error
     elif args.private:
         raise RequestError("--private is for --push-to-hub REPO.")
-    return texts
+
+
+def texts_to_judge(args: argparse.Namespace) -> CalibrationSet | None:
+    """What ``--evaluate`` will judge on, read before any work.
+
+    Raises:
+        RequestError: If it cannot be read.
+    """
+    if not args.evaluate:
+        return None
+    from .inputs import held_out_samples
+
+    return held_out_samples(args, flags.source_of(args), args.evaluate, "--evaluate")
 
 
 def for_card(args: argparse.Namespace) -> Json:
@@ -136,7 +143,7 @@ def result_of_checkpoint(
     Args:
         args: The command's.
         pruner: That wrote it.
-        texts: What :func:`check_publishing` returned.
+        texts: What :func:`texts_to_judge` returned.
         printed: Messages that were printed before.
 
     Raises:
@@ -145,8 +152,34 @@ def result_of_checkpoint(
     plan = pruner.pruning_plan
     assert plan is not None
     folder = Path(args.output)
-    try:
+    with _written(folder):
         lost, more, results = _finish(args, pruner, plan, folder, texts)
+    lines, values = screen.checkpoint_in_words(args.output, args.standalone, lost, printed)
+    if args.push_to_hub is not None:
+        try:
+            with _written(folder):
+                commit = pruner.push_to_hub(args.push_to_hub, private=args.private)
+        except (KeyboardInterrupt, MoEPruneError):
+            if not args.json:  # what was chosen and lost is known, after hours maybe
+                show("\n".join([*lines, *more]))
+            raise
+        more.append(f"published: {commit.commit_url}")
+        results["commit"] = commit.commit_url
+    if not lost:
+        evaluate = ["optimum-cli", "moe-prune", "evaluate", "--model", args.output, "--reference", args.model]
+        more.append(f"next, see what it lost: {shlex.join([*evaluate, '--data', 'YOURS.jsonl', '--update-card'])}")
+    return "\n".join([*lines, *more]), {**values, **results}
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Say that the checkpoint is whole, where what follows it is interrupted or fails.
+
+    Raises:
+        RunError: In place of whatever failed.
+    """
+    try:
+        yield
     except KeyboardInterrupt as error:
         error.args = (f"the pruned checkpoint is written in {folder}, and what should follow was not done. {_LATER}",)
         raise
@@ -154,11 +187,6 @@ def result_of_checkpoint(
         raise RunError(
             f"the pruned checkpoint is written in {folder}, and what should follow failed: {error} {_LATER}"
         ) from error
-    lines, values = screen.checkpoint_in_words(args.output, args.standalone, lost, printed)
-    if not lost:
-        evaluate = ["optimum-cli", "moe-prune", "evaluate", "--model", args.output, "--reference", args.model]
-        more.append(f"next, see what it lost: {shlex.join([*evaluate, '--data', 'YOURS.jsonl', '--update-card'])}")
-    return "\n".join([*lines, *more]), {**values, **results}
 
 
 _LATER = (
@@ -206,8 +234,4 @@ def _finish(
         values["report"] = str(folder / REPORT_NAME)
     if comparison is not None or args.report:
         write_card(folder, folder.resolve().name)
-    if args.push_to_hub is not None:
-        commit = pruner.push_to_hub(args.push_to_hub, private=args.private)
-        more.append(f"published: {commit.commit_url}")
-        values["commit"] = commit.commit_url
     return lost, more, values

@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..calibration.naming import ON_THE_HUB, not_there
 from ..checkpoints.naming import check_named
 from ..errors import RequestError
 from ..storage.nearby import absent
 
-_FILES = ("stats", "plan", "sensitivity", "evaluation", "calibration", "data", "evaluate", "task_include")
+_TEXTS = ("calibration", "data", "evaluate")
+_FILES = ("stats", "plan", "sensitivity", "evaluation", *_TEXTS, "task_include")
 """Arguments that name files or folders that must be there."""
 
 
@@ -24,9 +26,17 @@ def check_request(args: argparse.Namespace) -> None:
     """
     for name in _named(args, "model", "reference"):
         check_named(name)
-    for name in _named(args, *_FILES):
-        if _is_file(name) and not _exists(name):
-            raise RequestError(absent(name))
+    for argument in _FILES:
+        for given in _named(args, argument):
+            is_file = not given.startswith(ON_THE_HUB) if argument in _TEXTS else _is_file(given)
+            if not is_file or _exists(given):
+                continue
+            name = given
+            if argument == "plan" and isinstance(args.plan, list):  # NAME=PLAN.json
+                name = given.partition("=")[2] or given
+                if _exists(name):
+                    continue
+            raise RequestError(not_there(name) if argument in _TEXTS else absent(name))
 
 
 def require_calibration(args: argparse.Namespace) -> None:
@@ -37,6 +47,11 @@ def require_calibration(args: argparse.Namespace) -> None:
     """
     if not args.calibration:
         raise RequestError("a calibration is needed; name a file (--calibration FILE), or a preset (list presets).")
+
+
+def named_files(args: argparse.Namespace) -> tuple[str, ...]:
+    """What a command names of files and folders, models among them."""
+    return tuple(_named(args, "model", "reference", "config", "output", "pictures", *_FILES))
 
 
 def _named(args: argparse.Namespace, *arguments: str) -> Iterator[str]:

@@ -47,7 +47,8 @@ class RunCommand(Command):
         weights = flags.domain_weights(args)
         if config.needs or (config.allocates == BY_SENSITIVITY and args.sensitivity is None):
             require_calibration(args)
-        texts = publishing.check_publishing(args)
+        flags.check_sensitivity(args, config, args.report)
+        publishing.check_publishing(args)
 
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work
@@ -57,7 +58,9 @@ class RunCommand(Command):
         compute = flags.compute_of(args)
         source = flags.source_of(args)
         pruner = MoEPruner.from_pretrained(source.name_or_path, config, **source.for_transformers)
+        pruner.layout()  # refuses what lacks weights
         publishing.check_memory(args, pruner)
+        texts = publishing.texts_to_judge(args)
         if args.sensitivity is not None:
             pruner.sensitivity = Sensitivity.load(args.sensitivity)
             if config.allocates == BY_SENSITIVITY:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from optimum.commands.base import CommandInfo
 
@@ -13,6 +14,9 @@ from . import flags
 from .base import Command, Result
 from .requests import require_calibration
 from .work import add_dry_run, shown
+
+if TYPE_CHECKING:
+    from ..checkpoints.layout import Layout
 
 
 class SensitivityCommand(Command):
@@ -81,6 +85,8 @@ class SensitivityCommand(Command):
         compute = flags.compute_of(args)
         pruner = MoEPruner(configs[0], source=flags.source_of(args))
         layout = pruner.layout()
+        stats = None if args.stats is None else CalibrationStats.load(args.stats)
+        _check_counts(counts, layout)
         samples = calibration_samples(args, pruner)
         needs = frozenset() if args.stats else frozenset(need for config in configs for need in config.needs)
         work = plan_work(layout, configs[0], samples, needs=needs, output=args.output, compute=compute, measures=True)
@@ -92,7 +98,7 @@ class SensitivityCommand(Command):
                 layout,
                 samples,
                 configs,
-                None if args.stats is None else CalibrationStats.load(args.stats),
+                stats,
                 domain_weights=flags.domain_weights(args),
                 counts=counts,
                 sparsities=SPARSITIES if sparsities is None else sparsities,
@@ -103,3 +109,14 @@ class SensitivityCommand(Command):
             measured.save(args.output)
             workspace.clear()
         return f"{measured.summary()}\n{args.output}", {"output": args.output, **measured.to_dict()}
+
+
+def _check_counts(counts: list[int] | None, layout: Layout) -> None:
+    """Refuse numbers of experts of which no layer can keep any, before texts are read.
+
+    Raises:
+        RequestError: With those that can be asked for.
+    """
+    least, most = layout.spec.routing(layout.config).top_k, max(layout.num_experts.values()) - 1
+    if counts is not None and not any(least <= count <= most for count in counts):
+        raise RequestError(f"--counts is {','.join(map(str, counts))}; ask for numbers of {least} to {most} experts.")

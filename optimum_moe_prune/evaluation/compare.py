@@ -34,6 +34,8 @@ from .tasks import check_tasks, run_tasks
 
 logger = logging.getLogger(__name__)
 
+_SAME_TOKENS = 0.9  # of all tokens of two tokenizers that are taken for the same one
+
 AnyModel = Union[str, os.PathLike, Source, PreTrainedModel]  # noqa: UP007 - evaluated on Python 3.10 as well
 """A model's folder or Hub id, how it is reached, or the model itself."""
 
@@ -209,6 +211,23 @@ def _check(
     if data is not None and len(set(sizes)) > 1:
         told = ", ".join(f"{_name(model)} {size}" for model, size in zip(models, sizes, strict=True))
         raise RequestError(f"models of different vocabularies cannot be compared on the same tokens: {told}.")
+    if data is not None and len(models) > 1:
+        _check_same_tokens(models)
+
+
+def _check_same_tokens(models: Sequence[Source | PreTrainedModel]) -> None:
+    """Refuse models whose tokenizers say different things by the same numbers; single tokens may be others."""
+    tokenizers = {_name(model): _tokenizer(model) for model in models}
+    vocabularies = {name: tokenizer.get_vocab() for name, tokenizer in tokenizers.items() if tokenizer is not None}
+    first, *others = vocabularies or [""]
+    for other in others:
+        shared = vocabularies[first].keys() | vocabularies[other].keys()
+        same = sum(vocabularies[first].get(token) == vocabularies[other].get(token) for token in shared)
+        if same < _SAME_TOKENS * len(shared):
+            raise RequestError(
+                f"the tokenizers of {first} and {other} give the same numbers to different tokens ({same} of "
+                f"{len(shared)} agree); models cannot be compared on the same tokens then."
+            )
 
 
 def _source(model: AnyModel) -> Source | PreTrainedModel:

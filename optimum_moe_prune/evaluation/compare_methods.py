@@ -34,7 +34,7 @@ from ..statistics.passages import remembered
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
-from ..storage.values import Json
+from ..storage.values import Json, fraction
 from ..storage.workspace import Workspace
 from .comparison import Comparison, ModelResult, reference_of
 from .divergence import AGREEMENT, KL, LOSS, Retained, outcomes
@@ -61,8 +61,8 @@ def compare_methods(
     data: CalibrationInput,
     *,
     methods: Methods = "all",
-    sparsities: Sequence[float] = (0.25, 0.5),
-    allocations: Sequence[str] = (),
+    sparsities: Sequence[float | str] | float | str = (0.25, 0.5),
+    allocations: Sequence[str] | str = (),
     stats: CalibrationStats | None = None,
     sensitivity: Sensitivity | None = None,
     domain_weights: Mapping[str, float] | None = None,
@@ -84,7 +84,7 @@ def compare_methods(
             none.
         data: Held-out texts, as :func:`~optimum_moe_prune.evaluation.losses.evaluate` takes them.
         methods: ``"all"``, names, or recipes; the first one's settings are those of the calibration.
-        sparsities: Fractions of the experts to remove.
+        sparsities: Fractions of the experts to remove, as ``0.25`` or ``"25%"``, or one.
         allocations: ``"uniform"``, ``"global"``, ``"sensitivity"``; by default each method's own (of a recipe, its).
         stats: Of the same model, from which the methods choose; the calibration is then read for
             ``allocation="sensitivity"`` alone.
@@ -108,10 +108,13 @@ def compare_methods(
     if isinstance(calibration, CalibrationStats):
         calibration, stats = None, calibration
     recipes = _recipes(methods)
+    one_or_more = [sparsities] if isinstance(sparsities, (int, float, str)) else sparsities
+    allocations = [allocations] if isinstance(allocations, str) else list(allocations)
+    fractions = [fraction(sparsity) if isinstance(sparsity, str) else sparsity for sparsity in one_or_more]
     model = plain_model(model)
-    if wrong := [s for s in sparsities if not isinstance(s, (int, float)) or not 0 < s < 1]:
+    if wrong := [s for s in fractions if not isinstance(s, (int, float)) or not 0 < s < 1]:
         raise RequestError(f"sparsity is {wrong[0]!r}; the fraction of experts to remove lies between 0 and 1.")
-    if not sparsities:
+    if not fractions:
         raise RequestError("no sparsity is named.")
     layout = layout_of(model)
     if layout is None:
@@ -124,7 +127,7 @@ def compare_methods(
         config, source = layout.config, layout.checkpoint.source
     own = tokenizer if tokenizer is not None or not source.name_or_path else source.tokenizer
     heldout = CalibrationSet.build(data, own, max_length=sample_length(max_length, config))
-    asked = list(dict.fromkeys(_asked(recipes, sparsities, allocations)))
+    asked = list(dict.fromkeys(_asked(recipes, fractions, allocations)))
     possible, left_out = _possible(asked, num_experts, rule)
     samples = None
     if calibration is not None and (stats is None or any(item.allocation == BY_SENSITIVITY for item in possible)):

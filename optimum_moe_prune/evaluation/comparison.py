@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import RequestError
 from ..planning.sensitivity import ALL
 from ..storage.files import check_own, write_json
+from ..storage.kinds import EVALUATION, reading
 from ..storage.values import Json, Values, check_version, read_from, read_json
 from .losses import DomainResult, Evaluation, nats, short
 from .overlap import CALIBRATED_ON, HELD_OUT, PARTLY, UNKNOWN, Overlap
@@ -277,7 +278,7 @@ class Comparison:
         Raises:
             RequestError: If there is none, or it is damaged or of a newer format.
         """
-        with read_from(path):
+        with reading(path, EVALUATION), read_from(path):
             return cls.from_dict(read_json(path))
 
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from scipy.stats import bootstrap
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from ..calibration.texts import needs_tokenizer
+from ..checkpoints.source import Source
 from ..compat import text_config
-from ..errors import RequestError, RunError
+from ..errors import RequestError, RunError, check_type
 from ..models.batches import Batch
 from ..models.checks import evaluating, input_device, vocabulary
 from ..models.wrappers import plain_model
@@ -181,7 +183,7 @@ def evaluate(
         data: Texts, files, records or token tensors; each text is one sample, cut to ``max_length`` tokens. A
             ``CalibrationSet`` where they are read in a way of their own (``text_column``, ``template_args``,
             ``skip_bad``).
-        tokenizer: For texts.
+        tokenizer: For texts; by default the one in the folder or repository that the model is from.
         reference: The model to compare with, of the same vocabulary; usually the unpruned one.
         batch_size: Samples in a forward pass, at most; fewer where the vocabulary is large.
         max_length: Tokens of a sample at most; less if the model was made for less (``max_position_embeddings``).
@@ -193,7 +195,11 @@ def evaluate(
     """
     if batch_size < 1:
         raise RequestError(f"batch_size is {batch_size}; it must be at least 1.")
+    for given in (model, reference):
+        check_type(given, (nn.Module, type(None)), "a loaded model (compare takes folders and Hub ids)")
     model, reference = plain_model(model), plain_model(reference)
+    if tokenizer is None and model.name_or_path and needs_tokenizer(data):
+        tokenizer = Source(model.name_or_path).tokenizer
     samples = CalibrationSet.build(data, tokenizer, max_length=sample_length(max_length, model.config))
     models = [model] if reference is None else [model, reference]
     sizes = [text_config(m.config).vocab_size for m in models]

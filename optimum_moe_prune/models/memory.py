@@ -64,7 +64,9 @@ class Compute:
             try:
                 torch.empty(0, device=self.device)
             except (RuntimeError, AssertionError) as error:
-                raise RequestError(f"device={self.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+                raise RequestError(f"device={self.device!r} cannot be used: {_first_sentence(error)}") from error
+            if torch.device(self.device).type == "meta":
+                raise RequestError("device='meta' calculates nothing; name one that does: cpu, cuda, auto ...")
 
     def settled(self, layout: Layout, streamed_before: bool | None = None) -> Compute:
         """The same with a device that is there, and a decision about streaming.
@@ -212,3 +214,11 @@ def available_memory(device: str) -> int:
     except (OSError, ValueError, KeyError):
         pass
     return free
+
+
+def _first_sentence(error: Exception) -> str:
+    """What an error of torch says, without the lists that may follow."""
+    first = str(error).splitlines()[0].split(". ")[0]
+    if "at start of device string" in first:
+        return "torch knows no such device."
+    return first.rstrip(".") + "."

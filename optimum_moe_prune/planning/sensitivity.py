@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..architectures.fingerprint import same_routers
 from ..errors import RequestError
 from ..storage.files import check_own, write_json
+from ..storage.kinds import SENSITIVITY, reading
 from ..storage.values import Json, Values, check_version, is_integer, read_from, read_json
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ class Sensitivity:
         Raises:
             RequestError: If there is none, or it is damaged or of a newer format.
         """
-        with read_from(path):
+        with reading(path, SENSITIVITY), read_from(path):
             return cls.from_dict(read_json(path))
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from ..calibration.in_memory import statistics_bytes
 from ..calibration.observer import Current
 from ..calibration.samples import CalibrationSet
-from ..checkpoints.layout import Layout, model_dtype
+from ..checkpoints.layout import Layout, model_dtype, open_layout
 from ..checkpoints.sizes import Sizes, sizes_of
+from ..checkpoints.source import Source
 from ..compat import text_config
+from ..errors import check_type
 from ..methods.budget import Budget, UniformBudget
 from ..methods.limits import MOST_COUNTS, allowed_counts
 from ..models.memory import Compute, available_memory, model_bytes
@@ -129,7 +131,7 @@ class WorkPlan:
         if self.fit is not None:
             lines["fits"] = self.fit.note
         if self.texts:
-            domains = ", ".join(f"{name} {count}" for name, count in self.texts["tokens_by_domain"].items())
+            domains = ", ".join(f"{name} {count}" for name, count in sorted(self.texts["tokens_by_domain"].items()))
             lines["text"] = f"{self.texts['samples']} samples, {self.texts['tokens']} tokens ({domains})"
         lines["reads"] = gigabytes(self.reads)
         if self.writes or self.unfinished:
@@ -174,7 +176,7 @@ class WorkPlan:
 
 
 def plan_work(
-    layout: Layout,
+    model: Layout | Source | str | os.PathLike,
     recipe: MoEPrunerConfig | None = None,
     samples: CalibrationSet | None = None,
     *,
@@ -190,9 +192,9 @@ def plan_work(
     """What calibrating, choosing and writing will take. Nothing is written; one layer is run on a few tokens.
 
     Args:
-        layout: The checkpoint.
+        model: The checkpoint, by its folder or Hub id.
         recipe: Method, budget and calibration; without a budget nothing is chosen.
-        samples: The calibration; None where none is needed.
+        samples: The calibration, as ``MoEPruner.samples`` makes it of texts; None where none is needed.
         needs: What is gathered; by default what the recipe's method reads.
         plan: In place of a budget: the plan that is applied.
         mtp: With a plan, what becomes of heads in place of what it says.
@@ -205,6 +207,9 @@ def plan_work(
     Raises:
         RequestError: If the budget cannot be kept to, or the device is not there.
     """
+    check_type(model, (Layout, Source, str, os.PathLike), "the folder or Hub id of a model")
+    check_type(samples, (CalibrationSet, type(None)), "a CalibrationSet (MoEPruner.samples makes one of texts)")
+    layout = model if isinstance(model, Layout) else open_layout(model)
     sizes, counts, config = sizes_of(layout), layout.num_experts, layout.config
     rule = layout.spec.routing(config)
     fit, choice, writes = None, None, 0

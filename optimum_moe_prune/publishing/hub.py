@@ -248,4 +248,4 @@ def _said(error: BaseException) -> tuple[str, errors.HfHubHTTPError | None]:
     if answer is not None:
         below = answer.server_message or f"{answer.response.reason_phrase} by {answer.response.url.host}"
     lines = [text.strip().partition("\n")[0].rstrip(".") for text in (said, below) if text]
-    return textwrap.shorten("; ".join(lines), 300, placeholder="..."), answer
+    return textwrap.shorten("; ".join(dict.fromkeys(lines)), 300, placeholder="..."), answer

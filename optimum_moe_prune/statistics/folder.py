@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import RequestError
 from ..names import STATS_NAME
+from ..storage.kinds import STATS, reading
 
 
 def header_of(folder: str | os.PathLike) -> Path:
@@ -17,6 +18,7 @@ def header_of(folder: str | os.PathLike) -> Path:
         RequestError: If there is none.
     """
     path = Path(folder) / STATS_NAME
-    if not path.is_file():
-        raise RequestError(f"{folder} holds no calibration statistics ({STATS_NAME} is missing).")
+    with reading(folder, STATS):
+        if not path.is_file():
+            raise RequestError(f"{folder} holds no calibration statistics ({STATS_NAME} is missing).")
     return path

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..architectures.own_code import OwnCode
 from ..architectures.routers import RoutingRule, rule_from_dict
-from ..errors import RequestError
+from ..errors import RequestError, check_type
 from ..names import STATS_NAME
 from ..storage.files import write_bytes, write_json
 from ..storage.folders import written_folder
@@ -324,6 +324,8 @@ class CalibrationStats:
         Raises:
             RequestError: If they come from different models or settings, or share samples.
         """
+        for given in others:
+            check_type(given, CalibrationStats, "a CalibrationStats (CalibrationStats.load reads a folder)")
         parts = (self, *others)
         hashes: set[str] = set()
         for part in parts:

@@ -57,6 +57,8 @@ def check_own(path: str | os.PathLike, read: Callable[[Path], object]) -> Path:
     try:
         read(path)
     except (OSError, ValueError) as error:
+        if "is not replaced" in str(error):
+            raise
         raise RequestError(
             f"{path} is not what is to be written there and is not replaced: {str(error).rstrip('.')}. Name another "
             "file."

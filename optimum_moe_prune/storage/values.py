@@ -30,11 +30,26 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
     except FileNotFoundError as error:
         raise RequestError(f"{path} does not exist.") from error
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read as JSON: {error}") from error
+    except IsADirectoryError as error:
+        raise RequestError(f"{path} is a folder, and a file is needed.") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} cannot be read as JSON: it is no text.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} cannot be read as JSON: {_why(error)}") from error
     if not isinstance(value, dict):
         raise RequestError(f"{path} must hold a JSON object, and holds a {type(value).__name__}.")
     return value
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file that is no JSON, in words where the usual reasons are."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    if not error.doc.strip():
+        return "it is empty."
+    if error.msg == "Extra data":
+        return f"it holds more than one value, the second from line {error.lineno}; is it one of JSON lines (.jsonl)?"
+    return str(error)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,13 @@ import pytest
 from oracles import call
 from wrong_requests import TABLES
 
+from optimum_moe_prune import PruningPlan
+
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with what the requests name."""
-    for folder in ("mixtral", "full", "empty", "above/model", "ggufs", "stats"):
+    for folder in ("mixtral", "full", "empty", "above/model", "ggufs", "stats", "saved", "cut", "compared/plans"):
         (tmp_path / folder).mkdir(parents=True)
     files = {
         "mixtral/config.json": '{"model_type": "mixtral"}',
@@ -36,10 +38,30 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "object.yaml": "!!python/object/apply:os.system ['true']\n",
         "unknown.yaml": "num_expert: 4\n",
         "unknown.json": json.dumps({"sparcity": 0.5}),
+        "saved/stats.json": json.dumps({"format_version": 2, "needs": [], "kept_tokens": 0, "samples": []}),
+        "saved/layer.safetensors": "",
+        "cut/moe_pruning_plan.json": "{}",
+        "compared/results.json": json.dumps({"format_version": 1, "models": {}, "settings": {}}),
+        "compared/plans/reap_0.25.json": "{}",
+        "results.json": json.dumps({"format_version": 1, "models": {}, "settings": {}, "reference": None}),
+        "sensitivity.json": json.dumps({"format_version": 1, "methods": {}, "samples": []}),
+        "recipe.yaml": "method: reap\n",
+        "recipe2.json": json.dumps({"method": "reap", "num_experts": 4}),
+        "weights.index.json": json.dumps({"weight_map": {}}),
+        "list.json": "[]",
+        "nothing.json": "",
+        "lines.jsonl": '{"text": "a"}\n{"text": "b"}\n',
+        "picture.png": "",
+        "real.gguf": "GGUF",
+        "a.pdf": "%PDF-1.4",
         "wrong.yaml": "sparsity: '40'\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
+    plan = PruningPlan("mixtral", 2, "reap", {0: (0, 1)}, {0: 4})
+    for name in ("plan.json", "plan2.json"):
+        plan.save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
