@@ -66,9 +66,7 @@ def export_plan(plan: PruningPlan, format: str = "json") -> str:
         RequestError: If the format is not known.
     """
     if format not in EXPORT_FORMATS:
-        raise RequestError(
-            f"export format {format!r} is not known. Known: {nearest_first(str(format), [*EXPORT_FORMATS])}."
-        )
+        raise RequestError(f"export format {format!r} is not known: {nearest_first(str(format), [*EXPORT_FORMATS])}.")
     return _json(plan)
 
 

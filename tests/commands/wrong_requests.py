@@ -323,7 +323,7 @@ KINDS = (
     ("export --plan saved e.json", "saved is a folder of statistics, and a plan is needed."),
     ("export --plan mixtral e.json", "mixtral is a model's folder, and a plan is needed."),
     ("export --plan results.json e.json", "results.json is a result of evaluate, and a plan is needed."),
-    ("export --plan plan.json --format vllm e.json", "export format 'vllm' is not known. Known: json."),
+    ("export --plan plan.json --format vllm e.json", "export format 'vllm' is not known: json."),
     ("export --plan plan.json e.txt", "must end in .json, and is e.txt"),
     ("export --plan plan.json --plan p2.json e.json", "--plan is given twice"),
     ("report --stats plan.json r.html", "plan.json is a plan, and a folder of statistics is needed."),

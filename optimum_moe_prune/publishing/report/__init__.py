@@ -82,9 +82,9 @@ def write_report(
     formats = (formats,) if isinstance(formats, str) else tuple(formats)
     if unknown := [form for form in formats if form not in FORMATS]:
         raise RequestError(f"format {unknown[0]!r} is not known. Known: {', '.join(FORMATS)}.")
-    if target.suffix != ".html":
+    if target.suffix != ".html" and not target.is_dir():
         raise RequestError(f"the report's file must end in .html, and is {target}.")
-    check_file(target, ".html", overwrite, _check_is_report)
+    check_file(target, target.suffix, overwrite, _check_is_report)
     if folder is not None and folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file; name a folder for the pictures.")
     given = named(plans)
