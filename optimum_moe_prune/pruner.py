@@ -22,7 +22,7 @@ from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
 from .models.blocks import moe_blocks, moe_layers
 from .models.checks import usable_model
 from .models.memory import Compute
-from .names import BY_SENSITIVITY
+from .names import BY_SENSITIVITY, PLAN_NAME
 from .plan import PruningPlan, with_parent
 from .planning.build import budget_for, build_plan
 from .planning.fit import fitted, with_fit
@@ -376,7 +376,7 @@ class MoEPruner:
                 had finished stays in the sibling ``.<name>.partial``.
         """
         name = self.name_or_path if source is None else os.fspath(source)
-        check_target(output_dir, overwrite, [name])
+        check_target(output_dir, overwrite, [name], PLAN_NAME)
         shard_bytes(max_shard_size)
         read, card, way = self._source(source), CardFacts.taken(options), Compute(**options)
         plan = None if calibration is not None or domain_weights is not None else self.pruning_plan

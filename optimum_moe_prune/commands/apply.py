@@ -31,10 +31,11 @@ class ApplyCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
+        from ..names import PLAN_NAME
         from ..plan import PruningPlan
         from ..storage.folders import check_target
 
-        check_target(args.output, args.overwrite, [args.model, args.plan])
+        check_target(args.output, args.overwrite, [args.model, args.plan], PLAN_NAME)
         plan = PruningPlan.load(args.plan)
 
         from ..planning.work import plan_work

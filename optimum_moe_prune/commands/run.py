@@ -38,10 +38,10 @@ class RunCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
-        from ..names import BY_SENSITIVITY
+        from ..names import BY_SENSITIVITY, PLAN_NAME
         from ..storage.folders import check_target
 
-        check_target(args.output, args.overwrite, [args.model])
+        check_target(args.output, args.overwrite, [args.model], PLAN_NAME)
         config = flags.recipe(args)
         config.require_budget()
         weights = flags.domain_weights(args)
@@ -53,12 +53,13 @@ class RunCommand(Command):
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work
         from ..pruner import MoEPruner
+        from ..statistics.samples import check_domain_weights
         from .inputs import calibration_samples
 
         compute = flags.compute_of(args)
         source = flags.source_of(args)
         pruner = MoEPruner.from_pretrained(source.name_or_path, config, **source.for_transformers)
-        pruner.layout()  # refuses what lacks weights
+        check_run(args, pruner, pruner.layout())
         publishing.check_memory(args, pruner)
         texts = publishing.texts_to_judge(args)
         if args.sensitivity is not None:
@@ -69,7 +70,8 @@ class RunCommand(Command):
         with screen.notes_kept(args.json) as printed:
             samples = calibration_samples(args, pruner) if measures or config.needs else None
             publishing.say_overlap(texts, samples)
-            check_run(args, pruner, samples)
+            if weights is not None and samples is not None:
+                check_domain_weights(samples.samples, weights)
             work = plan_work(pruner.layout(), config, samples, output=args.output, compute=compute, measures=measures)
             if (result := shown(args, work)) is not None:
                 return result

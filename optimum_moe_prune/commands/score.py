@@ -35,10 +35,11 @@ class ScoreCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
+        from ..names import STATS_NAME
         from ..storage.folders import check_target, working_on
 
         require_calibration(args)
-        check_target(args.output, args.overwrite, [args.model])
+        check_target(args.output, args.overwrite, [args.model], STATS_NAME)
         every = args.method == "all" or (args.method is None and not args.config)
         args.method = None if every else args.method
         config = flags.recipe(args)

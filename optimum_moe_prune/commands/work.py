@@ -8,11 +8,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..errors import printable
-from . import flags
 from .base import Result
 
 if TYPE_CHECKING:
-    from ..calibration.samples import CalibrationSet
     from ..checkpoints.layout import Layout
     from ..plan import PruningPlan
     from ..planning.work import WorkPlan
@@ -37,25 +35,20 @@ def shown(args: argparse.Namespace, work: WorkPlan) -> Result | None:
     return None
 
 
-def check_run(args: argparse.Namespace, pruner: MoEPruner, samples: CalibrationSet | None) -> None:
-    """Refuse a run that can be known to fail, before its plan is shown.
+def check_run(args: argparse.Namespace, pruner: MoEPruner, layout: Layout) -> None:
+    """Refuse a run that can be known to fail, before any text is read.
 
     Raises:
-        RequestError: If budget, output, heads or the shares of domains are wrong.
+        RequestError: If budget, output or heads are wrong.
     """
     from ..planning.build import budget_for
     from ..planning.fit import fitted
-    from ..statistics.samples import check_domain_weights
     from ..surgery.checks import check_output
 
     assert pruner.config is not None
-    layout = pruner.layout()
     recipe, _ = fitted(pruner.config, layout)
     budget = budget_for(recipe, layout.num_experts, layout.spec.routing(layout.config))
     check_output(layout, budget, args.output, args.standalone, recipe.mtp)
-    weights = flags.domain_weights(args)
-    if weights is not None and samples is not None:
-        check_domain_weights(samples.samples, weights)
 
 
 def check_apply(args: argparse.Namespace, plan: PruningPlan, layout: Layout) -> None:

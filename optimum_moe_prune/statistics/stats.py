@@ -232,7 +232,7 @@ class CalibrationStats:
             "provenance": self.provenance,
         }
         merged = [layer.tensors.files() for layer in self.layers.values() if isinstance(layer.tensors, MergedTensors)]
-        with written_folder(folder, overwrite, sorted(set().union(*merged))) as partial:
+        with written_folder(folder, overwrite, sorted(set().union(*merged)), STATS_NAME) as partial:
             for index, layer in self.layers.items():
                 save_layer(layer.tensors, self.names, partial / layer_file(index))
             tokens = {"sample": self.token_sample.contiguous(), "position": self.token_position.contiguous()}

@@ -155,7 +155,10 @@ def _free_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def written_folder(
-    folder: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike | None] = ()
+    folder: str | os.PathLike,
+    overwrite: bool = False,
+    sources: Iterable[str | os.PathLike | None] = (),
+    marker: str | None = None,
 ) -> Iterator[Path]:
     """A new folder beside the target, renamed to it when the block ends without an error.
 
@@ -163,6 +166,7 @@ def written_folder(
         folder: The target.
         overwrite: As in :func:`check_target`.
         sources: As in :func:`check_target`.
+        marker: As in :func:`check_target`.
 
     Yields:
         The folder to write into, inside the sibling ``.<name>.partial``. After an error it is removed and the target
@@ -173,9 +177,9 @@ def written_folder(
         RunError: If something cannot be written.
     """
     sources = list(sources)
-    check_target(folder, overwrite, sources)
+    check_target(folder, overwrite, sources, marker)
     with working_on(folder) as partial:
-        target = check_target(folder, overwrite, sources)  # an earlier output may be there again
+        target = check_target(folder, overwrite, sources, marker)  # an earlier output may be there again
         output, replaced = partial / _OUTPUT, partial / _REPLACED
         try:
             shutil.rmtree(output, ignore_errors=True)

@@ -8,14 +8,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import RequestError
+from ..names import PLAN_NAME, STATS_NAME
 from .outputs import output_fault
 from .paths import check_parent, check_place, nearest_existing, partial_folder, real_path
+
+_KINDS = {PLAN_NAME: "a pruned checkpoint", STATS_NAME: "statistics"}
 
 __all__ = ["check_parent", "check_target", "nearest_existing", "partial_folder", "real_path"]
 
 
 def check_target(
-    folder: str | os.PathLike, overwrite: bool = False, sources: Iterable[str | os.PathLike | None] = ()
+    folder: str | os.PathLike,
+    overwrite: bool = False,
+    sources: Iterable[str | os.PathLike | None] = (),
+    marker: str | None = None,
 ) -> Path:
     """The target as a path, if it may be written.
 
@@ -23,6 +29,8 @@ def check_target(
         folder: The target.
         overwrite: Whether an earlier output there may be replaced.
         sources: What is read to make the output, and must outlive it.
+        marker: The file that marks what is to be written (``outputs.MARKERS``): an output of another kind, hours of
+            calibration perhaps, is not replaced by it.
 
     Raises:
         RequestError: If it exists and is not an empty folder, unless ``overwrite`` allows replacing an earlier output
@@ -46,6 +54,11 @@ def check_target(
             raise RequestError(
                 f"{folder} holds something else than an output of this package and is not replaced: {fault}. Name "
                 "another folder, or move what is to be kept."
+            )
+        if marker is not None and not (target / marker).is_file():
+            raise RequestError(
+                f"{folder} holds {_KINDS[STATS_NAME if marker == PLAN_NAME else PLAN_NAME]}, which {_KINDS[marker]} "
+                "would replace; name another folder."
             )
     check_parent(target)
     return target

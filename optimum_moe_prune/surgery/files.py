@@ -86,7 +86,7 @@ def pruned_checkpoint(
     """
     checkpoint = layout.checkpoint
     source = checkpoint.name_or_path
-    check_target(target, overwrite, [source])
+    check_target(target, overwrite, [source], PLAN_NAME)
     check_plan_for_config(plan, layout.config)
     uniform = plan.uniform_num_experts is not None
     check_request(layout, uniform, standalone, way_of_plan(plan, mtp))
@@ -109,7 +109,7 @@ def pruned_checkpoint(
     with faults_of(f"config.json of {source}"):
         config = with_settings(config_of_files(layout, pruned), cut)
     beside = changed_files(checkpoint.source, cut)
-    with written_folder(target, overwrite, [source]) as output:
+    with written_folder(target, overwrite, [source], PLAN_NAME) as output:
         with working("writing the checkpoint", total, "B", "wrote") as work:
             for file, names in files.filename_to_tensors.items():
                 _write_file(output / file, {name: pieces[name] for name in names}, checkpoint, work)

@@ -16,6 +16,7 @@ from ..compat import ModelConfig
 from ..errors import RequestError
 from ..models.blocks import moe_blocks
 from ..models.wrappers import plain_model
+from ..names import PLAN_NAME
 from ..plan import PruningPlan
 from ..storage.files import write_json
 from ..storage.folders import written_folder
@@ -74,7 +75,8 @@ def saved_model(
     if standalone:
         standalone_class(model.config)
     structure = structure_of(model, architecture_of(model.config))
-    with written_folder(folder, overwrite, sources=[None if source is None else source.name_or_path]) as partial:
+    read = [None if source is None else source.name_or_path]
+    with written_folder(folder, overwrite, read, PLAN_NAME) as partial:
         model.save_pretrained(partial)
         add_records(partial, plan, recipe)
         if source is not None:

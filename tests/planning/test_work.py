@@ -175,3 +175,13 @@ def test_a_plan_is_made_to_fit(folder: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert run(*fits, "--model", other, tmp_path / "plan2.json") == 2
     assert "is not the model that the statistics are of" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_before_texts_are_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in make_texts()))
+    assert run("run", "--model", folder, "--calibration", file, "--fit", "1KB", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "What would fit: " in said

@@ -16,11 +16,12 @@ from conftest import make_texts, make_tokenizer, save_checkpoint
 from oracles import call
 
 from optimum_moe_prune import MoEPruner, PruningPlan, RequestError
-from optimum_moe_prune.names import LIST_NAME, PLAN_NAME
+from optimum_moe_prune.names import LIST_NAME, PLAN_NAME, STATS_NAME
 from optimum_moe_prune.publishing.card import write_card
 from optimum_moe_prune.storage.files import write_bytes, write_text
 from optimum_moe_prune.storage.folders import written_folder
-from optimum_moe_prune.storage.outputs import output_fault
+from optimum_moe_prune.storage.outputs import MARKERS, output_fault
+from optimum_moe_prune.storage.targets import check_target
 
 STATISTICS = Path(__file__).parents[1] / "data" / "statistics_mixtral"
 
@@ -318,3 +319,16 @@ def test_single_files_that_are_links_are_written_where_they_lead(pruned: Path, t
     (tmp_path / "plan.json").symlink_to(tmp_path / "shared" / "plan.json")
     plan.save(tmp_path / "plan.json")
     assert (tmp_path / "plan.json").is_symlink() and PruningPlan.load(tmp_path / "shared" / "plan.json") == plan
+
+
+def test_outputs_of_one_kind_do_not_take_the_place_of_another(tmp_path: Path) -> None:
+    """Both are this package's own, and a calibration may have taken hours."""
+    (tmp_path / "stats").mkdir()
+    header = {name: kind() for name, kind in MARKERS[STATS_NAME].items()}
+    (tmp_path / "stats" / STATS_NAME).write_text(json.dumps(header))
+    assert check_target(tmp_path / "stats", overwrite=True, marker=STATS_NAME) == tmp_path / "stats"
+    with pytest.raises(RequestError, match="holds statistics, which a pruned checkpoint would replace"):
+        check_target(tmp_path / "stats", overwrite=True, marker=PLAN_NAME)
+    with pytest.raises(RequestError, match="holds statistics"):
+        with written_folder(tmp_path / "stats", True, (), PLAN_NAME):
+            raise AssertionError("nothing is written")
