@@ -11,6 +11,7 @@ from ..errors import RequestError
 from ..storage.values import fraction
 from . import flags
 from .base import Command, Result, terminal
+from .libraries import held_back
 from .work import add_dry_run, shown
 
 
@@ -60,13 +61,15 @@ class CompareCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
-        from ..evaluation.compare_methods import compare_methods
+        from ..evaluation.compare_methods import check_comparison, compare_methods
+        from ..evaluation.measure_sensitivity import check_model_of
         from ..methods import list_methods
         from ..names import BY_SENSITIVITY
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work
         from ..pruner import MoEPruner
         from ..publishing.method_comparison import check_method_comparison, write_method_comparison
+        from ..statistics.samples import check_domain_weights
         from ..statistics.stats import CalibrationStats
         from ..storage.folders import working_on
         from ..storage.workspace import Workspace
@@ -90,9 +93,17 @@ class CompareCommand(Command):
         pruner = MoEPruner(recipes[0], source=flags.source_of(args))
         layout = pruner.layout()
         stats = None if args.stats is None else CalibrationStats.load(args.stats)
+        sensitivity = None if args.sensitivity is None else Sensitivity.load(args.sensitivity)
+        check_comparison(recipes, sparsities, allocations, layout.num_experts, layout.spec.routing(layout.config))
+        if stats is not None:
+            check_model_of(stats, layout.fingerprints())
+        weights = flags.domain_weights(args)
         needs_text = stats is None and any(recipe.needs for recipe in recipes)
-        samples = calibration_samples(args, pruner) if args.calibration or needs_text else None
-        heldout = held_out_samples(args, flags.source_of(args), args.data, "--data")
+        with held_back():
+            samples = calibration_samples(args, pruner) if args.calibration or needs_text else None
+            heldout = held_out_samples(args, flags.source_of(args), args.data, "--data")
+            if weights is not None and (stats is not None or samples is not None):
+                check_domain_weights((stats or samples).samples, weights)  # type: ignore[union-attr]
         plans = len(recipes) * len(sparsities) * max(1, len(allocations))
         measures = args.sensitivity is None and BY_SENSITIVITY in allocations
         work = plan_work(
@@ -117,8 +128,8 @@ class CompareCommand(Command):
                 sparsities=sparsities,
                 allocations=allocations,
                 stats=stats,
-                sensitivity=None if args.sensitivity is None else Sensitivity.load(args.sensitivity),
-                domain_weights=flags.domain_weights(args),
+                sensitivity=sensitivity,
+                domain_weights=weights,
                 batch_size=recipes[0].batch_size,
                 seed=recipes[0].seed,
                 compute=compute,

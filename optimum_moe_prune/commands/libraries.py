@@ -10,6 +10,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from ..errors import RequestError
+
 _VERBOSITY = {
     "TRANSFORMERS_VERBOSITY": "transformers",
     "HF_HUB_VERBOSITY": "huggingface_hub",
@@ -92,6 +94,31 @@ def _own_lines(level: int) -> Iterator[None]:
     finally:
         _OURS.removeHandler(handler)
         _OURS.propagate = before
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, warnings wait until all is checked: a request that is refused is told that, in one line, and no more."""
+    waiting: dict[int, logging.LogRecord] = {}
+
+    def wait(record: logging.LogRecord) -> bool:
+        waiting[id(record)] = record
+        return False
+
+    handlers = list(_OURS.handlers)
+    for handler in handlers:
+        handler.addFilter(wait)
+    refused = False
+    try:
+        yield
+    except RequestError:
+        refused = True
+        raise
+    finally:
+        for handler in handlers:
+            handler.removeFilter(wait)
+            for record in () if refused else waiting.values():
+                handler.handle(record)
 
 
 class _OneLine(logging.Formatter):

@@ -9,6 +9,7 @@ from optimum.commands.base import CommandInfo
 
 from . import flags, publishing, screen
 from .base import Command, Result
+from .libraries import held_back
 from .requests import require_calibration
 from .work import add_dry_run, check_run, shown
 
@@ -68,10 +69,11 @@ class RunCommand(Command):
                 pruner.sensitivity.for_recipe(config, pruner.layout().facts(), weights)
         measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
         with screen.notes_kept(args.json) as printed:
-            samples = calibration_samples(args, pruner) if measures or config.needs else None
+            with held_back():
+                samples = calibration_samples(args, pruner) if measures or config.needs else None
+                if weights is not None and samples is not None:
+                    check_domain_weights(samples.samples, weights)
             publishing.say_overlap(texts, samples)
-            if weights is not None and samples is not None:
-                check_domain_weights(samples.samples, weights)
             work = plan_work(pruner.layout(), config, samples, output=args.output, compute=compute, measures=measures)
             if (result := shown(args, work)) is not None:
                 return result

@@ -12,6 +12,7 @@ from ..errors import RequestError
 from ..storage.values import fraction
 from . import flags
 from .base import Command, Result
+from .libraries import held_back
 from .requests import require_calibration
 from .work import add_dry_run, shown
 
@@ -72,10 +73,12 @@ class SensitivityCommand(Command):
                 f"--sparsities is {args.sparsities}; fractions of experts to remove lie between 0 and 1."
             )
 
-        from ..evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
+        from ..evaluation.measure_sensitivity import SPARSITIES, check_model_of, measure_sensitivity
+        from ..evaluation.sensitivity_sets import check_grid
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work
         from ..pruner import MoEPruner
+        from ..statistics.samples import check_domain_weights
         from ..statistics.stats import CalibrationStats
         from ..storage.folders import working_on
         from ..storage.workspace import Workspace
@@ -87,7 +90,15 @@ class SensitivityCommand(Command):
         layout = pruner.layout()
         stats = None if args.stats is None else CalibrationStats.load(args.stats)
         _check_counts(counts, layout)
-        samples = calibration_samples(args, pruner)
+        if stats is not None:
+            check_model_of(stats, layout.fingerprints())
+        weights = flags.domain_weights(args)
+        for config in configs:
+            check_grid(config, layout.num_experts, layout.spec.routing(layout.config), counts)
+        with held_back():
+            samples = calibration_samples(args, pruner)
+            if weights is not None:
+                check_domain_weights((samples if stats is None else stats).samples, weights)
         needs = frozenset() if args.stats else frozenset(need for config in configs for need in config.needs)
         work = plan_work(layout, configs[0], samples, needs=needs, output=args.output, compute=compute, measures=True)
         if (result := shown(args, work)) is not None:
@@ -99,7 +110,7 @@ class SensitivityCommand(Command):
                 samples,
                 configs,
                 stats,
-                domain_weights=flags.domain_weights(args),
+                domain_weights=weights,
                 counts=counts,
                 sparsities=SPARSITIES if sparsities is None else sparsities,
                 batch_size=configs[0].batch_size,

@@ -16,8 +16,8 @@ from ..calibration.calibrate import Model, layout_of, no_calibration, statistics
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
 from ..checkpoints.layout import Layout, identity
 from ..checkpoints.source import Source
-from ..config import MoEPrunerConfig
-from ..errors import RequestError
+from ..config import ALLOCATIONS, MoEPrunerConfig
+from ..errors import RequestError, nearest_first
 from ..methods import list_methods
 from ..models.blocks import fingerprint, moe_blocks
 from ..models.checks import check_model
@@ -153,6 +153,25 @@ def compare_methods(
     results = _judged(model, layout, plans, heldout, batch_size, seed, compute, workspace.part("judged"))
     settings = _settings(heldout, stats, layout, model, compute, max_length)
     return MethodComparison(Comparison(results, ORIGINAL, settings), judged, plans, left_out)
+
+
+def check_comparison(
+    methods: Methods,
+    sparsities: Sequence[float],
+    allocations: Sequence[str],
+    num_experts: Mapping[int, int],
+    rule: RoutingRule,
+) -> None:
+    """Raise unless at least one of the plans that are asked for can be made, before anything is read.
+
+    Raises:
+        RequestError: Why none can.
+    """
+    for allocation in allocations:
+        if allocation not in ALLOCATIONS:
+            known = nearest_first(str(allocation), [*ALLOCATIONS])
+            raise RequestError(f"allocation {allocation!r} is not known. Known: {known}.")
+    _possible(list(_asked(_recipes(methods), sparsities, allocations)), num_experts, rule)
 
 
 def _recipes(methods: Methods) -> list[MoEPrunerConfig]:

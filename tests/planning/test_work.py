@@ -185,3 +185,27 @@ def test_what_does_not_fit_is_refused_before_texts_are_read(
     assert run("run", "--model", folder, "--calibration", file, "--fit", "1KB", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and "What would fit: " in said
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ("compare --data texts.jsonl --allocation foo", "allocation 'foo' is not known"),
+        ("compare --data texts.jsonl --domain-weight x=1", "a positive number for each domain"),
+        ("compare --data texts.jsonl --sparsity 0.99", "removes 8 of 8 experts"),
+        ("sensitivity --domain-weight x=1", "a positive number for each domain"),
+        ("sensitivity --protect 0:9", "names expert 9 of layer 0"),
+        ("sensitivity --skip-layers 0,1,2", "names every MoE layer"),
+        ("run --num-experts 4 --domain-weight x=1", "a positive number for each domain"),
+    ],
+)
+def test_the_plan_of_refused_work_is_not_shown(
+    request_: str, said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in make_texts()))
+    command, *flags = request_.replace("texts.jsonl", str(file)).split()
+    out = tmp_path / ("out.json" if command == "sensitivity" else "out")
+    assert run(command, "--model", folder, "--calibration", file, *flags, out) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and said in err
