@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,7 +100,8 @@ def reading(path: str | os.PathLike, wanted: str) -> Iterator[None]:
             raise
         said = f"is {found}, and {wanted} is needed{_instead(Path(path), wanted)}."
         begin = f"{error} This" if "format version" in str(error) else str(path)
-        raise RequestError(f"{begin} {said}") from error
+        lacking = str(error) if Path(path).is_dir() and re.search("does not exist|is missing", str(error)) else ""
+        raise RequestError(f"{begin} {said} {lacking}".rstrip()) from error
 
 
 def _instead(path: Path, wanted: str) -> str:
