@@ -92,6 +92,20 @@ class Sizes:
         return left
 
 
+def parameters_in_words(count: int) -> str:
+    """A number of parameters: ``4.97 M``, ``46.7 B``."""
+    return _scaled(count, "B", "M")
+
+
+def bytes_in_words(count: int) -> str:
+    """A number of bytes: ``9.93 MB``, ``93.4 GB``."""
+    return _scaled(count, "GB", "MB")
+
+
+def _scaled(count: int, large: str, small: str) -> str:
+    return f"{count / 1e9:.3g} {large}" if count >= 1e9 else f"{count / 1e6:.3g} {small}"
+
+
 def sizes_of(layout: Layout) -> Sizes:
     """The sizes of a checkpoint; of quantised ones parameters are those of the plain numbers."""
     every, plain = layout.checkpoint.tensors, layout.plain

@@ -48,7 +48,7 @@ class ApplyCommand(Command):
         pruner = MoEPruner.from_plan(plan, source.name_or_path, **source.for_transformers)
         layout = pruner.layout()
         check_apply(args, plan, layout)
-        publishing.check_memory(args, pruner)
+        publishing.check_memory(args, layout)
         texts = publishing.texts_to_judge(args)
         publishing.say_overlap(texts, pruner.pruning_plan)
         work = plan_work(layout, plan=plan, mtp=args.mtp, output=args.output)

@@ -63,7 +63,6 @@ class CompareCommand(Command):
     def work(args: argparse.Namespace) -> Result:
         from ..evaluation.compare_methods import check_comparison, compare_methods
         from ..evaluation.measure_sensitivity import check_model_of
-        from ..methods import list_methods
         from ..names import BY_SENSITIVITY
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work
@@ -80,15 +79,7 @@ class CompareCommand(Command):
         check_method_comparison(args.output, args.overwrite)
         sparsities = args.sparsity or [0.25, 0.5]
         asked, args.sparsity, allocations, args.allocation = args.method, None, args.allocation or (), None
-        names = list(dict.fromkeys(asked or [None if args.config else "all"]))
-        names = list(list_methods()) if "all" in names else names
-        if len(names) > 1 and args.method_options:
-            raise RequestError(
-                "--option is for one method, and several are named; name one, or compare recipes from Python."
-            )
-        recipes = []
-        for args.method in names:
-            recipes.append(flags.recipe(args))
+        recipes = flags.recipes(args, asked, "all", "name one, or compare recipes from Python")
         compute = flags.compute_of(args)
         pruner = MoEPruner(recipes[0], source=flags.source_of(args))
         layout = pruner.layout()
@@ -102,8 +93,9 @@ class CompareCommand(Command):
         with held_back():
             samples = calibration_samples(args, pruner) if args.calibration or needs_text else None
             heldout = held_out_samples(args, flags.source_of(args), args.data, "--data")
-            if weights is not None and (stats is not None or samples is not None):
-                check_domain_weights((stats or samples).samples, weights)  # type: ignore[union-attr]
+            chosen_on = samples if stats is None else stats
+            if weights is not None and chosen_on is not None:
+                check_domain_weights(chosen_on.samples, weights)
         plans = len(recipes) * len(sparsities) * max(1, len(allocations))
         measures = args.sensitivity is None and BY_SENSITIVITY in allocations
         work = plan_work(

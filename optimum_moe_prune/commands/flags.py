@@ -310,6 +310,30 @@ def given_reading(args: argparse.Namespace) -> list[str]:
     return [flag for flag, value in said.items() if value]
 
 
+def recipes(args: argparse.Namespace, methods: list[str] | None, default: str, advice: str) -> list[MoEPrunerConfig]:
+    """The recipes of several methods, which share all other settings; ``args.method`` is the last one's then.
+
+    Args:
+        args: What was given.
+        methods: The methods that were named, ``"all"`` among them.
+        default: In place of none, where no saved recipe names one.
+        advice: What to do where options of one method are given for several.
+
+    Raises:
+        RequestError: If they are.
+    """
+    from ..methods import list_methods
+
+    given: list[str | None] = [*methods] if methods else [None if args.config else default]
+    names = list(list_methods()) if "all" in given else list(dict.fromkeys(given))
+    if len(names) > 1 and args.method_options:
+        raise RequestError(f"--option is for one method, and several are named; {advice}.")
+    found = []
+    for args.method in names:
+        found.append(recipe(args))
+    return found
+
+
 def domain_weights(args: argparse.Namespace) -> dict[str, float] | None:
     """The share of each domain, where any is given."""
     weights = {}

@@ -20,6 +20,7 @@ from .shown import show
 
 if TYPE_CHECKING:
     from ..calibration.samples import CalibrationSet
+    from ..checkpoints.layout import Layout
     from ..plan import PruningPlan
     from ..pruner import MoEPruner
 
@@ -116,7 +117,7 @@ def say_overlap(texts: CalibrationSet | None, made_with: PruningPlan | Calibrati
         logger.warning("%s", sentence)
 
 
-def check_memory(args: argparse.Namespace, pruner: MoEPruner) -> None:
+def check_memory(args: argparse.Namespace, layout: Layout) -> None:
     """Refuse ``--evaluate`` where original and pruned model will not fit beside each other, before any work.
 
     Raises:
@@ -127,7 +128,7 @@ def check_memory(args: argparse.Namespace, pruner: MoEPruner) -> None:
     if not args.evaluate:
         return
     device = "cpu" if args.device == "auto" else args.device
-    needed, free = 2 * model_bytes(pruner.layout(), args.dtype), available_memory(device)
+    needed, free = 2 * model_bytes(layout, args.dtype), available_memory(device)
     if needed > free:
         raise RequestError(
             f"--evaluate holds the original and the pruned model in memory, up to {needed / 1e9:.1f} GB, and "

@@ -60,13 +60,14 @@ class RunCommand(Command):
         compute = flags.compute_of(args)
         source = flags.source_of(args)
         pruner = MoEPruner.from_pretrained(source.name_or_path, config, **source.for_transformers)
-        check_run(args, pruner, pruner.layout())
-        publishing.check_memory(args, pruner)
+        layout = pruner.layout()
+        check_run(args, config, layout)
+        publishing.check_memory(args, layout)
         texts = publishing.texts_to_judge(args)
         if args.sensitivity is not None:
             pruner.sensitivity = Sensitivity.load(args.sensitivity)
             if config.allocates == BY_SENSITIVITY:
-                pruner.sensitivity.for_recipe(config, pruner.layout().facts(), weights)
+                pruner.sensitivity.for_recipe(config, layout.facts(), weights)
         measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
         with screen.notes_kept(args.json) as printed:
             with held_back():
@@ -74,7 +75,7 @@ class RunCommand(Command):
                 if weights is not None and samples is not None:
                     check_domain_weights(samples.samples, weights)
             publishing.say_overlap(texts, samples)
-            work = plan_work(pruner.layout(), config, samples, output=args.output, compute=compute, measures=measures)
+            work = plan_work(layout, config, samples, output=args.output, compute=compute, measures=measures)
             if (result := shown(args, work)) is not None:
                 return result
             pruner.prune_checkpoint(

@@ -53,19 +53,10 @@ class SensitivityCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
-        from ..methods import list_methods
         from ..storage.files import check_file
 
         require_calibration(args)
-        names = list(dict.fromkeys(args.method or [None if args.config else "mosaic"]))
-        names = list(list_methods()) if "all" in names else names
-        if len(names) > 1 and args.method_options:
-            raise RequestError(
-                "--option is for one method, and several are named; give a recipe for each run instead."
-            )
-        configs = []
-        for args.method in names:
-            configs.append(flags.recipe(args))
+        configs = flags.recipes(args, args.method, "mosaic", "give a recipe for each run instead")
         counts = flags.numbers(args.counts, "--counts", int)
         sparsities = flags.numbers(args.sparsities, "--sparsities", fraction)
         if sparsities is not None and not all(0 < s < 1 for s in sparsities):

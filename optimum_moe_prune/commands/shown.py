@@ -9,7 +9,7 @@ import re
 import sys
 from io import TextIOWrapper
 
-from ..errors import printable
+from ..errors import one_line, printable
 
 _BOLD = re.compile("(\x1b\\[[01]m)")
 
@@ -44,9 +44,3 @@ def show_error(message: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"error: {message}", file=sys.stderr, flush=True)
-
-
-def one_line(text: str) -> str:
-    """A text in one line, without characters that a terminal would obey."""
-    joined = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    return "".join(c if c.isprintable() or "\ud800" <= c <= "\udfff" else repr(c)[1:-1] for c in joined)

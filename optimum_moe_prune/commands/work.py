@@ -12,9 +12,9 @@ from .base import Result
 
 if TYPE_CHECKING:
     from ..checkpoints.layout import Layout
+    from ..config import MoEPrunerConfig
     from ..plan import PruningPlan
     from ..planning.work import WorkPlan
-    from ..pruner import MoEPruner
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def shown(args: argparse.Namespace, work: WorkPlan) -> Result | None:
     return None
 
 
-def check_run(args: argparse.Namespace, pruner: MoEPruner, layout: Layout) -> None:
+def check_run(args: argparse.Namespace, config: MoEPrunerConfig, layout: Layout) -> None:
     """Refuse a run that can be known to fail, before any text is read.
 
     Raises:
@@ -45,8 +45,7 @@ def check_run(args: argparse.Namespace, pruner: MoEPruner, layout: Layout) -> No
     from ..planning.fit import fitted
     from ..surgery.checks import check_output
 
-    assert pruner.config is not None
-    recipe, _ = fitted(pruner.config, layout)
+    recipe, _ = fitted(config, layout)
     budget = budget_for(recipe, layout.num_experts, layout.spec.routing(layout.config))
     check_output(layout, budget, args.output, args.standalone, recipe.mtp)
 

@@ -12,7 +12,7 @@ from ..calibration.in_memory import statistics_bytes
 from ..calibration.observer import Current
 from ..calibration.samples import CalibrationSet
 from ..checkpoints.layout import Layout, model_dtype, open_layout
-from ..checkpoints.sizes import Sizes, sizes_of
+from ..checkpoints.sizes import Sizes, parameters_in_words, sizes_of
 from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import check_type
@@ -154,7 +154,7 @@ class WorkPlan:
         return (
             f"{model['name']} ({model['model_type']}): {model['layers']} layers, {len(counts)} of them with "
             f"{low if low == high else f'{low} to {high}'} experts, {model['top_k']} for a token; "
-            f"{_count(model['parameters'])} parameters, {gigabytes(model['bytes'])}"
+            f"{parameters_in_words(model['parameters'])} parameters, {gigabytes(model['bytes'])}"
         )
 
     def _keeps(self) -> str:
@@ -333,8 +333,3 @@ def _seconds(
         alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2
         total += layers * speed.reading + (alone + _WHOLE_MODELS * layers) * measured * speed.plain
     return total
-
-
-def _count(number: int) -> str:
-    """Parameters in words: 46.7 B."""
-    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .. import names
+from ..checkpoints.sizes import bytes_in_words, parameters_in_words
 from ..evaluation.comparison import Comparison, markdown_table
 from ..evaluation.speed import speed_in_words
 from ..plan import PruningPlan
 from ..storage.values import Json
 from .front_matter import text_kind
-from .plain import bytes_in_words, mapping, pairs, parameters_in_words, plain, sentence, texts
+from .plain import mapping, pairs, plain, sentence, texts
 from .sizes import sizes_of
 
 _RETAINED = "Map of the experts of each layer, with those that were kept marked"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of files as people read them: plain words, pairs and sizes. Plans are edited by hand."""
+"""Values of files as people read them: plain words and pairs. Plans are edited by hand."""
 
 from __future__ import annotations
 
@@ -32,17 +32,3 @@ def plain(value: Any) -> str:
 def sentence(text: str) -> str:
     """A note as a sentence: with a capital letter and a full stop."""
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def parameters_in_words(count: int) -> str:
-    """A number of parameters: ``4.97 M``, ``46.7 B``."""
-    return _scaled(count, "B", "M")
-
-
-def bytes_in_words(count: int) -> str:
-    """A number of bytes: ``9.93 MB``, ``93.4 GB``."""
-    return _scaled(count, "GB", "MB")
-
-
-def _scaled(count: int, large: str, small: str) -> str:
-    return f"{count / 1e9:.3g} {large}" if count >= 1e9 else f"{count / 1e6:.3g} {small}"

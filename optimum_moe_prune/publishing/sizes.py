@@ -12,10 +12,11 @@ from transformers import AutoConfig
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import find_layout
+from ..checkpoints.sizes import bytes_in_words, parameters_in_words
 from ..errors import MoEPruneError
 from ..plan import PruningPlan
 from ..storage.values import Json
-from .plain import bytes_in_words, mapping, parameters_in_words
+from .plain import mapping
 
 logger = logging.getLogger(__name__)
 
