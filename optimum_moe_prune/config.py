@@ -74,7 +74,8 @@ class MoEPrunerConfig:
         num_samples: Calibration samples to use at most, in equal shares of the domains; not with ``num_clusters``.
         max_length: Tokens of a sample at most; less if the model was made for less (``max_position_embeddings``).
         batch_size: Samples in a forward pass.
-        max_tokens: Tokens for which statistics per token are kept, at most.
+        max_tokens: Tokens for which statistics per token are kept, at most, or ``"all"``. What takes the output of
+            every expert is gathered of these.
         sample_selection: ``"first"``, ``"random"``, or ``"kmeans"``, representatives of clusters (see
             ``calibration.representatives``).
         num_clusters: For ``"kmeans"``: representatives of each domain, or ``"auto"``; by default ``num_samples`` in
@@ -119,7 +120,7 @@ class MoEPrunerConfig:
     num_samples: int = _setting(128, "samples to use, in equal shares of the domains", "N", least=1)
     max_length: int = _setting(2048, "cut samples to this many tokens", "L", least=2)
     batch_size: int = _setting(8, "samples in a forward pass", "B", least=1)
-    max_tokens: int = _setting(8192, "tokens to keep statistics per token for", "N", least=1)
+    max_tokens: int | Literal["all"] = _setting(8192, "tokens to keep statistics per token for, or all", "N", least=1)
     sample_selection: str = _setting("first", "first, random or kmeans", "S")
     num_clusters: int | Literal["auto"] | None = _setting(
         None, "with kmeans: representatives of each domain, or auto (default: --num-samples)", "K"
@@ -214,10 +215,11 @@ class MoEPrunerConfig:
                 raise RequestError(f"{setting.name} is {value!r}; it must be true or false.")
             if least is None or (value is None and setting.default is None):
                 continue
-            if not is_integer(value) or not least <= value <= most:
+            or_all = ' or "all"' if setting.name == "max_tokens" else ""
+            if (not or_all or value != "all") and (not is_integer(value) or not least <= value <= most):
                 too_large = is_integer(value) and value > most
                 bounds = f"at least {least}" + (f" and at most {most}" if most < _MOST or too_large else "")
-                raise RequestError(f"{setting.name} is {value!r}; it must be an integer of {bounds}.")
+                raise RequestError(f"{setting.name} is {value!r}; it must be an integer of {bounds}{or_all}.")
 
     @property
     def allocates(self) -> str:

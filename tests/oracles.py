@@ -125,13 +125,15 @@ def straight_loop(model: PreTrainedModel, samples: CalibrationSet) -> dict[int, 
                 for name, value in (
                     ("logits", logits),
                     ("token_single_error", row["single_error"]),
+                    ("token_output_energy", row["output_energy"][:1]),
+                    ("token_dense_norm", row["dense_norm"]),
                     ("gram", gram[triangle[0], triangle[1]]),
                     ("inputs", x),
                 ):
                     tables.setdefault(name, []).append(value.float())  # type: ignore[attr-defined]
             routed_before, experts_before = routed_here, experts
     for tables in result.values():
-        for name in ("logits", "token_single_error", "gram", "inputs"):
+        for name in ("logits", "token_single_error", "token_output_energy", "token_dense_norm", "gram", "inputs"):
             tables[name] = torch.stack(tables[name])  # type: ignore[arg-type]
     return result
 

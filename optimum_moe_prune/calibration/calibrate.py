@@ -24,6 +24,7 @@ from ..models.memory import Compute, load_model, open_skeleton
 from ..progress import working
 from ..provenance import versions
 from ..statistics.needs import WITHOUT_RULE
+from ..statistics.samples import MaxTokens
 from ..statistics.stats import CalibrationStats, Need
 from ..storage.growing import Store, unfinished
 from ..storage.values import Json
@@ -52,7 +53,7 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
     batch_size: int = 8,
-    max_tokens: int = 8192,
+    max_tokens: MaxTokens = 8192,
     seed: int = 0,
     compute: Compute = Compute(),
     workspace: Workspace = Workspace(),
@@ -67,7 +68,8 @@ def calibrate(
         tokenizer: For texts; by default the one in the model's folder.
         max_length: Tokens of a sample at most; less if the model was made for less.
         batch_size: Samples in a forward pass.
-        max_tokens: The most tokens for which statistics per token are kept.
+        max_tokens: The most tokens for which statistics per token are kept, or ``"all"``; they are of all samples,
+            and what takes the output of every expert is gathered of these alone.
         seed: Decides which tokens are kept when there are more.
         compute: How a checkpoint is run.
         workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same.

@@ -21,12 +21,15 @@ from ..progress import working
 from ..provenance import now, versions
 from ..statistics import passages
 from ..statistics.files import layer_file
-from ..statistics.needs import PER_SAMPLE, Need, layer_shapes, tensor_names
+from ..statistics.needs import DENSE, PER_SAMPLE, SUMS_OF_KEPT, Need, layer_shapes, tensor_names
+from ..statistics.samples import MaxTokens, most_tokens
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
 from ..storage.values import Json
-from .observer import Current, observers_of
+from .current import Current
+from .observer import observers_of
+from .outbox import Outbox
 from .samples import CalibrationSet
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ def collect(
     needs: Iterable[Need],
     *,
     batch_size: int = 8,
-    max_tokens: int = 8192,
+    max_tokens: MaxTokens = 8192,
     seed: int = 0,
     store: Store | None = None,
     heads: Heads | None = None,
@@ -55,7 +58,8 @@ def collect(
         calibration: The samples.
         needs: What to gather.
         batch_size: Samples in a forward pass.
-        max_tokens: The most tokens for which statistics per token are kept.
+        max_tokens: The most tokens for which statistics per token are kept, or ``"all"``. What takes every expert's
+            output is gathered of these alone.
         seed: Decides which tokens are kept when there are more.
         store: Where the statistics grow. With a folder, each finished group of batches is kept there, and a later
             call continues after the last one. By default they are in memory, or in temporary files where they are
@@ -76,7 +80,6 @@ def collect(
     batches = list(calibration.batches(batch_size))
     resumed = store.finished
     store.check_steps(len(batches), "batch")
-    unfinished = torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.samples for batch in batches[resumed:])])
 
     @functools.cache
     def kept_of(step: int) -> Tensor:
@@ -85,16 +88,14 @@ def collect(
     def finished_in(tensors: Mapping[str, Tensor], step: int) -> Iterator[Tensor]:
         """What a batch gave, in the order of names: rows of its samples, and of their tokens that are kept."""
         per_sample = tensor_names(needs, PER_SAMPLE)
-        for name in sorted(tensors):
+        for name in sorted(tensors.keys() - SUMS_OF_KEPT.keys()):  # these follow in the end
             yield tensors[name][batches[step].samples if name in per_sample else kept_of(step)]
 
     def allocate(layer: int, shapes: Shapes) -> Mapping[str, Tensor]:
-        tensors = store.tensors(layer_file(layer), shapes, keep=resumed > 0, part=finished_in)
-        for name in tensor_names(needs, PER_SAMPLE) if resumed else ():
-            tensors[name][unfinished] = 0  # an interrupted group may have added to them
-        return tensors
+        return store.tensors(layer_file(layer), shapes, keep=resumed > 0, part=finished_in)
 
-    observers = observers_of(blocks, needs, current, allocate, None)
+    outbox = Outbox()
+    observers = observers_of(blocks, needs, current, allocate, None, outbox)
     store.check_space(statistics_bytes({b.layer: b.num_experts for b in blocks}, needs, current, model.config))
     if resumed == len(batches):  # it was interrupted after the last one: nothing will run
         for observer in observers:
@@ -105,6 +106,7 @@ def collect(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
+        stack.enter_context(outbox)
         for observer in observers:
             stack.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
         sizes = [batch.input_ids.numel() for batch in batches]
@@ -115,14 +117,18 @@ def collect(
         for number in range(resumed, len(batches)):
             batch = batches[number]
             current.set(batch)
-            output = decoder(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-                use_cache=False,
-            )
-            if heads is not None:
-                heads.run(batch, output.last_hidden_state)
+            with outbox.batch():
+                output = decoder(
+                    input_ids=batch.input_ids.to(device),
+                    attention_mask=batch.attention_mask.to(device),
+                    use_cache=False,
+                )
+                if heads is not None:
+                    heads.run(batch, output.last_hidden_state)
+            for observer in observers:
+                observer.prove_rule()
             if time.monotonic() - since >= GROUP_SECONDS or number + 1 == len(batches):
+                outbox.wait()
                 store.commit(number + 1)
                 since = time.monotonic()
             work.update()
@@ -146,7 +152,7 @@ def assemble(
     current: Current,
     layers: dict[int, LayerStats],
     needs: frozenset[Need],
-    max_tokens: int,
+    max_tokens: MaxTokens,
     seed: int,
     provenance: Json,
 ) -> CalibrationStats:
@@ -158,7 +164,7 @@ def assemble(
         needs=needs,
         token_sample=current.token_sample,
         token_position=current.token_position,
-        max_tokens=max_tokens,
+        max_tokens=most_tokens(max_tokens),
         seed=seed,
         provenance={
             "made": now(),
@@ -169,6 +175,7 @@ def assemble(
             "calibration_counts": calibration.counts.to_dict(),
             "calibration_notes": list(calibration.notes()),
             passages.KEY: calibration.passages.to_dict(),
+            **({"dense_tokens": len(current.token_sample)} if needs & DENSE else {}),
             **provenance,
         },
     )

@@ -8,13 +8,18 @@ kernel is observed as it is. What it costs depends on what is asked for:
 - *routing*: the model's own forward; only the router is watched.
 - *routed*: the experts run once on the tokens routed to them, as in the plain forward, and the block's output is put
   together here from their outputs.
-- *dense*: every expert runs once on every token, in chunks; the block's output is put together from those.
+- *dense*: on kept tokens every expert runs once, in chunks, and their output is put together from those; on all other
+  tokens it costs what the two above do.
 
-Shapes: E experts, T tokens, S samples, N kept tokens, K top_k, H hidden size.
+Everything is added up on the layer's own device, for the samples of one batch, and nothing is asked of it that would
+have the host wait: what was gathered goes out with the batch (``outbox``).
+
+Shapes: E experts, T tokens of a batch, B samples of it, S samples in all, N kept tokens, K top_k, H hidden size.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,71 +28,20 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError
-from ..models.batches import Batch
 from ..models.blocks import MoEBlock
 from ..models.experts import ExpertsForward
 from ..statistics.needs import DENSE, Need, layer_shapes
-from ..statistics.samples import keep_tokens
+from ..statistics.samples import fill_sums_of_kept
 from ..statistics.stats import LayerStats
-from ..storage.tensor_files import Shapes, all_finite
-from .samples import CalibrationSet
+from ..storage.tensor_files import Shapes
+from .current import Current
+from .dense import chunk_size, every_expert, lone_errors, products, sizes_of, triangle, weighted_sum
+from .outbox import Outbox, Take
 
-_CHUNK_BYTES = 128 * 2**20  # outputs of all experts for a chunk of tokens, in float32
+_PROVEN_TOKENS = 4096  # of the first batch, by which the routers' rule is proven
 
 Allocate = Callable[[int, Shapes], Mapping[str, Tensor]]
 """A layer's index and the shapes of its tensors -> the tensors, zeros or what an interrupted run had gathered."""
-
-
-def _sizes(y: Tensor) -> Tensor:
-    """Norm and largest absolute element of outputs ``(..., H)``: ``(2, ...)`` float32."""
-    orders = (2, math.inf)
-    return torch.stack([torch.linalg.vector_norm(y, ord=o, dim=-1, dtype=torch.float32) for o in orders])
-
-
-def _weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
-    """The experts' output ``(T, H)`` from ``(T, K, H)`` and ``(T, K)``, rounded as transformers rounds."""
-    return (y * weight[..., None]).sum(1).to(y.dtype)
-
-
-class Current:
-    """The batch being computed: which rows of hidden states are real tokens, of which samples, kept as which rows.
-
-    Args:
-        calibration: All samples.
-        max_tokens: The most tokens for which statistics per token are kept.
-        seed: Decides which.
-    """
-
-    padded: bool
-    rows: Tensor
-    sample: Tensor
-    kept: Tensor
-    kept_row: Tensor
-
-    def __init__(self, calibration: CalibrationSet, max_tokens: int, seed: int) -> None:
-        self.num_samples = len(calibration)
-        self.token_sample, self.token_position = keep_tokens(calibration.samples, max_tokens, seed)
-        self._row_of_token = [  # position -> kept row
-            torch.full((sample.num_tokens,), -1, dtype=torch.int64) for sample in calibration.samples
-        ]
-        for row, (sample, position) in enumerate(
-            zip(self.token_sample.tolist(), self.token_position.tolist(), strict=True)
-        ):
-            self._row_of_token[sample][position] = row
-
-    def set(self, batch: Batch) -> None:
-        """Go on to a batch."""
-        self.padded = not bool(batch.attention_mask.all())
-        self.rows = batch.attention_mask.flatten().nonzero().flatten()
-        lengths = batch.attention_mask.sum(1)
-        self.sample = batch.samples.repeat_interleave(lengths)
-        kept = torch.cat([self._row_of_token[index] for index in batch.samples.tolist()])
-        self.kept = (kept >= 0).nonzero().flatten()  # among the real tokens
-        self.kept_row = kept[self.kept]
-
-    def real(self, tensor: Tensor) -> Tensor:
-        """The rows of real tokens."""
-        return tensor[self.rows.to(tensor.device)] if self.padded else tensor
 
 
 @dataclass
@@ -112,28 +66,37 @@ class LayerObserver:
         current: The batch being computed.
         allocate: Makes the tensors, when their dtypes are known.
         before: The choice of the MoE layer before, or None in the first.
+        outbox: Brings what was gathered to the tensors.
     """
 
     def __init__(
-        self, block: MoEBlock, needs: frozenset[Need], current: Current, allocate: Allocate, before: Routed | None
+        self,
+        block: MoEBlock,
+        needs: frozenset[Need],
+        current: Current,
+        allocate: Allocate,
+        before: Routed | None,
+        outbox: Outbox,
     ) -> None:
         self.block = block
         self.rule = block.routing
-        self.rule_is_proven = False
         self.needs = needs
         self.current = current
         self.allocate = allocate
         self.before = before
+        self.outbox = outbox
         self.num_experts = block.num_experts
-        self.routed = Routed(self.num_experts)
         self.num_outputs = self.num_experts + (self.rule.fixed if self.rule.fixed_are_chosen else 0)
-        triangle = torch.triu_indices(self.num_outputs, self.num_outputs)
-        self.triangle = (triangle[0], triangle[1])
+        self.routed = Routed(self.num_experts)
+        self.triangle = functools.cache(functools.partial(triangle, self.num_outputs))
         self.tensors: Mapping[str, Tensor] = {}
         self.logits: Tensor | None = None
+        self.is_proven = False
+        self.to_prove: tuple[Tensor, Tensor, Tensor] | None = None
 
     def statistics(self, sample_weights: Tensor) -> LayerStats:
-        """What was gathered."""
+        """What was gathered; all batches have to be over."""
+        fill_sums_of_kept(self.tensors, self.current.token_sample, self.current.lengths_of_samples)
         return LayerStats(
             self.num_experts,
             self.rule,
@@ -143,13 +106,28 @@ class LayerObserver:
             is_head=self.block.is_head,
         )
 
+    def prove_rule(self) -> None:
+        """Compare, after the first batch, what the model did with the rule that its router is taken to follow.
+
+        Raises:
+            RunError: If it did something else.
+        """
+        if self.to_prove is None:
+            return
+        self.outbox.wait()  # what is not finite says so itself
+        if difference := self.rule.disagreement(*map(_exactly, self.to_prove)):
+            raise RunError(
+                f"layer {self.block.layer}: {difference}. The row of {self.block.spec.model_type!r} says that its "
+                f"routers follow {self.rule}, and they do not; plans made by it would be wrong. Give the row the "
+                "rule that they follow."
+            )
+        self.is_proven, self.to_prove = True, None
+
     # -- called by the block
 
     def on_logits(self, logits: Tensor) -> None:
-        logits = self.current.real(logits.detach().view(-1, logits.shape[-1]))
-        if not bool(torch.isfinite(logits).all()):
-            raise RunError(f"layer {self.block.layer}: the router's logits are NaN or infinite.")
-        self.logits = logits
+        self.logits = self.current.real(logits.detach().view(-1, logits.shape[-1]))
+        self._check_finite(self.logits, "the router's logits are")
 
     def experts_forward(self, own: ExpertsForward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         logits, self.logits = self.logits, None
@@ -161,7 +139,8 @@ class LayerObserver:
         hidden = hidden.reshape(-1, hidden.shape[-1])
         real = self.current.real
         x, chosen, weight = real(hidden), real(ids), real(weights)
-        self._prove_rule(logits, chosen, weight)
+        if not self.is_proven and self.to_prove is None:
+            self.to_prove = logits[:_PROVEN_TOKENS].clone(), chosen[:_PROVEN_TOKENS], weight[:_PROVEN_TOKENS]
         if not self.tensors:
             before = 0 if self.before is None else self.before.num_experts
             shapes = layer_shapes(
@@ -169,177 +148,209 @@ class LayerObserver:
                 x.shape[1] - own.scores, logits.dtype, x.dtype, self.rule,
             )  # fmt: skip
             self.tensors = self.allocate(self.block.layer, shapes)
-        self._routing(logits, chosen)
+        p = self._routing(logits, chosen)
         if Need.INPUTS in self.needs:
             self._keep("inputs", x[:, : x.shape[1] - own.scores])
-        if self.needs & DENSE:
-            output = self._dense(own, x, logits, chosen, weight)
-        elif Need.ROUTED_NORMS in self.needs:
-            output = self._routed(own, x, logits, chosen, weight)
-        else:
+        dense = bool(self.needs & DENSE) and len(self.current.kept_row) > 0
+        if not dense and Need.ROUTED_NORMS not in self.needs:
             return own(hidden, ids, weights).view(shape)
+        if not dense:
+            output, sizes = self._routed(own, x, chosen, weight)
+        elif self.current.all_kept:
+            output, sizes = self._dense(own, x, logits, chosen, weight)
+        else:
+            output, sizes = self._split(own, x, logits, chosen, weight)
+        if sizes is not None:
+            self._norms(sizes, p, chosen, weight)
         if self.current.padded:  # the output on padding reaches no real token
             whole = hidden.new_zeros(len(hidden), shape[-1])
-            whole[self.current.rows.to(hidden.device)] = output
+            whole[self.current.on(hidden.device).tokens] = output
             output = whole
         return output.view(shape)
 
-    # -- the work
+    # -- the outputs of the chosen experts, and of all
 
-    def _prove_rule(self, logits: Tensor, chosen: Tensor, weight: Tensor) -> None:
-        """Compare, once, what the model did with the rule that every method will take its router to follow."""
-        if self.rule_is_proven:
-            return
-        if difference := self.rule.disagreement(logits, chosen, weight):
-            raise RunError(
-                f"layer {self.block.layer}: {difference}. The row of {self.block.spec.model_type!r} says that its "
-                f"routers follow {self.rule}, and they do not; plans made by it would be wrong. Give the row the "
-                "rule that they follow."
-            )
-        self.rule_is_proven = True
+    def _routed(self, own: ExpertsForward, x: Tensor, chosen: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The block's output ``(T, H)``; with routed norms, from the chosen experts' outputs, and their sizes."""
+        if Need.ROUTED_NORMS not in self.needs:
+            return own(x, chosen, weight), None
+        top_k = chosen.shape[1]
+        rows = x.repeat_interleave(top_k, dim=0)
+        y = own(rows, chosen.reshape(-1, 1), torch.ones_like(weight).view(-1, 1)).view(len(x), top_k, -1)
+        return weighted_sum(y, weight), sizes_of(y)
 
-    def _routing(self, logits: Tensor, chosen: Tensor) -> None:
-        if not self.needs & {Need.ROUTING, Need.COACTIVATION}:
-            return
+    def _dense(
+        self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, of kept tokens, from the outputs of all experts, with the statistics that need them all."""
+        hidden_size = x.shape[1] - own.scores
+        size = chunk_size(
+            self.current.num_tokens * chosen.shape[1], self.num_outputs, hidden_size, x.element_size(), x.device
+        )
+        outputs, sizes = [], []
+        for first in range(0, len(x), size):
+            rows = slice(first, first + size)
+            ids, w = chosen[rows], weight[rows]
+            y = every_expert(own, x[rows], self.num_outputs, weight.dtype)
+            by_token = y.transpose(0, 1)
+            routed = by_token.gather(1, ids[..., None].expand(-1, -1, hidden_size))
+            outputs.append(weighted_sum(routed, w))
+            if Need.ROUTED_NORMS in self.needs:
+                sizes.append(sizes_of(routed))
+            norm = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32).T
+            self._check_finite(norm, "an expert's output is")
+            if Need.DENSE_NORMS in self.needs:
+                self._keep("token_dense_norm", norm[:, : self.num_experts], rows)
+            gram = products(by_token, by_token) if Need.GRAM in self.needs else None
+            if Need.SINGLE_ERROR in self.needs:
+                lone = self.rule.lone_weights(_exactly(logits[rows]))[:, : self.num_outputs].to(norm.device)
+                partial = (
+                    products(by_token, routed)
+                    if gram is None
+                    else gram.gather(2, ids[:, None].expand(-1, self.num_outputs, -1))
+                )
+                error, energy = lone_errors(norm, partial, routed, ids, w, lone)
+                self._keep("token_single_error", error[:, : self.num_experts], rows)
+                self._keep("token_output_energy", energy, rows)
+            if gram is not None:
+                self._keep("gram", gram[(slice(None), *self.triangle(gram.device))], rows)
+        return torch.cat(outputs), torch.cat(sizes, dim=1) if sizes else None
+
+    def _split(
+        self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same, where some tokens are kept: these by :meth:`_dense`, the others by :meth:`_routed`."""
+        places = self.current.on(x.device)
+        parts = [
+            self._dense(own, *(t[places.kept] for t in (x, logits, chosen, weight))),
+            self._routed(own, *(t[places.others] for t in (x, chosen, weight))),
+        ]
+        output = parts[0][0].new_empty(len(x), parts[0][0].shape[1])
+        sizes = x.new_empty((2, *chosen.shape), dtype=torch.float32) if parts[0][1] is not None else None
+        for rows, (values, of_values) in zip((places.kept, places.others), parts, strict=True):
+            output[rows] = values
+            if sizes is not None:
+                sizes[:, rows] = of_values  # type: ignore[assignment]  # both have them or none
+        return output, sizes
+
+    # -- sums over the tokens of each of the batch's samples
+
+    def _routing(self, logits: Tensor, chosen: Tensor) -> Tensor | None:
+        """What follows from the routing alone; the probabilities ``(T, E)``, where they are needed, in float64."""
+        routing, together = Need.ROUTING in self.needs, Need.COACTIVATION in self.needs
+        if routing:
+            self._keep("logits", logits)
         if not self.rule.formula:  # probabilities are not known; LayerStats.total refuses what is missing
-            if Need.ROUTING in self.needs:
-                self._keep("logits", logits)
-                self._add_chosen("routed_tokens", chosen, torch.ones_like(chosen, dtype=torch.float64))
-            return
-        log_p = self.rule.log_probabilities(logits)[:, : self.num_experts]
+            if routing:
+                self._add_chosen(chosen, {"routed_tokens": torch.ones_like(chosen, dtype=torch.float64)})
+            return None
+        if not routing and not together and Need.ROUTED_NORMS not in self.needs:
+            return None
+        logits = _exactly(logits)
+        log_p = self.rule.log_probabilities(logits)
         p = log_p.exp()
-        if Need.COACTIVATION in self.needs:
-            self._coactivation(p.cpu(), chosen.cpu())
-        if Need.ROUTING not in self.needs:
-            return
-        self._keep("logits", logits)
-        self._add("probability", p)
-        self._add("probability_log2", p * log_p / math.log(2))
-        self._add_chosen("routed_tokens", chosen, torch.ones_like(chosen, dtype=torch.float64))
-        self._add_chosen("routed_probability", chosen, p.gather(1, chosen.clamp(max=self.num_experts - 1)))
+        if together:
+            self._coactivation(p[:, : self.num_experts], chosen)
+        if routing:
+            sums = p.new_zeros(len(self.current.lengths), 2 * self.num_experts)
+            both = [values[:, : self.num_experts] for values in (p, p * log_p / math.log(2))]
+            sums.index_add_(0, self.current.on(p.device).sample, torch.cat(both, dim=1))
+            for name, values in zip(("probability", "probability_log2"), sums.chunk(2, dim=1), strict=True):
+                self._put(name, values)
+            of_chosen = {"routed_tokens": torch.ones_like(chosen, dtype=p.dtype), "routed_probability": _of(p, chosen)}
+            self._add_chosen(chosen, of_chosen)
+        return p
 
     def _coactivation(self, p: Tensor, chosen: Tensor) -> None:
         """Probabilities ``(T, E)`` here, summed over the tokens routed to each expert of the MoE layer before."""
         self.routed.chosen = chosen
         if self.before is None:
             return
-        routed_before = self.before.chosen
-        assert routed_before is not None
-        for number in self.current.sample.unique().tolist():  # the whole of a sample is in one batch
-            rows = (self.current.sample == number).nonzero().flatten()
-            before = routed_before[rows]
-            routed = torch.zeros(len(rows), max(self.before.num_experts, int(before.max()) + 1), dtype=torch.float64)
-            routed = routed.scatter_(1, before, 1.0)[:, : self.before.num_experts]
-            self.tensors["coactivation"][number] = (routed.T @ p[rows]).float()
+        before, count = self.before.chosen, self.before.num_experts
+        assert before is not None
+        routed = p.new_zeros(len(p), count + 1).scatter_(1, before.to(p.device).clamp(max=count), 1.0)[:, :count]
+        lengths = list(self.current.lengths)  # the whole of a sample is in one batch, its tokens one after another
+        sums = [r.T @ q for r, q in zip(routed.split(lengths), p.split(lengths), strict=True)]
+        self.outbox.send(torch.stack(sums).float(), self._taker("coactivation", self.current.samples))
 
-    def _routed(self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """The block's output from the outputs of the chosen experts, each computed once."""
-        top_k = chosen.shape[1]
-        rows = x.repeat_interleave(top_k, dim=0)
-        y = own(rows, chosen.reshape(-1, 1), torch.ones_like(weight).view(-1, 1)).view(len(x), top_k, -1)
-        self._norms(_sizes(y), logits, chosen, weight)
-        return _weighted_sum(y, weight)
-
-    def _dense(self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
-        """The block's output from the outputs of all experts, and the statistics that need them all."""
-        outputs = []
-        chosen_sizes = []
-        size = max(1, _CHUNK_BYTES // (4 * self.num_outputs * x.shape[1]))
-        for rows in torch.arange(len(x), device=x.device).split(size):
-            part, ids, w = x[rows], chosen[rows], weight[rows]
-            one = torch.ones(len(rows), 1, dtype=weight.dtype, device=x.device)
-            size = x.shape[1] - own.scores
-            y = torch.empty(len(rows), self.num_outputs, size, dtype=torch.float32, device=x.device)
-            for expert in range(self.num_outputs):
-                y[:, expert] = own(part, torch.full_like(ids[:, :1], expert), one)
-            if not all_finite(y):
-                raise RunError(f"layer {self.block.layer}: an expert's output is NaN or infinite.")
-            routed = y.gather(1, ids[..., None].expand(-1, -1, y.shape[-1]))
-            full = (routed * w[..., None].float()).sum(1)
-            outputs.append(_weighted_sum(routed.to(x.dtype), w))
-            if Need.ROUTED_NORMS in self.needs:
-                chosen_sizes.append(_sizes(routed))
-            if Need.DENSE_NORMS in self.needs:
-                self._add("dense_norm", torch.linalg.vector_norm(y[:, : self.num_experts], dim=-1), rows)
-            if Need.SINGLE_ERROR in self.needs:
-                lone = self.rule.lone_weights(logits[rows])  # what the expert alone would be weighted with
-                error = torch.stack(
-                    [(y[:, e] * lone[:, e, None] - full).square_().sum(-1) for e in range(self.num_experts)], dim=1
-                )
-                self._add("single_error", error, rows)
-                self._add("output_energy", full.square().sum(-1, keepdim=True).expand_as(error), rows)
-                self._keep("token_single_error", error, rows)
-            if Need.GRAM in self.needs:
-                self._keep_gram(y, rows)
-        if Need.ROUTED_NORMS in self.needs:
-            self._norms(torch.cat(chosen_sizes, dim=1), logits, chosen, weight)
-        return torch.cat(outputs)
-
-    def _norms(self, sizes: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor) -> None:
+    def _norms(self, sizes: Tensor, p: Tensor | None, chosen: Tensor, weight: Tensor) -> None:
         """Sums and maxima over the tokens routed to each expert; ``chosen`` and ``weight`` are ``(T, K)``."""
-        if not bool(torch.isfinite(sizes).all()):
-            raise RunError(f"layer {self.block.layer}: an expert's output is NaN or infinite.")
+        self._check_finite(sizes, "an expert's output is")
+        sizes, weight, chosen = _exactly(sizes), _exactly(weight), _exactly(chosen)
         norm, largest = sizes.double()
-        self._add_chosen("norm", chosen, norm)
-        self._add_chosen("squared_norm", chosen, norm.square())
-        self._add_chosen("norm_applied", chosen, norm * weight.double())
-        if self.rule.formula:
-            p = self.rule.probabilities(logits).gather(1, chosen)
-            self._add_chosen("norm_probability", chosen, norm * p)
-            self._add_chosen("norm_renormalised", chosen, norm * p / p.sum(1, keepdim=True))
-        slot, real = self._slots(chosen)
-        self.tensors["max_element"].view(-1).scatter_reduce_(0, slot, largest.cpu().flatten()[real], "amax")
+        values = {"norm": norm, "squared_norm": norm.square(), "norm_applied": norm * weight}
+        if p is not None:
+            q = _of(p, chosen)
+            values |= {"norm_probability": norm * q, "norm_renormalised": norm * q / q.sum(1, keepdim=True)}
+        self._add_chosen(chosen, values)
+        slots = self._slots(chosen)
+        most = largest.new_zeros(len(self.current.lengths) * (self.num_experts + 1))
+        self._put_slots("max_element", most.scatter_reduce_(0, slots, largest.flatten(), "amax"))
 
-    def _keep_gram(self, y: Tensor, rows: Tensor) -> None:
-        """Keep upper triangles of Gram matrices, in float32 or better whatever the process allows elsewhere."""
-        picked, _ = self._kept_among(rows)
-        if len(picked) == 0:
+    def _add_chosen(self, chosen: Tensor, values: dict[str, Tensor]) -> None:
+        """Add ``(T, K)`` values, by name, for the experts ``chosen``."""
+        stacked = torch.stack([_exactly(v).flatten() for v in values.values()], dim=1)
+        sums = stacked.new_zeros(len(self.current.lengths) * (self.num_experts + 1), len(values))
+        sums.index_add_(0, self._slots(_exactly(chosen)), stacked)
+        for name, column in zip(values, sums.unbind(1), strict=True):
+            self._put_slots(name, column)
+
+    def _slots(self, chosen: Tensor) -> Tensor:
+        """Where values of the chosen belong: sample by sample, and what is no expert's beside the experts."""
+        sample = self.current.on(chosen.device).sample
+        return (sample[:, None] * (self.num_experts + 1) + chosen.clamp(max=self.num_experts)).flatten()
+
+    def _put_slots(self, name: str, values: Tensor) -> None:
+        self._put(name, values.view(-1, self.num_experts + 1)[:, : self.num_experts])
+
+    # -- what goes out
+
+    def _put(self, name: str, values: Tensor) -> None:
+        """Sums ``(B, E)`` of the batch's samples."""
+        self.outbox.hold(values, self._taker(name, self.current.samples))
+
+    def _keep(self, name: str, values: Tensor, rows: slice | None = None) -> None:
+        """Values of all tokens, of which those of kept ones are kept; or of the kept tokens ``rows``."""
+        kept = self.current.kept_row
+        if len(kept) == 0:
             return
-        if len(picked) < len(y):
-            y = y[picked.to(y.device)]
-        with torch.autocast(y.device.type, enabled=False):
-            # float64 where float32 products may silently be TF32; it costs little beside the experts themselves
-            y = y.double() if y.is_cuda else y
-            gram = (y @ y.transpose(1, 2)).float()
-        self._keep("gram", gram[:, self.triangle[0], self.triangle[1]], rows, already_picked=True)
+        if rows is not None:
+            kept = kept[rows]
+        elif not self.current.all_kept:
+            values = values[self.current.on(values.device).kept]
+        self.outbox.send(values, self._taker(name, kept))
 
-    # -- adding up
+    def _taker(self, name: str, rows: Tensor) -> Take:
+        def take(values: Tensor) -> None:
+            self.tensors[name][rows] = values.to(self.tensors[name].dtype)
 
-    def _add(self, name: str, values: Tensor, rows: Tensor | None = None) -> None:
-        """Add ``(T, E)`` values of all tokens (or of the tokens ``rows``) to their samples."""
-        sample = self.current.sample if rows is None else self.current.sample[rows.cpu()]
-        self.tensors[name].index_add_(0, sample, values.double().cpu())
+        return take
 
-    def _add_chosen(self, name: str, chosen: Tensor, values: Tensor) -> None:
-        """Add ``(T, K)`` values to the samples of the tokens and the experts ``chosen``."""
-        slot, real = self._slots(chosen)
-        self.tensors[name].view(-1).index_add_(0, slot, values.double().cpu().flatten()[real])
+    def _check_finite(self, values: Tensor, what: str) -> None:
+        def take(finite: Tensor) -> None:
+            if not bool(finite):
+                raise RunError(f"layer {self.block.layer}: {what} NaN or infinite.")
 
-    def _slots(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the values of chosen experts belong, and which of them are of experts: others stay and have none."""
-        chosen = chosen.cpu()
-        slot = self.current.sample[:, None] * self.num_experts + chosen
-        real = (chosen < self.num_experts).flatten()
-        return slot.flatten()[real], real
+        self.outbox.hold(torch.isfinite(values).all(), take)
 
-    def _kept_among(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Which of some tokens are kept: their places among ``rows`` and their rows in the kept tensors."""
-        if rows is None:
-            return self.current.kept, self.current.kept_row
-        first, last = int(rows[0]), int(rows[-1])  # chunks are contiguous
-        inside = (self.current.kept >= first) & (self.current.kept <= last)
-        return self.current.kept[inside] - first, self.current.kept_row[inside]
 
-    def _keep(self, name: str, values: Tensor, rows: Tensor | None = None, already_picked: bool = False) -> None:
-        """Store values of kept tokens, of all tokens or of the tokens ``rows``."""
-        picked, kept_row = self._kept_among(rows)
-        if not already_picked:
-            values = values[picked.to(values.device)]
-        self.tensors[name][kept_row] = values.cpu()
+def _of(p: Tensor, chosen: Tensor) -> Tensor:
+    """Probabilities of the chosen ``(T, K)``; of what is no expert, any."""
+    return p.gather(1, chosen.to(p.device).clamp(max=p.shape[1] - 1))
+
+
+def _exactly(values: Tensor) -> Tensor:
+    """The same where float64 is: on its own device, or else, of few numbers, on the host."""
+    return values.cpu() if values.device.type == "mps" else values
 
 
 def observers_of(
-    blocks: Iterable[MoEBlock], needs: frozenset[Need], current: Current, allocate: Allocate, before: Routed | None
+    blocks: Iterable[MoEBlock],
+    needs: frozenset[Need],
+    current: Current,
+    allocate: Allocate,
+    before: Routed | None,
+    outbox: Outbox,
 ) -> list[LayerObserver]:
     """Observers of MoE layers that follow one another in one pass.
 
@@ -349,9 +360,10 @@ def observers_of(
         current: Likewise.
         allocate: Likewise.
         before: The choice of the MoE layer before the first, or None.
+        outbox: Likewise.
     """
     observers: list[LayerObserver] = []
     for block in blocks:
-        observers.append(LayerObserver(block, needs, current, allocate, before))
+        observers.append(LayerObserver(block, needs, current, allocate, before, outbox))
         before = observers[-1].routed
     return observers

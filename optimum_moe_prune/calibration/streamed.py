@@ -20,11 +20,14 @@ from ..models.skeleton import Skeleton
 from ..progress import progress, working
 from ..statistics.files import layer_file
 from ..statistics.needs import Need
+from ..statistics.samples import MaxTokens
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
+from .current import Current
 from .in_memory import assemble, statistics_bytes
-from .observer import Current, LayerObserver, Routed, observers_of
+from .observer import LayerObserver, Routed, observers_of
+from .outbox import Outbox
 from .samples import CalibrationSet
 
 
@@ -34,7 +37,7 @@ def collect_streamed(
     needs: Iterable[Need],
     *,
     batch_size: int = 8,
-    max_tokens: int = 8192,
+    max_tokens: MaxTokens = 8192,
     seed: int = 0,
     store: Store | None = None,
     read_ahead: bool = True,
@@ -47,7 +50,7 @@ def collect_streamed(
         calibration: The samples.
         needs: What to gather.
         batch_size: Samples in a forward pass.
-        max_tokens: The most tokens for which statistics per token are kept.
+        max_tokens: The most tokens for which statistics per token are kept, or ``"all"``.
         seed: Decides which tokens are kept when there are more.
         store: Where statistics and hidden states grow. With a folder, each finished layer is kept there, and a later
             call continues after the last one. By default they are in memory, or in temporary files where they are
@@ -112,6 +115,7 @@ def collect_streamed(
             states.open()
         else:
             states.begin(skeleton.embedded(batches))
+        outbox = stack.enter_context(Outbox())
         work = stack.enter_context(working("calibrating", steps, "layer", "calibrated", begun=store.finished))
         for index in range(store.finished, skeleton.num_layers):
             with skeleton.loaded(index), contextlib.ExitStack() as watching:
@@ -119,15 +123,19 @@ def collect_streamed(
                     ahead(index + 1)
                 observer = None
                 if index in blocks:
-                    observer = LayerObserver(blocks[index], needs, current, allocate, before)
+                    observer = LayerObserver(blocks[index], needs, current, allocate, before, outbox)
                     watching.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
                 states.turn(index)
                 for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=sizes)):
                     current.set(batch)
                     if before is not None:
                         before.chosen = states.chosen(number)
-                    output = skeleton.forward(index, batch, states.hidden(number))
+                    with outbox.batch():
+                        output = skeleton.forward(index, batch, states.hidden(number))
+                    if observer is not None:
+                        observer.prove_rule()
                     states.put(number, output, None if observer is None else observer.routed.chosen)
+            outbox.wait()
             if observer is not None:
                 layers[index] = observer.statistics(weights)
                 before = Routed(observer.num_experts)
@@ -137,14 +145,18 @@ def collect_streamed(
         if heads is not None and store.finished < steps:
             states.turn(skeleton.num_layers)
             with heads.loaded(), skeleton.embeddings(), contextlib.ExitStack() as watching:
-                observers = observers_of(of_heads, needs, current, allocate, before)
+                observers = observers_of(of_heads, needs, current, allocate, before, outbox)
                 for observer in observers:
                     watching.enter_context(observer.block.observed(observer.on_logits, observer.experts_forward))
                 for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=sizes)):
                     current.set(batch)
                     if before is not None:
                         before.chosen = states.chosen(number)
-                    heads.run(batch, skeleton.last_hidden(batch, states.hidden(number)))
+                    with outbox.batch():
+                        heads.run(batch, skeleton.last_hidden(batch, states.hidden(number)))
+                    for observer in observers:
+                        observer.prove_rule()
+            outbox.wait()
             layers |= {observer.block.layer: observer.statistics(weights) for observer in observers}
             done = [*blocks, *(block.layer for block in of_heads)]
             store.commit(steps, [*map(layer_file, done), *states.whole(skeleton.num_layers)])

@@ -83,6 +83,8 @@ def device(text: str) -> str:
     return text.lower()
 
 
+_OR_A_WORD = {"num_clusters": "auto", "max_tokens": "all"}
+"""Settings that are a whole number, or this word."""
 _TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": value_of(fraction)}
 
 
@@ -102,7 +104,7 @@ def add_settings(group: Any, names: Iterable[str]) -> None:
         if setting.default is dataclasses.MISSING:  # of several values
             group.add_argument(flag, action="append", **options)
         else:
-            group.add_argument(flag, type=str if name == "num_clusters" else _TYPES.get(kind, str), **options)
+            group.add_argument(flag, type=str if name in _OR_A_WORD else _TYPES.get(kind, str), **options)
 
 
 def add_recipe(parser: argparse.ArgumentParser, several: bool = False, budget: bool = True) -> Any:
@@ -251,8 +253,9 @@ def compute_of(args: argparse.Namespace) -> Compute:
 def recipe(args: argparse.Namespace) -> MoEPrunerConfig:
     """The recipe that the flags ask for, those of a saved one taking second place."""
     values = {name: value for name in _FIELDS if (value := getattr(args, name, None)) not in (None, [])}
-    if values.get("num_clusters", "auto") != "auto":
-        values["num_clusters"] = _whole(values["num_clusters"], "--num-clusters (or auto)")
+    for name, word in _OR_A_WORD.items():
+        if values.get(name, word) != word:
+            values[name] = _whole(values[name], f"--{name.replace('_', '-')} (or {word})")
     if "method_options" in values:
         values["method_options"] = _pairs(values["method_options"], "--option", "=", "NAME=VALUE")
     if "template_args" in values:

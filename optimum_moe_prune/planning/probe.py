@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..calibration.observer import Current, LayerObserver
+from ..calibration.current import Current
+from ..calibration.observer import LayerObserver
+from ..calibration.outbox import Outbox
 from ..calibration.samples import CalibrationSet
 from ..checkpoints.layout import Layout
 from ..errors import MoEPruneError
 from ..models.memory import Compute, open_skeleton
 from ..statistics.needs import Need
+from ..statistics.samples import MaxTokens, most_tokens
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes
 
@@ -44,7 +47,12 @@ class Speed:
 
 
 def probe(
-    layout: Layout, samples: CalibrationSet, needs: frozenset[Need], compute: Compute, batch_size: int
+    layout: Layout,
+    samples: CalibrationSet,
+    needs: frozenset[Need],
+    compute: Compute,
+    batch_size: int,
+    max_tokens: MaxTokens = 8192,
 ) -> Speed | None:
     """Read and run the MoE layer in the middle, on normal random numbers; None if it cannot be run alone.
 
@@ -54,21 +62,23 @@ def probe(
         needs: What is to be gathered.
         compute: How the checkpoint is run, settled.
         batch_size: Samples in a forward pass.
+        max_tokens: The most tokens for which statistics per token are kept, of all samples: here it is the same share.
     """
     ids = samples.token_ids[: min(batch_size, _SAMPLES)]
     few = CalibrationSet.build([tokens[: _TOKENS // len(ids)] for tokens in ids])
     try:
-        return _measured(layout, few, needs, compute)
+        kept = -(-few.num_tokens * min(most_tokens(max_tokens), samples.num_tokens) // samples.num_tokens)
+        return _measured(layout, few, needs, compute, kept)
     except (MoEPruneError, RuntimeError, ValueError) as error:  # whatever it is, the work meets it again and names it
         logger.debug("no time can be foretold: %s", error)
         return None
 
 
-def _measured(layout: Layout, few: CalibrationSet, needs: frozenset[Need], compute: Compute) -> Speed:
+def _measured(layout: Layout, few: CalibrationSet, needs: frozenset[Need], compute: Compute, kept: int) -> Speed:
     skeleton = open_skeleton(layout, compute)
     block = skeleton.blocks[len(skeleton.blocks) // 2]
     batch = next(iter(few.batches(len(few))))
-    current = Current(few, few.num_tokens, 0)
+    current = Current(few, kept, 0)
     current.set(batch)
     store = Store()
 
@@ -76,7 +86,7 @@ def _measured(layout: Layout, few: CalibrationSet, needs: frozenset[Need], compu
         return store.tensors(f"probe {layer}", shapes)
 
     skeleton.prepare()
-    with skeleton.running():
+    with skeleton.running(), Outbox() as outbox:
         state = skeleton.random_state(batch)
         began = time.perf_counter()
         with skeleton.loaded(block.layer):
@@ -89,12 +99,15 @@ def _measured(layout: Layout, few: CalibrationSet, needs: frozenset[Need], compu
                 with watching:
                     while len(taken) < _REPEATS and sum(taken) < _SECONDS:
                         began = time.perf_counter()
-                        float(skeleton.forward(block.layer, batch, state).flatten()[0])  # on a GPU: when it is done
+                        with outbox.batch():
+                            output = skeleton.forward(block.layer, batch, state)
+                        outbox.wait()
+                        float(output.flatten()[0])  # on a GPU: when it is done
                         taken.append(time.perf_counter() - began)
                 return min(taken)  # whatever else the machine does only adds to it
 
             plain = seconds(None)
-            watched = seconds(LayerObserver(block, needs, current, allocate, None)) if needs else plain
+            watched = seconds(LayerObserver(block, needs, current, allocate, None, outbox)) if needs else plain
     return Speed(reading, plain / few.num_tokens, watched / few.num_tokens)
 
 

@@ -8,8 +8,8 @@ import shutil
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ..calibration.current import Current
 from ..calibration.in_memory import statistics_bytes
-from ..calibration.observer import Current
 from ..calibration.samples import CalibrationSet
 from ..checkpoints.layout import Layout, model_dtype, open_layout
 from ..checkpoints.sizes import Sizes, parameters_in_words, sizes_of
@@ -323,7 +323,9 @@ def _seconds(
     if sizes.whole.parameters * (tokens + judged + measured * len(layout.num_experts)) < _WORTH_PROBING:
         return 0.0
     # Of a model on the Hub nothing is downloaded before the work.
-    speed = probe(layout, samples, needs, compute, recipe.batch_size) if layout.checkpoint.is_local else None
+    if not layout.checkpoint.is_local:
+        return None
+    speed = probe(layout, samples, needs, compute, recipe.batch_size, recipe.max_tokens)
     if speed is None:
         return None
     layers = text_config(layout.config).num_hidden_layers

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from ..storage.tensor_files import TORCH_DTYPES, MappedTensors, Shapes, read_header, read_tensors
-from .needs import IN_FORMAT_1, Need, tensor_names
+from .needs import IN_FORMAT_1, Need, names_of_format
 
 
 def layer_file(index: int) -> str:
@@ -26,8 +26,8 @@ def names_of_format_1(needs: Iterable[Need], path: Path) -> tuple[str, ...]:
         RequestError: If the file is missing or damaged.
     """
     there, _ = read_header(path)
-    stored = ((name, IN_FORMAT_1.get(name, name)) for name in tensor_names(needs))
-    return tuple(old for name, old in stored if old == name or old in there)
+    may_lack = set(IN_FORMAT_1.values())
+    return tuple(name for name in names_of_format(1, needs) if name in there or name not in may_lack)
 
 
 class LayerFile(Mapping[str, Tensor]):
@@ -69,13 +69,24 @@ class MergedTensors(Mapping[str, Tensor]):
     Args:
         parts: The tensors of each.
         rows: For each name the rows to take, ``(rows,)`` int64, counted through the parts.
+        sums: For names of which nothing is taken, as it follows from another tensor: that one's name, and how.
     """
 
-    def __init__(self, parts: Sequence[Mapping[str, Tensor]], rows: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Mapping[str, Tensor]],
+        rows: Mapping[str, Tensor],
+        sums: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] = {},
+    ) -> None:
         self.parts = parts
         self._rows = rows
+        self._sums = sums
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._sums:
+            source, made = self._sums[name]
+            values = made(self[source])
+            return values.expand(-1, *tensor_shapes(self.parts[0])[name][0][1:]).contiguous()
         rows, merged, first = self._rows[name], None, 0
         for part in self.parts:
             tensor = part[name]

@@ -7,7 +7,7 @@ Shapes: S samples, N kept tokens, E experts, P experts of the MoE layer before, 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from ..architectures.routers import RoutingRule
@@ -46,9 +46,9 @@ PER_SAMPLE: dict[Need, tuple[str, ...]] = {
         "norm_renormalised",
         "max_element",
     ),
-    # sum over all tokens of ||f||
+    # sum over all tokens of ||f||, estimated from the kept ones (SUMS_OF_KEPT)
     Need.DENSE_NORMS: ("dense_norm",),
-    # sum over tokens of ||F_{e} - F_all||^2 and, in every column, of ||F_all||^2
+    # likewise of ||F_{e} - F_all||^2 and, in every column, of ||F_all||^2
     Need.SINGLE_ERROR: ("single_error", "output_energy"),
     # (S, P, E) float32 in place of (S, E), P the experts of the MoE layer before (0 in the first): the sum over the
     # tokens routed to an expert there of p here
@@ -62,15 +62,28 @@ IN_FORMAT_1 = {"max_element": "max_norm"}
 
 PER_TOKEN: dict[Need, tuple[str, ...]] = {
     Need.ROUTING: ("logits",),  # (N, E), dtype of the router's logits
-    Need.SINGLE_ERROR: ("token_single_error",),  # (N, E) float32, ||F_{e} - F_all||^2
+    Need.DENSE_NORMS: ("token_dense_norm",),  # (N, E) float32, ||f||
+    # (N, E) and (N, 1) float32, ||F_{e} - F_all||^2 and ||F_all||^2
+    Need.SINGLE_ERROR: ("token_single_error", "token_output_energy"),
     Need.GRAM: ("gram",),  # (N, E (E + 1) / 2) float32, upper triangles
     Need.INPUTS: ("inputs",),  # (N, H), dtype of the block's input
 }
 """Tensors of the kept tokens, by need."""
 
 
+SUMS_OF_KEPT = {
+    "dense_norm": "token_dense_norm",
+    "single_error": "token_single_error",
+    "output_energy": "token_output_energy",
+}
+"""Tensors of samples that are sums over their kept tokens, for all of their tokens (``samples.sums_of_kept``), and the
+tensor of the tokens. In statistics of formats 1 and 2 they are sums over all tokens."""
+
+SINCE_FORMAT_3 = frozenset({"token_dense_norm", "token_output_energy"})
+"""What folders of formats 1 and 2 lack."""
+
 DENSE = frozenset({Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.GRAM})
-"""The needs for which every expert runs on every token."""
+"""The needs for which every expert runs on every kept token."""
 
 WITHOUT_RULE = frozenset({Need.ROUTING, Need.ROUTED_NORMS, Need.DENSE_NORMS, Need.INPUTS})
 """The needs for which nothing has to be known of how routers choose: but for :data:`OF_RULE`."""
@@ -85,6 +98,18 @@ def tensor_names(needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]) ->
     return tuple(
         name for table in tables or (PER_SAMPLE, PER_TOKEN) for need in table if need in wanted for name in table[need]
     )
+
+
+def names_of_format(version: int, needs: Iterable[Need]) -> tuple[str, ...]:
+    """The names that ``needs`` stand for in folders of a format."""
+    then = IN_FORMAT_1 if version == 1 else {}
+    return tuple(then.get(name, name) for name in tensor_names(needs) if version >= 3 or name not in SINCE_FORMAT_3)
+
+
+def names_in(there: Collection[str], needs: Iterable[Need]) -> tuple[str, ...]:
+    """Those of some names that ``needs`` stand for, in whatever format."""
+    pairs = ((name, IN_FORMAT_1.get(name, "")) for name in tensor_names(needs))
+    return tuple(name for pair in pairs for name in pair if name in there)
 
 
 def layer_shapes(
@@ -118,7 +143,9 @@ def layer_shapes(
     others = {
         "coactivation": ((num_samples, experts_before, num_experts), torch.float32),
         "logits": ((num_tokens, num_experts + fixed), logits_dtype),
+        "token_dense_norm": ((num_tokens, num_experts), torch.float32),
         "token_single_error": ((num_tokens, num_experts), torch.float32),
+        "token_output_energy": ((num_tokens, 1), torch.float32),
         "gram": ((num_tokens, outputs * (outputs + 1) // 2), torch.float32),
         "inputs": ((num_tokens, hidden_size), inputs_dtype),
     }

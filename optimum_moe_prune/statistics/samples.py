@@ -7,12 +7,19 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from .needs import SUMS_OF_KEPT
+
+MaxTokens = int | Literal["all"]
+"""The most tokens for which statistics per token are kept."""
+
+_A_FEW = 8  # tokens of each sample that are kept before any sample's share
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,18 @@ def equal_shares(domains: Sequence[str], count: int) -> list[int]:
     return list(itertools.islice((position for position in rounds if position is not None), count))
 
 
+def most_tokens(max_tokens: MaxTokens) -> int:
+    """The number that is meant, as statistics hold it."""
+    return 2**63 - 1 if max_tokens == "all" else max_tokens
+
+
 def keep_tokens(samples: Sequence[Sample], max_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The tokens that are kept: all of them, or the ``max_tokens`` with the lowest hash.
+    """The tokens that are kept: all of them, or each sample's share, and of each sample at least a few.
+
+    Every token has a place in a line: the tokens of a sample stand as evenly in it as they can, in the order of their
+    hashes, and the first few of each sample before all others. The first ``max_tokens`` are kept. A token's place
+    follows from the seed, its sample and its position alone, so that what is kept of all samples is kept of any part
+    of them, and a smaller ``max_tokens`` keeps a part of what a larger one does.
 
     Args:
         samples: The samples, in their final order.
@@ -73,16 +90,57 @@ def keep_tokens(samples: Sequence[Sample], max_tokens: int, seed: int) -> tuple[
     Returns:
         Sample and position of each kept token, both ``(N,)`` int64, in the order of samples and positions.
     """
-    sample = np.concatenate(
-        [np.full(s.num_tokens, i, dtype=np.int64) for i, s in enumerate(samples)] or [np.zeros(0, int)]
-    )
-    position = np.concatenate([np.arange(s.num_tokens, dtype=np.int64) for s in samples] or [np.zeros(0, int)])
+    lengths = np.array([s.num_tokens for s in samples], dtype=np.int64)
+    sample = np.arange(len(samples)).repeat(lengths)
+    first = (lengths.cumsum() - lengths).repeat(lengths)
+    position = np.arange(len(sample)) - first
     if len(sample) > max_tokens:
-        of_sample = np.array([int(s.hash[:16], 16) for s in samples], dtype=np.uint64)
-        key = _mix(_mix(of_sample + np.uint64(seed % 2**64))[sample] + position.astype(np.uint64))
-        kept = np.sort(np.argsort(key, kind="stable")[:max_tokens])
+        of_sample = _mix(np.array([int(s.hash[:16], 16) for s in samples], dtype=np.uint64) + np.uint64(seed % 2**64))
+        of_token = _mix(of_sample[sample] + position.astype(np.uint64))
+        rank = np.empty_like(position)
+        rank[np.lexsort((of_token, sample))] = position  # as many positions as ranks, sample by sample
+        offset = _mix(of_sample) / 2.0**64
+        place = np.where(rank < _A_FEW, rank - _A_FEW, (rank + offset[sample]) / lengths[sample])
+        kept = np.sort(np.lexsort((of_token, place))[:max_tokens])
         sample, position = sample[kept], position[kept]
     return torch.from_numpy(sample.astype(np.int64)), torch.from_numpy(position.astype(np.int64))
+
+
+def sums_of_kept(values: Tensor, token_sample: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over all tokens of each sample, estimated from its kept ones; exact where all are kept.
+
+    A sample without kept tokens has those of the mean kept token.
+
+    Args:
+        values: Of each kept token ``(N, ...)``.
+        token_sample: Its sample ``(N,)``.
+        lengths: Tokens of each sample ``(S,)``.
+
+    Returns:
+        ``(S, ...)`` float64.
+    """
+    values = values.double()
+    sums = values.new_zeros(len(lengths), *values.shape[1:]).index_add_(0, token_sample, values)
+    kept = torch.bincount(token_sample, minlength=len(lengths))
+    scale = (lengths / kept.clamp(min=1).double()).view(-1, *[1] * (values.ndim - 1))
+    sums *= scale
+    if len(values) and bool((kept == 0).any()):
+        mean = values.mean(0, keepdim=True) * lengths.view_as(scale)
+        sums = torch.where(kept.view_as(scale) == 0, mean, sums)
+    return sums
+
+
+def fill_sums_of_kept(tensors: Mapping[str, Tensor], token_sample: Tensor, lengths: Tensor) -> None:
+    """Calculate those of a layer's tensors that are sums over kept tokens, from what is there of these.
+
+    Args:
+        tensors: The layer's.
+        token_sample: As for :func:`sums_of_kept`.
+        lengths: Likewise.
+    """
+    for name, of_tokens in SUMS_OF_KEPT.items():
+        if name in tensors:
+            tensors[name].copy_(sums_of_kept(tensors[of_tokens], token_sample, lengths))
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -30,11 +29,12 @@ from ..storage.tensor_files import read_tensors
 from ..storage.values import Json, check_version, read_json
 from .files import LayerFile, MergedTensors, layer_file, names_of_format_1, save_layer, tensor_shapes
 from .folder import header_of
-from .needs import IN_FORMAT_1, OF_RULE, PER_TOKEN, Need, layer_shapes, tensor_names
+from .merging import check_mergeable, kept_rows, merged_tensors
+from .needs import IN_FORMAT_1, OF_RULE, PER_TOKEN, Need, layer_shapes, names_in, names_of_format, tensor_names
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
 from .weights import sample_weights
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TOKENS_NAME = "tokens.safetensors"
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -145,9 +145,7 @@ class CalibrationStats:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the tensors of each layer; those of an earlier format are not all today's."""
-        there = set(next(iter(self.layers.values())).tensors)
-        both = ((name, IN_FORMAT_1.get(name)) for name in tensor_names(self.needs))
-        return tuple(name for pair in both for name in pair if name in there)
+        return names_in(next(iter(self.layers.values())).tensors, self.needs)
 
     @property
     def domains(self) -> dict[str, int]:
@@ -217,7 +215,7 @@ class CalibrationStats:
             RunError: If something cannot be written.
         """
         header = {
-            "format_version": FORMAT_VERSION if self.names == tensor_names(self.needs) else 1,
+            "format_version": next((v for v in (3, 2) if self.names == names_of_format(v, self.needs)), 1),
             "model": self.model,
             "needs": sorted(map(str, self.needs)),
             "max_tokens": self.max_tokens,
@@ -254,7 +252,8 @@ class CalibrationStats:
             samples = tuple(Sample(**sample) for sample in header["samples"])
             needs = frozenset(Need(need) for need in header["needs"])
             first = folder / layer_file(min(map(int, header["layers"]), default=0))
-            names = tensor_names(needs) if header["format_version"] > 1 else names_of_format_1(needs, first)
+            version = header["format_version"]
+            names = names_of_format(version, needs) if version > 1 else names_of_format_1(needs, first)
             tokens = read_tensors(folder / TOKENS_NAME, ("sample", "position"))
             token_sample, token_position = tokens["sample"], tokens["position"]
             weights = torch.ones(len(samples), dtype=torch.float64)
@@ -327,74 +326,32 @@ class CalibrationStats:
         for given in others:
             check_type(given, CalibrationStats, "a CalibrationStats (CalibrationStats.load reads a folder)")
         parts = (self, *others)
-        hashes: set[str] = set()
-        for part in parts:
-            self._check_same("model", self.model.get("fingerprint"), part.model.get("fingerprint"))
-            self._check_same("seed", self.seed, part.seed)
-            self._check_same("max_tokens", self.max_tokens, part.max_tokens)
-            self._check_same("needs", sorted(map(str, self.needs)), sorted(map(str, part.needs)))
-            self._check_same("the experts of each layer", self.num_experts, part.num_experts)
-            self._check_same("how its routers choose", self.routing, part.routing)
-            shared = hashes.intersection(sample.hash for sample in part.samples)
-            if shared:
-                raise RequestError(f"these statistics cannot be merged: {len(shared)} samples are in both.")
-            hashes.update(sample.hash for sample in part.samples)
+        check_mergeable(parts)
         every = [sample for part in parts for sample in part.samples]
         order = sorted(range(len(every)), key=lambda i: every[i].hash)
         samples = tuple(every[i] for i in order)
         token_sample, token_position = keep_tokens(samples, self.max_tokens, self.seed)
         by_sample = torch.tensor(order, dtype=torch.int64)
-        kept = _kept_rows(parts, token_sample, token_position, order)
+        kept = kept_rows(parts, token_sample, token_position, order)
         per_token = tensor_names(self.needs, PER_TOKEN)
         everywhere = [name for name in self.names if all(name in part.names for part in parts)]
         rows = {name: kept if name in per_token else by_sample for name in everywhere}
         weights = torch.ones(len(samples), dtype=torch.float64)
         layers = {}
         for index, layer in self.layers.items():
-            tensors = [part.layers[index].tensors for part in parts]
-            shapes = [tensor_shapes(each) for each in tensors]
-            for name in rows:
-                for other in shapes:
-                    dtypes = shapes[0][name][1], other[name][1]
-                    self._check_same(name, *dtypes, "; calibrate both in the same precision")
-            merged = MergedTensors(tensors, rows)
+            tensors = merged_tensors([part.layers[index].tensors for part in parts], rows, token_sample, samples)
             layers[index] = LayerStats(
-                layer.num_experts, layer.routing, merged, weights, token_sample, is_head=layer.is_head
+                layer.num_experts, layer.routing, tensors, weights, token_sample, is_head=layer.is_head
             )
+        provenance = {**self.provenance, "merged": [part.provenance for part in parts]}
+        if "dense_tokens" in provenance:
+            provenance["dense_tokens"] = len(token_sample)
         return replace(
             self,
             samples=samples,
             layers=layers,
             token_sample=token_sample,
             token_position=token_position,
-            provenance={**self.provenance, "merged": [part.provenance for part in parts]},
+            provenance=provenance,
             domain_weights=None,
         )
-
-    @staticmethod
-    def _check_same(what: str, mine: Any, theirs: Any, advice: str = "") -> None:
-        if mine != theirs:
-            raise RequestError(
-                f"these statistics cannot be merged: {what} is {mine} in one and {theirs} in the other{advice}."
-            )
-
-
-def _kept_rows(
-    parts: Iterable[CalibrationStats], token_sample: Tensor, token_position: Tensor, order: list[int]
-) -> Tensor:
-    """Where the kept tokens of merged statistics are, counted through those of the parts, which all kept them."""
-    rank = torch.empty(len(order), dtype=torch.int64)
-    rank[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
-    rows: dict[tuple[int, int], int] = {}
-    first = 0
-    for part in parts:
-        for token in zip(rank[first + part.token_sample].tolist(), part.token_position.tolist(), strict=True):
-            rows[token] = len(rows)
-        first += len(part.samples)
-    kept = zip(token_sample.tolist(), token_position.tolist(), strict=True)
-    try:
-        return torch.tensor([rows[token] for token in kept], dtype=torch.int64)
-    except KeyError as error:
-        raise RequestError(
-            "these statistics cannot be merged: the kept tokens of one are not those of its samples. Calibrate again."
-        ) from error

@@ -140,7 +140,7 @@ def test_format_1_is_read_saved_and_merged(samples: CalibrationSet, tmp_path: Pa
     one, two = (
         collect(model, CalibrationSet.build(t, tokenizer), set(Need)) for t in (make_texts(3), make_texts(4, seed=9))
     )
-    assert json.loads((one.save(tmp_path / "new") / "stats.json").read_text())["format_version"] == 2
+    assert json.loads((one.save(tmp_path / "new") / "stats.json").read_text())["format_version"] == 3
     layers = {
         i: replace(layer, tensors={n: t for n, t in layer.tensors.items() if n != "max_element"})
         for i, layer in two.layers.items()
@@ -244,7 +244,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 def test_a_newer_format_is_refused(saved: Path) -> None:
     edit(saved, format_version=99)
-    with pytest.raises(RequestError, match="format version 99; this package reads up to 2"):
+    with pytest.raises(RequestError, match="format version 99; this package reads up to 3"):
         CalibrationStats.load(saved)
 
 

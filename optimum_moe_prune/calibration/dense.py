@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outputs of all experts on some tokens, and what follows from them.
+
+Shapes: E experts, n tokens, K top_k, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..models.experts import ExpertsForward
+
+_CACHED_BYTES = 8 * 2**20  # outputs of a call on a processor, which stay in its cache
+_LEAST_BYTES = 64 * 2**20  # of a chunk's outputs, where a plain forward has less
+_SHARE_OF_FREE = 16  # a chunk's outputs take at most one part in so many of what is free
+
+
+def chunk_size(rows: int, num_experts: int, hidden_size: int, itemsize: int, device: torch.device) -> int:
+    """How many tokens run through all experts at once.
+
+    As many outputs as the plain forward of the batch holds cost it no memory that it had not needed.
+
+    Args:
+        rows: Rows ``T K`` that the batch's plain forward runs through experts.
+        num_experts: E.
+        hidden_size: H.
+        itemsize: Bytes of a number.
+        device: Where.
+    """
+    nbytes = max(rows * hidden_size * itemsize, _LEAST_BYTES)
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        nbytes = min(nbytes, (torch.cuda.mem_get_info(device)[0] + idle) // _SHARE_OF_FREE)
+    elif device.type == "cpu":
+        nbytes = min(nbytes, 2 * _LEAST_BYTES)
+    return max(1, nbytes // (num_experts * hidden_size * itemsize))
+
+
+def every_expert(own: ExpertsForward, x: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Outputs of all experts ``(E, n, H)``, in as few calls of the model's own experts as the device likes.
+
+    Args:
+        own: The experts' forward.
+        x: What goes into it ``(n, ...)``.
+        num_experts: E.
+        dtype: Of the weights that it is called with.
+    """
+    count = len(x)
+    at_once = num_experts
+    if x.device.type == "cpu":
+        at_once = max(1, _CACHED_BYTES // (count * x.shape[1] * x.element_size()))
+    calls = []
+    for experts in torch.arange(num_experts, device=x.device).split(at_once):
+        rows = x.expand(len(experts), *x.shape).reshape(-1, x.shape[1])
+        ids = experts.repeat_interleave(count)[:, None]
+        calls.append(own(rows, ids, torch.ones(ids.shape, dtype=dtype, device=x.device)))
+    return (calls[0] if len(calls) == 1 else torch.cat(calls)).view(num_experts, count, -1)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Scalar products ``(n, A, B)`` of vectors ``(n, A, H)`` and ``(n, B, H)``.
+
+    Summed in float32 or better whatever the process allows elsewhere: on CUDA float32 products may silently be TF32.
+    """
+    b = b.transpose(1, 2)
+    with torch.autocast(a.device.type, enabled=False):
+        if a.device.type != "cuda":
+            return a.float() @ b.float()
+        if a.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.bmm, "dtype"):
+            return torch.bmm(a, b, out_dtype=torch.float32)  # since torch 2.8
+        return (a.double() @ b.double()).float()
+
+
+def lone_errors(
+    norm: Tensor, partial: Tensor, routed: Tensor, chosen: Tensor, weight: Tensor, lone: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Squared errors of a layer with one expert alone, and its squared output.
+
+    With :math:`F = \sum_k w_k f_k` it is :math:`\|a f_e - F\|^2 = a^2 \|f_e\|^2 - 2 a \sum_k w_k f_e \cdot f_k +
+    \|F\|^2`. Where e is one of the chosen the terms may cancel, so that these are calculated as they stand.
+
+    Args:
+        norm: Of each expert's output ``(n, E)``.
+        partial: Products of outputs and those of the chosen ``(n, E, K)``.
+        routed: Outputs of the chosen ``(n, K, H)``.
+        chosen: Their ids ``(n, K)``.
+        weight: Their weights ``(n, K)``.
+        lone: The weight :math:`a` of an expert alone ``(n, E)``.
+
+    Returns:
+        ``(n, E)`` and ``(n, 1)``, float32.
+    """
+    wide = torch.float32 if norm.device.type == "mps" else torch.float64  # which it lacks
+    output = (routed.float() * weight[..., None].float()).sum(1)
+    energy = output.square().sum(-1, keepdim=True)
+    cross = (partial * weight[:, None].to(wide)).sum(-1)
+    a = lone.to(wide)
+    error = ((a * norm).square() - 2 * a * cross + energy).clamp_(min=0).float()
+    of_chosen = (routed.float() * lone.gather(1, chosen)[..., None] - output[:, None]).square().sum(-1)
+    return error.scatter_(1, chosen, of_chosen), energy
+
+
+def triangle(num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of an upper triangle."""
+    rows, columns = torch.triu_indices(num_experts, num_experts, device=device)
+    return rows, columns
+
+
+def sizes_of(y: Tensor) -> Tensor:
+    """Norm and largest absolute element of outputs ``(..., H)``: ``(2, ...)`` float32."""
+    orders = (2, math.inf)
+    return torch.stack([torch.linalg.vector_norm(y, ord=o, dim=-1, dtype=torch.float32) for o in orders])
+
+
+def weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
+    """The experts' output ``(T, H)`` from ``(T, K, H)`` and ``(T, K)``, rounded as transformers rounds."""
+    return (y * weight[..., None]).sum(1).to(y.dtype)
