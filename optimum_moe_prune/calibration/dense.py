@@ -111,10 +111,14 @@ def triangle(num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def sizes_of(y: Tensor) -> Tensor:
     """Norm and largest absolute element of outputs ``(..., H)``: ``(2, ...)`` float32."""
-    orders = (2, math.inf)
-    return torch.stack([torch.linalg.vector_norm(y, ord=o, dim=-1, dtype=torch.float32) for o in orders])
+    norm = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
+    if y.device.type == "cpu":  # there a quarter of the time that the next line takes
+        return torch.stack([norm, torch.maximum(y.amax(-1), -y.amin(-1)).float()])
+    return torch.stack([norm, torch.linalg.vector_norm(y, ord=math.inf, dim=-1, dtype=torch.float32)])
 
 
 def weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
     """The experts' output ``(T, H)`` from ``(T, K, H)`` and ``(T, K)``, rounded as transformers rounds."""
+    if y.dtype == weight.dtype == torch.float32 and y.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return (weight[:, None] @ y)[:, 0]  # the same in a fifth of the time
     return (y * weight[..., None]).sum(1).to(y.dtype)

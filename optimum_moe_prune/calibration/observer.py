@@ -193,7 +193,7 @@ class LayerObserver:
             ids, w = chosen[rows], weight[rows]
             y = every_expert(own, x[rows], self.num_outputs, weight.dtype)
             by_token = y.transpose(0, 1)
-            routed = by_token.gather(1, ids[..., None].expand(-1, -1, hidden_size))
+            routed = y[ids, torch.arange(len(ids), device=y.device)[:, None]]
             outputs.append(weighted_sum(routed, w))
             if Need.ROUTED_NORMS in self.needs:
                 sizes.append(sizes_of(routed))
