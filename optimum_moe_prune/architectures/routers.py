@@ -17,6 +17,7 @@ Shapes: E experts, T tokens, K top_k.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from ..errors import RequestError
 from ..storage.values import Json, Values
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Normalisation = Literal["chosen", "retained", "none"]
@@ -192,10 +194,9 @@ class RoutingRule(ABC):
 
     def lone_weights(self, logits: Tensor) -> Tensor:
         """The weight ``(T, E)`` float32 that each expert would have if it were the only one left."""
-        import torch
-
         numerators = self.numerators(logits)
-        weights = numerators * torch.as_tensor(self.scale, dtype=torch.float64, device=logits.device)
+        scale = _constant(self.scale, logits.device) if isinstance(self.scale, tuple) else self.scale
+        weights = numerators * scale
         return (weights if self.normalised_over == "none" else weights / (numerators + self.epsilon)).float()
 
     def disagreement(self, logits: Tensor, chosen: Tensor, weights: Tensor) -> str:
@@ -287,6 +288,14 @@ class SoftmaxTopK(RoutingRule, kind="softmax"):
     def to_dict(self) -> Json:
         """Without its kind: so statistics have been written from the beginning."""
         return asdict(self)
+
+
+@functools.lru_cache(maxsize=512)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, which is told once: it would be waited for each time."""
+    import torch
+
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def likelihoods(logits: Tensor) -> Tensor:

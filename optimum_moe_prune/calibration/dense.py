@@ -6,6 +6,7 @@ Shapes: E experts, n tokens, K top_k, H hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -66,8 +67,9 @@ def products(a: Tensor, b: Tensor) -> Tensor:
     Summed in float32 or better whatever the process allows elsewhere: on CUDA float32 products may silently be TF32.
     """
     b = b.transpose(1, 2)
-    with torch.autocast(a.device.type, enabled=False):
-        if a.device.type != "cuda":
+    kind = a.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext():
+        if kind != "cuda":
             return a.float() @ b.float()
         if a.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.bmm, "dtype"):
             return torch.bmm(a, b, out_dtype=torch.float32)  # since torch 2.8

@@ -91,6 +91,7 @@ class LayerObserver:
         self.triangle = functools.cache(functools.partial(triangle, self.num_outputs))
         self.tensors: Mapping[str, Tensor] = {}
         self.logits: Tensor | None = None
+        self._slots_of: Tensor | None = None  # of the current batch
         self.is_proven = False
         self.to_prove: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -148,6 +149,7 @@ class LayerObserver:
                 x.shape[1] - own.scores, logits.dtype, x.dtype, self.rule,
             )  # fmt: skip
             self.tensors = self.allocate(self.block.layer, shapes)
+        self._slots_of = None
         p = self._routing(logits, chosen)
         if Need.INPUTS in self.needs:
             self._keep("inputs", x[:, : x.shape[1] - own.scores])
@@ -242,7 +244,7 @@ class LayerObserver:
             self._keep("logits", logits)
         if not self.rule.formula:  # probabilities are not known; LayerStats.total refuses what is missing
             if routing:
-                self._add_chosen(chosen, {"routed_tokens": torch.ones_like(chosen, dtype=torch.float64)})
+                self._add_chosen(chosen, {"routed_tokens": torch.ones_like(_exactly(chosen), dtype=torch.float64)})
             return None
         if not routing and not together and Need.ROUTED_NORMS not in self.needs:
             return None
@@ -252,14 +254,24 @@ class LayerObserver:
         if together:
             self._coactivation(p[:, : self.num_experts], chosen)
         if routing:
+            both = torch.cat([values[:, : self.num_experts] for values in (p, p * log_p)], dim=1)
             sums = p.new_zeros(len(self.current.lengths), 2 * self.num_experts)
-            both = [values[:, : self.num_experts] for values in (p, p * log_p / math.log(2))]
-            sums.index_add_(0, self.current.on(p.device).sample, torch.cat(both, dim=1))
-            for name, values in zip(("probability", "probability_log2"), sums.chunk(2, dim=1), strict=True):
-                self._put(name, values)
-            of_chosen = {"routed_tokens": torch.ones_like(chosen, dtype=p.dtype), "routed_probability": _of(p, chosen)}
-            self._add_chosen(chosen, of_chosen)
+            sums.index_add_(0, self.current.on(p.device).sample, both)
+            self.outbox.hold(sums, self._probabilities_taker())
+            self._add_chosen(
+                chosen, {"routed_tokens": torch.ones_like(_of(p, chosen)), "routed_probability": _of(p, chosen)}
+            )
         return p
+
+    def _probabilities_taker(self) -> Take:
+        rows = self.current.samples
+
+        def take(sums: Tensor) -> None:
+            probability, times_log = sums.chunk(2, dim=1)
+            self.tensors["probability"][rows] = probability
+            self.tensors["probability_log2"][rows] = times_log / math.log(2)
+
+        return take
 
     def _coactivation(self, p: Tensor, chosen: Tensor) -> None:
         """Probabilities ``(T, E)`` here, summed over the tokens routed to each expert of the MoE layer before."""
@@ -283,31 +295,34 @@ class LayerObserver:
             q = _of(p, chosen)
             values |= {"norm_probability": norm * q, "norm_renormalised": norm * q / q.sum(1, keepdim=True)}
         self._add_chosen(chosen, values)
-        slots = self._slots(chosen)
         most = largest.new_zeros(len(self.current.lengths) * (self.num_experts + 1))
-        self._put_slots("max_element", most.scatter_reduce_(0, slots, largest.flatten(), "amax"))
+        most.scatter_reduce_(0, self._slots(chosen), largest.flatten(), "amax")
+        self.outbox.hold(most, self._slots_taker(["max_element"]))
 
     def _add_chosen(self, chosen: Tensor, values: dict[str, Tensor]) -> None:
         """Add ``(T, K)`` values, by name, for the experts ``chosen``."""
-        stacked = torch.stack([_exactly(v).flatten() for v in values.values()], dim=1)
+        stacked = torch.stack([_exactly(v) for v in values.values()], dim=-1).flatten(0, 1)
         sums = stacked.new_zeros(len(self.current.lengths) * (self.num_experts + 1), len(values))
-        sums.index_add_(0, self._slots(_exactly(chosen)), stacked)
-        for name, column in zip(values, sums.unbind(1), strict=True):
-            self._put_slots(name, column)
+        self.outbox.hold(sums.index_add_(0, self._slots(_exactly(chosen)), stacked), self._slots_taker(list(values)))
 
     def _slots(self, chosen: Tensor) -> Tensor:
         """Where values of the chosen belong: sample by sample, and what is no expert's beside the experts."""
-        sample = self.current.on(chosen.device).sample
-        return (sample[:, None] * (self.num_experts + 1) + chosen.clamp(max=self.num_experts)).flatten()
+        if self._slots_of is None or self._slots_of.device != chosen.device:
+            first = self.current.on(chosen.device).sample[:, None] * (self.num_experts + 1)
+            self._slots_of = (first + chosen.clamp(max=self.num_experts)).flatten()
+        return self._slots_of
 
-    def _put_slots(self, name: str, values: Tensor) -> None:
-        self._put(name, values.view(-1, self.num_experts + 1)[:, : self.num_experts])
+    def _slots_taker(self, names: list[str]) -> Take:
+        rows = self.current.samples
+
+        def take(sums: Tensor) -> None:
+            sums = sums.view(len(rows), self.num_experts + 1, len(names))[:, : self.num_experts]
+            for name, values in zip(names, sums.unbind(2), strict=True):
+                self.tensors[name][rows] = values.to(self.tensors[name].dtype)
+
+        return take
 
     # -- what goes out
-
-    def _put(self, name: str, values: Tensor) -> None:
-        """Sums ``(B, E)`` of the batch's samples."""
-        self.outbox.hold(values, self._taker(name, self.current.samples))
 
     def _keep(self, name: str, values: Tensor, rows: slice | None = None) -> None:
         """Values of all tokens, of which those of kept ones are kept; or of the kept tokens ``rows``."""
@@ -327,11 +342,11 @@ class LayerObserver:
         return take
 
     def _check_finite(self, values: Tensor, what: str) -> None:
-        def take(finite: Tensor) -> None:
-            if not bool(finite):
+        def take(total: Tensor) -> None:
+            if not math.isfinite(float(total)):
                 raise RunError(f"layer {self.block.layer}: {what} NaN or infinite.")
 
-        self.outbox.hold(torch.isfinite(values).all(), take)
+        self.outbox.hold(_exactly(values).sum(dtype=torch.float64), take)  # which no finite numbers overflow
 
 
 def _of(p: Tensor, chosen: Tensor) -> Tensor:
