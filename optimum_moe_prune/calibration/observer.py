@@ -91,6 +91,7 @@ class LayerObserver:
         self.triangle = functools.cache(functools.partial(triangle, self.num_outputs))
         self.tensors: Mapping[str, Tensor] = {}
         self.logits: Tensor | None = None
+        self.chunk = 0  # tokens that run through all experts at once
         self._slots_of: Tensor | None = None  # of the current batch
         self.is_proven = False
         self.to_prove: tuple[Tensor, Tensor, Tensor] | None = None
@@ -186,12 +187,12 @@ class LayerObserver:
     ) -> tuple[Tensor, Tensor | None]:
         """The same, of kept tokens, from the outputs of all experts, with the statistics that need them all."""
         hidden_size = x.shape[1] - own.scores
-        size = chunk_size(
-            self.current.num_tokens * chosen.shape[1], self.num_outputs, hidden_size, x.element_size(), x.device
-        )
+        if not self.chunk:  # the first batch is the largest
+            rows_at_once = self.current.num_tokens * chosen.shape[1]
+            self.chunk = chunk_size(rows_at_once, self.num_outputs, hidden_size, x.element_size(), x.device)
         outputs, sizes = [], []
-        for first in range(0, len(x), size):
-            rows = slice(first, first + size)
+        for first in range(0, len(x), self.chunk):
+            rows = slice(first, first + self.chunk)
             ids, w = chosen[rows], weight[rows]
             y = every_expert(own, x[rows], self.num_outputs, weight.dtype)
             by_token = y.transpose(0, 1)
