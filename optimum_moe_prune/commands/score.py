@@ -84,5 +84,7 @@ class ScoreCommand(Command):
             "streamed": stats.provenance["streamed"],
         }
         domains = ", ".join(f"{domain} {tokens}" for domain, tokens in stats.domains.items())
-        text = f"{len(samples)} samples, {samples.num_tokens} tokens ({domains})\n"
+        kept = len(stats.token_sample)
+        some = f"; {kept} of them kept for what is gathered token by token" if kept < samples.num_tokens else ""
+        text = f"{len(samples)} samples, {samples.num_tokens} tokens ({domains}){some}\n"
         return f"{text}statistics of {len(stats.layers)} layers: {args.output}", values
