@@ -113,7 +113,7 @@ class Skeleton(LayerByLayer):
         self.checkpoint = layout.checkpoint
         self._plain = layout.plain
         model = build_on_meta(layout.config, dtype, layout.checkpoint.source.trust_remote_code)
-        super().__init__(model, torch.device("cuda" if device == "auto" else device))
+        super().__init__(model, torch.device(device))
         self.dtype = dtype
         self._layer_path = layout.structure.layers
         self._weights = Weights(self.model, layout.plain, WeightNames(self.model), self.device)

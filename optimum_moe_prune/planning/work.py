@@ -19,7 +19,7 @@ from ..errors import check_type
 from ..methods.budget import Budget, UniformBudget
 from ..methods.limits import MOST_COUNTS, allowed_counts
 from ..models.memory import Compute, available_memory, model_bytes
-from ..names import BY_SENSITIVITY, DROP
+from ..names import AUTO, BY_SENSITIVITY, DROP
 from ..plan import PruningPlan
 from ..progress.pace import duration
 from ..statistics.needs import DENSE, Need
@@ -261,7 +261,7 @@ def plan_work(
         unfinished=(0 if saves_statistics else statistics) + states if output is not None else 0,
         memory=_LIBRARIES + _KERNELS + held + min(statistics, IN_MEMORY_BYTES) + running,
         free_memory=available_memory(compute.device),
-        device=compute.device,
+        device=compute.device if compute.device != AUTO else "all cards",
         dtype=str(dtype).removeprefix("torch."),
         streamed=bool(compute.stream),
         seconds=_seconds(layout, sizes, recipe, samples, needs, compute, measures, judged_tokens),
