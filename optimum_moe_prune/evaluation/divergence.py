@@ -21,7 +21,7 @@ from ..calibration.samples import CalibrationSet
 from ..compat import text_config
 from ..models.batches import Batch
 from ..models.layerwise import LayerByLayer
-from ..models.transfers import Carrier, lane_of
+from ..models.transfers import Carrier, lane_of, rows_of, sent
 from ..progress import Work, progress, working
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
@@ -216,15 +216,20 @@ def _add(
 
     def log_p(hidden: Tensor) -> Tensor:
         logits = runner.logits(batch, hidden.clone())
-        return torch.log_softmax(logits[:, :-1][mask.to(logits.device)].float(), dim=-1)
+        return torch.log_softmax(rows_of(logits[:, :-1], mask).float(), dim=-1)
 
     original = log_p(states[0])
-    for branch in sorted(set(last)):
-        if branch == 0 and set(sums) == {KL}:  # nothing is pruned, nothing diverges
-            continue
-        figures = _figures(original, original if branch == 0 else log_p(states[branch]), targets, tuple(sums))
-        for name, values in figures.items():
-            total = torch.zeros(sums[name].shape[1], dtype=torch.float64).index_add_(0, sample, values.cpu())
+    branches = [branch for branch in sorted(set(last)) if branch or set(sums) != {KL}]  # nothing pruned, nothing lost
+    if not branches:
+        return
+    made = []
+    for branch in branches:
+        pruned = original if branch == 0 else log_p(states[branch])
+        figures = _figures(original, pruned, sent(targets, pruned.device), tuple(sums))
+        made.append(torch.stack(list(figures.values())))
+    for branch, figures_of_tokens in zip(branches, torch.stack(made).cpu(), strict=True):  # waited for once
+        for name, values in zip(sums, figures_of_tokens, strict=True):
+            total = torch.zeros(sums[name].shape[1], dtype=torch.float64).index_add_(0, sample, values)
             for number, own in enumerate(last):
                 if own == branch:
                     sums[name][number] += total
@@ -234,7 +239,7 @@ def _figures(original: Tensor, pruned: Tensor, targets: Tensor, names: Sequence[
     """What is asked for of log-probabilities ``(T, V)``: ``(T,)`` float64 each."""
     made: dict[str, Callable[[], Tensor]] = {
         KL: lambda: kl_per_token(original, pruned),
-        LOSS: lambda: -pruned.gather(1, targets.to(pruned.device))[:, 0].double(),
+        LOSS: lambda: -pruned.gather(1, targets)[:, 0].double(),
         AGREEMENT: lambda: (original.argmax(1) == pruned.argmax(1)).double(),
     }
     return {name: made[name]() for name in names}

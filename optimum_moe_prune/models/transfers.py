@@ -143,6 +143,15 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def rows_of(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The elements ``(N, ...)`` of a tensor ``(B, L, ...)`` at the true places of a mask ``(B, L)`` in memory.
+
+    Why: a device that is asked which places these are has to finish all it was asked for first.
+    """
+    rows, columns = sent(mask.nonzero().mT.contiguous(), tensor.device)
+    return tensor[rows, columns]
+
+
 class Carrier:
     """Carries hidden states from memory to where they are calculated with, and back.
 

@@ -315,9 +315,14 @@ def reserve(file: int, size: int) -> None:
 
 def all_finite(values: Tensor) -> bool:
     """Whether all values are finite, without a mask of their size."""
+    return bool(finite_flag(values))
+
+
+def finite_flag(values: Tensor) -> Tensor:
+    """The same as a tensor ``()`` where the values are, which nobody has waited for."""
     if values.numel() == 0:
-        return True
+        return torch.ones((), dtype=torch.bool, device=values.device)
     if values.element_size() == 1:  # float8 has few operations
         values = values.float()
     low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return torch.isfinite(low) & torch.isfinite(high)
