@@ -24,6 +24,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwe
 
 from optimum_moe_prune import CalibrationSet
 from optimum_moe_prune.models.devices import finish
+from optimum_moe_prune.names import dtype_name
 from optimum_moe_prune.storage.files import sync
 
 MIB = 2**20
@@ -48,7 +49,7 @@ def make_model(
         "max_position_embeddings": 4096,
     }
     default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
+    torch.set_default_dtype(getattr(torch, dtype_name(dtype)))
     try:
         if kind == "mixtral":
             model: PreTrainedModel = MixtralForCausalLM(MixtralConfig(**shared, num_local_experts=experts))
