@@ -103,8 +103,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its token ids."""
-    return model.get_input_embeddings().weight.device
+    """Where a model takes its token ids: where its embeddings are, or where accelerate will put them to use them."""
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    if device.type == "meta":
+        where = getattr(_hook(embeddings), "execution_device", None)
+        return device if where is None else torch.device(where)
+    return device
 
 
 def vocabulary(model: Any) -> int:

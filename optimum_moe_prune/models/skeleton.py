@@ -314,14 +314,13 @@ class Weights:
 
         Args:
             parameters: Their names.
-            check: Called before each tensor is read.
+            check: On a card called before each piece of a tensor is read; what it raises ends the reading.
         """
         on_card = copies_aside(self.device)
-        read_tensor = functools.partial(read_onto, self.device) if on_card else read_in_memory
+        read_tensor = functools.partial(read_onto, self.device, check) if on_card else read_in_memory
         with self.checkpoint.reader(read_tensor) as read:
 
             def finite(tensor_name: str, dtype: torch.dtype) -> Tensor:
-                check()
                 return self._plain.read(read, tensor_name, dtype)
 
             for name in parameters:

@@ -98,11 +98,19 @@ def pinned(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
-def read_onto(device: torch.device, file: int, entry: TensorEntry) -> Tensor:
-    """A tensor of an open file on a card, as ``storage.tensor_files.read_tensor`` gives it in memory."""
+def read_onto(device: torch.device, check: Callable[[], None], file: int, entry: TensorEntry) -> Tensor:
+    """A tensor of an open file on a card, as ``storage.tensor_files.read_tensor`` gives it in memory.
+
+    Args:
+        device: The card.
+        check: Called before each piece; what it raises ends the reading.
+        file: The file.
+        entry: Where it lies there.
+    """
     dtype = dtype_of(entry)
     made = torch.empty(entry.nbytes, dtype=torch.uint8, device=device)
     for begin in range(0, entry.nbytes, _PIECE_BYTES):
+        check()
         piece = pinned(min(_PIECE_BYTES, entry.nbytes - begin))
         read_into(piece.numpy().data, file, entry.begin + begin)
         made[begin : begin + len(piece)].copy_(piece, non_blocking=True)

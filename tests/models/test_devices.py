@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import make_model
 
 from optimum_moe_prune.calibration.calibrate import calibrate
@@ -16,6 +17,7 @@ from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.commands.flags import compute_of
 from optimum_moe_prune.errors import RequestError
 from optimum_moe_prune.models import devices, memory
+from optimum_moe_prune.models.checks import input_device
 from optimum_moe_prune.models.memory import Compute, available_memory
 from optimum_moe_prune.storage.workspace import Workspace
 
@@ -107,6 +109,14 @@ def test_a_command_says_which_card_it_runs_on(
         with caplog.at_level("INFO", logger="optimum_moe_prune.progress"):
             assert compute_of(argparse.Namespace(dtype="bf16", device=asked)).dtype == "bfloat16"
         assert caplog.messages == ([f"the model runs on {said}"] if said else [])
+
+
+def test_a_model_whose_embeddings_are_offloaded_takes_its_inputs_where_it_runs() -> None:
+    model = make_model("mixtral")
+    assert input_device(model) == torch.device("cpu")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.get_input_embeddings().weight.is_meta
+    assert input_device(model) == torch.device("cpu")
 
 
 def test_work_that_began_on_the_processor_goes_on(tmp_path: Path) -> None:

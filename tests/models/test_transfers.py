@@ -240,6 +240,18 @@ def test_an_interrupt_ends_what_is_read_ahead(card: type[Card]) -> None:
     assert seen == [reading.Stopped] and no_thread_is_left()
 
 
+def test_reading_ends_between_two_pieces_of_a_tensor(card: type[Card], mixtral: Path) -> None:
+    skeleton, pieces = opened(mixtral), iter(range(3))
+
+    def check() -> None:
+        if next(pieces, None) is None:
+            raise reading.Stopped
+
+    with pytest.raises(reading.Stopped):
+        dict(skeleton._weights.made(["model.embed_tokens.weight"], check))
+    assert next(pieces, None) is None
+
+
 def test_a_layer_that_finds_no_room_after_all_is_read_when_it_is_needed(card: type[Card]) -> None:
     def make(names: Any, check: Any) -> dict[str, Tensor]:
         raise torch.OutOfMemoryError("none left")
