@@ -119,4 +119,6 @@ def _first_sentence(error: Exception) -> str:
     first = str(error).splitlines()[0].split(". ")[0]
     if "at start of device string" in first:
         return "torch knows no such device."
+    if first.startswith("Could not run"):  # an operator for which its kind of device has nothing
+        return "this build of torch is not made for it."
     return first.rstrip(".") + "."

@@ -91,6 +91,17 @@ def test_a_card_without_float64_is_passed_over_and_refused_by_name(monkeypatch: 
         Compute(device="mps").check()
 
 
+def test_a_device_that_torch_is_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty(*args: object, **named: object) -> None:
+        raise NotImplementedError(
+            "Could not run 'aten::empty.memory_format' with arguments from the 'XPU' backend. It"
+        )
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(RequestError, match="device='xpu' cannot be used: this build of torch is not made for it."):
+        Compute(device="xpu").check()
+
+
 def test_devices_are_named_as_torch_names_them() -> None:
     assert {Compute(device=device).device for device in ("cpu", "CPU ", torch.device("cpu"))} == {"cpu"}  # type: ignore[arg-type]
     assert Compute(device="cuda:1").device == "cuda:1"
