@@ -98,7 +98,7 @@ def test_a_device_that_torch_is_not_built_for(monkeypatch: pytest.MonkeyPatch) -
         )
 
     monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(RequestError, match="device='xpu' cannot be used: this build of torch is not made for it."):
+    with pytest.raises(RequestError, match=r"device='xpu' cannot be used: this build of torch"):
         Compute(device="xpu").check()
 
 
