@@ -227,14 +227,15 @@ def _copying(device: str) -> float:
 
 
 def operations(config: Qwen2MoeConfig, tokens: int, length: int) -> tuple[float, float]:
-    """TFLOP of a dense calibration: of the layers, and of the Gram matrices, which are in float32."""
-    hidden, experts = config.hidden_size, config.num_experts
+    """TFLOP of a calibration, with every expert on kept tokens: of the layers, and of Gram matrices, in float32."""
+    hidden, experts, kept = config.hidden_size, config.num_experts, min(1, _KEPT / tokens)
     attention = 4 * hidden * hidden + length * hidden  # projections; half of all pairs of positions, twice
-    widths = experts * config.moe_intermediate_size + config.shared_expert_intermediate_size
+    used = kept * experts + (1 - kept) * config.num_experts_per_tok
+    widths = used * config.moe_intermediate_size + config.shared_expert_intermediate_size
     layer = 2 * (attention + hidden * experts + 3 * hidden * widths)
     gram = experts * (experts + 1) * hidden  # both triangles are the same
     tokens_and_layers = config.num_hidden_layers * tokens / 1e12
-    return tokens_and_layers * layer, tokens_and_layers * gram * min(1, _KEPT / tokens)
+    return tokens_and_layers * layer, tokens_and_layers * gram * kept
 
 
 def tensor_bytes(config: Qwen2MoeConfig, pattern: str) -> int:
