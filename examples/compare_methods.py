@@ -15,6 +15,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_moe_prune import compare_methods, write_method_comparison
+from optimum_moe_prune.models.devices import one_device
+from optimum_moe_prune.names import device_name, dtype_name
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "small_models"))
@@ -24,7 +26,10 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("model", nargs="?", default=str(HERE / "small_models" / "qwen2_moe"), help="folder or Hub id")
 parser.add_argument("--methods", nargs="+", default=["mosaic", "pathfinder", "reap", "soft_frequency", "random"])
 parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25])
-parser.add_argument("--dtype", default="float32", help="precision to calculate in, or auto: the model's own")
+parser.add_argument(
+    "--dtype", default="float32", type=dtype_name, help="precision to calculate in, or auto: the model's own"
+)
+parser.add_argument("--device", default="auto", type=device_name, help="where to run (default: the GPU that is there)")
 parser.add_argument("--calibration", type=Path, help=".jsonl with text and domain")
 parser.add_argument("--heldout", type=Path, help=".jsonl with text and domain")
 parser.add_argument("--output", help="folder for results.json, table.md, picture.png and the plans")
@@ -32,7 +37,7 @@ args = parser.parse_args()
 
 texts = make_corpus({"train": 10, "heldout": 6})
 found = compare_methods(
-    AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype),
+    AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map=one_device(args.device)),
     args.calibration or texts["train"],
     args.heldout or texts["heldout"],
     methods=args.methods,

@@ -49,6 +49,8 @@ from optimum_moe_prune import compare as compare_models
 from optimum_moe_prune.evaluation.tables import filled
 from optimum_moe_prune.evaluation.verdict import EXPLAINED
 from optimum_moe_prune.methods import get_method
+from optimum_moe_prune.models.devices import one_device
+from optimum_moe_prune.names import device_name, dtype_name
 from optimum_moe_prune.planning.build import build_plan
 
 HERE = Path(__file__).resolve().parent
@@ -255,7 +257,7 @@ def continuations(model: PreTrainedModel, tokenizer: object) -> list[str]:
     """What a model writes after each prompt, greedily."""
     written = []
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
         new = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids["input_ids"].shape[1] :]
         written.append(tokenizer.decode(new, skip_special_tokens=True))
     return written
@@ -289,7 +291,15 @@ def main() -> None:
     )
     parser.add_argument("--draws", type=int, default=1, help="disjoint calibration draws to average over (default 1)")
     parser.add_argument("--methods", nargs="+", default=list_methods(), help="to compare (default all)")
-    parser.add_argument("--dtype", default="float32", help="precision to calculate in, or auto: the model's own")
+    parser.add_argument(
+        "--dtype", default="float32", type=dtype_name, help="precision to calculate in, or auto: the model's own"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        type=device_name,
+        help="where to run: cpu, cuda ... (default: the GPU that is there)",
+    )
     parser.add_argument(
         "--sensitivity", nargs="+", default=[], help="methods that also spread experts by measured divergences"
     )
@@ -308,6 +318,7 @@ def main() -> None:
         counts = {"train": arguments.draws * CALIBRATION_SAMPLES, "tune": 0, "heldout": HELDOUT_SAMPLES}
         paths = corpus.write_corpus(Path(scratch) / "text", counts)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+        model = model.to(one_device(arguments.device))
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         heldout = CalibrationSet.build(paths["heldout"], tokenizer, max_length=CONTEXT)
         judged = heldout.take(JUDGED_SAMPLES * len(corpus.DOMAINS))
@@ -331,7 +342,11 @@ def main() -> None:
             folder = output / method
             samples = CalibrationSet.build(sample, tokenizer, max_length=CONTEXT)
             pruner.prune_checkpoint(
-                folder, calibration=samples, dtype=arguments.dtype, overwrite=arguments.output is None
+                folder,
+                calibration=samples,
+                dtype=arguments.dtype,
+                device=arguments.device,
+                overwrite=arguments.output is None,
             )
             assert pruner.pruning_plan is not None
             print(pruner.pruning_plan.summary())
@@ -339,7 +354,7 @@ def main() -> None:
             print(f"\nOpened again in a new process with {how}:", flush=True)
             written[method] = reload(folder, first, arguments.dtype)
             print_beside({"original": written["original"], method: written[method]})
-            found = compare_models(folder, judged, reference=model, compute=Compute(arguments.dtype))
+            found = compare_models(folder, judged, reference=model, compute=Compute(arguments.dtype, arguments.device))
             print(f"\nWhat it lost, on {len(judged)} held-out texts:\n")
             print(found.models[method].evaluation.summary())
             print(f"\n{filled(EXPLAINED)}\n" if number == 1 else "")

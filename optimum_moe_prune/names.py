@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names that users and files know: of files in an output, of allocations, of precisions."""
 
+import re
+
 from .errors import RequestError, nearest_first
 
 # Files in an output.
@@ -61,3 +63,32 @@ def dtype_name(dtype: object) -> str:
     if name not in _DTYPE_NAMES:
         raise RequestError(f"dtype {str(dtype)!r} is not known. Known: {nearest_first(name, [AUTO, *_DTYPES])}.")
     return _DTYPE_NAMES[name]
+
+
+_DEVICES = {"gpu": "cuda", "nvidia": "cuda", "amd": "cuda", "rocm": "cuda", "apple": "mps", "metal": "mps"}
+_DEVICES |= {"intel": "xpu", "processor": "cpu"}
+
+
+def device_name(device: object) -> str:
+    """The name of a device as torch has it, or ``auto``. Whether it is there is found out later.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``auto`` ..., or a ``torch.device``.
+
+    Raises:
+        RequestError: If it is none.
+    """
+    text = str(device).strip().lower()
+    name, _, number = text.partition(":")
+    meant = ""
+    if name in _DEVICES:
+        meant = _DEVICES[name] + (f":{number}" if number else "")
+    elif text.isdecimal():
+        meant = f"cuda:{text}"
+    elif found := re.fullmatch(r"([a-z]+)(\d+)", text):
+        meant = f"{found[1]}:{found[2]}"
+    if meant:
+        raise RequestError(f"{str(device)!r} is no device; did you mean {meant}?")
+    if not re.fullmatch(r"[a-z]+(:\d+)?", text) or text.startswith(f"{AUTO}:"):
+        raise RequestError(f"{str(device)!r} is no device: cpu, cuda, cuda:1, mps, auto ...")
+    return text

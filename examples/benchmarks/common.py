@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from optimum_moe_prune import CalibrationSet
+from optimum_moe_prune.models.devices import finish
+from optimum_moe_prune.names import dtype_name
 from optimum_moe_prune.storage.files import sync
 
 MIB = 2**20
@@ -47,7 +49,7 @@ def make_model(
         "max_position_embeddings": 4096,
     }
     default = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
+    torch.set_default_dtype(getattr(torch, dtype_name(dtype)))
     try:
         if kind == "mixtral":
             model: PreTrainedModel = MixtralForCausalLM(MixtralConfig(**shared, num_local_experts=experts))
@@ -106,18 +108,25 @@ def ratio_in_pairs(
     )
 
 
-def tflops(tokens: int, rows: int, columns: int, dtype: torch.dtype, device: str) -> float:
-    """The best of several times of multiplying matrices ``(tokens, rows) x (rows, columns)``, in TFLOP/s."""
+def tflops(tokens: int, rows: int, columns: int, dtype: torch.dtype, device: str, most: float = 4.0) -> float:
+    """The best of several times of multiplying matrices ``(tokens, rows) x (rows, columns)``, in TFLOP/s.
+
+    A processor without units for a dtype may take a second for one product: it ends after about ``most`` seconds.
+    """
     x = torch.randn(tokens, rows, device=device).to(dtype)
     weight = torch.randn(columns, rows, device=device).to(dtype)
 
-    def multiply() -> None:
-        for _ in range(10):
+    def multiply(times: int = 1) -> None:
+        for _ in range(times):
             torch.nn.functional.linear(x, weight)
-        if x.is_cuda:
-            torch.cuda.synchronize()
+        finish({x.device})
 
-    return 10 * 2 * tokens * rows * columns / min(seconds(multiply) for _ in range(6)) / 1e12
+    multiply()  # what is done once is not counted
+    alone = max(seconds(multiply), 1e-6)
+    times = max(1, min(10, round(most / 6 / alone)))
+    rounds = max(1, min(6, round(most / (times * alone))))
+    taken = min([alone, *(seconds(lambda: multiply(times)) / times for _ in range(rounds))])
+    return 2 * tokens * rows * columns / taken / 1e12
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -212,13 +221,63 @@ def _proc(file: str, name: str) -> int:
     return int(value.removesuffix("kB\n")) * (1024 if "kB" in value else 1)
 
 
-def in_child(script: str, phase: str, **values: Any) -> dict[str, Any]:
-    """What a phase of a script answers, run in a process of its own; ``serve`` is the other side."""
+def in_child(script: str, phase: str, most: float | None = None, **values: Any) -> dict[str, Any]:
+    """What a phase of a script answers, run in a process of its own; ``serve`` is the other side.
+
+    Args:
+        script: The script.
+        phase: The phase.
+        most: Seconds after which it is ended.
+        values: What the phase is called with.
+
+    Raises:
+        TimeoutError: If it took longer.
+    """
     command = [sys.executable, script, _CHILD, phase, json.dumps(values, default=str)]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    try:
+        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=most)
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"{phase} did not end within {most:.0f} s") from error
     if ran.returncode:
         raise SystemExit(f"{Path(script).name}: {phase} failed with exit code {ran.returncode}.")
     return json.loads(ran.stdout.splitlines()[-1])
+
+
+class Phases:
+    """Phases of a script one after another, as long as the budget lasts; each is told of as it ends.
+
+    Args:
+        script: The script.
+        phases: Those that are asked for.
+        budget: Seconds for all; None for as many as they take.
+    """
+
+    def __init__(self, script: str, phases: Collection[str], budget: float | None) -> None:
+        self._script = script
+        self._end = None if budget is None else time.perf_counter() + budget
+        self._phases = phases
+
+    def phase(self, name: str, **values: Any) -> dict[str, Any] | None:
+        """What a phase answers; None where it was not asked for, or there was no time for it."""
+        if name not in self._phases:
+            return None
+        left = None if self._end is None else self._end - time.perf_counter()
+        began = time.perf_counter()
+        try:
+            if left is not None and left <= 0:
+                raise TimeoutError(f"{name} was not begun: the budget is spent")
+            answer = in_child(self._script, name, left, **values)
+        except TimeoutError as error:
+            print(f"{error} (--budget).", flush=True)
+            return None
+        more = "".join(f"; {key} {answer[key]:.1f}" for key in answer if key.startswith("seconds "))
+        traffic = ", ".join(f"{answer[key]:.2f} {key}" for key in ("GB read", "GB written"))
+        print(
+            f"{name}: {answer['seconds']:.1f} s, {time.perf_counter() - began:.1f} s with its process; "
+            f"{traffic}{more}.",
+            flush=True,
+        )
+        return answer
 
 
 def serve(phases: Mapping[str, Callable[..., dict[str, Any]]]) -> bool:

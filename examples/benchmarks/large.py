@@ -2,26 +2,33 @@
 """A checkpoint larger than memory, pruned end to end: seconds and peak memory of each phase, and how near the floor.
 
     python examples/benchmarks/large.py [--scale 0.08] [--folder DIR --keep] [--compare-read-ahead] [--device cuda]
+    python examples/benchmarks/large.py --device cuda --scale 0.25 --budget 110        # two minutes on a GPU
 
 Random weights in the shape of Qwen1.5-MoE-A2.7B, 28.6 GB in 24 layers of 60 experts; with all that is written beside
 it, 60 GB of disk. It is calibrated one layer at a time, planned (Mosaic, 30 of 60 experts), and written. Each phase
-runs in a process of its own, and the system's cache is emptied of the source before it is read.
+runs in a process of its own, and the system's cache is emptied of the source before it is read. A line is printed as
+each phase ends: its seconds, and those of its process, which imports torch and transformers first. On a GPU the phases
+are ``make``, ``calibrate`` and ``speed``; ``plan`` and ``write`` have no part in it (``--phases`` asks for them).
 
 Memory is anonymous memory above what imports take. The limits are one decoder layer, the hidden states of the
 calibration and 1 GiB for the calibration; the largest tensor and 200 MiB for the writing; the checkpoint's size for
-all. The floor of the calibration is the longer of reading the bytes at the disk's speed and multiplying the matrices
-at the processor's; that of the writing is what ``cp`` takes for the retained bytes. Its bar is 0.7.
+all. The floor of the calibration is the longest of reading the bytes at the disk's speed, copying them to the card and
+multiplying the matrices at the processor's speed; that of the writing is what ``cp`` takes for the retained bytes. Its
+bar is 0.7.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +36,10 @@ import torch
 from common import (
     GIB,
     MIB,
+    Phases,
     copy_with_cp,
     drop_cache,
     fresh,
-    in_child,
     make_samples,
     read_through,
     report,
@@ -48,12 +55,17 @@ from transformers import Qwen2MoeConfig
 from optimum_moe_prune import CalibrationStats, MoEPruner, MoEPrunerConfig, PruningPlan
 from optimum_moe_prune.calibration.streamed import collect_streamed
 from optimum_moe_prune.checkpoints.layout import model_dtype
+from optimum_moe_prune.models.devices import CPU, card_name, finish, has_own_memory, one_device, peak_bytes
 from optimum_moe_prune.models.skeleton import Skeleton
+from optimum_moe_prune.names import device_name
 from optimum_moe_prune.planning.build import build_plan
+from optimum_moe_prune.progress import printed_lines
 from optimum_moe_prune.storage.folders import partial_folder, working_on
 from optimum_moe_prune.storage.growing import Store
 from optimum_moe_prune.storage.workspace import Workspace
 
+_PHASES = ("make", "calibrate", "plan", "write", "speed")
+_ON_CARD = ("make", "calibrate", "speed")
 _LAYERS = 24
 _MULTIPLIED = (torch.bfloat16, torch.float32)
 _KEPT = 8192  # tokens for which statistics per token are kept, at most
@@ -125,10 +137,11 @@ def calibrate(
     """What ``score --stream`` does, with the choice of reading ahead."""
     pruner = MoEPruner.from_pretrained(folder, recipe(retained))
     samples = make_samples(tokens, length, pruner.model_config.vocab_size)
-    drop_cache(weight_files(Path(folder)))
-    with watching() as seen, working_on(target):
+    dropping = seconds(lambda: drop_cache(weight_files(Path(folder))))
+    starting = seconds(lambda: torch.zeros(1, device=device))  # of a card: what begins with its first tensor
+    with watching() as seen, working_on(target), printed_lines(sys.stderr):
         layout = pruner.layout()
-        skeleton = Skeleton(layout, model_dtype(layout.config, layout.checkpoint), device)
+        skeleton = _Timed(layout, model_dtype(layout.config, layout.checkpoint), device)
         how: dict[str, Any] = {"max_tokens": _KEPT, "read_ahead": read_ahead}
         workspace = Workspace.beside(target).part("calibration")
         store = Store(workspace.folder)
@@ -136,11 +149,35 @@ def calibrate(
         stats.save(target)
         workspace.clear()
     told: dict[str, Any] = {
-        "least used": min(int((x.total("routed_tokens") > 0).sum()) for x in stats.layers.values())
+        "least used": min(int((x.total("routed_tokens") > 0).sum()) for x in stats.layers.values()),
+        "seconds until the first layer was there": skeleton.waits[0],
+        "seconds until the others were": sum(skeleton.waits[1:]),
+        "seconds in layers": sum(skeleton.runs),
+        "seconds to empty the cache": dropping,
+        "seconds to start the device": starting,
     }
-    if torch.device(device).type == "cuda":
-        told |= {"gpu": torch.cuda.get_device_name(), "gpu MiB": torch.cuda.max_memory_allocated() / MIB}
+    if has_own_memory(device):
+        told |= {"gpu": card_name(device), "gpu MiB": peak_bytes({torch.device(device)}) / MIB}
     return {**seen, **told}
+
+
+class _Timed(Skeleton):
+    """A skeleton that knows how long it waited for each layer, and how long each was at work."""
+
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.waits: list[float] = []
+        self.runs: list[float] = []
+
+    @contextlib.contextmanager
+    def loaded(self, index: int) -> Iterator[None]:
+        began = time.perf_counter()
+        with super().loaded(index):
+            there = time.perf_counter()
+            self.waits.append(there - began)
+            yield
+            finish({self.device})
+            self.runs.append(time.perf_counter() - there)
 
 
 def plan(stats: str, target: str, retained: int) -> dict[str, Any]:
@@ -156,32 +193,49 @@ def write(folder: str, made: str, target: str) -> dict[str, Any]:
     return dict(seen)
 
 
-def machine_speed(folder: str, tokens: int, rows: int, columns: int, device: str) -> dict[str, Any]:
-    """Reading files that are in no cache, and multiplying matrices in the shape of the experts'."""
+def speed(folder: str, tokens: int, rows: int, columns: int, device: str) -> dict[str, Any]:
+    """Reading files that are in no cache, multiplying matrices in the shape of the experts', and copying to a card."""
     files, done = weight_files(Path(folder)), 0
     drop_cache(files)
 
     def read() -> None:
         nonlocal done
-        done = read_through(files, most=4 * 10**9)
+        done = read_through(files, most=2 * 10**9)
 
-    taken = seconds(read)
-    speeds = {str(t).removeprefix("torch."): tflops(tokens, rows, columns, t, device) for t in _MULTIPLIED}
-    return {"GB/s": done / 1e9 / taken, **speeds}
+    with watching() as seen:
+        taken = seconds(read)
+        speeds = {str(t).removeprefix("torch."): tflops(tokens, rows, columns, t, device) for t in _MULTIPLIED}
+        if torch.device(device).type != CPU:
+            speeds["GB/s to the card"] = _copying(device)
+    return {**seen, "GB/s": done / 1e9 / taken, **speeds}
+
+
+def _copying(device: str) -> float:
+    """GB/s of pinned memory to a card: the best of several times."""
+    pinned, there = (
+        torch.empty(256 * MIB, dtype=torch.uint8, **w) for w in ({"pin_memory": True}, {"device": device})
+    )
+
+    def copy() -> None:
+        there.copy_(pinned, non_blocking=True)
+        finish({there.device})
+
+    return pinned.nbytes / 1e9 / min(seconds(copy) for _ in range(5))
 
 
 # ------------------------------------------------------------------------------------------- what it should take
 
 
 def operations(config: Qwen2MoeConfig, tokens: int, length: int) -> tuple[float, float]:
-    """TFLOP of a dense calibration: of the layers, and of the Gram matrices, which are in float32."""
-    hidden, experts = config.hidden_size, config.num_experts
+    """TFLOP of a calibration, with every expert on kept tokens: of the layers, and of Gram matrices, in float32."""
+    hidden, experts, kept = config.hidden_size, config.num_experts, min(1, _KEPT / tokens)
     attention = 4 * hidden * hidden + length * hidden  # projections; half of all pairs of positions, twice
-    widths = experts * config.moe_intermediate_size + config.shared_expert_intermediate_size
+    used = kept * experts + (1 - kept) * config.num_experts_per_tok
+    widths = used * config.moe_intermediate_size + config.shared_expert_intermediate_size
     layer = 2 * (attention + hidden * experts + 3 * hidden * widths)
     gram = experts * (experts + 1) * hidden  # both triangles are the same
     tokens_and_layers = config.num_hidden_layers * tokens / 1e12
-    return tokens_and_layers * layer, tokens_and_layers * gram * min(1, _KEPT / tokens)
+    return tokens_and_layers * layer, tokens_and_layers * gram * kept
 
 
 def tensor_bytes(config: Qwen2MoeConfig, pattern: str) -> int:
@@ -203,83 +257,105 @@ def run(a: argparse.Namespace, folder: Path) -> None:
     shards = checkpoint_shards(config)
     whole, layer = shards_bytes(shards), shards_bytes([shards[1]])
     largest = max(2 * math.prod(shape) for shard in shards for shape in shard.values())
-    fresh(stats, partial_folder(stats), pruned, copied)
-    made.unlink(missing_ok=True)
+    fresh(partial_folder(stats), pruned, copied)
+    if "calibrate" in a.phases:
+        fresh(stats)
     less = tensor_bytes(config, ".mlp.experts.") * (1 - a.keep_experts / config.num_experts)
     per_token = 2 * config.num_experts * (config.num_experts + 4) + 2 * config.hidden_size
     kept = config.num_hidden_layers * min(a.tokens, _KEPT) * per_token  # while it grows, and as it is saved
-    needed = whole + 2 * (whole - less) + 2 * kept
+    needed = whole + (2 * (whole - less) if "write" in a.phases else 0) + 2 * kept
     there = sum(path.stat().st_size for path in weight_files(source))
     if needed - there > shutil.disk_usage(folder).free:
         raise SystemExit(f"{folder} needs room for {needed / 1e9:.0f} GB; make some, or shrink the model (--scale).")
     print(
         f"{config.num_hidden_layers} layers of {config.num_experts} experts, width {config.moe_intermediate_size}, "
-        f"vocabulary {config.vocab_size}: {whole / 1e9:.1f} GB. The source is dropped from the system's cache before "
-        "the calibration and before the writing; GB are those that went from and to disks.",
+        f"vocabulary {config.vocab_size}: {whole / 1e9:.1f} GB, on {a.device}. The source is dropped from the "
+        "system's cache before the calibration and before the writing; GB are those that went from and to disks.",
         flush=True,
     )
 
-    making = in_child(__file__, "make", folder=source, scale=a.scale)
+    phases = Phases(__file__, a.phases, a.budget)
+    making = phases.phase("make", folder=source, scale=a.scale)
     states = 2 * a.tokens * config.hidden_size
     limit = (layer + states + GIB) / MIB
     how = {"folder": source, "retained": a.keep_experts, "tokens": a.tokens, "length": a.length, "device": a.device}
-    rows = [] if not making["made"] else [phase_row("make the checkpoint", making, "")]
+    rows = [] if making is None or not making["made"] else [phase_row("make the checkpoint", making, "")]
     if a.compare_read_ahead:
-        without = in_child(__file__, "calibrate", **how, target=stats, read_ahead=False)
-        rows.append(phase_row("calibrate, no reading ahead", without, limit))
+        without = phases.phase("calibrate", **how, target=stats, read_ahead=False)
+        rows += [] if without is None else [phase_row("calibrate, no reading ahead", without, limit)]
         fresh(stats)
-    calibrating = in_child(__file__, "calibrate", **how, target=stats, read_ahead=True)
-    planning = in_child(__file__, "plan", stats=stats, target=made, retained=a.keep_experts)
-    speed = in_child(
-        __file__, "machine_speed", folder=source, tokens=a.tokens, rows=config.hidden_size,
-        columns=config.moe_intermediate_size, device=a.device,
+    calibrating = phases.phase("calibrate", **how, target=stats, read_ahead=True)
+    planning = phases.phase("plan", stats=stats, target=made, retained=a.keep_experts)
+    measured = phases.phase(
+        "speed", folder=source, tokens=a.tokens, rows=config.hidden_size, columns=config.moe_intermediate_size,
+        device=a.device,
     )  # fmt: skip
-    writings, copyings = [], []
-    for _ in range(a.repeats):
+    writings, copyings, files = [], [], []
+    for _ in range(a.repeats if made.is_file() else 0):
         fresh(pruned)
-        writings.append(in_child(__file__, "write", folder=source, made=made, target=pruned))
+        writing = phases.phase("write", folder=source, made=made, target=pruned)
+        if writing is None:
+            break
+        writings.append(writing)
         files = weight_files(pruned)
         drop_cache(files)
         copied.mkdir()
         copyings.append(seconds(lambda files=files: copy_with_cp(files, copied)))
+        print(f"cp of the retained bytes: {copyings[-1]:.1f} s.", flush=True)
         fresh(copied)
-    writing = sorted(writings, key=lambda seen: seen["seconds"])[len(writings) // 2]
     retained_gb = sum(path.stat().st_size for path in files) / 1e9
-    subprocess.run([sys.executable, "-c", _CHECK, str(pruned), str(a.keep_experts)], check=True)
+    if writings:
+        subprocess.run([sys.executable, "-c", _CHECK, str(pruned), str(a.keep_experts)], check=True)
 
-    rows.append(phase_row("calibrate", calibrating, limit))
-    rows.append(phase_row("plan", planning, ""))
-    rows.append(phase_row("write", writing, (largest + 200 * MIB) / MIB))
-    phases = (calibrating, planning, writing)
-    total = {k: sum(p[k] for p in phases) for k in ("seconds", "GB read", "GB written")}
-    total |= {k: max(p[k] for p in phases) for k in ("peak MiB", "max RSS MiB")}
-    rows.append(phase_row("calibrate, plan and write", total, whole / MIB))
-    settings = {**vars(a), "GB": whole / 1e9, "layers": config.num_hidden_layers, "speed": speed}
-    settings |= {k: calibrating[k] for k in ("least used", "gpu", "gpu MiB") if k in calibrating}
-    report("pruning a large checkpoint", rows, settings, "peak MiB", bar="limit MiB")
+    whole_row = [calibrating, planning, None]
+    rows += [] if calibrating is None else [phase_row("calibrate", calibrating, limit)]
+    rows += [] if planning is None else [phase_row("plan", planning, "")]
+    if writings:
+        whole_row[2] = writing = sorted(writings, key=lambda seen: seen["seconds"])[len(writings) // 2]
+        rows.append(phase_row("write", writing, (largest + 200 * MIB) / MIB))
+    if ran := [phase for phase in whole_row if phase is not None]:
+        total = {k: sum(p[k] for p in ran) for k in ("seconds", "GB read", "GB written")}
+        total |= {k: max(p[k] for p in ran) for k in ("peak MiB", "max RSS MiB")}
+        if len(ran) == len(whole_row):
+            rows.append(phase_row("calibrate, plan and write", total, whole / MIB))
+    settings = {**vars(a), "GB": whole / 1e9, "layers": config.num_hidden_layers, "speed": measured}
+    if calibrating is not None:
+        known = ("least used", "gpu", "gpu MiB")
+        settings |= {k: v for k, v in calibrating.items() if k in known or k.startswith("seconds ")}
+    if rows:
+        report("pruning a large checkpoint", rows, settings, "peak MiB", bar="limit MiB")
+    if measured is None:
+        return
 
+    cells = []
     tflop, gram = operations(config, a.tokens, a.length)
     to_read = (whole - tensor_bytes(config, "lm_head")) / 1e9
-    calculating = tflop / speed["bfloat16"] + gram / speed["float32"]
-    reading = to_read / speed["GB/s"]
-    copying = statistics.median(copyings)
-    floor = f"reading {reading:.3g} s, calculating {calculating:.3g} s"
-    ratio = statistics.median(c / w["seconds"] for c, w in zip(copyings, writings, strict=True))
-    settings["speed"] = {**speed, "cp GB/s": retained_gb / copying}
+    parts = {
+        "reading": to_read / measured["GB/s"],
+        "calculating": tflop / measured["bfloat16"] + gram / measured["float32"],
+    }
+    if "GB/s to the card" in measured:
+        parts["copying"] = to_read / measured["GB/s to the card"]
     print(
-        f"\nThis machine: cold reads {speed['GB/s']:.2f} GB/s, cp {retained_gb / copying:.2f} GB/s of retained bytes; "
-        f"matrices {speed['bfloat16']:.3g} TFLOP/s in bfloat16, {speed['float32']:.3g} in float32, at ({a.tokens}, "
-        f"{config.hidden_size}) x ({config.hidden_size}, {config.moe_intermediate_size})."
+        f"\nThis machine: cold reads {measured['GB/s']:.2f} GB/s; matrices {measured['bfloat16']:.3g} TFLOP/s in "
+        f"bfloat16, {measured['float32']:.3g} in float32, at ({a.tokens}, {config.hidden_size}) x "
+        f"({config.hidden_size}, {config.moe_intermediate_size}) on {a.device}"
+        + (f"; {measured['GB/s to the card']:.1f} GB/s to the card." if "copying" in parts else ".")
     )
-    shortest, took = max(calculating, reading), calibrating["seconds"]
-    written = sum(path.stat().st_size for path in stats.iterdir()) / 1e9
+    if calibrating is not None:
+        floor = ", ".join(f"{name} {value:.3g} s" for name, value in parts.items())
+        shortest, took = max(parts.values()), calibrating["seconds"]
+        written = sum(path.stat().st_size for path in stats.iterdir()) / 1e9
+        cells.append(("calibrate", to_read, written, tflop + gram, floor, shortest, took, shortest / took, ""))
+    if writings:
+        copying = statistics.median(copyings)
+        ratio = statistics.median(c / w["seconds"] for c, w in zip(copyings, writings, strict=True))
+        settings["speed"] = {**measured, "cp GB/s": retained_gb / copying}
+        cells.append(("write", retained_gb, retained_gb, "", "cp", copying, writing["seconds"], ratio, 0.7))
     columns = ("phase", "GB to read", "GB to write", "TFLOP", "floor", "floor s", "seconds", "floor / seconds", "bar")
-    cells: tuple[tuple[object, ...], ...] = (
-        ("calibrate", to_read, written, tflop + gram, floor, shortest, took, shortest / took, ""),
-        ("write", retained_gb, retained_gb, "", "cp", copying, writing["seconds"], ratio, 0.7),
-    )
     rows = [dict(zip(columns, row, strict=True)) for row in cells]
-    report("the large checkpoint beside the floor", rows, settings, "floor / seconds", at_least=True)
+    if rows:
+        report("the large checkpoint beside the floor", rows, settings, "floor / seconds", at_least=True)
 
 
 def main() -> None:
@@ -290,7 +366,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--keep-experts", type=int, default=30)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto", type=device_name, help="default auto: the GPU that is there")
+    parser.add_argument("--phases", help=f"of {','.join(_PHASES)} (default: all; on a GPU {','.join(_ON_CARD)})")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all phases together")
     parser.add_argument("--repeats", type=int, default=1, help="of the writing and of cp, in turn")
     parser.add_argument("--compare-read-ahead", action="store_true", help="calibrate without reading ahead as well")
     a = parser.parse_args()
@@ -298,6 +376,11 @@ def main() -> None:
         parser.error("--scale must be more than 0 and at most 1.")
     if a.keep and a.folder is None:
         parser.error("--keep needs --folder.")
+    a.device = one_device(a.device)
+    usual = _PHASES if torch.device(a.device).type == CPU else _ON_CARD
+    a.phases = list(usual) if a.phases is None else a.phases.split(",")
+    if unknown := [name for name in a.phases if name not in _PHASES]:
+        parser.error(f"--phases: {unknown[0]!r} is none of {', '.join(_PHASES)}.")
     if a.folder is not None:
         a.folder.mkdir(parents=True, exist_ok=True)
     if a.keep:
@@ -308,5 +391,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    phases = {f.__name__: f for f in (make, calibrate, plan, write, machine_speed)}
+    phases = {f.__name__: f for f in (make, calibrate, plan, write, speed)}
     serve(phases) or main()

@@ -175,7 +175,7 @@ def no_calibration(model: Model, seed: int = 0) -> CalibrationStats:
         blocks = moe_blocks(model)
         counts = {block.layer: block.num_experts for block in blocks}
         return empty_stats(model_facts(model), counts, blocks[0].rule, seed=seed)  # type: ignore[arg-type]
-    open_skeleton(layout, Compute("float32"))  # looks whether all tensors are there
+    open_skeleton(layout, Compute("float32", "cpu"))  # looks whether all tensors are there
     return empty_stats(layout.facts(), layout.num_experts, layout.spec.routing(layout.config), seed=seed)
 
 

@@ -17,6 +17,7 @@ from ..compat import ModelConfig, text_config
 from ..models.blocks import decoder_of, model_facts, moe_blocks
 from ..models.checks import check_finite, evaluating, input_device, usable_model, vocabulary
 from ..models.heads import Heads
+from ..models.transfers import sent
 from ..progress import working
 from ..provenance import now, versions
 from ..statistics import passages
@@ -119,8 +120,8 @@ def collect(
             current.set(batch)
             with outbox.batch():
                 output = decoder(
-                    input_ids=batch.input_ids.to(device),
-                    attention_mask=batch.attention_mask.to(device),
+                    input_ids=sent(batch.input_ids, device),
+                    attention_mask=sent(batch.attention_mask, device),
                     use_cache=False,
                 )
                 if heads is not None:

@@ -8,7 +8,7 @@ mapping, the hidden states of all calibration samples go through it, its statist
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..compat import text_config
 from ..models.batches import Batch
 from ..models.heads import Heads
 from ..models.skeleton import Skeleton
+from ..models.transfers import Carrier, lane_of
 from ..progress import progress, working
 from ..statistics.files import layer_file
 from ..statistics.needs import Need
@@ -108,7 +109,7 @@ def collect_streamed(
 
     skeleton.prepare()
     with skeleton.running(), skeleton.reading_ahead() as ahead, contextlib.ExitStack() as stack:
-        states = _States(store, _state_shapes(batches, skeleton.state_shape, top_k))
+        states = _States(store, _state_shapes(batches, skeleton.state_shape, top_k), Carrier(lane_of(skeleton.device)))
         counts = {block.layer: block.num_experts for block in (*skeleton.blocks, *of_heads)}
         store.check_space(statistics_bytes(counts, needs, current, config) + 2 * states.nbytes)
         if store.finished:
@@ -131,7 +132,7 @@ def collect_streamed(
                     if before is not None:
                         before.chosen = states.chosen(number)
                     with outbox.batch():
-                        output = skeleton.forward(index, batch, states.hidden(number))
+                        output = skeleton.forward(index, batch, states.hidden())
                     if observer is not None:
                         observer.prove_rule()
                     states.put(number, output, None if observer is None else observer.routed.chosen)
@@ -153,7 +154,7 @@ def collect_streamed(
                     if before is not None:
                         before.chosen = states.chosen(number)
                     with outbox.batch():
-                        heads.run(batch, skeleton.last_hidden(batch, states.hidden(number)))
+                        heads.run(batch, skeleton.last_hidden(batch, states.hidden()))
                     for observer in observers:
                         observer.prove_rule()
             outbox.wait()
@@ -180,11 +181,14 @@ class _States:
     until the layer is finished.
     """
 
-    def __init__(self, store: Store, shapes: Shapes) -> None:
+    def __init__(self, store: Store, shapes: Shapes, carrier: Carrier) -> None:
         self._store = store
         self._shapes = shapes
+        self._carrier = carrier
+        self._last = sum(name.startswith("hidden_") for name in shapes) - 1
         self._files: list[Mapping[str, Tensor]] = []
         self._from = self._to = 0
+        self._coming: Iterator[Tensor] = iter(())
 
     @property
     def nbytes(self) -> int:
@@ -196,7 +200,8 @@ class _States:
         copies = 1 if self._store.folder is None else 2
         self._files = [self._store.tensors(_states_file(copy), self._shapes) for copy in range(copies)]
         for number, hidden in enumerate(embedded):
-            self._files[0][f"hidden_{number}"].copy_(hidden)
+            self._carrier.put(hidden, self._files[0][f"hidden_{number}"])
+        self._carrier.finish()
 
     def open(self) -> None:
         """Take up what an interrupted run left."""
@@ -209,20 +214,26 @@ class _States:
     def turn(self, index: int) -> None:
         """Go on to a layer."""
         self._from, self._to = index % len(self._files), (index + 1) % len(self._files)
+        held = self._files[self._from]
+        self._coming = self._carrier.each(held[f"hidden_{number}"] for number in range(self._last + 1))
 
-    def hidden(self, number: int) -> Tensor:
-        """The state that goes into the layer; a copy, so that it is aligned as any tensor."""
-        return self._files[self._from][f"hidden_{number}"].clone()
+    def hidden(self) -> Tensor:
+        """The state that goes into the layer, where the layer is; asked for one after another."""
+        return next(self._coming)
 
     def chosen(self, number: int) -> Tensor:
         """The experts chosen in the MoE layer before ``(T, K)``."""
         return self._files[self._from].get(f"chosen_{number}", torch.zeros(0))
 
     def put(self, number: int, hidden: Tensor, chosen: Tensor | None) -> None:
-        """Store what came out of the layer."""
-        self._files[self._to][f"hidden_{number}"].copy_(hidden)
+        """Store what came out of the layer; with the last batch all of it is there."""
+        self._carrier.put(hidden, self._files[self._to][f"hidden_{number}"])
         if f"chosen_{number}" in self._shapes:
-            self._files[self._to][f"chosen_{number}"].copy_(self.chosen(number) if chosen is None else chosen)
+            self._carrier.put(
+                self.chosen(number) if chosen is None else chosen, self._files[self._to][f"chosen_{number}"]
+            )
+        if number == self._last:
+            self._carrier.finish()
 
 
 def _states_file(copy: int) -> str:

@@ -27,6 +27,8 @@ from .source import Source
 
 logger = logging.getLogger(__name__)
 
+ReadTensor = Callable[[int, TensorEntry], Tensor]
+"""Reads a tensor of an open file."""
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -209,9 +211,13 @@ class Checkpoint:
         return tensor
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function from names to tensors, read from their files; files stay open inside the ``with``."""
-        with contextlib.closing(_Files(self)) as files:
+    def reader(self, read: ReadTensor = read_tensor) -> Iterator[Callable[[str], Tensor]]:
+        """A function from names to tensors, read from their files; files stay open inside the ``with``.
+
+        Args:
+            read: Reads a tensor of an open file; by default into memory.
+        """
+        with contextlib.closing(_Files(self, read)) as files:
             yield files.read
 
     def held_open(self) -> Callable[[str], Tensor]:
@@ -313,8 +319,9 @@ class _Files:
     again, the system ends the process that looks at it, without a word.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, read: ReadTensor = read_tensor) -> None:
         self._checkpoint = checkpoint
+        self._read_tensor = read
         self._opened: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -329,7 +336,7 @@ class _Files:
             if file not in self._opened:
                 self._opened[file] = self._checkpoint.opened(file, since=False)
         try:
-            return read_tensor(self._opened[file], self._checkpoint.entry(name))
+            return self._read_tensor(self._opened[file], self._checkpoint.entry(name))
         except EOFError as error:
             raise RunError(f"{file} of {self._checkpoint.name_or_path} became shorter while it was read.") from error
         except OSError as error:

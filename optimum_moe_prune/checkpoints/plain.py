@@ -151,7 +151,7 @@ class Plain:
         shape, dtype = self._shape(tensor, parts), dtype or torch.float32
         if len(shape) == 2:
             return self.checkpoint.finite(stored, self._matrix(tensor.format, parts)).to(dtype)
-        made = torch.empty(shape, dtype=dtype)
+        made = torch.empty(shape, dtype=dtype, device=parts["weight"].device)
         for expert in range(len(made)):
             own = {role: _of_expert(part, expert, len(made)) for role, part in parts.items()}
             made[expert] = self.checkpoint.finite(stored, self._matrix(tensor.format, own))

@@ -43,7 +43,7 @@ class ApplyCommand(Command):
 
         _check_reading(args)
         publishing.check_publishing(args)
-        flags.compute_of(args)
+        flags.compute_of(args, says=bool(args.evaluate or args.speed))
         source = flags.source_of(args)
         pruner = MoEPruner.from_plan(plan, source.name_or_path, **source.for_transformers)
         layout = pruner.layout()

@@ -6,13 +6,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
-from ..names import BY_SENSITIVITY, dtype_name
+from ..names import AUTO, BY_SENSITIVITY, device_name, dtype_name
+from ..progress import say
 from ..storage.values import Json, fraction, no_constant
 from .parsing import add_general, nearest
 
@@ -66,21 +66,6 @@ def one_of(*known: str) -> Callable[[str], str]:
         return text.lower()
 
     return value
-
-
-def device(text: str) -> str:
-    """For ``type=``: a device as torch names it. Whether it is there is found out later."""
-    name, _, number = text.partition(":")
-    meant = {"gpu": "cuda", "nvidia": "cuda", "amd": "cuda", "rocm": "cuda", "apple": "mps", "metal": "mps"}
-    if name.lower() in meant:
-        suffix = f":{number}" if number else ""
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; did you mean {meant[name.lower()]}{suffix}?")
-    if text.isdecimal() or (found := re.fullmatch(r"([a-z]+)(\d+)", text)):
-        known = f"cuda:{text}" if text.isdecimal() else f"{found[1]}:{found[2]}"  # type: ignore[index]
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; did you mean {known}?")
-    if not re.fullmatch(r"[a-z]+(:\d+)?", text.lower()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, cuda, cuda:1, mps, auto ...")
-    return text.lower()
 
 
 _OR_A_WORD = {"num_clusters": "auto", "max_tokens": "all"}
@@ -165,10 +150,10 @@ def add_compute(parser: argparse.ArgumentParser, what: str, stream: bool = True)
     group = parser.add_argument_group("how it is run")
     group.add_argument(
         "--device",
-        default="cpu",
-        type=device,
+        default=AUTO,
+        type=value_of(device_name),
         metavar="D",
-        help="where to run: cpu, cuda, cuda:1, auto ... (default cpu)",
+        help="where to run: cpu, cuda, cuda:1 ... (default auto: the GPU that is there, else cpu)",
     )
     group.add_argument(
         "--dtype",
@@ -237,16 +222,23 @@ def source_of(args: argparse.Namespace, name_or_path: str | None = None) -> Sour
     return Source(name, args.revision, args.token, trust_remote_code=args.trust_remote_code)
 
 
-def compute_of(args: argparse.Namespace) -> Compute:
-    """How the model is run.
+def compute_of(args: argparse.Namespace, says: bool = True) -> Compute:
+    """How the model is run; says where, if that is no processor.
+
+    Args:
+        args: What was given.
+        says: Whether it is said.
 
     Raises:
         RequestError: If the device is not there.
     """
+    from ..models.devices import in_words
     from ..models.memory import Compute
 
     compute = Compute(args.dtype, args.device, getattr(args, "stream", None))
     compute.check()
+    if says and (used := in_words(compute.device)):
+        say(f"the model runs on {used}" + (" (--device auto)." if compute.device == AUTO else "."))
     return compute
 
 

@@ -123,12 +123,12 @@ def check_memory(args: argparse.Namespace, layout: Layout) -> None:
     Raises:
         RequestError: With what is needed and what is free.
     """
-    from ..models.memory import available_memory, model_bytes
+    from ..models.memory import Compute, available_memory, model_bytes
 
     if not args.evaluate:
         return
-    device = "cpu" if args.device == "auto" else args.device
-    needed, free = 2 * model_bytes(layout, args.dtype), available_memory(device)
+    needed = 2 * model_bytes(layout, args.dtype)
+    free = sum(map(available_memory, Compute(args.dtype, args.device).places))
     if needed > free:
         raise RequestError(
             f"--evaluate holds the original and the pruned model in memory, up to {needed / 1e9:.1f} GB, and "
@@ -215,7 +215,7 @@ def _finish(
             texts,
             reference=source,
             speed=args.speed,
-            compute=flags.compute_of(args),
+            compute=flags.compute_of(args, says=False),
         )
         comparison.save(folder / EVALUATION_NAME)
         lost = comparison.summary(*terminal())

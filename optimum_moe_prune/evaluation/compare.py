@@ -128,7 +128,7 @@ def compare(
         settings["max_length"] = max_length
     first = every[0]
     settings["dtype"] = compute.dtype if isinstance(first, Source) else str(first.dtype).removeprefix("torch.")
-    settings["device"] = compute.device if isinstance(first, Source) else str(first.device)
+    settings["device"] = compute.runs_on if isinstance(first, Source) else str(first.device)
     known = versions()
     settings |= {name: known[name] for name in ("transformers", "torch") if name in known}
     return Comparison(results, None if original is None else labels[-1], settings)

@@ -299,7 +299,7 @@ def _settings(
     max_length: int,
 ) -> Json:
     name = stats.model.get("name_or_path")
-    device = compute.device if layout is not None else str(model.device)  # type: ignore[union-attr]
+    device = compute.runs_on if layout is not None else str(model.device)  # type: ignore[union-attr]
     dtype = compute.dtype if layout is not None else str(model.dtype).removeprefix("torch.")  # type: ignore[union-attr]
     known = versions()
     settings: Json = {

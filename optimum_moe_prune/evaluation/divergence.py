@@ -21,6 +21,7 @@ from ..calibration.samples import CalibrationSet
 from ..compat import text_config
 from ..models.batches import Batch
 from ..models.layerwise import LayerByLayer
+from ..models.transfers import Carrier, lane_of, rows_of, sent
 from ..progress import Work, progress, working
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
@@ -175,18 +176,34 @@ def _tree(plans: Sequence[Retained], runner: LayerByLayer) -> tuple[list[list[_B
 
 
 def _grown(
-    runner: LayerByLayer, layer: int, batch: Batch, states: Sequence[Tensor] | Tensor, branches: Sequence[_Branch]
+    runner: LayerByLayer,
+    layer: int,
+    batch: Batch,
+    states: Iterator[Tensor],
+    branches: Sequence[_Branch],
 ) -> Iterator[Tensor]:
-    """The hidden states of a batch after a loaded layer, of one branch after another."""
+    """The hidden states of a batch after a loaded layer, of one branch after another.
+
+    Args:
+        runner: The model.
+        layer: The layer.
+        batch: The batch.
+        states: The hidden states that each branch goes on from.
+        branches: Of the layer.
+    """
     block = next((block for block in runner.blocks if block.layer == layer), None)
     for branch in branches:
         with contextlib.ExitStack() as pruned:
             if branch.retained is not None:
                 assert block is not None
                 pruned.enter_context(block.restricted(branch.retained))
-            # A copy: tensors in mapped files are aligned differently, and kernels round so.
-            grown = runner.forward(layer, batch, states[branch.parent].clone())
+            grown = runner.forward(layer, batch, next(states))
         yield grown
+
+
+def _before(states: Sequence[Tensor], branches: Sequence[_Branch]) -> Iterator[Tensor]:
+    """The hidden states that branches go on from, of those in memory."""
+    return (states[branch.parent].clone() for branch in branches)
 
 
 def _add(
@@ -199,15 +216,20 @@ def _add(
 
     def log_p(hidden: Tensor) -> Tensor:
         logits = runner.logits(batch, hidden.clone())
-        return torch.log_softmax(logits[:, :-1][mask.to(logits.device)].float(), dim=-1)
+        return torch.log_softmax(rows_of(logits[:, :-1], mask).float(), dim=-1)
 
     original = log_p(states[0])
-    for branch in sorted(set(last)):
-        if branch == 0 and set(sums) == {KL}:  # nothing is pruned, nothing diverges
-            continue
-        figures = _figures(original, original if branch == 0 else log_p(states[branch]), targets, tuple(sums))
-        for name, values in figures.items():
-            total = torch.zeros(sums[name].shape[1], dtype=torch.float64).index_add_(0, sample, values.cpu())
+    branches = [branch for branch in sorted(set(last)) if branch or set(sums) != {KL}]  # nothing pruned, nothing lost
+    if not branches:
+        return
+    made = []
+    for branch in branches:
+        pruned = original if branch == 0 else log_p(states[branch])
+        figures = _figures(original, pruned, sent(targets, pruned.device), tuple(sums))
+        made.append(torch.stack(list(figures.values())))
+    for branch, figures_of_tokens in zip(branches, torch.stack(made).cpu(), strict=True):  # waited for once
+        for name, values in zip(sums, figures_of_tokens, strict=True):
+            total = torch.zeros(sums[name].shape[1], dtype=torch.float64).index_add_(0, sample, values)
             for number, own in enumerate(last):
                 if own == branch:
                     sums[name][number] += total
@@ -217,7 +239,7 @@ def _figures(original: Tensor, pruned: Tensor, targets: Tensor, names: Sequence[
     """What is asked for of log-probabilities ``(T, V)``: ``(T,)`` float64 each."""
     made: dict[str, Callable[[], Tensor]] = {
         KL: lambda: kl_per_token(original, pruned),
-        LOSS: lambda: -pruned.gather(1, targets.to(pruned.device))[:, 0].double(),
+        LOSS: lambda: -pruned.gather(1, targets)[:, 0].double(),
         AGREEMENT: lambda: (original.argmax(1) == pruned.argmax(1)).double(),
     }
     return {name: made[name]() for name in names}
@@ -250,7 +272,7 @@ def _measure_in_memory(
                 for chosen, (layers, last) in zip(parts, trees, strict=True):
                     states = [embedded]
                     for layer, branches in enumerate(layers):
-                        states = list(_grown(runner, layer, batch, states, branches))
+                        states = list(_grown(runner, layer, batch, _before(states, branches), branches))
                         inner.update()
                     part = _empty(sums, len(chosen))
                     _add(runner, batch, states, last, part)
@@ -313,6 +335,7 @@ def _pass(
 ) -> None:
     """Measure some of the plans in one pass through the files; ``before`` steps belong to earlier passes."""
     layers, last = tree
+    carrier = Carrier(lane_of(runner.device))
     sizes = [batch.input_ids.numel() for batch in batches]
     shapes_of = [runner.state_shape(batch) for batch in batches]
 
@@ -330,15 +353,18 @@ def _pass(
     else:
         states = states_of(0)
         for number, embedded in enumerate(runner.embedded(batches)):
-            states[f"{number}"][0].copy_(embedded)
+            carrier.put(embedded, states[f"{number}"][0])
+        carrier.finish()
     for layer in range(finished, runner.num_layers):
         after = states_of(layer + 1)
         with runner.loaded(layer):
             ahead(layer + 1)
+            every = ((states[f"{n}"], branch.parent) for n in range(len(batches)) for branch in layers[layer])
+            coming = carrier.each(of_batch[parent] for of_batch, parent in every)
             for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=sizes)):
-                grown = _grown(runner, layer, batch, states[f"{number}"], layers[layer])
-                for branch, hidden in enumerate(grown):
-                    after[f"{number}"][branch].copy_(hidden)
+                for branch, hidden in enumerate(_grown(runner, layer, batch, coming, layers[layer])):
+                    carrier.put(hidden, after[f"{number}"][branch])
+            carrier.finish()
         store.commit(before + layer + 1, [_states_file(layer + 1)])
         store.remove(_states_file(layer))
         states = after

@@ -20,6 +20,7 @@ from ..compat import text_config
 from ..errors import RequestError, RunError, check_type
 from ..models.batches import Batch
 from ..models.checks import evaluating, input_device, vocabulary
+from ..models.transfers import rows_of, sent
 from ..models.wrappers import plain_model
 from ..planning.sensitivity import ALL
 from ..progress import working
@@ -289,15 +290,14 @@ def _batch_figures(models: list[PreTrainedModel], batch: Batch) -> tuple[Tensor,
     log_p = []
     for model in models:
         device = input_device(model)
-        logits = model(
-            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), use_cache=False
-        ).logits
-        log_p.append(torch.log_softmax(logits[:, :-1][mask.to(logits.device)].float(), dim=-1))
-    figures = torch.zeros(len(targets), 4, dtype=torch.float64)
-    for column, values in enumerate(log_p):
-        figures[:, column] = -values.gather(1, targets.to(values.device))[:, 0].double().cpu()
+        ids, attention = (sent(tensor, device) for tensor in (batch.input_ids, batch.attention_mask))
+        logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+        log_p.append(torch.log_softmax(rows_of(logits[:, :-1], mask).float(), dim=-1))
+    device = log_p[0].device  # the figures come from there together
+    columns = [-values.gather(1, sent(targets, values.device))[:, 0].double().to(device) for values in log_p]
     if len(log_p) == 2:
-        mine, reference = log_p[0], log_p[1].to(log_p[0].device)
-        figures[:, 2] = kl_per_token(reference, mine).cpu()
-        figures[:, 3] = (reference.argmax(1) == mine.argmax(1)).double().cpu()
+        mine, reference = log_p[0], log_p[1].to(device)
+        columns += [kl_per_token(reference, mine), (reference.argmax(1) == mine.argmax(1)).double()]
+    figures = torch.zeros(len(targets), 4, dtype=torch.float64)
+    figures[:, : len(columns)] = torch.stack(columns, dim=1).cpu()
     return batch.samples[:, None].expand(mask.shape)[mask], figures

@@ -27,6 +27,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import MoEPruneError, RequestError, RunError
+from ..models.devices import card_name
 from ..models.memory import Compute, available_memory
 from ..progress import progress
 from ..storage.values import Json, Values
@@ -205,7 +206,7 @@ def _fit_together(models: Sequence[Source], compute: Compute) -> bool:
         needed = sum(Checkpoint.open(model).nbytes for model in models)
     except MoEPruneError:  # no safetensors files
         return True
-    free = available_memory(compute.device)
+    free = sum(map(available_memory, compute.places))
     if len(models) == 1 or needed <= free:
         return True
     logger.warning(
@@ -288,6 +289,7 @@ def _loaded(name_or_path: str, prompt_tokens: int, new_tokens: int, seed: int, l
 
     from ..calibration.samples import sample_length
     from ..compat import loader_of
+    from ..models.devices import finish, peak_bytes
 
     model = loader_of(AutoConfig.from_pretrained(name_or_path)).from_pretrained(name_or_path, **loading).eval()
     text = text_config(model.config)
@@ -295,20 +297,20 @@ def _loaded(name_or_path: str, prompt_tokens: int, new_tokens: int, seed: int, l
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(text.vocab_size, (1, prompt_tokens), generator=generator).to(model.device)
     options: Json = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    on_gpu = model.device.type == "cuda"
+    used = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    counts = bool(used) and all(hasattr(torch.get_device_module(device), "max_memory_allocated") for device in used)
 
     def seconds(tokens: int) -> float:
         began = time.perf_counter()
         model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **options)
-        if on_gpu:
-            torch.cuda.synchronize()
+        finish(used)
         return time.perf_counter() - began
 
     def measure() -> _Round:
         seconds(2)  # the other model has had the machine
         first = seconds(1)
         rest = max(seconds(new_tokens) - first, 1e-9)
-        peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_memory()
+        peak = peak_bytes(used) if counts else _peak_memory()
         return _Round(prompt_tokens, first, (new_tokens - 1) / rest, peak, hardware(model.device))
 
     return measure
@@ -318,8 +320,8 @@ def hardware(device: Any) -> str:
     """The name of the accelerator, or of the processor with its threads."""
     import torch
 
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
+    if device.type != "cpu" and hasattr(torch.get_device_module(device), "get_device_name"):
+        return card_name(device)
     threads = torch.get_num_threads()
     return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..checkpoints.layout import Layout
 from ..compat import is_quantised
 from ..errors import RequestError, RunError
-from ..storage.tensor_files import all_finite
+from ..storage.tensor_files import finite_flag
 from .wrappers import check_plain, plain_model, uncompiled
 
 if TYPE_CHECKING:
@@ -73,8 +73,19 @@ def check_finite(model: PreTrainedModel) -> None:
     Raises:
         RunError: Naming the parameter that holds NaN or infinity.
     """
+    flags: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.numel() and parameter.is_floating_point() and not all_finite(parameter.detach()):
+        if parameter.is_floating_point():
+            flag = finite_flag(parameter.detach())
+            flags.setdefault(flag.device, []).append((name, flag))
+    damaged = {
+        name
+        for of_device in flags.values()  # each is waited for once
+        for (name, _), is_finite in zip(of_device, torch.stack([f for _, f in of_device]).tolist(), strict=True)
+        if not is_finite
+    }
+    for name, _ in model.named_parameters():
+        if name in damaged:
             raise RunError(f"{name} holds NaN or infinite weights; the checkpoint is damaged.")
 
 
@@ -92,8 +103,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its token ids."""
-    return model.get_input_embeddings().weight.device
+    """Where a model takes its token ids: where its embeddings are, or where accelerate will put them to use them."""
+    embeddings = model.get_input_embeddings()
+    device = embeddings.weight.device
+    if device.type == "meta":
+        where = getattr(_hook(embeddings), "execution_device", None)
+        return device if where is None else torch.device(where)
+    return device
 
 
 def vocabulary(model: Any) -> int:

@@ -33,6 +33,7 @@ from ..errors import MoEPruneError, RequestError
 from .batches import Batch
 from .blocks import decoder_of, moe_blocks
 from .checks import check_model, evaluating, input_device
+from .devices import CPU
 from .memory import Compute, open_skeleton
 from .trials import Call, check_call, observed_of, prove
 from .wrappers import plain_model
@@ -84,10 +85,11 @@ def _of_source(source: Source, config: ModelConfig) -> MoESpec:
     supposed = _supposed(build_on_meta(config, trust_remote_code=source.trust_remote_code))
     with supposing(supposed):
         layout = find_layout(Checkpoint.open(source), config)
-        if not Compute().settled(layout).stream:
+        compute = Compute(device=CPU)
+        if not compute.settled(layout).stream:
             loader = loader_of(config, source.trust_remote_code)
             return _of_model(loader.from_pretrained(source.name_or_path, dtype="auto", **source.for_transformers))
-        skeleton = open_skeleton(layout, Compute())
+        skeleton = open_skeleton(layout, compute)
         blocks = skeleton.blocks
         tried = [blocks[n] for n in sorted({0, len(blocks) // 2, len(blocks) - 1})]
 

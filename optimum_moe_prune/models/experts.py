@@ -7,7 +7,7 @@ capped, or fewer than it has rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -131,13 +131,16 @@ class ObservingScaledInput(Observing):
     added up. Here each runs on its own tokens alone.
     """
 
+    _top_k: int | None = None
+
     def routed(self, args: tuple[Any, ...], output: Any) -> None:
         self._hidden, self._scores = args[0].reshape(-1, args[0].shape[-1]), output[0]
 
     def _experts(self, hidden: Tensor) -> Tensor:  # type: ignore[override]  # called in its own way
         scores, plain = self._scores, self._hidden
-        count = min(int((scores != 0).sum(1).max()), scores.shape[1])
-        ids = scores.topk(count, dim=1).indices
+        if self._top_k is None:  # the same for every batch
+            self._top_k = min(int((scores != 0).sum(1).max()), scores.shape[1])
+        ids = scores.topk(self._top_k, dim=1).indices
         own = _ScaledInput(self.experts, self.experts_forward, plain.shape[1])
         output = self.stand_in(
             own, torch.cat([plain, scores.to(plain.dtype)], dim=1), ids, torch.ones_like(ids, dtype=plain.dtype)
@@ -168,8 +171,7 @@ class _ScaledInput(ExpertsForward):
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         x, scores = hidden[:, : self._size], hidden[:, self._size :]
         output = torch.zeros_like(x)
-        for expert in ids.unique().tolist():
-            rows, slots = (ids == expert).nonzero(as_tuple=True)
+        for expert, rows, slots in by_expert(ids):
             y = self._one(expert, x[rows] * scores[rows, expert, None])
             output.index_add_(0, rows, y * weights[rows, slots, None].to(y.dtype))
         return output
@@ -188,6 +190,19 @@ class _ScaledInput(ExpertsForward):
         finally:
             for name, value in {**held, **counts}.items():
                 setattr(module, name, value)
+
+
+def by_expert(ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert among ids ``(T, K)`` with the rows and the places in them where it stands, in their order.
+
+    A device is asked once for how many there are of each.
+    """
+    flat = ids.flatten()
+    order = flat.argsort(stable=True)
+    experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
+    found, sizes = torch.stack([experts, counts]).tolist()
+    for expert, places in zip(found, order.split(sizes), strict=True):
+        yield expert, places // ids.shape[1], places % ids.shape[1]
 
 
 class Product(TorchFunctionMode):

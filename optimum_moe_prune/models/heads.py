@@ -25,6 +25,7 @@ from ..compat.heads import build_heads, cache_of_heads, names_of_heads, share_wi
 from .batches import Batch
 from .blocks import MoEBlock, decoder_layers, decoder_of
 from .skeleton import Skeleton, Weights
+from .transfers import sent
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,8 @@ class Heads:
         place = torch.arange(batch.input_ids.shape[1])
         for head in range(len(self.blocks)):
             ids = batch.input_ids.gather(1, torch.where(place < lengths, (place + head + 1) % lengths, place))
-            positions = (place + head + 1)[None].to(hidden.device)
-            hidden = self._model.forward_layer(head, hidden, positions, cache, input_ids=ids.to(device))
+            positions = sent((place + head + 1)[None], hidden.device)
+            hidden = self._model.forward_layer(head, hidden, positions, cache, input_ids=sent(ids, device))
 
 
 def _ignore(logits: Tensor) -> None:

@@ -23,6 +23,7 @@ from ..errors import RequestError
 from .batches import Batch
 from .blocks import decoder_layers, decoder_of, moe_blocks
 from .checks import evaluating, input_device
+from .transfers import sent
 
 _HEAD = -1  # in place of a layer's index: only what comes after the layers is run
 _HANDED_ON = "prev_topk_indices"  # what layers with sparse attention take of the one before
@@ -59,9 +60,12 @@ class LayerByLayer:
         # Code that is not of transformers may return tuples; it is known when a layer has run.
         self._in_tuples = not type(self._layers[0]).__module__.startswith("transformers.models.")
         self._hands_on = _HANDED_ON in inspect.signature(type(self._layers[0]).forward).parameters
+        self._handed_on: dict[int, bool] = {}  # to which layers the ones before hand on positions
         self._inner: tuple[int, ...] | None = None  # the shape of a position's hidden states
         self._active: int | None = None
-        self._input = self._output = self._filler = torch.empty(0)
+        self._batch: tuple[Batch, list[Tensor]] | None = None
+        self._input = self._output = torch.empty(0)
+        self._filler = 0.0  # what stands for hidden states of layers that are not at work
         self._extra: Tensor | None = None
         self._extra_out: Tensor | None = None
         self._seen: list[Tensor] | None = None
@@ -115,8 +119,7 @@ class LayerByLayer:
     def state_shape(self, batch: Batch) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a batch's state; inside :meth:`running`, after :meth:`prepare`."""
         if self._inner is None:
-            self._active, self._filler = 0, torch.zeros(())
-            self._input = torch.empty(0)
+            self._active, self._input = 0, torch.empty(0)
             self._seen = []
             with contextlib.suppress(_LayerRan):
                 self._call(batch)
@@ -140,7 +143,7 @@ class LayerByLayer:
         if index > 0 and not self._is_layerwise:
             self._check_layerwise(index, batch)
         self._active = index
-        self._input, self._extra = self._unpacked(state.to(self.device))
+        self._input, self._extra = self._unpacked(self._there(state), index)
         self._extra_out = None
         self._decoder(batch)
         output = self._packed(self._output, self._extra_out)
@@ -150,10 +153,10 @@ class LayerByLayer:
     def logits(self, batch: Batch, state: Tensor) -> Tensor:
         """The model's logits ``(B, L, V)`` for what came out of the last layer, inside :meth:`head`."""
         self._active = _HEAD
-        self._input, _ = self._unpacked(state.to(self.device))
+        self._input, _ = self._unpacked(self._there(state))
         has_routers = hasattr(text_config(self.model.config), "output_router_logits")
         options = {"output_router_logits": False} if has_routers else {}
-        ids, mask = (tensor.to(self.device) for tensor in (batch.input_ids, batch.attention_mask))
+        ids, mask = self._given(batch)
         output = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
         self._input = torch.empty(0)
         return output.logits
@@ -161,7 +164,7 @@ class LayerByLayer:
     def last_hidden(self, batch: Batch, state: Tensor) -> Tensor:
         """What the decoder gives ``(B, L, H)`` for what came out of the last layer: after its own last norm."""
         self._active = _HEAD
-        self._input, _ = self._unpacked(state.to(self.device))
+        self._input, _ = self._unpacked(self._there(state))
         output = self._call(batch)
         self._active, self._input = None, torch.empty(0)
         return output.last_hidden_state
@@ -173,8 +176,14 @@ class LayerByLayer:
             self._call(batch)
 
     def _call(self, batch: Batch) -> Any:
-        ids, mask = (tensor.to(self.device) for tensor in (batch.input_ids, batch.attention_mask))
+        ids, mask = self._given(batch)
         return self._run_decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def _given(self, batch: Batch) -> list[Tensor]:
+        """What the model is called with of a batch; the one of the last call is still there."""
+        if self._batch is None or self._batch[0] is not batch:
+            self._batch = (batch, [sent(tensor, self.device) for tensor in (batch.input_ids, batch.attention_mask)])
+        return self._batch[1]
 
     def _embedding(self, real: Any) -> Any:
         """The embeddings' forward, which only counts where the state that goes into the first layer is asked for."""
@@ -183,8 +192,8 @@ class LayerByLayer:
         def forward(input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._active is None:
                 return real(input_ids, *args, **kwargs)
-            filler = self._filler if self._filler.numel() else torch.zeros(())
-            return filler.to(self.device, self.dtype).expand(*input_ids.shape, weight.shape[1]).clone()
+            shape = (*input_ids.shape, weight.shape[1])
+            return torch.full(shape, self._filler, dtype=self.dtype, device=self.device)
 
         return forward
 
@@ -226,10 +235,10 @@ class LayerByLayer:
         """
         given = []
         for filler in (0.25, -1.5):
-            self._active, self._filler, self._seen, self._extra = index, torch.tensor(filler), [], None
+            self._active, self._filler, self._seen, self._extra = index, filler, [], None
             self._decoder(batch)
             given.append(self._seen)
-        self._seen, self._filler = None, torch.empty(0)
+        self._seen, self._filler = None, 0.0
         if len(given[0]) != len(given[1]) or not all(map(torch.equal, *given)):
             raise RequestError(
                 f"a {type(self.model).__name__} hands what several layers gave on to later ones; it cannot be run one "
@@ -253,7 +262,12 @@ class LayerByLayer:
         parts = (hidden.reshape(*shape, -1).contiguous(), places)
         return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
 
-    def _unpacked(self, state: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _there(self, state: Tensor) -> Tensor:
+        """A state where it can be calculated with: on the card that it was calculated on, where there are several."""
+        return state if state.device.type == self.device.type else state.to(self.device)
+
+    def _unpacked(self, state: Tensor, index: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The hidden states, and the positions that the layer before handed on to one, if it did."""
         if not self._hands_on:
             return state, None
         size = 4 * self._positions(state.shape[1])
@@ -261,7 +275,11 @@ class LayerByLayer:
         if self._inner is not None:
             hidden = hidden.view(*state.shape[:2], *self._inner)
         places = state[..., -size:].contiguous().view(torch.int32)
-        return hidden, None if bool((places < 0).all()) else places.long()
+        if index is None:
+            return hidden, None
+        if index not in self._handed_on:  # it is the layer's way, whatever the batch: looked at once
+            self._handed_on[index] = not bool((places < 0).all())
+        return hidden, places.long() if self._handed_on[index] else None
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -19,9 +19,10 @@ from ..checkpoints.plain import Plain
 from ..checkpoints.source import Source
 from ..compat import build_on_meta, load_made, loader_of, quantization_of
 from ..errors import RequestError, faults_of
-from ..names import dtype_name
+from ..names import AUTO, device_name, dtype_name
 from ..storage.values import Json
 from .checks import check_model
+from .devices import cards, check_device, free_bytes, has_own_memory, one_device
 from .layerwise import LayerByLayer
 from .skeleton import Skeleton
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 _HEADROOM_BYTES = 2**30  # for activations and statistics
+_OF_CARDS = 0.9
 _MODELOPT = "hf_quant_config.json"  # its first versions say it there alone
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -43,16 +45,19 @@ class Compute:
     Attributes:
         dtype: The precision to calculate in: ``"float32"``, ``"bfloat16"`` or ``"float16"``, by one of their other
             names too (``"bf16"``, ``"half"``, ``torch.bfloat16``); ``"auto"`` is the checkpoint's.
-        device: Where to calculate: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` is wherever there is room.
+        device: Where to calculate: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a ``torch.device``. ``"auto"`` is the card
+            that is there (``models.devices``), else the processor: one card for a model that fits on it and for one
+            layer at a time, all of them for a model that fits on them together.
         stream: Hold one decoder layer in memory at a time; by default where the model does not fit.
     """
 
-    dtype: str = "auto"
-    device: str = "cpu"
+    dtype: str = AUTO
+    device: str = AUTO
     stream: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        object.__setattr__(self, "device", device_name(self.device))
 
     def check(self) -> None:
         """Raise unless the device is there.
@@ -60,13 +65,7 @@ class Compute:
         Raises:
             RequestError: Naming it.
         """
-        if self.device != "auto":
-            try:
-                torch.empty(0, device=self.device)
-            except (RuntimeError, AssertionError) as error:
-                raise RequestError(f"device={self.device!r} cannot be used: {_first_sentence(error)}") from error
-            if torch.device(self.device).type == "meta":
-                raise RequestError("device='meta' calculates nothing; name one that does: cpu, cuda, auto ...")
+        check_device(self.device)
 
     def settled(self, layout: Layout, streamed_before: bool | None = None) -> Compute:
         """The same with a device that is there, and a decision about streaming.
@@ -76,21 +75,43 @@ class Compute:
             streamed_before: What was decided for unfinished work that goes on: memory may be free now that was not
                 when it began.
         """
-        device = "cpu" if self.device == "auto" and not torch.cuda.is_available() else self.device
+        device, needed = self.runs_on, model_bytes(layout, self.dtype) + _HEADROOM_BYTES
         stream = self.stream if self.stream is not None else streamed_before
+        free = available_memory(device)
+        if not stream and needed > free and self.device == AUTO and len(cards()) > 1:
+            together = available_memory(AUTO)
+            if needed <= together:
+                device, free = AUTO, together
         if stream is None:
-            stream = not _fits(layout, self.dtype, device)
+            stream = needed > free
+            if stream:
+                logger.warning(
+                    "the model takes %.1f GB and %.1f GB of memory are free, so one layer is held at a time "
+                    "(stream=True).",
+                    (needed - _HEADROOM_BYTES) / 1e9,
+                    free / 1e9,
+                )
         return Compute(self.dtype, device, stream)
 
     @property
     def for_transformers(self) -> Json:
-        """What ``from_pretrained`` takes."""
-        return {"dtype": self.dtype, "device_map": self.device}
+        """What ``from_pretrained`` takes; with ``auto`` it moves to memory what does not fit on the cards."""
+        return {"dtype": self.dtype, "device_map": AUTO if self.device == AUTO and cards() else self.runs_on}
+
+    @property
+    def runs_on(self) -> str:
+        """The device, or the one that ``auto`` stands for."""
+        return one_device(self.device)
+
+    @property
+    def places(self) -> list[str]:
+        """Whose memory holds models that are only run, and not changed: with ``auto`` the processor's as well."""
+        return [AUTO, "cpu"] if self.device == AUTO and cards() else [self.runs_on]
 
     @property
     def device_type(self) -> str:
         """``cpu``, ``cuda`` ..."""
-        return torch.device(self.device.replace("auto", "cuda")).type
+        return torch.device(self.runs_on).type
 
 
 def load_model(model: Source | Layout, compute: Compute) -> Any:
@@ -163,7 +184,7 @@ def _check_embeddings(plain: Plain, source: Source) -> None:
 def open_skeleton(layout: Layout, compute: Compute) -> Skeleton:
     """A model of which one layer at a time is read; all tensors are checked."""
     with faults_of(f"config.json of {layout.checkpoint.name_or_path}"):
-        return Skeleton(layout, model_dtype(layout.config, layout.checkpoint, compute.dtype), compute.device)
+        return Skeleton(layout, model_dtype(layout.config, layout.checkpoint, compute.dtype), compute.runs_on)
 
 
 def open_runner(layout: Layout, compute: Compute) -> LayerByLayer:
@@ -176,20 +197,6 @@ def open_runner(layout: Layout, compute: Compute) -> LayerByLayer:
     return LayerByLayer(model)
 
 
-def _fits(layout: Layout, dtype: str, device: str) -> bool:
-    """Whether a whole model fits in the memory that is free; says so where it does not."""
-    needed = model_bytes(layout, dtype)
-    free = available_memory(device)
-    if needed + _HEADROOM_BYTES <= free:
-        return True
-    logger.warning(
-        "the model takes %.1f GB and %.1f GB of memory are free, so one layer is held at a time (stream=True).",
-        needed / 1e9,
-        free / 1e9,
-    )
-    return False
-
-
 def model_bytes(layout: Layout, dtype: str) -> int:
     """Bytes of a whole model in memory, dequantised, in a precision or (``"auto"``) the checkpoint's."""
     size = model_dtype(layout.config, layout.checkpoint, dtype).itemsize
@@ -197,11 +204,15 @@ def model_bytes(layout: Layout, dtype: str) -> int:
 
 
 def available_memory(device: str) -> int:
-    """Bytes that are free where a model would be loaded: on the device, or for this process (its container)."""
-    if device == "auto":  # spread over all there is
-        return int(sum(get_max_memory().values()))
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    """Bytes that are free where a model would be loaded: on the device, or for this process (its container).
+
+    Args:
+        device: Of ``auto`` all cards count, where there are any, less a tenth that accelerate leaves free.
+    """
+    if device == AUTO and (found := cards()):
+        return int(_OF_CARDS * sum(map(free_bytes, found)))
+    if device != AUTO and has_own_memory(device):
+        return free_bytes(device)
     try:
         lines = _MEMINFO.read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -214,11 +225,3 @@ def available_memory(device: str) -> int:
     except (OSError, ValueError, KeyError):
         pass
     return free
-
-
-def _first_sentence(error: Exception) -> str:
-    """What an error of torch says, without the lists that may follow."""
-    first = str(error).splitlines()[0].split(". ")[0]
-    if "at start of device string" in first:
-        return "torch knows no such device."
-    return first.rstrip(".") + "."

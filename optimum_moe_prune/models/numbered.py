@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..architectures.routers import RoutingRule
 from ..errors import RunError
-from .experts import ExpertsForward, OnLogits, Product, StandIn, first_of
+from .experts import ExpertsForward, OnLogits, Product, StandIn, by_expert, first_of
 
 
 class ModulesForward(ExpertsForward):
@@ -32,8 +32,7 @@ class ModulesForward(ExpertsForward):
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         output: Tensor | None = None
-        for expert in ids.unique().tolist():
-            rows, slots = (ids == expert).nonzero(as_tuple=True)
+        for expert, rows, slots in by_expert(ids):
             y = self._forwards[expert](hidden[rows])
             if output is None:
                 output = y.new_zeros(len(hidden), y.shape[-1])

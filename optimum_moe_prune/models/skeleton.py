@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -15,55 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import Layout
 from ..checkpoints.plain import Plain
 from ..compat import WeightNames, build_on_meta, initialise, keep_from_initialising, text_config
-from ..errors import MoEPruneError, RequestError
+from ..errors import RequestError
+from ..storage.tensor_files import read_tensor as read_in_memory
+from .ahead import LayersAhead
+from .ahead import ReadAhead as _ReadAhead
 from .batches import Batch
 from .layerwise import LayerByLayer
-
-logger = logging.getLogger(__name__)
-
-
-_READ_AHEAD_BYTES = 8 * 2**20
+from .transfers import copies_aside, for_each, lane_of, read_onto
 
 
-class _ReadAhead:
-    """Reads bytes of files into the system's cache, in a thread; a file on the Hub is downloaded."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._pool = ThreadPoolExecutor(1)
-        self._stop = False
-
-    def __enter__(self) -> _ReadAhead:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop = True
-        self._pool.shutdown(cancel_futures=True)
-
-    def read(self, names: Sequence[str]) -> None:
-        """Begin to read tensors."""
-        self._pool.submit(self._read, names)
-
-    def _read(self, names: Sequence[str]) -> None:
-        buffer = memoryview(bytearray(_READ_AHEAD_BYTES))
-        for name in names:
-            try:
-                entry = self._checkpoint.entry(name)
-                file = os.open(self._checkpoint.path(self._checkpoint.tensors[name].file), os.O_RDONLY)
-            except (OSError, MoEPruneError) as error:  # whoever needs the tensor meets it again
-                logger.debug("reading ahead: %s", error)
-                return
-            try:
-                for begin in range(entry.begin, entry.end, len(buffer)):
-                    if self._stop:
-                        return
-                    os.preadv(file, [buffer[: entry.end - begin]], begin)
-            finally:
-                os.close(file)
+def _go_on() -> None:
+    """For what nobody stops."""
 
 
 @dataclass
@@ -113,8 +76,9 @@ class Skeleton(LayerByLayer):
         self.checkpoint = layout.checkpoint
         self._plain = layout.plain
         model = build_on_meta(layout.config, dtype, layout.checkpoint.source.trust_remote_code)
-        super().__init__(model, torch.device("cuda" if device == "auto" else device))
+        super().__init__(model, torch.device(device))
         self.dtype = dtype
+        self._ahead: LayersAhead | None = None
         self._layer_path = layout.structure.layers
         self._weights = Weights(self.model, layout.plain, WeightNames(self.model), self.device)
         self._parameters, self._sources = self._weights.parameters, self._weights.sources
@@ -134,15 +98,39 @@ class Skeleton(LayerByLayer):
 
     @contextlib.contextmanager
     def reading_ahead(self) -> Iterator[Callable[[int], None]]:
-        with _ReadAhead(self.checkpoint) as ahead:
-            yield lambda index: ahead.read(self.sources(index))
+        """On a card the next layer is made there as well, where there is room for two; else its bytes are read."""
+        with contextlib.ExitStack() as stack:
+            to_cache = stack.enter_context(_ReadAhead(self.checkpoint))
+            lane = lane_of(self.device)
+            if lane is not None:
+                self._ahead = stack.enter_context(LayersAhead(lane, self._made_ahead))
+
+            def begin(index: int) -> None:
+                names = self._names_of(index)
+                if not names:
+                    return
+                if self._ahead is None or not self._ahead.begin(index, names, self._weights.nbytes(names)):
+                    to_cache.read(self.sources(index))
+
+            try:
+                yield begin
+            finally:
+                self._ahead = None
+
+    def _made_ahead(self, names: Sequence[str], check: Callable[[], None]) -> dict[str, Tensor]:
+        return dict(self._weights.made(names, check))
 
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[None]:
         """A decoder layer with its parameters, inside a ``with``."""
         layer = self._layers[index]
         try:
-            self._weights.load(self._names_of(index))
+            values = None if self._ahead is None else self._ahead.take(index)
+            if values is None:
+                self._weights.load(self._names_of(index))
+            else:
+                self._weights.put(values)
+                del values
             self._weights.init_buffers(layer)
             yield
         finally:
@@ -302,38 +290,63 @@ class Weights:
                         "model is loaded; it cannot be run one layer at a time (stream=False)."
                     )
 
+    def nbytes(self, parameters: Iterable[str]) -> int:
+        """Bytes of parameters."""
+        return sum(self.parameters[name].nbytes for name in parameters)
+
     def load(self, parameters: Iterable[str]) -> None:
         """Read parameters, by their names in the model, into it."""
-        with self.checkpoint.reader() as read:
+        for name, value in self.made(parameters):
+            self.put({name: value})
+
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Give the model parameters that were made for it, by name."""
+        for name, value in values.items():
+            path, _, last = name.rpartition(".")
+            module = attrgetter(path)(self.model)
+            if last in module._parameters:
+                value = nn.Parameter(value, requires_grad=False)
+            keep_from_initialising(value)
+            setattr(module, last, value)
+
+    def made(self, parameters: Iterable[str], check: Callable[[], None] = _go_on) -> Iterator[tuple[str, Tensor]]:
+        """Parameters where they go, by name, made of what is read; on a card all that is calculated for it is as well.
+
+        Args:
+            parameters: Their names.
+            check: On a card called before each piece of a tensor is read; what it raises ends the reading.
+        """
+        on_card = copies_aside(self.device)
+        read_tensor = functools.partial(read_onto, self.device, check) if on_card else read_in_memory
+        with self.checkpoint.reader(read_tensor) as read:
+
+            def finite(tensor_name: str, dtype: torch.dtype) -> Tensor:
+                return self._plain.read(read, tensor_name, dtype)
+
             for name in parameters:
-                value = self._made(name, self.sources[name], read)
+                value = self._made(name, self.sources[name], finite, self.device if on_card else torch.device("cpu"))
                 expected = self.parameters[name]
                 if value.shape != expected.shape:
                     raise RequestError(
                         f"{self.sources[name].names[0]} gives {name} the shape {tuple(value.shape)}, and config.json "
                         f"says {tuple(expected.shape)}."
                     )
-                path, _, last = name.rpartition(".")
-                module = attrgetter(path)(self.model)
-                value = value.to(self.device)
-                if last in module._parameters:
-                    value = nn.Parameter(value, requires_grad=False)
-                keep_from_initialising(value)
-                setattr(module, last, value)
+                yield name, value.to(self.device)
 
-    def _made(self, name: str, source: _Source, read: Any) -> Tensor:
+    def _made(
+        self, name: str, source: _Source, read: Callable[[str, torch.dtype], Tensor], device: torch.device
+    ) -> Tensor:
         dtype = self.parameters[name].dtype
-
-        def finite(tensor_name: str) -> Tensor:
-            return self._plain.read(read, tensor_name, dtype)
-
         if source.converter is None:
-            return finite(source.names[0])
+            return read(source.names[0], dtype)
         if not source.by_expert:
-            tensors = {p: [*map(finite, n)] for p, n in source.tensors.items()}
+            tensors = {p: [read(n, dtype) for n in names] for p, names in source.tensors.items()}
             return self._names.converted(name, source.converter, tensors, source.first)
-        whole = torch.empty(self.parameters[name].shape, dtype=dtype)
-        for expert in range(len(whole)):
-            tensors = {pattern: [finite(names[expert])] for pattern, names in source.tensors.items()}
+        whole = torch.empty(self.parameters[name].shape, dtype=dtype, device=device)
+
+        def make(expert: int) -> None:
+            tensors = {pattern: [read(names[expert], dtype)] for pattern, names in source.tensors.items()}
             whole[expert : expert + 1] = self._names.converted(name, source.converter, tensors)
+
+        for_each(make, range(len(whole)), device)
         return whole

@@ -8,6 +8,8 @@ import shutil
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..calibration.current import Current
 from ..calibration.in_memory import statistics_bytes
 from ..calibration.samples import CalibrationSet
@@ -19,7 +21,8 @@ from ..errors import check_type
 from ..methods.budget import Budget, UniformBudget
 from ..methods.limits import MOST_COUNTS, allowed_counts
 from ..models.memory import Compute, available_memory, model_bytes
-from ..names import BY_SENSITIVITY, DROP
+from ..models.transfers import copies_aside
+from ..names import AUTO, BY_SENSITIVITY, DROP
 from ..plan import PruningPlan
 from ..progress.pace import duration
 from ..statistics.needs import DENSE, Need
@@ -261,7 +264,7 @@ def plan_work(
         unfinished=(0 if saves_statistics else statistics) + states if output is not None else 0,
         memory=_LIBRARIES + _KERNELS + held + min(statistics, IN_MEMORY_BYTES) + running,
         free_memory=available_memory(compute.device),
-        device=compute.device,
+        device=compute.device if compute.device != AUTO else "all cards",
         dtype=str(dtype).removeprefix("torch."),
         streamed=bool(compute.stream),
         seconds=_seconds(layout, sizes, recipe, samples, needs, compute, measures, judged_tokens),
@@ -329,8 +332,13 @@ def _seconds(
     if speed is None:
         return None
     layers = text_config(layout.config).num_hidden_layers
-    total = layers * (speed.reading + tokens * speed.watched) if needs else 0.0
-    total += layers * (speed.reading + judged * speed.plain) if judged else 0.0
+    at_once = bool(compute.stream) and copies_aside(torch.device(compute.runs_on))  # one is read while one runs
+
+    def layer(running: float) -> float:
+        return max(speed.reading, running) if at_once else speed.reading + running
+
+    total = layers * layer(tokens * speed.watched) if needs else 0.0
+    total += layers * layer(judged * speed.plain) if judged else 0.0
     if measures:
         alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2
         total += layers * speed.reading + (alone + _WHOLE_MODELS * layers) * measured * speed.plain

@@ -339,6 +339,11 @@ def _watched(work: Work) -> Iterator[None]:
         thread.join()
 
 
+def say(line: str) -> None:
+    """One line about work that begins, where lines of progress go."""
+    logger.info("%s", line)
+
+
 def shows_bars() -> bool:
     """Whether a person looks on, in a notebook or on a terminal that can draw."""
     if is_notebook():

@@ -149,17 +149,36 @@ def read_tensor(file: int, entry: TensorEntry) -> Tensor:
         OSError: If it cannot be read.
         RequestError: If torch has no such dtype.
     """
+    dtype = dtype_of(entry)
+    made = torch.empty(entry.nbytes, dtype=torch.uint8)
+    read_into(made.numpy().data, file, entry.begin)
+    return made.view(dtype).view(entry.shape)
+
+
+def dtype_of(entry: TensorEntry) -> torch.dtype:
+    """The dtype of a tensor in a file.
+
+    Raises:
+        RequestError: If torch has no such dtype.
+    """
     dtype = ALL_DTYPES.get(entry.dtype)
     if dtype is None:
         raise RequestError(f"tensors of dtype {entry.dtype} cannot be read by this version of torch.")
-    made = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view, begin = made.numpy().data, entry.begin
+    return dtype
+
+
+def read_into(view: memoryview, file: int, begin: int) -> None:
+    """Fill some memory with an open file's bytes from a place on.
+
+    Raises:
+        EOFError: If the file has become too short.
+        OSError: If it cannot be read.
+    """
     while view:
         count = os.preadv(file, [view[:_READ_BYTES]], begin)
         if not count:
             raise EOFError
         view, begin = view[count:], begin + count
-    return made.view(dtype).view(entry.shape)
 
 
 def read_tensors(path: str | os.PathLike, names: Iterable[str]) -> dict[str, Tensor]:
@@ -296,9 +315,14 @@ def reserve(file: int, size: int) -> None:
 
 def all_finite(values: Tensor) -> bool:
     """Whether all values are finite, without a mask of their size."""
+    return bool(finite_flag(values))
+
+
+def finite_flag(values: Tensor) -> Tensor:
+    """The same as a tensor ``()`` where the values are, which nobody has waited for."""
     if values.numel() == 0:
-        return True
+        return torch.ones((), dtype=torch.bool, device=values.device)
     if values.element_size() == 1:  # float8 has few operations
         values = values.float()
     low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return torch.isfinite(low) & torch.isfinite(high)

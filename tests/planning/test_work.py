@@ -15,7 +15,7 @@ from optimum_moe_prune.checkpoints.checkpoint import Checkpoint
 from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.commands import main
 from optimum_moe_prune.planning import work as work_module
-from optimum_moe_prune.planning.probe import probe
+from optimum_moe_prune.planning.probe import Speed, probe
 from optimum_moe_prune.statistics.needs import Need
 
 
@@ -104,6 +104,21 @@ def test_a_layer_is_tried_where_the_work_is_long(
     assert measured is not None and measured > 0
     speed = probe(layout, texts, frozenset(Need), Compute(), 8)
     assert speed is not None and min(speed.reading, speed.plain, speed.watched) > 0
+
+
+def test_a_card_reads_a_layer_while_one_runs(
+    folder: Path, texts: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, config = open_layout(folder), MoEPrunerConfig(method="reap", num_experts=4)
+    monkeypatch.setattr(work_module, "_WORTH_PROBING", 0)
+    monkeypatch.setattr(work_module, "probe", lambda *_: Speed(reading=5.0, plain=0.0, watched=3.0 / texts.num_tokens))
+    found = []
+    for is_card, stream in ((False, True), (True, True), (True, False)):
+        monkeypatch.setattr(work_module, "copies_aside", lambda device, is_card=is_card: is_card)
+        seconds = plan_work(layout, config, texts, compute=Compute(stream=stream)).seconds
+        assert seconds is not None
+        found.append(seconds / len(layout.num_experts))
+    assert found == pytest.approx([8.0, 5.0, 8.0])
 
 
 def test_what_cannot_be_tried_takes_no_known_time(
