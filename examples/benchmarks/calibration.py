@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a calibration costs beside the plain forward over the same tokens, and what others' ways cost.
 
-    python examples/benchmarks/calibration.py [--device cuda] [--shapes 8x2 many] [--repeats 3]
+    python examples/benchmarks/calibration.py [--device cuda] [--kind mixtral qwen2_moe] [--repeats 3]
 
 Three classes of cost: *routing*, *routed* (norms of the chosen experts' outputs) and *all needs*, for which every
 expert runs on the kept tokens; with ``--every-token`` on all tokens, beside a forward that runs every expert on every
@@ -25,7 +25,7 @@ import contextlib
 import copy
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -57,12 +57,12 @@ class Shape:
 # On a GPU the layers of Mixtral-8x7B and of Qwen3-30B-A3B; on a processor as many tokens of them are kept.
 SHAPES = {
     "cpu": {
-        "8x2": Shape("mixtral", 8, 2, 1024, 2048, 2, 16384, 2048, 512, 8, (1.05, 1.05, 1.5)),
-        "many": Shape("qwen2_moe", 64, 8, 1024, 768, 2, 16384, 1024, 512, 8, (1.05, 1.05, 1.5)),
+        "mixtral": Shape("mixtral", 8, 2, 1024, 2048, 2, 16384, 2048, 512, 8, (1.05, 1.05, 1.5)),
+        "qwen2_moe": Shape("qwen2_moe", 64, 8, 1024, 768, 2, 16384, 1024, 512, 8, (1.05, 1.05, 1.5)),
     },
     "cuda": {
-        "8x2": Shape("mixtral", 8, 2, 4096, 14336, 4, 65536, 8192, 2048, 4, (1.05, 1.15, 1.5)),
-        "many": Shape("qwen2_moe", 128, 8, 2048, 768, 6, 65536, 8192, 2048, 4, (1.10, 1.20, 2.0)),
+        "mixtral": Shape("mixtral", 8, 2, 4096, 14336, 4, 65536, 8192, 2048, 4, (1.05, 1.15, 1.5)),
+        "qwen2_moe": Shape("qwen2_moe", 128, 8, 2048, 768, 6, 65536, 8192, 2048, 4, (1.10, 1.20, 2.0)),
     },
 }
 NEEDS = {
@@ -213,7 +213,7 @@ def rows_of(name: str, shape: Shape, model: PreTrainedModel, a: argparse.Namespa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--shapes", nargs="+", default=["8x2", "many"], choices=("8x2", "many"))
+    parser.add_argument("--kind", nargs="+", default=["mixtral", "qwen2_moe"], choices=("mixtral", "qwen2_moe"))
     for name in ("experts", "top-k", "hidden", "width", "layers", "tokens", "kept", "batch-size"):
         parser.add_argument(f"--{name}", type=int, help="in place of the shape's")
     parser.add_argument("--dtype", help="float32, and on a GPU bfloat16")
@@ -224,12 +224,11 @@ def main() -> None:
     a = parser.parse_args()
     dtype = a.dtype or ("bfloat16" if a.device == "cuda" else "float32")
     rows: list[dict[str, object]] = []
-    for name in a.shapes:
+    for name in a.kind:
         shape = SHAPES[a.device][name]
-        given = {
-            field: value for field in shape.__dataclass_fields__ if (value := getattr(a, field, None)) is not None
-        }
-        shape = Shape(**{**shape.__dict__, **given})
+        given = {name: value for name in asdict(shape) if name != "kind" and (value := getattr(a, name, None))}
+        shape = replace(shape, **given)
+        shape = replace(shape, top_k=min(shape.top_k, max(1, shape.experts // 2)))
         of_model = (shape.kind, shape.experts, shape.top_k, shape.hidden, shape.width, shape.layers, dtype)
         with torch.device(a.device):
             model = make_model(*of_model)
@@ -238,7 +237,7 @@ def main() -> None:
         del model
         gc.collect()
     hardware = torch.cuda.get_device_name() if a.device == "cuda" else ""
-    report("calibration beside the plain forward", rows, {**vars(a), "gpu": hardware}, "ratio")
+    report("calibration beside the plain forward", rows, {**vars(a), "layers": shape.layers, "gpu": hardware}, "ratio")
 
 
 if __name__ == "__main__":

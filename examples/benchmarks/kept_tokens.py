@@ -5,7 +5,7 @@
 
 For each small trained model and each of several disjoint draws of calibration text, the methods that read outputs of
 experts which were not chosen plan twice: from statistics of all tokens and of one in eight. Both plans are judged on
-the same held-out text. The bar for what is lost more, averaged over the draws, is what another draw of text changes: the
+the same held-out text. The bar for what is lost more, averaged over the draws, is what another draw changes: the
 standard deviation of the loss over the draws, with all tokens.
 """
 
