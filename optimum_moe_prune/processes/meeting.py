@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How processes agree: small values in the store by which torch.distributed has made them known to one another.
+
+A process that fails comes to its next meeting with its error in place of a value, so that nobody waits for it; one
+that ended is missed. Nothing goes through the devices, so that there is no limit to how long others may calculate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..compat.distributed import default_store
+from ..errors import MoEPruneError, RequestError, RunError, one_line
+from ..progress import unseen
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from . import Processes
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 1800.0
+"""In which all have to begin shared work."""
+GRACE_SECONDS = 10.0
+"""In which the main process says what another failed with, before that one says it itself."""
+_MISSED_SECONDS = 1.0
+_LONGEST_WAIT = 0.2
+
+_PREFIX = "optimum_moe_prune"
+_TOLD = "_others_know"  # an attribute of errors
+
+
+def meet(processes: Processes, value: T, patience: float | None = None) -> list[T]:
+    """See :meth:`Processes.meet`.
+
+    Args:
+        processes: Which of them this is.
+        value: What this one says.
+        patience: Seconds to wait at most.
+    """
+    with _reachable(processes):
+        store = _store(processes)
+        number = _arrive(store, processes, ("fine", value))
+        _wait(store, processes, number, patience)
+        values = [pickle.loads(store.get(_key(number, rank)))[1] for rank in range(processes.count)]
+        if number > 1:  # whoever is here has read what was said there
+            store.delete_key(_key(number - 1, processes.rank))
+        _have_read(store, processes, number, GRACE_SECONDS)
+    return values
+
+
+def look(processes: Processes) -> None:
+    """See :meth:`Processes.look`."""
+    with _reachable(processes):
+        store = _store(processes)
+        number = store.add(f"{processes.rank}/met", 0) + 1
+        if store.check([_failed(number)]):
+            store.add(f"{processes.rank}/met", 1)
+            raise _failure(store, processes, number)
+
+
+@contextlib.contextmanager
+def together(processes: Processes) -> Iterator[None]:
+    """See :meth:`Processes.together`."""
+    try:
+        meet(processes, None, PATIENCE_SECONDS)
+        with contextlib.nullcontext() if processes.is_main else unseen():
+            yield
+    except BaseException as error:
+        if not _is_told(error):
+            with contextlib.suppress(Exception):  # they will miss it
+                _tell(processes, error)
+        raise
+
+
+# ------------------------------------------------------------------------------------------- who says it
+
+
+def says(processes: Processes) -> bool:
+    """Whether this process is the one that tells people what all fail with: the main one, if it comes to it."""
+    if processes.is_alone:
+        return True
+    try:
+        store = _store(processes)
+        until = time.monotonic() + (0 if processes.is_main else GRACE_SECONDS)
+        while time.monotonic() < until and not store.add("said", 0):
+            time.sleep(_LONGEST_WAIT / 2)
+        return store.add("said", 1) == 1
+    except Exception:  # the store went with the main process
+        return processes.is_main
+
+
+def leave(processes: Processes, wait: bool) -> None:
+    """Take no further part, at the end of a program.
+
+    Args:
+        processes: Which of them this is.
+        wait: Have the main process, with which the store may go, wait for the others for some seconds.
+    """
+    import torch.distributed as dist
+
+    if processes.is_alone or not dist.is_initialized():
+        return
+    with contextlib.suppress(Exception):
+        store = _store(processes)
+        store.set(f"{processes.rank}/left", b"")
+        others = [f"{rank}/left" for rank in range(1, processes.count)]
+        until = time.monotonic() + (GRACE_SECONDS if wait and processes.is_main else 0)
+        while time.monotonic() < until and not store.check(others):
+            time.sleep(_LONGEST_WAIT / 20)
+        dist.destroy_process_group()
+
+
+def leave_word(processes: Processes, value: object) -> None:
+    """Leave something for the main process."""
+    with contextlib.suppress(Exception):
+        _store(processes).set(f"{processes.rank}/word", pickle.dumps(value))
+
+
+def words(processes: Processes) -> dict[int, Any]:
+    """What the others have left for the main process, by rank."""
+    found: dict[int, Any] = {}
+    with contextlib.suppress(Exception):
+        store = _store(processes)
+        for rank in range(1, processes.count):
+            if store.check([f"{rank}/word"]):
+                found[rank] = pickle.loads(store.get(f"{rank}/word"))
+    return found
+
+
+# ------------------------------------------------------------------------------------------- the store
+
+
+def connect(processes: Processes) -> None:
+    """Have the processes know one another, by accelerate, unless they do.
+
+    Raises:
+        RunError: If they cannot reach one another.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        raise RunError("this build of torch lacks torch.distributed; start one process alone.")
+    if dist.is_initialized():
+        return
+    from accelerate import PartialState
+
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    try:
+        PartialState(cpu=devices < processes.local_count)
+        if not dist.is_initialized():  # accelerate was asked before, and took this one to be alone
+            dist.init_process_group("gloo")
+    except (RuntimeError, ValueError, OSError) as error:
+        said = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__).rstrip(".")
+        raise RunError(f"the {processes.count} processes cannot reach one another: {said}.") from error
+
+
+def _store(processes: Processes) -> Store:
+    from torch.distributed import PrefixStore
+
+    connect(processes)
+    return PrefixStore(_PREFIX, default_store())
+
+
+@contextlib.contextmanager
+def _reachable(processes: Processes) -> Iterator[None]:
+    """Say of a store that is gone that the main process is."""
+    try:
+        yield
+    except MoEPruneError:
+        raise
+    except RuntimeError as error:  # torch's, of connections
+        who = "the main process" if not processes.is_main else "the launcher"
+        raise RunError(f"{who} ended before the work was done.") from error
+
+
+def _key(number: int, rank: int) -> str:
+    return f"{number}/{rank}"
+
+
+def _failed(number: int) -> str:
+    return f"{number}/failed"
+
+
+def _arrive(store: Store, processes: Processes, said: tuple[str, Any]) -> int:
+    """Come to the next meeting; its number."""
+    number = store.add(f"{processes.rank}/met", 1)
+    if number == 1:
+        store.set(f"{processes.rank}/where", pickle.dumps((_machine(), os.getpid())))
+    store.set(_key(number, processes.rank), pickle.dumps(said))
+    return number
+
+
+def _wait(store: Store, processes: Processes, number: int, patience: float | None) -> None:
+    """Return when all have come.
+
+    Raises:
+        MoEPruneError: If one has failed, is gone, or does not come.
+    """
+    began = looked = time.monotonic()
+    pause = 0.001
+    while True:
+        if store.check([_failed(number)]):
+            raise _failure(store, processes, number)
+        if store.check([_key(number, rank) for rank in range(processes.count)]):
+            return
+        now = time.monotonic()
+        if now - looked >= _MISSED_SECONDS:
+            looked = now
+            absent = [rank for rank in range(processes.count) if not store.check([_key(number, rank)])]
+            if gone := [rank for rank in absent if _is_gone(store, rank)]:
+                raise RunError(
+                    f"process {gone[0]} of {processes.count} ended before its work was done (was it killed, or out of "
+                    "memory?)."
+                )
+            if absent and patience is not None and now - began > patience:
+                raise RunError(
+                    f"process {absent[0]} of {processes.count} has not come to the shared work for "
+                    f"{patience / 60:.0f} minutes; all processes have to make this call, or the one that makes it has "
+                    "to work alone (Compute(processes=ALONE))."
+                )
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_WAIT)
+
+
+def _have_read(store: Store, processes: Processes, number: int, seconds: float) -> None:
+    """Have the main process, with which the store may go, wait for a while until all have read what was said."""
+    read = store.add(f"{number}/read", 1)
+    until = time.monotonic() + (seconds if processes.is_main else 0)
+    pause = 0.0005
+    while read < processes.count and time.monotonic() < until:
+        time.sleep(pause)
+        read, pause = store.add(f"{number}/read", 0), min(2 * pause, _LONGEST_WAIT)
+
+
+# ------------------------------------------------------------------------------------------- failures
+
+
+def _tell(processes: Processes, error: BaseException) -> None:
+    """Come to the next meeting with an error."""
+    kind = "request" if isinstance(error, RequestError) else "run"
+    if isinstance(error, MoEPruneError):
+        message = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        message = "it was interrupted"
+    else:
+        message = f"{type(error).__name__}: {error}"
+    setattr(error, _TOLD, True)
+    store = _store(processes)
+    number = _arrive(store, processes, ("failed", None))
+    store.set(_failed(number), pickle.dumps((processes.rank, kind, message)))
+    _have_read(store, processes, number, _MISSED_SECONDS)
+
+
+def _failure(store: Store, processes: Processes, number: int) -> MoEPruneError:
+    """What another process has failed with."""
+    rank, kind, message = pickle.loads(store.get(_failed(number)))
+    store.add(f"{number}/read", 1)
+    error = RequestError if kind == "request" else RunError
+    found = error(f"process {rank} of {processes.count}: {message}")
+    setattr(found, _TOLD, True)
+    return found
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Whether the others know of an error, or of the one that it was made of."""
+    while error is not None:
+        if getattr(error, _TOLD, False):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _machine() -> tuple[str, str]:
+    """Where numbers of processes mean the same."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return socket.gethostname(), space
+
+
+def _is_gone(store: Store, rank: int) -> bool:
+    """Whether a process of this machine is not there any more, or dead and not yet buried."""
+    if not store.check([f"{rank}/where"]):
+        return False
+    machine, pid = pickle.loads(store.get(f"{rank}/where"))
+    if machine != _machine():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except (OSError, IndexError):
+        return False
