@@ -235,7 +235,7 @@ def compute_of(args: argparse.Namespace, says: bool = True) -> Compute:
     from ..models.devices import in_words
     from ..models.memory import Compute
 
-    compute = Compute(args.dtype, args.device, getattr(args, "stream", None))
+    compute = Compute(args.dtype, args.device, getattr(args, "stream", None), getattr(args, "processes", None))
     compute.check()
     if says and (used := in_words(compute.device)):
         say(f"the model runs on {used}" + (" (--device auto)." if compute.device == AUTO else "."))

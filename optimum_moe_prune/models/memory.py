@@ -82,7 +82,7 @@ class Compute:
         own = self.on_own_device()
         device, needed = own.runs_on, model_bytes(layout, self.dtype) + _HEADROOM_BYTES
         stream = self.stream if self.stream is not None else streamed_before
-        free = available_memory(device) // _copies(device, self.together)
+        free = available_memory(device) // own.copies
         if not stream and needed > free and own.device == AUTO and len(cards()) > 1:
             together = available_memory(AUTO)
             if needed <= together:
@@ -105,9 +105,8 @@ class Compute:
             return self.settled(layout, streamed_before).stream
 
         own = replace(self, stream=self.together.from_main(streams)).settled(layout)
-        sharing = _copies(own.device, self.together)
-        if sharing > 1 and self.together.is_main and own.device_type != "cpu":
-            logger.warning("%d processes share each card; start as many as there are cards.", sharing)
+        if own.copies > 1 and self.together.is_main and own.device_type != "cpu":
+            logger.warning("%d processes share each card; start as many as there are cards.", own.copies)
         return own
 
     def on_own_device(self) -> Compute:
@@ -116,6 +115,14 @@ class Compute:
         if processes.is_alone or not found or self.device not in (AUTO, found[0].partition(":")[0]):
             return self
         return replace(self, device=found[processes.local_rank % len(found)])
+
+    @property
+    def copies(self) -> int:
+        """How many processes of a machine hold a model each in the memory of the device."""
+        processes = self.together
+        if processes.is_alone or self.device_type == "cpu":
+            return processes.local_count
+        return -(-processes.local_count // max(1, len(cards())))
 
     @property
     def together(self) -> Processes:
@@ -224,13 +231,6 @@ def open_runner(layout: Layout, compute: Compute) -> LayerByLayer:
     model = load_model(layout, compute)  # of the commit whose files were looked at
     check_model(model)  # nothing may be offloaded
     return LayerByLayer(model)
-
-
-def _copies(device: str, processes: Processes) -> int:
-    """How many processes of a machine hold a model each in the memory of a device."""
-    if processes.is_alone or device == "cpu":
-        return processes.local_count
-    return -(-processes.local_count // max(1, len(cards())))
 
 
 def model_bytes(layout: Layout, dtype: str) -> int:

@@ -156,6 +156,26 @@ def launched() -> Processes:
     return Processes(rank, count, local_rank, local["local_count"] or count)
 
 
+def launch_note() -> str | None:
+    """What is to be said where accelerate was asked for several processes and started one; None elsewhere."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") and "MASTER_ADDR" in os.environ
+    if not asked or launched() != ALONE or _number("count") is not None:
+        return None
+    return (
+        "this is one process: on CPUs accelerate launch starts several by MPI alone (--mpirun_hostfile). torchrun "
+        "--nproc-per-node N starts several."
+    )
+
+
+def says(processes: Processes) -> bool:
+    """Whether this is the process that tells people what all of them fail with; one of them is."""
+    if processes.is_alone:
+        return True
+    from . import meeting
+
+    return meeting.says(processes)
+
+
 def _number(name: str) -> int | None:
     """A number of the environment; None where nothing says it.
 

@@ -84,8 +84,8 @@ def together(processes: Processes) -> Iterator[None]:
 
 
 def says(processes: Processes) -> bool:
-    """Whether this process is the one that tells people what all fail with: the main one, if it comes to it."""
-    if processes.is_alone:
+    """See ``processes.says``: the main process, if it comes to it within some seconds."""
+    if not _is_connected():  # they could not reach one another
         return True
     try:
         store = _store(processes)
@@ -106,7 +106,7 @@ def leave(processes: Processes, wait: bool) -> None:
     """
     import torch.distributed as dist
 
-    if processes.is_alone or not dist.is_initialized():
+    if not _is_connected():
         return
     with contextlib.suppress(Exception):
         store = _store(processes)
@@ -120,6 +120,8 @@ def leave(processes: Processes, wait: bool) -> None:
 
 def leave_word(processes: Processes, value: object) -> None:
     """Leave something for the main process."""
+    if not _is_connected():
+        return
     with contextlib.suppress(Exception):
         _store(processes).set(f"{processes.rank}/word", pickle.dumps(value))
 
@@ -127,6 +129,8 @@ def leave_word(processes: Processes, value: object) -> None:
 def words(processes: Processes) -> dict[int, Any]:
     """What the others have left for the main process, by rank."""
     found: dict[int, Any] = {}
+    if not _is_connected():
+        return found
     with contextlib.suppress(Exception):
         store = _store(processes)
         for rank in range(1, processes.count):
@@ -136,6 +140,13 @@ def words(processes: Processes) -> dict[int, Any]:
 
 
 # ------------------------------------------------------------------------------------------- the store
+
+
+def _is_connected() -> bool:
+    """Whether the processes know one another."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
 
 
 def connect(processes: Processes) -> None:
