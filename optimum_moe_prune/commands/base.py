@@ -17,7 +17,7 @@ from optimum.commands.base import BaseOptimumCLICommand
 
 from ..environment import check_packages
 from ..errors import MoEPruneError, RequestError
-from ..processes import ALONE, Processes, launch_note, launched, says
+from ..processes import ALONE, Processes, cause, launch_note, launched, says
 from ..progress import printed_lines, shows_bars, unseen
 from ..storage.kept import kept_sentence
 from ..storage.values import Json
@@ -81,7 +81,7 @@ def execute(command: type[Command], args: argparse.Namespace) -> int:
         print(f"{command.COMMAND.name} works in one process; {others} at once.", file=sys.stderr)
         processes = ALONE
     elif processes.is_alone and command.shares and (note := launch_note()):
-        print(f"WARNING: {note}", file=sys.stderr)
+        print(f"warning: {note}", file=sys.stderr)
     args.processes = processes
     shown = printed_lines(sys.stderr) if processes.is_main else unseen()
     with raised_signals(ends_at_once=processes.is_alone), shown:
@@ -113,7 +113,7 @@ def _executed(command: type[Command], args: argparse.Namespace, processes: Proce
         if says(processes):
             with contextlib.suppress(OSError):  # the terminal may be gone
                 _show_lines(voice)
-                print(_of_process(processes, said_of(error, args)), file=sys.stderr)
+                print(_of_process(processes, said_of(error, args, cause(processes))), file=sys.stderr)
         return exit_code(error)
     except Exception as error:
         if args.debug:

@@ -59,10 +59,17 @@ def exit_code(error: KeyboardInterrupt) -> int:
     return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
-def said_of(error: KeyboardInterrupt, args: argparse.Namespace) -> str:
-    """One line: what is kept, and how it goes on; or what the interruption says itself."""
+def said_of(error: KeyboardInterrupt, args: argparse.Namespace, cause: str | None = None) -> str:
+    """One line: what is kept, and how it goes on; or what the interruption says itself.
+
+    Args:
+        error: The interruption.
+        args: The command's.
+        cause: Why it was interrupted, where that is known.
+    """
     number = error.number if isinstance(error, Interrupted) else signal.SIGINT
     began = "interrupted" if number == signal.SIGINT else f"interrupted by {signal.Signals(number).name}"
+    began = cause or began
     if str(error):
         return f"{began}: {error}"
     kept = kept_of(args)

@@ -176,6 +176,15 @@ def says(processes: Processes) -> bool:
     return meeting.says(processes)
 
 
+def cause(processes: Processes) -> str | None:
+    """Why a launcher ends this process, where another one of this machine is gone; None elsewhere."""
+    if processes.is_alone:
+        return None
+    from . import meeting
+
+    return meeting.missed(processes)
+
+
 def _number(name: str) -> int | None:
     """A number of the environment; None where nothing says it.
 

@@ -12,7 +12,7 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..compat.distributed import default_store
@@ -90,11 +90,20 @@ def says(processes: Processes) -> bool:
     try:
         store = _store(processes)
         until = time.monotonic() + (0 if processes.is_main else GRACE_SECONDS)
-        while time.monotonic() < until and not store.add("said", 0):
+        while time.monotonic() < until and not store.add("said", 0) and not _is_gone(store, 0):
             time.sleep(_LONGEST_WAIT / 2)
         return store.add("said", 1) == 1
     except Exception:  # the store went with the main process
         return processes.is_main
+
+
+def missed(processes: Processes) -> str | None:
+    """Which of the others ended before the work was done, in words; None where none did."""
+    if processes.is_alone or not _is_connected():
+        return None
+    with contextlib.suppress(Exception):
+        return _gone(_store(processes), processes, range(processes.count))
+    return None
 
 
 def leave(processes: Processes, wait: bool) -> None:
@@ -227,11 +236,8 @@ def _wait(store: Store, processes: Processes, number: int, patience: float | Non
         if now - looked >= _MISSED_SECONDS:
             looked = now
             absent = [rank for rank in range(processes.count) if not store.check([_key(number, rank)])]
-            if gone := [rank for rank in absent if _is_gone(store, rank)]:
-                raise RunError(
-                    f"process {gone[0]} of {processes.count} ended before its work was done (was it killed, or out of "
-                    "memory?)."
-                )
+            if said := _gone(store, processes, absent):
+                raise RunError(f"{said}.")
             if absent and patience is not None and now - began > patience:
                 raise RunError(
                     f"process {absent[0]} of {processes.count} has not come to the shared work for "
@@ -297,6 +303,14 @@ def _machine() -> tuple[str, str]:
     except OSError:
         space = ""
     return socket.gethostname(), space
+
+
+def _gone(store: Store, processes: Processes, ranks: Iterable[int]) -> str | None:
+    """Which of some processes is not there any more, in words."""
+    gone = [rank for rank in ranks if rank != processes.rank and _is_gone(store, rank)]
+    if not gone:
+        return None
+    return f"process {gone[0]} of {processes.count} ended before its work was done (was it killed, or out of memory?)"
 
 
 def _is_gone(store: Store, rank: int) -> bool:

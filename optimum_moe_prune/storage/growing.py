@@ -19,7 +19,7 @@ from .checksums import file_checksum, is_sealed, sealed, tensor_checksum
 from .differences import VERSIONS, differences
 from .files import sync, write_json
 from .folders import check_space
-from .kept import PROGRESS_NAME
+from .kept import PROCESS, PROGRESS_NAME
 from .tensor_files import MappedTensors, Shapes, shapes_bytes
 from .values import Json, Values, check_version, is_integer, read_json
 
@@ -28,9 +28,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 IN_MEMORY_BYTES = 512 * 2**20
 """What a calibration keeps in memory at most; beyond it, its tensors live in files mapped into memory."""
-
-_PROCESS = "process-"
-"""Folders of processes that share work are called so, and by a number."""
 
 Part = Callable[[Mapping[str, Tensor], int], Iterable[Tensor]]
 """What a step, by its number, finished for good in a file, of whose other values later steps may write some."""
@@ -85,7 +82,7 @@ class Store:
             return
         progress = None if restart else unfinished(folder)
         if progress is None:
-            if not restart and (shared := sorted(folder.glob(f"{_PROCESS}*/{PROGRESS_NAME}"))):
+            if not restart and (shared := sorted(folder.glob(f"{PROCESS}*/{PROGRESS_NAME}"))):
                 raise RequestError(
                     f"{folder} holds an unfinished {what} of something else: processes is "
                     f"{read_json(shared[0]).get('of', {}).get('processes')} there and 1 now. Run the command that "
@@ -274,7 +271,7 @@ class Store:
 
 def process_folder(folder: Path, rank: int) -> Path:
     """Where one of several processes that share work keeps its part, by its number."""
-    return folder / f"{_PROCESS}{rank}"
+    return folder / f"{PROCESS}{rank}"
 
 
 def unfinished(folder: Path) -> tuple[Json, int] | None:
