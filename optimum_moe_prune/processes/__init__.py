@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import RequestError
+from .place import Place
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,30 +31,8 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Processes:
-    """The processes that share work, and which of them this is.
-
-    Attributes:
-        rank: The number of this one; 0 is the main process, which writes and prints.
-        count: How many there are.
-        local_rank: The number of this one on its machine.
-        local_count: How many there are on this machine.
-    """
-
-    rank: int = 0
-    count: int = 1
-    local_rank: int = 0
-    local_count: int = 1
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether there is nobody to share with."""
-        return self.count == 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the one that writes and prints."""
-        return self.rank == 0
+class Processes(Place):
+    """The processes that share work, and which of them this is; attributes are those of ``place.Place``."""
 
     def share(self, steps: int) -> range:
         """The numbers of the steps that are this process's, of so many: every count-th, since neighbours are alike."""

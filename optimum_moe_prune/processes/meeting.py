@@ -7,6 +7,7 @@ that ended is missed. Nothing goes through the devices, so that there is no limi
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import pickle
@@ -18,11 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..compat.distributed import default_store
 from ..errors import MoEPruneError, RequestError, RunError, one_line
 from ..progress import unseen
+from .place import Place
 
 if TYPE_CHECKING:
     from torch.distributed import Store
-
-    from . import Processes
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ _PREFIX = "optimum_moe_prune"
 _TOLD = "_others_know"  # an attribute of errors
 
 
-def meet(processes: Processes, value: T, patience: float | None = None) -> list[T]:
+def meet(processes: Place, value: T, patience: float | None = None) -> list[T]:
     """See :meth:`Processes.meet`.
 
     Args:
@@ -49,14 +49,14 @@ def meet(processes: Processes, value: T, patience: float | None = None) -> list[
         store = _store(processes)
         number = _arrive(store, processes, ("fine", value))
         _wait(store, processes, number, patience)
-        values = [pickle.loads(store.get(_key(number, rank)))[1] for rank in range(processes.count)]
+        values = [_got(store, _key(number, rank))[1] for rank in range(processes.count)]
         if number > 1:  # whoever is here has read what was said there
             store.delete_key(_key(number - 1, processes.rank))
         _have_read(store, processes, number, GRACE_SECONDS)
     return values
 
 
-def look(processes: Processes) -> None:
+def look(processes: Place) -> None:
     """See :meth:`Processes.look`."""
     with _reachable(processes):
         store = _store(processes)
@@ -67,7 +67,7 @@ def look(processes: Processes) -> None:
 
 
 @contextlib.contextmanager
-def together(processes: Processes) -> Iterator[None]:
+def together(processes: Place) -> Iterator[None]:
     """See :meth:`Processes.together`."""
     try:
         meet(processes, None, PATIENCE_SECONDS)
@@ -83,7 +83,7 @@ def together(processes: Processes) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------- who says it
 
 
-def says(processes: Processes) -> bool:
+def says(processes: Place) -> bool:
     """See ``processes.says``: the main process, if it comes to it within some seconds."""
     if not _is_connected():  # they could not reach one another
         return True
@@ -97,7 +97,7 @@ def says(processes: Processes) -> bool:
         return processes.is_main
 
 
-def missed(processes: Processes) -> str | None:
+def missed(processes: Place) -> str | None:
     """Which of the others ended before the work was done, in words; None where none did."""
     if processes.is_alone or not _is_connected():
         return None
@@ -106,7 +106,7 @@ def missed(processes: Processes) -> str | None:
     return None
 
 
-def leave(processes: Processes, wait: bool) -> None:
+def leave(processes: Place, wait: bool) -> None:
     """Take no further part, at the end of a program.
 
     Args:
@@ -119,7 +119,7 @@ def leave(processes: Processes, wait: bool) -> None:
         return
     with contextlib.suppress(Exception):
         store = _store(processes)
-        store.set(f"{processes.rank}/left", b"")
+        store.set(f"{processes.rank}/left", "")
         others = [f"{rank}/left" for rank in range(1, processes.count)]
         until = time.monotonic() + (GRACE_SECONDS if wait and processes.is_main else 0)
         while time.monotonic() < until and not store.check(others):
@@ -127,15 +127,15 @@ def leave(processes: Processes, wait: bool) -> None:
         dist.destroy_process_group()
 
 
-def leave_word(processes: Processes, value: object) -> None:
+def leave_word(processes: Place, value: object) -> None:
     """Leave something for the main process."""
     if not _is_connected():
         return
     with contextlib.suppress(Exception):
-        _store(processes).set(f"{processes.rank}/word", pickle.dumps(value))
+        _put(_store(processes), f"{processes.rank}/word", value)
 
 
-def words(processes: Processes) -> dict[int, Any]:
+def words(processes: Place) -> dict[int, Any]:
     """What the others have left for the main process, by rank."""
     found: dict[int, Any] = {}
     if not _is_connected():
@@ -144,7 +144,7 @@ def words(processes: Processes) -> dict[int, Any]:
         store = _store(processes)
         for rank in range(1, processes.count):
             if store.check([f"{rank}/word"]):
-                found[rank] = pickle.loads(store.get(f"{rank}/word"))
+                found[rank] = _got(store, f"{rank}/word")
     return found
 
 
@@ -158,7 +158,7 @@ def _is_connected() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def connect(processes: Processes) -> None:
+def connect(processes: Place) -> None:
     """Have the processes know one another, by accelerate, unless they do.
 
     Raises:
@@ -183,7 +183,7 @@ def connect(processes: Processes) -> None:
         raise RunError(f"the {processes.count} processes cannot reach one another: {said}.") from error
 
 
-def _store(processes: Processes) -> Store:
+def _store(processes: Place) -> Store:
     from torch.distributed import PrefixStore
 
     connect(processes)
@@ -191,7 +191,7 @@ def _store(processes: Processes) -> Store:
 
 
 @contextlib.contextmanager
-def _reachable(processes: Processes) -> Iterator[None]:
+def _reachable(processes: Place) -> Iterator[None]:
     """Say of a store that is gone that the main process is."""
     try:
         yield
@@ -202,6 +202,16 @@ def _reachable(processes: Processes) -> Iterator[None]:
         raise RunError(f"{who} ended before the work was done.") from error
 
 
+def _put(store: Store, key: str, value: object) -> None:
+    """Put something into the store, which takes text."""
+    store.set(key, base64.b64encode(pickle.dumps(value)).decode())
+
+
+def _got(store: Store, key: str) -> Any:
+    """What :func:`_put` has put there."""
+    return pickle.loads(base64.b64decode(store.get(key)))
+
+
 def _key(number: int, rank: int) -> str:
     return f"{number}/{rank}"
 
@@ -210,16 +220,16 @@ def _failed(number: int) -> str:
     return f"{number}/failed"
 
 
-def _arrive(store: Store, processes: Processes, said: tuple[str, Any]) -> int:
+def _arrive(store: Store, processes: Place, said: tuple[str, Any]) -> int:
     """Come to the next meeting; its number."""
     number = store.add(f"{processes.rank}/met", 1)
     if number == 1:
-        store.set(f"{processes.rank}/where", pickle.dumps((_machine(), os.getpid())))
-    store.set(_key(number, processes.rank), pickle.dumps(said))
+        _put(store, f"{processes.rank}/where", (_machine(), os.getpid()))
+    _put(store, _key(number, processes.rank), said)
     return number
 
 
-def _wait(store: Store, processes: Processes, number: int, patience: float | None) -> None:
+def _wait(store: Store, processes: Place, number: int, patience: float | None) -> None:
     """Return when all have come.
 
     Raises:
@@ -248,7 +258,7 @@ def _wait(store: Store, processes: Processes, number: int, patience: float | Non
         pause = min(2 * pause, _LONGEST_WAIT)
 
 
-def _have_read(store: Store, processes: Processes, number: int, seconds: float) -> None:
+def _have_read(store: Store, processes: Place, number: int, seconds: float) -> None:
     """Have the main process, with which the store may go, wait for a while until all have read what was said."""
     read = store.add(f"{number}/read", 1)
     until = time.monotonic() + (seconds if processes.is_main else 0)
@@ -261,7 +271,7 @@ def _have_read(store: Store, processes: Processes, number: int, seconds: float) 
 # ------------------------------------------------------------------------------------------- failures
 
 
-def _tell(processes: Processes, error: BaseException) -> None:
+def _tell(processes: Place, error: BaseException) -> None:
     """Come to the next meeting with an error."""
     kind = "request" if isinstance(error, RequestError) else "run"
     if isinstance(error, MoEPruneError):
@@ -273,13 +283,13 @@ def _tell(processes: Processes, error: BaseException) -> None:
     setattr(error, _TOLD, True)
     store = _store(processes)
     number = _arrive(store, processes, ("failed", None))
-    store.set(_failed(number), pickle.dumps((processes.rank, kind, message)))
+    _put(store, _failed(number), (processes.rank, kind, message))
     _have_read(store, processes, number, _MISSED_SECONDS)
 
 
-def _failure(store: Store, processes: Processes, number: int) -> MoEPruneError:
+def _failure(store: Store, processes: Place, number: int) -> MoEPruneError:
     """What another process has failed with."""
-    rank, kind, message = pickle.loads(store.get(_failed(number)))
+    rank, kind, message = _got(store, _failed(number))
     store.add(f"{number}/read", 1)
     error = RequestError if kind == "request" else RunError
     found = error(f"process {rank} of {processes.count}: {message}")
@@ -305,7 +315,7 @@ def _machine() -> tuple[str, str]:
     return socket.gethostname(), space
 
 
-def _gone(store: Store, processes: Processes, ranks: Iterable[int]) -> str | None:
+def _gone(store: Store, processes: Place, ranks: Iterable[int]) -> str | None:
     """Which of some processes is not there any more, in words."""
     gone = [rank for rank in ranks if rank != processes.rank and _is_gone(store, rank)]
     if not gone:
@@ -317,7 +327,7 @@ def _is_gone(store: Store, rank: int) -> bool:
     """Whether a process of this machine is not there any more, or dead and not yet buried."""
     if not store.check([f"{rank}/where"]):
         return False
-    machine, pid = pickle.loads(store.get(f"{rank}/where"))
+    machine, pid = _got(store, f"{rank}/where")
     if machine != _machine():
         return False
     try:

@@ -159,13 +159,13 @@ def test_who_does_not_come_or_is_gone_is_missed(store: HashStore, monkeypatch: p
     gone = subprocess.Popen([sys.executable, "-c", ""])
     while os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT) is None:  # dead, and not buried
         pass
-    store.set("1/where", meeting.pickle.dumps((meeting._machine(), gone.pid)))
+    meeting._put(store, "1/where", (meeting._machine(), gone.pid))
     assert "process 1 of 2 ended before its work was done" in (meeting.missed(Processes(0, 2)) or "")
     with pytest.raises(RunError, match="process 1 of 2 ended before its work was done"):
         Processes(0, 2).meet(None)
     assert gone.wait() == 0
     assert meeting.missed(Processes(0, 2)) is not None  # buried
-    store.set("1/where", meeting.pickle.dumps((("elsewhere", ""), gone.pid)))
+    meeting._put(store, "1/where", (("elsewhere", ""), gone.pid))
     assert meeting.missed(Processes(0, 2)) is None
 
 
