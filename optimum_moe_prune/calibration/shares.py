@@ -234,9 +234,10 @@ def merged(
 
 
 def _plain(stats: CalibrationStats) -> tuple[CalibrationStats, dict[int, tuple[int, dict[str, object], bool]]]:
-    """Statistics without their layers, and of these what is no tensor."""
+    """Statistics without samples and layers, and of these what is no tensor."""
     layers = {n: (layer.num_experts, layer.routing.to_dict(), layer.is_head) for n, layer in stats.layers.items()}
-    return replace(stats, layers={}), layers
+    none = torch.zeros(0, dtype=torch.int64)
+    return replace(stats, samples=(), layers={}, token_sample=none, token_position=none), layers
 
 
 def _inverse(parts: Sequence[Tensor]) -> Tensor:

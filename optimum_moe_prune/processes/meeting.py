@@ -32,6 +32,7 @@ GRACE_SECONDS = 10.0
 """In which the main process says what another failed with, before that one says it itself."""
 _MISSED_SECONDS = 1.0
 _LONGEST_WAIT = 0.2
+_PIECE = 2**20
 
 _PREFIX = "optimum_moe_prune"
 _TOLD = "_others_know"  # an attribute of errors
@@ -51,7 +52,7 @@ def meet(processes: Place, value: T, patience: float | None = None) -> list[T]:
         _wait(store, processes, number, patience)
         values = [_got(store, _key(number, rank))[1] for rank in range(processes.count)]
         if number > 1:  # whoever is here has read what was said there
-            store.delete_key(_key(number - 1, processes.rank))
+            _drop(store, _key(number - 1, processes.rank))
         _have_read(store, processes, number, GRACE_SECONDS)
     return values
 
@@ -203,13 +204,27 @@ def _reachable(processes: Place) -> Iterator[None]:
 
 
 def _put(store: Store, key: str, value: object) -> None:
-    """Put something into the store, which takes text."""
-    store.set(key, base64.b64encode(pickle.dumps(value)).decode())
+    """Put something into the store, which takes text, and no more than 8 MiB at once."""
+    text = base64.b64encode(pickle.dumps(value)).decode()
+    pieces = [text[first : first + _PIECE] for first in range(0, len(text), _PIECE)]
+    for number, piece in enumerate(pieces[1:], 1):
+        store.set(f"{key}/{number}", piece)
+    store.set(key, f"{len(pieces)} {pieces[0]}")  # last: it says that all are there
 
 
 def _got(store: Store, key: str) -> Any:
     """What :func:`_put` has put there."""
-    return pickle.loads(base64.b64decode(store.get(key)))
+    count, _, text = store.get(key).partition(b" ")
+    return pickle.loads(base64.b64decode(b"".join([text, *(store.get(f"{key}/{n}") for n in range(1, int(count)))])))
+
+
+def _drop(store: Store, key: str) -> None:
+    """Remove it; of a meeting to which this process came late there is none."""
+    if not store.check([key]):
+        return
+    count, _, _ = store.get(key).partition(b" ")
+    for name in (key, *(f"{key}/{number}" for number in range(1, int(count)))):
+        store.delete_key(name)
 
 
 def _key(number: int, rank: int) -> str:

@@ -109,14 +109,16 @@ def test_values_meet_and_the_main_one_decides(store: HashStore) -> None:
     def work(processes: Processes) -> Any:
         with processes.together():
             first = processes.meet({"rank": processes.rank})
-            second = processes.from_main(lambda: f"made by {processes.rank}")
+            large = processes.from_main(lambda: bytes(3 * 2**20))
+            second = processes.from_main(lambda: f"made by {processes.rank}") if len(large) == 3 * 2**20 else ""
             third = processes.once(lambda: processes.rank)
             return [value["rank"] for value in first], second, third, list(processes.share(7))
 
     expected = [([0, 1, 2], "made by 0", 0, steps) for steps in ([0, 3, 6], [1, 4], [2, 5])]
     assert at_once(work, work, work) == expected
-    left = [f"{number}/{rank}" for number in range(1, 5) for rank in range(3) if store.check([f"{number}/{rank}"])]
-    assert all(key.startswith("4/") for key in left)  # what was read is gone
+    left = [f"{number}/{rank}" for number in range(1, 7) for rank in range(3) if store.check([f"{number}/{rank}"])]
+    assert left and all(key.startswith("6/") for key in left)  # what was read is gone
+    assert not store.check(["3/0/1"])
 
 
 @pytest.mark.parametrize("kind", [RequestError, RunError, ValueError, KeyboardInterrupt])
