@@ -153,7 +153,8 @@ def add_compute(parser: argparse.ArgumentParser, what: str, stream: bool = True)
         default=AUTO,
         type=value_of(device_name),
         metavar="D",
-        help="where to run: cpu, cuda, cuda:1 ... (default auto: the GPU that is there, else cpu)",
+        help="where to run: cpu, cuda, cuda:1 ... (default auto: the GPU that is there, of several processes each on "
+        "its own, else cpu)",
     )
     group.add_argument(
         "--dtype",

@@ -267,7 +267,7 @@ def _wait(store: Store, processes: Place, number: int, patience: float | None) -
                 raise RunError(
                     f"process {absent[0]} of {processes.count} has not come to the shared work for "
                     f"{patience / 60:.0f} minutes; all processes have to make this call, or the one that makes it has "
-                    "to work alone (Compute(processes=ALONE))."
+                    "to say that it works alone (processes=ALONE, of optimum_moe_prune.processes)."
                 )
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_WAIT)
