@@ -156,7 +156,7 @@ def test_who_does_not_come_or_is_gone_is_missed(store: HashStore, monkeypatch: p
     monkeypatch.setattr(meeting, "PATIENCE_SECONDS", 0.01)
     monkeypatch.setattr(meeting, "_MISSED_SECONDS", 0.01)
     alone = Processes(0, 2).together()
-    with pytest.raises(RunError, match="process 1 of 2 has not come .*works alone .processes=ALONE"), alone:
+    with pytest.raises(RunError, match=r"process 1 of 2 has not come .*works alone .processes=ALONE"), alone:
         pytest.fail("went on")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     while os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT) is None:  # dead, and not buried
