@@ -204,6 +204,16 @@ def test_unfinished_work_of_another_number_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "b" / "process-0").exists()
 
 
+def test_steps_that_are_finished_are_kept_before_others_are_looked_at(tmp_path: Path) -> None:
+    def look() -> None:
+        raise RunError("another has failed")
+
+    for folder in (None, tmp_path / "kept"):
+        with pytest.raises(RunError, match="another has failed"):
+            Store(folder, look=look).commit(2)
+    assert Store(tmp_path / "kept").finished == 2
+
+
 @pytest.mark.parametrize(("unit", "said"), [("batch", "3 of 8 batches of the"), ("layer", "1 of 4 layers of the")])
 def test_what_several_keep_is_told_as_one(unit: str, said: str, tmp_path: Path) -> None:
     for rank in range(2):
