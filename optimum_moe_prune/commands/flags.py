@@ -238,8 +238,10 @@ def compute_of(args: argparse.Namespace, says: bool = True) -> Compute:
 
     compute = Compute(args.dtype, args.device, getattr(args, "stream", None), getattr(args, "processes", None))
     compute.check()
-    if says and (used := in_words(compute.device)):
-        say(f"the model runs on {used}" + (" (--device auto)." if compute.device == AUTO else "."))
+    own = compute.on_own_device()
+    if says and own.together.is_main and (used := in_words(own.device)):
+        others = ", each other process's on a card of its own" if own.device != compute.device else ""
+        say(f"the model runs on {used}{others}" + (" (--device auto)." if compute.device == AUTO else "."))
     return compute
 
 

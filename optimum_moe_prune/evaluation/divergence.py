@@ -151,12 +151,10 @@ def outcomes(
             _measure_on_disk(runner, batches, plans, passes, store, sums)
         elif batches:
             _measure_in_memory(runner, batches, plans, store, sums)
-        whole = {name: sums[name].clone() for name in figures}
-        rows = numbers_of(batches)
-        for numbers, found in processes.meet((rows, {name: whole[name][:, rows] for name in figures})):
-            for name in figures:  # the whole of a sample is in one batch
-                whole[name][:, numbers] = found[name]
-        return {name: values.clamp_(min=0) for name, values in whole.items()}  # rounding can leave less than nothing
+        whole, rows = torch.stack([sums[name] for name in figures]), numbers_of(batches)
+        for numbers, found in processes.meet((rows, whole[..., rows])):  # the whole of a sample is in one batch
+            whole[..., numbers] = found
+        return dict(zip(figures, whole.clamp_(min=0), strict=True))  # rounding can leave less than nothing
     finally:
         store.close()
 

@@ -30,8 +30,11 @@ from optimum_moe_prune import (
 )
 from optimum_moe_prune.calibration import calibrate as calibrating
 from optimum_moe_prune.calibration.shares import shares_of
+from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.commands import main
-from optimum_moe_prune.processes import Processes
+from optimum_moe_prune.models import memory
+from optimum_moe_prune.models.memory import model_bytes
+from optimum_moe_prune.processes import ALONE, Processes
 from optimum_moe_prune.storage.growing import Store
 
 SETTINGS: dict[str, Any] = {"batch_size": 2, "max_tokens": 60, "seed": 3}
@@ -215,12 +218,16 @@ def test_shares_are_whole_batches_and_keep_what_the_whole_keeps(samples: Calibra
 
 def test_of_several_processes_each_has_its_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fourth = Processes(3, 4, 3, 4)
-    assert Compute("float32", "auto", processes=fourth).on_own_device().device == "auto"  # there is none
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert Compute(processes=fourth).on_own_device().device == "auto"  # there is no card
+    assert Compute(processes=fourth).copies == 4  # in the memory of one machine
+    monkeypatch.setattr(memory, "cards", lambda: ["cuda:0", "cuda:1"])
     for device, expected in {"auto": "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "cpu": "cpu"}.items():
-        assert Compute(device=device, processes=fourth).on_own_device().device == expected
+        own = Compute(device=device, processes=fourth).on_own_device()
+        assert (own.device, own.copies) == (expected, 4 if device == "cpu" else 2)
     assert Compute(device="auto").on_own_device().device == "auto"
+    layout, free = open_layout(folder), 3 * model_bytes(open_layout(folder), "auto") + 2 * 2**30
+    monkeypatch.setattr(memory, "available_memory", lambda device: free)
+    assert [Compute(device="cpu", processes=p).settled(layout).stream for p in (ALONE, fourth)] == [False, True]
 
 
 def test_a_model_spread_over_devices_gives_the_same(samples: CalibrationSet) -> None:
