@@ -27,13 +27,15 @@ from .plan import PruningPlan, with_parent
 from .planning.build import budget_for, build_plan
 from .planning.fit import fitted, with_fit
 from .planning.sensitivity import Sensitivity
+from .processes import ALONE, shared
+from .processes.folders import held
 from .publishing.card import write_card
 from .publishing.facts import CardFacts
 from .publishing.hub import push_folder
 from .publishing.outputs import apply_to_checkpoint, save_pruned
 from .statistics.samples import check_domain_weights
 from .statistics.stats import CalibrationStats
-from .storage.folders import check_target, working_on
+from .storage.folders import check_target
 from .storage.values import Json
 from .storage.workspace import Workspace
 from .surgery.checks import check_output, check_plan_for_config
@@ -228,7 +230,7 @@ class MoEPruner:
             model: A causal language model with real parameters; by default the bound checkpoint is calibrated.
             calibration: Texts, files, records, a dataset or token tensors.
             workspace: Where unfinished work on a checkpoint is kept.
-            compute: ``dtype``, ``device``, ``stream``: how a checkpoint is run (``models.memory.Compute``).
+            compute: ``dtype``, ``device``, ``stream``, ``processes``: how it is run (``models.memory.Compute``).
 
         Returns:
             The statistics, also readable as ``stats``.
@@ -336,6 +338,7 @@ class MoEPruner:
         pruned, self.model, self._applied_plan = apply_plan(plan, given), model, plan
         return pruned
 
+    @shared
     def prune_checkpoint(
         self,
         output_dir: str | os.PathLike,
@@ -353,7 +356,8 @@ class MoEPruner:
         """Prune a checkpoint's files: calibrate, plan, and write the pruned checkpoint; or apply the plan there is.
 
         The model is in memory for the calibration at most, and streamed only one layer of it. Tensors are copied as
-        bytes, in the precision of the source. An interrupted calibration is continued by the same call.
+        bytes, in the precision of the source. An interrupted calibration is continued by the same call. Of several
+        processes that were launched all make the call, and the main one writes.
 
         Args:
             output_dir: The folder to write, absent or empty.
@@ -385,26 +389,22 @@ class MoEPruner:
         layout = self.layout(source)
         mtp = mtp or (None if self.config is None else self.config.mtp)
         workspace = Workspace.beside(output_dir, restart)
-        with working_on(output_dir):
+        with held(way.together, output_dir):
             if plan is None:
                 recipe, _ = fitted(self._recipe(), layout)
                 budget = budget_for(recipe, layout.num_experts, layout.spec.routing(layout.config))
                 check_output(layout, budget, output_dir, standalone, mtp)
                 plan = self._plan(layout, calibration, domain_weights, workspace, way)
-            apply_to_checkpoint(
-                plan,
-                layout,
-                output_dir,
-                recipe=self._stored_recipe(),
-                max_shard_size=max_shard_size,
-                overwrite=overwrite,
-                standalone=standalone,
-                mtp=mtp,
-                card=card,
-            )
-            if calibration is not None:
-                for part in ("calibration", "sensitivity"):
+
+            def write(made: PruningPlan = plan) -> None:
+                apply_to_checkpoint(
+                    made, layout, output_dir, recipe=self._stored_recipe(), max_shard_size=max_shard_size,
+                    overwrite=overwrite, standalone=standalone, mtp=mtp, card=card,
+                )  # fmt: skip
+                for part in ("calibration", "sensitivity") if calibration is not None else ():
                     workspace.part(part).clear()
+
+            way.together.once(write)
         self.output_dir = Path(output_dir)
         return self.output_dir
 
@@ -509,6 +509,7 @@ class MoEPruner:
         """A plan from given statistics, from a calibration, or from the last one."""
         recipe, fit = fitted(self._recipe(), model)
         texts = None if isinstance(calibration, CalibrationStats) else calibration
+        compute = compute if texts is not None else replace(compute, processes=ALONE)  # there is nothing to share
         sensitivity = self.sensitivity if self._sensitivity_is_given or texts is None else None
         measures = recipe.allocates == BY_SENSITIVITY and sensitivity is None
         samples = None if texts is None or not (measures or recipe.needs) else self._samples_for(model, texts)

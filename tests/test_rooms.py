@@ -22,6 +22,7 @@ ORDER = (
     "names",
     "compat",
     "storage",
+    "processes",
     "architectures",
     "plan",
     "checkpoints",

@@ -21,16 +21,19 @@ from ..models.blocks import model_facts, moe_blocks
 from ..models.checks import usable_model
 from ..models.heads import Heads, open_heads
 from ..models.memory import Compute, load_model, open_skeleton
+from ..processes import shared
+from ..processes.folders import own_workspace
 from ..progress import working
 from ..provenance import versions
 from ..statistics.needs import WITHOUT_RULE
 from ..statistics.samples import MaxTokens
 from ..statistics.stats import CalibrationStats, Need
-from ..storage.growing import Store, unfinished
+from ..storage.growing import Store, process_folder, unfinished
 from ..storage.values import Json
 from ..storage.workspace import Workspace
 from .in_memory import collect, empty_stats
 from .samples import CalibrationInput, CalibrationSet, sample_length
+from .shares import check_same_samples, merged, shared_folder, shares_of
 from .streamed import collect_streamed
 from .texts import needs_tokenizer
 
@@ -45,6 +48,7 @@ Needs = str | Need | MoEPrunerConfig | Iterable[str | Need | MoEPrunerConfig]
 """``"all"``, methods by name, recipes, or single needs."""
 
 
+@shared
 def calibrate(
     model: Model,
     samples: CalibrationInput,
@@ -71,8 +75,10 @@ def calibrate(
         max_tokens: The most tokens for which statistics per token are kept, or ``"all"``; they are of all samples,
             and what takes the output of every expert is gathered of these alone.
         seed: Decides which tokens are kept when there are more.
-        compute: How a checkpoint is run.
-        workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same.
+        compute: How a checkpoint is run, and which processes share the work: each of several that were launched takes
+            its share of the batches, and all have the statistics of the whole in the end, as one would have them.
+        workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same. Several
+            processes have to share its disk, or that of temporary files.
 
     Raises:
         RequestError: If the request is wrong, a tensor is missing or has another shape than the config says, or the
@@ -80,6 +86,7 @@ def calibrate(
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
     settings: Json = {"batch_size": batch_size, "max_tokens": max_tokens, "seed": seed}
+    processes = compute.together
     layout = layout_of(model)
     model = usable_model(model if layout is None else layout)
     gathered = _possible(needs_of(needs), needs == "all", rule_of(model if layout is None else layout))
@@ -87,13 +94,44 @@ def calibrate(
     if tokenizer is None and layout is not None and needs_tokenizer(samples):
         tokenizer = layout.checkpoint.source.require_tokenizer()
     calibration = CalibrationSet.build(samples, tokenizer, max_length=sample_length(max_length, config))
-    if layout is None:
-        return collect(model, calibration, gathered, **settings)  # type: ignore[arg-type]
-    begun = None if workspace.folder is None or workspace.restart else unfinished(workspace.folder)
-    compute = compute.settled(layout, None if begun is None else bool(begun[0].get("stream")))
+    if processes.is_alone:
+        if layout is None:
+            return collect(model, calibration, gathered, **settings)  # type: ignore[arg-type]
+        found = _of_checkpoint(layout, calibration, calibration, gathered, settings, needs, compute, workspace)
+        assert found is not None
+        return found
+    check_same_samples(processes, calibration)
+    shares = shares_of(calibration, batch_size, processes)
+    share = shares[processes.rank]
+    with shared_folder(processes, workspace, temporary=layout is None) as folder:
+        stats = None
+        if layout is not None:
+            inside = replace(workspace, folder=folder)
+            stats = _of_checkpoint(layout, calibration, share, gathered, settings, needs, compute, inside)
+        elif len(share):
+            store = Store(process_folder(folder, processes.rank), look=processes.look)
+            stats = collect(model, share, gathered, **settings, store=store)  # type: ignore[arg-type]
+        return merged(calibration, shares, stats, folder, processes)
+
+
+def _of_checkpoint(
+    layout: Layout,
+    whole: CalibrationSet,
+    calibration: CalibrationSet,
+    gathered: frozenset[Need],
+    settings: Json,
+    needs: Needs,
+    compute: Compute,
+    workspace: Workspace,
+) -> CalibrationStats | None:
+    """What a checkpoint gives of a calibration, or of a share of the whole one; None where that is empty."""
+    processes = compute.together
+    own = own_workspace(processes, workspace, "calibration")
+    begun = None if own.folder is None or own.restart else unfinished(own.folder)
+    compute = compute.agreed(layout, None if begun is None else bool(begun[0].get("stream")))
     work = {
         "model": identity(layout),
-        "calibration": calibration.fingerprint,
+        "calibration": whole.fingerprint,
         "needs": sorted(map(str, gathered)),
         **settings,
         "dtype": compute.dtype,
@@ -101,11 +139,15 @@ def calibrate(
         "stream": compute.stream,
         "versions": versions(),
     }
+    if not processes.is_alone:
+        work["processes"] = processes.count
+    if not len(calibration):
+        return None
     asked = {"calibration": calibration.settings, "needs": _asked(needs)}
     skeleton = open_skeleton(layout, compute)  # checks all tensors
     found = open_heads(layout, skeleton)
     heads = found if isinstance(found, Heads) else None
-    store = Store(workspace.folder, work, workspace.restart, settings=asked)
+    store = Store(own.folder, work, own.restart, settings=asked, look=processes.look)
     runs = faults_of(f"config.json of {layout.checkpoint.name_or_path}", RunError)
     try:
         if compute.stream:
@@ -114,9 +156,9 @@ def calibrate(
         else:
             try:
                 with working("loading the model", None, did="loaded the model"):
-                    whole = load_model(layout, compute)
-                with runs, contextlib.nullcontext() if heads is None else heads.loaded(whole):
-                    stats = collect(whole, calibration, gathered, **settings, store=store, heads=heads)
+                    loaded = load_model(layout, compute)
+                with runs, contextlib.nullcontext() if heads is None else heads.loaded(loaded):
+                    stats = collect(loaded, calibration, gathered, **settings, store=store, heads=heads)
             except RunError:
                 layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
                 raise
@@ -124,6 +166,8 @@ def calibrate(
     finally:
         store.close()
     provenance = {**stats.provenance, "streamed": compute.stream, "statistics_on_disk": store.spilled}
+    if not processes.is_alone:
+        provenance["processes"] = processes.count
     if layout.plain.formats:
         provenance["dequantised"] = layout.plain.formats
     if isinstance(found, str):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.batches import Batch
-from ..statistics.samples import MaxTokens, keep_tokens, most_tokens
+from ..statistics.samples import MaxTokens, most_tokens
 from .samples import CalibrationSet
 
 
@@ -60,7 +60,7 @@ class Current:
 
     def __init__(self, calibration: CalibrationSet, max_tokens: MaxTokens, seed: int) -> None:
         self.lengths_of_samples = torch.tensor([sample.num_tokens for sample in calibration.samples])
-        self.token_sample, self.token_position = keep_tokens(calibration.samples, most_tokens(max_tokens), seed)
+        self.token_sample, self.token_position = calibration.kept_tokens(most_tokens(max_tokens), seed)
         self._num_kept = torch.bincount(self.token_sample, minlength=len(calibration))
         self._first_kept = self._num_kept.cumsum(0) - self._num_kept
         self._places: dict[torch.device, Places] = {}

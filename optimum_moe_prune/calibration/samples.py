@@ -24,7 +24,7 @@ from ..errors import RequestError
 from ..models.batches import Batch
 from ..progress import progress
 from ..statistics.passages import Passages
-from ..statistics.samples import Sample, equal_shares, samples_fingerprint
+from ..statistics.samples import Sample, equal_shares, keep_tokens, samples_fingerprint
 from ..storage.values import Json, Values
 from .counts import Counts, Tally
 from .drawing import Draw, Tokens
@@ -295,6 +295,10 @@ class CalibrationSet:
         samples, token_ids = tuple(self.samples[i] for i in chosen), tuple(self.token_ids[i] for i in chosen)
         settings = {**self.settings, "sensitivity_samples": num_samples}
         return CalibrationSet(samples, token_ids, sources=self.sources, settings=settings)
+
+    def kept_tokens(self, max_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Sample and position of the tokens for which statistics per token are kept; see ``keep_tokens``."""
+        return keep_tokens(self.samples, max_tokens, seed)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise unless every token id is below ``vocab_size``.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from optimum.commands.base import CommandInfo
 
@@ -51,7 +52,7 @@ class ApplyCommand(Command):
         publishing.check_memory(args, layout)
         texts = publishing.texts_to_judge(args)
         publishing.say_overlap(texts, pruner.pruning_plan)
-        work = plan_work(layout, plan=plan, mtp=args.mtp, output=args.output)
+        work = partial(plan_work, layout, plan=plan, mtp=args.mtp, output=args.output)
         if (result := shown(args, work)) is not None:
             return result
         with screen.notes_kept(args.json) as printed:
@@ -61,6 +62,7 @@ class ApplyCommand(Command):
                 overwrite=args.overwrite,
                 standalone=args.standalone,
                 mtp=args.mtp,
+                processes=getattr(args, "processes", None),
                 **publishing.for_card(args),
             )
         return publishing.result_of_checkpoint(args, pruner, texts, printed)

@@ -17,11 +17,12 @@ from optimum.commands.base import BaseOptimumCLICommand
 
 from ..environment import check_packages
 from ..errors import MoEPruneError, RequestError
-from ..progress import printed_lines, shows_bars
+from ..processes import ALONE, Processes, cause, launch_note, launched, says
+from ..progress import printed_lines, shows_bars, unseen
 from ..storage.kept import kept_sentence
 from ..storage.values import Json
 from .interrupts import GOES_ON, exit_code, kept_of, raised_signals, said_of
-from .libraries import quiet_libraries
+from .libraries import Voice, quiet_libraries
 from .parsing import Parser, describe, flags_of
 from .requests import check_request, named_files
 from .shown import show, show_error
@@ -37,8 +38,10 @@ class Command(BaseOptimumCLICommand):
     Attributes:
         examples: What may follow the command, for help; the first also where something is missing.
         shows_bars: Whether libraries may show progress bars off a terminal as well.
+        shares: Whether several processes share its work; else the main one does it.
     """
 
+    shares: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
     shows_bars: ClassVar[bool] = False
 
@@ -62,26 +65,55 @@ class Command(BaseOptimumCLICommand):
 
 
 def execute(command: type[Command], args: argparse.Namespace) -> int:
-    """Do the work of a command and print its result; the exit code."""
-    with raised_signals(), printed_lines(sys.stderr):
-        return _executed(command, args)
+    """Do the work of a command and print its result; the exit code.
 
-
-def _executed(command: type[Command], args: argparse.Namespace) -> int:
-    before = kept_of(args)
+    Of several processes that were launched all do their share of it, or the main one does it and the others end.
+    """
     try:
-        bars = command.shows_bars or shows_bars()
-        with quiet_libraries(args.debug, bars):
+        processes = launched()
+    except RequestError as error:
+        show_error(str(error))
+        return 2
+    if not processes.is_alone and not command.shares:
+        if not processes.is_main:
+            return 0
+        others = "the other process ends" if processes.count == 2 else f"the other {processes.count - 1} processes end"
+        print(f"{command.COMMAND.name} works in one process; {others} at once.", file=sys.stderr)
+        processes = ALONE
+    elif processes.is_alone and command.shares and (note := launch_note()):
+        print(f"warning: {note}", file=sys.stderr)
+    args.processes = processes
+    shown = printed_lines(sys.stderr) if processes.is_main else unseen()
+    with raised_signals(ends_at_once=processes.is_alone), shown:
+        if processes.is_alone:
+            return _executed(command, args, processes)
+        from ..processes.meeting import leave
+
+        code = _executed(command, args, processes)
+        leave(processes, wait=code == 0)
+        return code
+
+
+def _executed(command: type[Command], args: argparse.Namespace, processes: Processes) -> int:
+    before = kept_of(args)
+    voice = None if processes.is_alone else Voice(processes)
+    try:
+        bars = processes.is_main and (command.shows_bars or shows_bars())
+        with quiet_libraries(args.debug, bars, voice), processes.together():
             check_packages()
             command.check(args)
             check_request(args)
             text, values = command.work(args)
+            processes.meet(None)
+        _show_lines(voice)
         show(json.dumps(values) if args.json else text)
     except KeyboardInterrupt as error:
         if args.debug:
             traceback.print_exc()
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print(said_of(error, args), file=sys.stderr)
+        if says(processes):
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                _show_lines(voice)
+                print(_of_process(processes, said_of(error, args, cause(processes))), file=sys.stderr)
         return exit_code(error)
     except Exception as error:
         if args.debug:
@@ -92,9 +124,23 @@ def _executed(command: type[Command], args: argparse.Namespace) -> int:
             message = as_flags(str(error), command, named_files(args))
         else:
             message = f"{type(error).__name__}: {error}"
-        show_error(message + more)
+        if says(processes):
+            _show_lines(voice)
+            show_error(_of_process(processes, message) + more)
         return 2 if isinstance(error, RequestError) else 1
     return 0
+
+
+def _show_lines(voice: Voice | None) -> None:
+    """Print what other processes said."""
+    for line in [] if voice is None else voice.of_others():
+        print(line, file=sys.stderr)
+
+
+def _of_process(processes: Processes, message: str) -> str:
+    """A message with the number of the process, where that is not the main one and it is not named yet."""
+    named = processes.is_main or message.startswith("process ")
+    return message if named else f"process {processes.rank} of {processes.count}: {message}"
 
 
 def _capital(text: str) -> str:

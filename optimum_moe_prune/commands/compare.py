@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from optimum.commands.base import CommandInfo
 
@@ -17,6 +18,7 @@ from .work import add_dry_run, shown
 
 class CompareCommand(Command):
     COMMAND = CommandInfo("compare", "methods and sparsities side by side: what each loses, from one calibration")
+    shares = True
 
     examples = (
         "--model ./mixtral --calibration texts.jsonl --data heldout.jsonl --method all compared",
@@ -66,11 +68,11 @@ class CompareCommand(Command):
         from ..names import BY_SENSITIVITY
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work
+        from ..processes.folders import held
         from ..pruner import MoEPruner
         from ..publishing.method_comparison import check_method_comparison, write_method_comparison
         from ..statistics.samples import check_domain_weights
         from ..statistics.stats import CalibrationStats
-        from ..storage.folders import working_on
         from ..storage.workspace import Workspace
         from .inputs import calibration_samples, held_out_samples
 
@@ -98,7 +100,8 @@ class CompareCommand(Command):
                 check_domain_weights(chosen_on.samples, weights)
         plans = len(recipes) * len(sparsities) * max(1, len(allocations))
         measures = args.sensitivity is None and BY_SENSITIVITY in allocations
-        work = plan_work(
+        work = partial(
+            plan_work,
             layout,
             recipes[0],
             heldout if samples is None else samples,
@@ -111,7 +114,7 @@ class CompareCommand(Command):
         if (result := shown(args, work)) is not None:
             return result
         workspace = Workspace.beside(args.output, args.restart).part("compare")
-        with working_on(args.output):
+        with held(compute.together, args.output):
             found = compare_methods(
                 layout,
                 samples,
@@ -127,9 +130,13 @@ class CompareCommand(Command):
                 compute=compute,
                 workspace=workspace,
             )
-            folder = write_method_comparison(args.output, found, args.overwrite)
-            workspace.clear()
-        files = sorted(path.name for path in folder.iterdir())
+
+            def write() -> list[str]:
+                folder = write_method_comparison(args.output, found, args.overwrite)
+                workspace.clear()
+                return sorted(path.name for path in folder.iterdir())
+
+            files = compute.together.once(write)
         text = found.markdown() if args.markdown else found.summary(*terminal())
         return f"{text}\n\n{args.output}: {', '.join(files)}", {"output": args.output, **found.to_dict()}
 

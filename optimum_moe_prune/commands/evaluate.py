@@ -16,6 +16,7 @@ from .base import Command, Result, terminal
 
 class EvaluateCommand(Command):
     COMMAND = CommandInfo("evaluate", "perplexity by domain, tasks and speed, of models or against a reference")
+    shares = True
     examples = (
         "--model ./mixtral-4 --reference ./mixtral --data held-out.jsonl",
         "--model ./mixtral-4 --reference ./mixtral --tasks arc_easy,piqa --output results.json",
@@ -85,14 +86,18 @@ class EvaluateCommand(Command):
             fewshot_as_multiturn=args.fewshot_as_multiturn,
             gen_kwargs=args.gen_kwargs,
         )
-        if args.output is not None:
-            comparison.save(args.output)
-        if args.update_card:
-            folder = Path(args.model[0])
-            earlier = folder / EVALUATION_NAME
-            whole = Comparison.load(earlier).updated(comparison) if earlier.is_file() else comparison
-            whole.save(earlier)
-            write_card(folder, folder.resolve().name)
+
+        def write() -> None:
+            if args.output is not None:
+                comparison.save(args.output)
+            if args.update_card:
+                folder = Path(args.model[0])
+                earlier = folder / EVALUATION_NAME
+                whole = Comparison.load(earlier).updated(comparison) if earlier.is_file() else comparison
+                whole.save(earlier)
+                write_card(folder, folder.resolve().name)
+
+        compute.together.once(write)
         text = comparison.markdown() if args.markdown else comparison.summary(*terminal())
         return text, {**comparison.to_dict(), "verdict": comparison.verdict()}
 

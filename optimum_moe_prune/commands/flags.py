@@ -153,7 +153,8 @@ def add_compute(parser: argparse.ArgumentParser, what: str, stream: bool = True)
         default=AUTO,
         type=value_of(device_name),
         metavar="D",
-        help="where to run: cpu, cuda, cuda:1 ... (default auto: the GPU that is there, else cpu)",
+        help="where to run: cpu, cuda, cuda:1 ... (default auto: the GPU that is there, of several processes each on "
+        "its own, else cpu)",
     )
     group.add_argument(
         "--dtype",
@@ -235,10 +236,12 @@ def compute_of(args: argparse.Namespace, says: bool = True) -> Compute:
     from ..models.devices import in_words
     from ..models.memory import Compute
 
-    compute = Compute(args.dtype, args.device, getattr(args, "stream", None))
+    compute = Compute(args.dtype, args.device, getattr(args, "stream", None), getattr(args, "processes", None))
     compute.check()
-    if says and (used := in_words(compute.device)):
-        say(f"the model runs on {used}" + (" (--device auto)." if compute.device == AUTO else "."))
+    own = compute.on_own_device()
+    if says and own.together.is_main and (used := in_words(own.device)):
+        others = ", each other process's on a card of its own" if own.device != compute.device else ""
+        say(f"the model runs on {used}{others}" + (" (--device auto)." if compute.device == AUTO else "."))
     return compute
 
 

@@ -25,10 +25,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def raised_signals() -> Iterator[None]:
+def raised_signals(ends_at_once: bool = True) -> Iterator[None]:
     """Raise the first signal as :class:`Interrupted` inside a ``with``; a second one ends the process at once.
 
     Signals that are ignored (``nohup``, a job in the background) stay so. Nothing is done outside the main thread.
+
+    Args:
+        ends_at_once: Whether a second one does; a launcher passes on what the terminal had sent to all already.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -39,7 +42,7 @@ def raised_signals() -> Iterator[None]:
 
     def raised(number: int, frame: Any) -> None:
         for other in ours:
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, signal.SIG_DFL if ends_at_once else signal.SIG_IGN)
         raise Interrupted(number)
 
     for number in ours:
@@ -56,10 +59,17 @@ def exit_code(error: KeyboardInterrupt) -> int:
     return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
 
 
-def said_of(error: KeyboardInterrupt, args: argparse.Namespace) -> str:
-    """One line: what is kept, and how it goes on; or what the interruption says itself."""
+def said_of(error: KeyboardInterrupt, args: argparse.Namespace, cause: str | None = None) -> str:
+    """One line: what is kept, and how it goes on; or what the interruption says itself.
+
+    Args:
+        error: The interruption.
+        args: The command's.
+        cause: Why it was interrupted, where that is known.
+    """
     number = error.number if isinstance(error, Interrupted) else signal.SIGINT
     began = "interrupted" if number == signal.SIGINT else f"interrupted by {signal.Signals(number).name}"
+    began = cause or began
     if str(error):
         return f"{began}: {error}"
     kept = kept_of(args)

@@ -9,8 +9,10 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from ..errors import RequestError
+from ..processes import Processes
 
 _VERBOSITY = {
     "TRANSFORMERS_VERBOSITY": "transformers",
@@ -24,7 +26,7 @@ _OURS = logging.getLogger(__name__.partition(".")[0])
 
 
 @contextlib.contextmanager
-def quiet_libraries(debug: bool, bars: bool = True) -> Iterator[None]:
+def quiet_libraries(debug: bool, bars: bool = True, voice: Voice | None = None) -> Iterator[None]:
     """Inside, warnings of this package are lines on standard error, and those of others are not shown.
 
     Whoever asked for them (``TRANSFORMERS_VERBOSITY``, ``python -W``) gets them.
@@ -32,9 +34,10 @@ def quiet_libraries(debug: bool, bars: bool = True) -> Iterator[None]:
     Args:
         debug: Show everything, this package's details too.
         bars: Whether they may show progress bars.
+        voice: Of one of several processes.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_own_lines(logging.INFO if debug else logging.WARNING))
+        stack.enter_context(_own_lines(logging.INFO if debug else logging.WARNING, voice))
         if not bars:
             _without_bars(stack)
         if not debug:
@@ -78,12 +81,12 @@ def _level(logger: logging.Logger, level: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_lines(level: int) -> Iterator[None]:
+def _own_lines(level: int, voice: Voice | None = None) -> Iterator[None]:
     """This package's log on standard error, unless the program has a log of its own."""
     if logging.getLogger().handlers or sys.stderr is None:
         yield
         return
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr) if voice is None else voice
     handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
     before = _OURS.propagate
     _OURS.addHandler(handler)
@@ -94,6 +97,42 @@ def _own_lines(level: int) -> Iterator[None]:
     finally:
         _OURS.removeHandler(handler)
         _OURS.propagate = before
+
+
+class Voice(logging.StreamHandler[Any]):
+    """What one of several processes says: the main one its lines, and in the end what it has not said of the others'.
+
+    Args:
+        processes: Which of them this is.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        super().__init__(sys.stderr)
+        self._processes = processes
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from ..processes.meeting import leave_word
+
+        self._lines.append(self.format(record))
+        if self._processes.is_main:
+            super().emit(record)
+        else:
+            leave_word(self._processes, self._lines)
+
+    def of_others(self) -> list[str]:
+        """The lines of the other processes that the main one has not said, each with the number of its process."""
+        from ..processes.meeting import words
+
+        said = set(self._lines)
+        found = []
+        for rank, lines in words(self._processes).items() if self._processes.is_main else ():
+            for line in lines:
+                if line not in said:
+                    level, _, message = line.partition(": ")
+                    found.append(f"{level}: process {rank} of {self._processes.count}: {message}")
+                    said.add(line)
+        return found
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ..environment import check_platform, versions_line
 from ..errors import RequestError
-from .shown import prepare_streams, show, show_error
+from .shown import is_spokesman, prepare_streams, show, show_error
 
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # what text processors make of - and --
 _OUTPUT = {"-o", "--out", "--output", "--output-dir", "--outdir", "--output-path", "--save-dir", "--target"}
@@ -83,7 +83,8 @@ class Parser(argparse.ArgumentParser):
         try:
             return super().parse_known_args(self.checked(words), namespace)
         except RequestError as error:
-            show_error(str(error))
+            if is_spokesman():
+                show_error(str(error))
             sys.exit(2)
 
     def checked(self, words: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from .shown import show
 if TYPE_CHECKING:
     from ..calibration.samples import CalibrationSet
     from ..checkpoints.layout import Layout
+    from ..evaluation.comparison import Comparison
     from ..plan import PruningPlan
     from ..pruner import MoEPruner
 
@@ -127,8 +128,9 @@ def check_memory(args: argparse.Namespace, layout: Layout) -> None:
 
     if not args.evaluate:
         return
+    compute = Compute(args.dtype, args.device, processes=getattr(args, "processes", None)).on_own_device()
     needed = 2 * model_bytes(layout, args.dtype)
-    free = sum(map(available_memory, Compute(args.dtype, args.device).places))
+    free = sum(map(available_memory, compute.places)) // compute.copies
     if needed > free:
         raise RequestError(
             f"--evaluate holds the original and the pruned model in memory, up to {needed / 1e9:.1f} GB, and "
@@ -196,6 +198,26 @@ _LATER = (
 )
 
 
+def share_judging(args: argparse.Namespace, texts: CalibrationSet | None) -> None:
+    """What processes beside the main one do with a checkpoint that was written: their share of judging it."""
+    if args.evaluate or args.speed:
+        _judged(args, Path(args.output), texts)
+
+
+def _judged(args: argparse.Namespace, folder: Path, texts: CalibrationSet | None) -> Comparison:
+    """The checkpoint beside the original."""
+    from ..evaluation.compare import compare
+
+    source = flags.source_of(args)
+    return compare(
+        replace(source, name_or_path=str(folder), revision=None),
+        texts,
+        reference=source,
+        speed=args.speed,
+        compute=flags.compute_of(args, says=False),
+    )
+
+
 def _finish(
     args: argparse.Namespace, pruner: MoEPruner, plan: PruningPlan, folder: Path, texts: CalibrationSet | None
 ) -> tuple[str, list[str], Json]:
@@ -203,20 +225,12 @@ def _finish(
     from ..names import EVALUATION_NAME, REPORT_NAME, REPORT_PICTURES
     from ..publishing.card import write_card
 
-    lost, comparison = "", None
+    lost = ""
+    comparison: Comparison | None = None
     more: list[str] = []
     values: Json = {}
     if args.evaluate or args.speed:
-        from ..evaluation.compare import compare
-
-        source = flags.source_of(args)
-        comparison = compare(
-            replace(source, name_or_path=str(folder), revision=None),
-            texts,
-            reference=source,
-            speed=args.speed,
-            compute=flags.compute_of(args, says=False),
-        )
+        comparison = _judged(args, folder, texts)
         comparison.save(folder / EVALUATION_NAME)
         lost = comparison.summary(*terminal())
         values["evaluation"] = {**comparison.to_dict(), "verdict": comparison.verdict()}

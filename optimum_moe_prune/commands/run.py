@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from optimum.commands.base import CommandInfo
 
@@ -16,6 +17,7 @@ from .work import add_dry_run, check_run, shown
 
 class RunCommand(Command):
     COMMAND = CommandInfo("run", "calibrate, choose experts, and write the pruned checkpoint")
+    shares = True
     examples = (
         "--model ./mixtral --calibration texts.jsonl --num-experts 4 ./mixtral-4",
         "--model mistralai/Mixtral-8x7B-v0.1 --calibration math.jsonl --calibration code.jsonl --sparsity 25%% out",
@@ -75,7 +77,7 @@ class RunCommand(Command):
                 if weights is not None and samples is not None:
                     check_domain_weights(samples.samples, weights)
             publishing.say_overlap(texts, samples)
-            work = plan_work(layout, config, samples, output=args.output, compute=compute, measures=measures)
+            work = partial(plan_work, layout, config, samples, output=args.output, compute=compute, measures=measures)
             if (result := shown(args, work)) is not None:
                 return result
             pruner.prune_checkpoint(
@@ -89,4 +91,7 @@ class RunCommand(Command):
                 **publishing.for_card(args),
                 **vars(compute),
             )
+        if not compute.together.is_main:
+            publishing.share_judging(args, texts)
+            return "", {}
         return publishing.result_of_checkpoint(args, pruner, texts, printed)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from optimum.commands.base import CommandInfo
 
@@ -15,6 +16,7 @@ from .work import add_dry_run, shown
 
 class ScoreCommand(Command):
     COMMAND = CommandInfo("score", "calibrate once and save the statistics")
+    shares = True
     examples = (
         "--model ./mixtral --calibration texts.jsonl ./stats",
         "--model ./mixtral --calibration texts.jsonl --method reap --stream ./stats",
@@ -36,7 +38,7 @@ class ScoreCommand(Command):
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..names import STATS_NAME
-        from ..storage.folders import check_target, working_on
+        from ..storage.folders import check_target
 
         require_calibration(args)
         check_target(args.output, args.overwrite, [args.model], STATS_NAME)
@@ -46,6 +48,7 @@ class ScoreCommand(Command):
 
         from ..calibration.calibrate import Needs, calibrate, needs_of
         from ..planning.work import plan_work
+        from ..processes.folders import held
         from ..pruner import MoEPruner
         from ..storage.workspace import Workspace
         from .inputs import calibration_samples
@@ -56,13 +59,13 @@ class ScoreCommand(Command):
         pruner = MoEPruner(config, source=flags.source_of(args))
         samples = calibration_samples(args, pruner)
         layout = pruner.layout()
-        work = plan_work(
-            layout, config, samples, needs=needs, output=args.output, compute=compute, saves_statistics=True
+        work = partial(
+            plan_work, layout, config, samples, needs=needs, output=args.output, compute=compute, saves_statistics=True
         )
         if (result := shown(args, work)) is not None:
             return result
         workspace = Workspace.beside(args.output, args.restart).part("calibration")
-        with working_on(args.output):
+        with held(compute.together, args.output):
             stats = calibrate(
                 layout,
                 samples,
@@ -73,8 +76,12 @@ class ScoreCommand(Command):
                 compute=compute,
                 workspace=workspace,
             )
-            stats.save(args.output, args.overwrite)
-            workspace.clear()
+
+            def write() -> None:
+                stats.save(args.output, args.overwrite)
+                workspace.clear()
+
+            compute.together.once(write)
         values = {
             "output": args.output,
             "samples": len(samples),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING
 
 from optimum.commands.base import CommandInfo
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 class SensitivityCommand(Command):
     COMMAND = CommandInfo("sensitivity", "how far a model can be pruned, and where: measured divergences")
+    shares = True
     examples = (
         "--model ./mixtral --calibration texts.jsonl sensitivity.json",
         "--model ./mixtral --calibration texts.jsonl --method reap --sparsities 25%%,50%% sensitivity.json",
@@ -68,10 +70,10 @@ class SensitivityCommand(Command):
         from ..evaluation.sensitivity_sets import check_grid
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work
+        from ..processes.folders import held
         from ..pruner import MoEPruner
         from ..statistics.samples import check_domain_weights
         from ..statistics.stats import CalibrationStats
-        from ..storage.folders import working_on
         from ..storage.workspace import Workspace
         from .inputs import calibration_samples
 
@@ -91,11 +93,13 @@ class SensitivityCommand(Command):
             if weights is not None:
                 check_domain_weights((samples if stats is None else stats).samples, weights)
         needs = frozenset() if args.stats else frozenset(need for config in configs for need in config.needs)
-        work = plan_work(layout, configs[0], samples, needs=needs, output=args.output, compute=compute, measures=True)
+        work = partial(
+            plan_work, layout, configs[0], samples, needs=needs, output=args.output, compute=compute, measures=True
+        )
         if (result := shown(args, work)) is not None:
             return result
         workspace = Workspace.beside(args.output, args.restart).part("sensitivity")
-        with working_on(args.output):
+        with held(compute.together, args.output):
             measured = measure_sensitivity(
                 layout,
                 samples,
@@ -108,8 +112,12 @@ class SensitivityCommand(Command):
                 compute=compute,
                 workspace=workspace,
             )
-            measured.save(args.output)
-            workspace.clear()
+
+            def write() -> None:
+                measured.save(args.output)
+                workspace.clear()
+
+            compute.together.once(write)
         return f"{measured.summary()}\n{args.output}", {"output": args.output, **measured.to_dict()}
 
 

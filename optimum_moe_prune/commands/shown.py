@@ -9,7 +9,8 @@ import re
 import sys
 from io import TextIOWrapper
 
-from ..errors import one_line, printable
+from ..errors import RequestError, one_line, printable
+from ..processes import launched
 
 _BOLD = re.compile("(\x1b\\[[01]m)")
 
@@ -21,13 +22,21 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def is_spokesman() -> bool:
+    """Whether this is the one of several processes that says what all of them know."""
+    try:
+        return launched().is_main
+    except RequestError:  # which is said when the work begins
+        return True
+
+
 def show(text: str) -> None:
-    """Print a result; a reader that has seen enough (``... | head``) is no mistake.
+    """Print a result, where this is the main process; a reader that has seen enough (``... | head``) is no mistake.
 
     Plans and statistics come from others: of what terminals obey only bold print is let through.
     """
     text = "".join(part if _BOLD.fullmatch(part) else printable(part) for part in _BOLD.split(text))
-    if sys.stdout is None:  # closed: `>&-`
+    if sys.stdout is None or not is_spokesman():  # closed: `>&-`
         return
     try:
         print(text)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import printable
+from ..processes import ALONE
 from .base import Result
 
 if TYPE_CHECKING:
@@ -26,12 +28,22 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def shown(args: argparse.Namespace, work: WorkPlan) -> Result | None:
-    """Show the plan of the work on standard error, for people; or, where nothing more is wanted, as the result."""
+def shown(args: argparse.Namespace, plan: Callable[[], WorkPlan]) -> Result | None:
+    """Show the plan of the work on standard error, for people; or, where nothing more is wanted, as the result.
+
+    Of several processes the main one does; it plans what one process does alone, of which each takes a share.
+    """
+    processes = getattr(args, "processes", ALONE)
+    work = plan() if processes.is_main else None
+    if work is None:
+        return ("", {}) if args.dry_run else None
+    lines = work.summary()
+    if not processes.is_alone:
+        lines += f"\nshared  by {processes.count} processes: each takes its part of the batches, and this memory"
     if args.dry_run:
-        return f"{work.summary()}\nNothing was written (--dry-run).", {"dry_run": True, **work.to_dict()}
+        return f"{lines}\nNothing was written (--dry-run).", {"dry_run": True, **work.to_dict()}
     if not args.json:
-        print(printable(work.summary()), file=sys.stderr, flush=True)
+        print(printable(lines), file=sys.stderr, flush=True)
     return None
 
 

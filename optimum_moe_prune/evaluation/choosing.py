@@ -14,11 +14,13 @@ from ..names import BY_SENSITIVITY
 from ..plan import PruningPlan
 from ..planning.build import build_plan
 from ..planning.sensitivity import Sensitivity
+from ..processes import shared
 from ..statistics.stats import CalibrationStats
 from ..storage.workspace import Workspace
 from .measure_sensitivity import measure_sensitivity
 
 
+@shared
 def choose_experts(
     model: Model,
     recipe: MoEPrunerConfig,
@@ -66,4 +68,5 @@ def choose_experts(
             compute=compute,
             workspace=workspace,
         )
-    return build_plan(stats, recipe, domain_weights, sensitivity), sensitivity
+    plan = compute.together.from_main(lambda: build_plan(stats, recipe, domain_weights, sensitivity))
+    return plan, sensitivity

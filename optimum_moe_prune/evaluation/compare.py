@@ -23,6 +23,7 @@ from ..errors import RequestError, RunError
 from ..models.memory import Compute, load_model
 from ..models.wrappers import plain_model
 from ..plan import PruningPlan
+from ..processes import shared
 from ..progress import working
 from ..provenance import versions
 from ..storage.values import Json, Values
@@ -40,6 +41,7 @@ AnyModel = Union[str, os.PathLike, Source, PreTrainedModel]  # noqa: UP007 - eva
 """A model's folder or Hub id, how it is reached, or the model itself."""
 
 
+@shared
 def compare(
     models: AnyModel | Sequence[AnyModel],
     data: CalibrationInput | None = None,
@@ -83,23 +85,29 @@ def compare(
             tasks or models cannot be used, or the vocabularies differ.
         RunError: If a model's loss or output is NaN, or a task's data cannot be read.
     """
+    processes, own = compute.together, compute.on_own_device()
     several = [models] if isinstance(models, (str, os.PathLike, Source, nn.Module)) else models
     compared = [_source(model) for model in several]
     original = None if reference is None else _source(reference)
     every = [*compared, *([] if original is None else [original])]
     _check(every, data, tasks, speed, batch_size, new_tokens, task_settings)
     texts = None if data is None else held_out(every[0], data, tokenizer, max_length)
+    if (tasks or speed) and processes.is_main and not processes.is_alone:
+        logger.warning("tasks and speed are measured by the main process alone; the others wait.")
 
     def loaded(model: Source | PreTrainedModel) -> PreTrainedModel:
         if not isinstance(model, Source):
             return model
         with working(f"loading {_name(model)}", None, did=f"loaded {_name(model)}"):
-            return load_model(model, compute)
+            return load_model(model, own)
 
     def result(source: Source | PreTrainedModel, model: PreTrainedModel, evaluation: Evaluation | None) -> ModelResult:
         settings = {"batch_size": batch_size, "seed": seed, **task_settings}
-        scores = run_tasks(model, tokenizer or _tokenizer(source), tasks, **settings) if tasks else None
-        return ModelResult.of(model, evaluation, scores)
+
+        def run() -> Any:
+            return run_tasks(model, tokenizer or _tokenizer(source), tasks, **settings)
+
+        return ModelResult.of(model, evaluation, processes.from_main(run) if tasks else None)
 
     labels = _labels(every)
     results = {label: ModelResult() for label in labels}
@@ -108,7 +116,7 @@ def compare(
         for label, source in zip(labels, compared, strict=False):
             model = loaded(source)
             if texts is not None:
-                last = evaluate(model, texts, reference=other, batch_size=batch_size, seed=seed)
+                last = evaluate(model, texts, reference=other, batch_size=batch_size, seed=seed, processes=processes)
             results[label] = result(source, model, last)
             del model
             gc.collect()
@@ -120,7 +128,9 @@ def compare(
         for label, source in zip(labels, every, strict=True):
             results[label] = replace(results[label], overlap=overlap_of(_plan(source), texts))
     if speed:
-        for label, generation in _speeds(dict(zip(labels, every, strict=True)), original, new_tokens, compute).items():
+        named = dict(zip(labels, every, strict=True))
+        speeds = processes.from_main(lambda: _speeds(named, original, new_tokens, compute))
+        for label, generation in speeds.items():
             results[label] = replace(results[label], generation=generation)
     settings: Json = {}
     if texts is not None:

@@ -14,6 +14,7 @@ import torch
 from ..architectures.routers import RoutingRule
 from ..calibration.calibrate import Model, layout_of, no_calibration, statistics_for
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from ..calibration.shares import check_same_samples
 from ..checkpoints.layout import Layout, identity
 from ..checkpoints.source import Source
 from ..config import ALLOCATIONS, MoEPrunerConfig
@@ -28,6 +29,8 @@ from ..names import BY_SENSITIVITY
 from ..plan import PruningPlan, with_parent
 from ..planning.build import budget_for, quiet_plan
 from ..planning.sensitivity import Sensitivity
+from ..processes import shared
+from ..processes.folders import own_folder
 from ..progress import progress
 from ..provenance import versions
 from ..statistics.passages import remembered
@@ -55,6 +58,7 @@ Methods = str | MoEPrunerConfig | Sequence[str | MoEPrunerConfig]
 """``"all"``, methods by name, or recipes (their budgets are not looked at)."""
 
 
+@shared
 def compare_methods(
     model: Model,
     calibration: CalibrationInput | CalibrationStats | None,
@@ -105,6 +109,7 @@ def compare_methods(
         RequestError: If nothing can be planned, or the model, the calibration or the data cannot be read.
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
+    processes = compute.together
     if isinstance(calibration, CalibrationStats):
         calibration, stats = None, calibration
     recipes = _recipes(methods)
@@ -127,6 +132,7 @@ def compare_methods(
         config, source = layout.config, layout.checkpoint.source
     own = tokenizer if tokenizer is not None or not source.name_or_path else source.tokenizer
     heldout = CalibrationSet.build(data, own, max_length=sample_length(max_length, config))
+    check_same_samples(processes, heldout)
     asked = list(dict.fromkeys(_asked(recipes, fractions, allocations)))
     possible, left_out = _possible(asked, num_experts, rule)
     samples = None
@@ -149,7 +155,8 @@ def compare_methods(
             meant, samples, unique, stats, domain_weights=domain_weights, sparsities=(), batch_size=batch_size,
             compute=compute, workspace=workspace.part("sensitivity"),
         )  # fmt: skip
-    judged, plans = _planned(possible, stats, sensitivity, domain_weights, left_out, meant, source)
+    chosen = (possible, stats, sensitivity, domain_weights, left_out, meant, source)
+    judged, plans, left_out = processes.from_main(lambda: _planned(*chosen))
     results = _judged(model, layout, plans, heldout, batch_size, seed, compute, workspace.part("judged"))
     settings = _settings(heldout, stats, layout, model, compute, max_length)
     return MethodComparison(Comparison(results, ORIGINAL, settings), judged, plans, left_out)
@@ -224,12 +231,12 @@ def _planned(
     stats: CalibrationStats,
     sensitivity: Sensitivity | None,
     domain_weights: Mapping[str, float] | None,
-    left_out: dict[str, str],
+    left_out: Mapping[str, str],
     model: Model,
     source: Source,
-) -> tuple[dict[str, Judged], dict[str, PruningPlan]]:
-    """The plans, by name; what turns out to be impossible is added to what is left out."""
-    judged, plans = {}, {}
+) -> tuple[dict[str, Judged], dict[str, PruningPlan], dict[str, str]]:
+    """The plans, by name; and what is left out, with what turns out to be impossible."""
+    judged, plans, left_out = {}, {}, dict(left_out)
     parent = source.stored_plan() if isinstance(model, Layout) else None
     empty: CalibrationStats | None = None
     for item in progress(possible, "choosing experts", len(possible), unit="plan"):
@@ -246,7 +253,7 @@ def _planned(
             left_out[item.name] = str(error)
     if not plans:
         raise _nothing(left_out)
-    return judged, plans
+    return judged, plans, left_out
 
 
 def _nothing(left_out: Mapping[str, str]) -> RequestError:
@@ -266,6 +273,7 @@ def _judged(
     workspace: Workspace,
 ) -> dict[str, ModelResult]:
     """Results of the plans and, last, of the original."""
+    processes = compute.together
     retained: dict[str, Retained] = {name: plan.without_heads.retained for name, plan in plans.items()}
     distinct: list[Retained] = [{}]  # the original
     for experts in retained.values():
@@ -274,11 +282,14 @@ def _judged(
     if layout is None:
         runner: LayerByLayer = LayerByLayer(model)
     else:
-        begun = None if workspace.folder is None or workspace.restart else unfinished(workspace.folder)
-        runner = open_runner(layout, compute.settled(layout, None if begun is None else bool(begun[0].get("stream"))))
+        folder = None if workspace.folder is None else own_folder(processes, workspace.folder)
+        begun = None if folder is None or workspace.restart else unfinished(folder)
+        runner = open_runner(layout, compute.agreed(layout, None if begun is None else bool(begun[0].get("stream"))))
         work = {"model": identity(layout), "dtype": compute.dtype, "device": runner.device.type}
         work |= {"stream": runner.streams, "versions": versions()}
-    sums = outcomes(runner, heldout, distinct, batch_size=batch_size, work=work, workspace=workspace)
+    sums = outcomes(
+        runner, heldout, distinct, batch_size=batch_size, work=work, workspace=workspace, processes=processes
+    )
     original = sums[LOSS][0]
     results = {}
     for name, experts in retained.items():

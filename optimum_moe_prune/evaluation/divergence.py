@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from ..calibration.samples import CalibrationSet
+from ..calibration.shares import numbers_of
 from ..compat import text_config
 from ..models.batches import Batch
 from ..models.layerwise import LayerByLayer
 from ..models.transfers import Carrier, lane_of, rows_of, sent
+from ..processes import ALONE, Processes
+from ..processes.folders import own_workspace
 from ..progress import Work, progress, working
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
@@ -63,6 +66,7 @@ def divergences(
     work: Values | None = None,
     settings: Values | None = None,
     workspace: Workspace = Workspace(),
+    processes: Processes = ALONE,
 ) -> Tensor:
     """``KL(original || pruned)`` of the next-token distributions, summed over the predicted tokens of each sample.
 
@@ -72,8 +76,9 @@ def divergences(
         ``(P, S)`` float64, in nats.
     """
     return outcomes(
-        runner, calibration, plans, (KL,), batch_size=batch_size, work=work, settings=settings, workspace=workspace
-    )[KL]
+        runner, calibration, plans, (KL,), batch_size=batch_size, work=work, settings=settings, workspace=workspace,
+        processes=processes,
+    )[KL]  # fmt: skip
 
 
 def outcomes(
@@ -86,6 +91,7 @@ def outcomes(
     work: Values | None = None,
     settings: Values | None = None,
     workspace: Workspace = Workspace(),
+    processes: Processes = ALONE,
 ) -> Sums:
     """What pruned models do with samples, for many plans in one pass; a model is pruned by masking, and none copied.
 
@@ -102,6 +108,7 @@ def outcomes(
         work: What else decides about the numbers, as nested plain values: a later call for something else is refused.
         settings: What of that follows from, as ``Store`` takes it.
         workspace: Where finished batches (on disk: layers) are kept; a later call for the same continues.
+        processes: Those that share the batches; all have the whole result.
 
     Returns:
         Each figure, summed over the predicted tokens of each sample.
@@ -111,8 +118,12 @@ def outcomes(
     """
     vocab_size = text_config(runner.model.config).vocab_size
     calibration.check_vocabulary(vocab_size)
-    batches = list(calibration.batches(batch_size_for(vocab_size, calibration, batch_size)))
-    passes = _passes(runner, batches, plans) if runner.streams else [list(range(len(plans)))]
+    every = list(calibration.batches(batch_size_for(vocab_size, calibration, batch_size)))
+    batches = [every[number] for number in processes.share(len(every))]
+    own = own_workspace(processes, workspace, "measurement")
+    shapes: Shapes = {name: ((len(plans), len(calibration)), torch.float64) for name in figures}
+    sums: Sums = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    passes = _passes(runner, batches, plans) if runner.streams and batches else [list(range(len(plans)))]
     written = [[[layer, list(experts)] for layer, experts in sorted(plan.items())] for plan in plans]
     identity = {
         **(work or {}),
@@ -120,10 +131,10 @@ def outcomes(
         "batches": [list(batch.input_ids.shape) for batch in batches],
         "passes": len(passes),
         "plans": f"{len(plans)} with hash {hashlib.sha256(json.dumps(written).encode()).hexdigest()[:12]}",
+        **({} if processes.is_alone else {"processes": processes.count}),
     }
-    store = Store(workspace.folder, identity, workspace.restart, "measurement", settings)
+    store = Store(own.folder if batches else None, identity, own.restart, "measurement", settings, processes.look)
     try:
-        shapes: Shapes = {name: ((len(plans), len(calibration)), torch.float64) for name in figures}
         steps = runner.num_layers + 1
 
         def finished_in(tensors: Mapping[str, Tensor], step: int) -> Iterator[Tensor]:
@@ -134,12 +145,16 @@ def outcomes(
                 elif (step + 1) % steps == 0:
                     yield tensors[name][list(passes[step // steps])]
 
-        sums = store.tensors(_RESULT, shapes, keep=store.finished > 0, part=finished_in)
-        if runner.streams:
+        if batches:
+            sums = store.tensors(_RESULT, shapes, keep=store.finished > 0, part=finished_in)
+        if runner.streams and batches:
             _measure_on_disk(runner, batches, plans, passes, store, sums)
-        else:
+        elif batches:
             _measure_in_memory(runner, batches, plans, store, sums)
-        return {name: sums[name].clone().clamp_(min=0) for name in figures}  # rounding can leave less than nothing
+        whole, rows = torch.stack([sums[name] for name in figures]), numbers_of(batches)
+        for numbers, found in processes.meet((rows, whole[..., rows])):  # the whole of a sample is in one batch
+            whole[..., numbers] = found
+        return dict(zip(figures, whole.clamp_(min=0), strict=True))  # rounding can leave less than nothing
     finally:
         store.close()
 

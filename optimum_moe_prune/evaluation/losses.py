@@ -14,6 +14,7 @@ from scipy.stats import bootstrap
 from torch import Tensor, nn
 
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
+from ..calibration.shares import check_same_samples, numbers_of
 from ..calibration.texts import needs_tokenizer
 from ..checkpoints.source import Source
 from ..compat import text_config
@@ -23,6 +24,7 @@ from ..models.checks import evaluating, input_device, vocabulary
 from ..models.transfers import rows_of, sent
 from ..models.wrappers import plain_model
 from ..planning.sensitivity import ALL
+from ..processes import Processes, launched, shared
 from ..progress import working
 from ..storage.values import Json, Values
 from .divergence import batch_size_for, kl_per_token
@@ -167,6 +169,7 @@ def short(perplexity: float) -> str:
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.3g}"
 
 
+@shared
 def evaluate(
     model: PreTrainedModel,
     data: CalibrationInput,
@@ -176,6 +179,7 @@ def evaluate(
     batch_size: int = 8,
     max_length: int = 2048,
     seed: int = 0,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Perplexity of a model by domain, and its divergence from a reference model.
 
@@ -189,11 +193,13 @@ def evaluate(
         batch_size: Samples in a forward pass, at most; fewer where the vocabulary is large.
         max_length: Tokens of a sample at most; less if the model was made for less (``max_position_embeddings``).
         seed: Of the resamples.
+        processes: Those that share the batches, as in ``Compute``; all have the whole result.
 
     Raises:
         RequestError: If the data cannot be read, a token id is outside a vocabulary, or the vocabularies differ.
         RunError: If a model's loss is NaN or infinite.
     """
+    processes = launched() if processes is None else processes
     if batch_size < 1:
         raise RequestError(f"batch_size is {batch_size}; it must be at least 1.")
     for given in (model, reference):
@@ -209,19 +215,30 @@ def evaluate(
         raise RequestError(
             f"the model has {sizes[0]} output tokens and the reference {sizes[1]}; they cannot be compared."
         )
+    check_same_samples(processes, samples)
+    sums = _sums(models, samples, batch_size_for(sizes[0], samples, batch_size), processes)
+    return evaluation_of(samples, sums, compared=reference is not None, seed=seed)
+
+
+def _sums(models: list[PreTrainedModel], samples: CalibrationSet, batch_size: int, processes: Processes) -> Tensor:
+    """What :func:`evaluation_of` takes, of the batches of all processes."""
     sums = torch.zeros(len(samples), 4, dtype=torch.float64)  # loss, reference's loss, divergence, agreement
-    batch_size = batch_size_for(sizes[0], samples, batch_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for m in models:
             stack.enter_context(evaluating(m))
         batches = list(samples.batches(batch_size))
-        sizes = [batch.input_ids.numel() for batch in batches]
-        work = stack.enter_context(working("evaluating", len(batches), "batch", "evaluated", costs=sizes))
-        for batch in work.over(batches):
+        own = [batches[number] for number in processes.share(len(batches))]
+        sizes = [batch.input_ids.numel() for batch in own]
+        work = stack.enter_context(working("evaluating", len(own), "batch", "evaluated", costs=sizes))
+        for batch in work.over(own):
             sample, figures = _batch_figures(models, batch)
             sums.index_add_(0, sample, figures)
-    return evaluation_of(samples, sums, compared=reference is not None, seed=seed)
+            processes.look()
+    rows = numbers_of(own)
+    for numbers, figures in processes.meet((rows, sums[rows])):  # the whole of a sample is in one batch
+        sums[numbers] = figures
+    return sums
 
 
 def evaluation_of(samples: CalibrationSet, sums: Tensor, compared: bool, seed: int = 0) -> Evaluation:

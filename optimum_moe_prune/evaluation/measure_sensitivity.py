@@ -14,6 +14,7 @@ from torch import Tensor
 from ..architectures.fingerprint import same_routers
 from ..calibration.calibrate import Model, layout_of, statistics_for
 from ..calibration.samples import CalibrationSet
+from ..calibration.shares import check_same_samples
 from ..checkpoints.layout import identity
 from ..config import MoEPrunerConfig
 from ..errors import RequestError, RunError
@@ -31,6 +32,8 @@ from ..planning.sensitivity import (
     Sensitivity,
     decisive,
 )
+from ..processes import Processes, shared
+from ..processes.folders import own_folder
 from ..progress import working
 from ..provenance import now, versions
 from ..statistics import passages
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 Key = tuple[tuple[int, tuple[int, ...]], ...]
 
 
+@shared
 def measure_sensitivity(
     model: Model,
     samples: CalibrationSet,
@@ -82,6 +86,7 @@ def measure_sensitivity(
         RequestError: If the statistics are of another model, lack what a method needs, or no number can be measured.
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
+    processes = compute.together
     layout = layout_of(model)
     if layout is None:
         model = usable_model(model)
@@ -99,18 +104,19 @@ def measure_sensitivity(
     if stats is None:
         meant = model if layout is None else layout
         stats = statistics_for(recipes, meant, samples, compute, workspace.part("calibration"))
+    check_same_samples(processes, samples)
     samples = samples.take(recipes[0].sensitivity_samples)
     settings = (stats, recipes, domain_weights, counts, sparsities)
     if layout is None:
         check_model_of(stats, fingerprint(blocks))
-        return _measured(_Divergences(LayerByLayer(model), samples, batch_size), *settings)
+        return _measured(_Divergences(LayerByLayer(model), samples, batch_size, processes), *settings)
     check_model_of(stats, layout.fingerprints())
     streamed = None  # as unfinished work was
     if workspace.folder is not None and not workspace.restart:
-        parts = (unfinished(workspace.folder / part) for part in ("layers", "models"))
+        parts = (unfinished(own_folder(processes, workspace.folder / part)) for part in ("layers", "models"))
         streamed = next((bool(part[0].get("stream")) for part in parts if part is not None), None)
     with working("loading the model", None, did="loaded the model"):
-        runner = open_runner(layout, compute.settled(layout, streamed))
+        runner = open_runner(layout, compute.agreed(layout, streamed))
     work = {
         "model": identity(layout),
         "calibration": samples.fingerprint,
@@ -121,7 +127,7 @@ def measure_sensitivity(
     }
     asked: Json = {"batches": {"batch_size": batch_size}, "plans": _asked(recipes, domain_weights, counts, sparsities)}
     asked |= dict.fromkeys(("calibration", "samples"), samples.settings)
-    return _measured(_Divergences(runner, samples, batch_size, work, asked, workspace), *settings)
+    return _measured(_Divergences(runner, samples, batch_size, processes, work, asked, workspace), *settings)
 
 
 def _asked(
@@ -153,8 +159,9 @@ def _measured(
     """Layers alone and whole models, then the whole models that follow from what the layers lose."""
     stats = stats.without_heads  # which take no part in the model's own output
     by_tokens = stats.with_domain_weights(domain_weights)
-    sets = {r.method: layer_sets(by_tokens, r, counts) for r in recipes}
-    plans = {r.method: whole_plans(stats, r, sparsities, domain_weights) for r in recipes}
+    chosen = divergences.processes.from_main
+    sets = chosen(lambda: {r.method: layer_sets(by_tokens, r, counts) for r in recipes})
+    plans = chosen(lambda: {r.method: whole_plans(stats, r, sparsities, domain_weights) for r in recipes})
     alone = [{layer: s} for method in sets.values() for layer, by_count in method.items() for s in by_count.values()]
     divergences.add("layers", [*alone, *(retained for method in plans.values() for _, _, retained in method)])
     methods = {}
@@ -180,8 +187,9 @@ def _measured(
     }
     weights = None if domain_weights is None else dict(domain_weights)
     sensitivity = Sensitivity(stats.model, divergences.tokens_by_domain, methods, weights, provenance)
-    for recipe in recipes:
-        plans[recipe.method] += whole_plans(stats, recipe, sparsities, domain_weights, sensitivity)
+    more = chosen(lambda: [whole_plans(stats, r, sparsities, domain_weights, sensitivity) for r in recipes])
+    for recipe, found in zip(recipes, more, strict=True):
+        plans[recipe.method] += found
     divergences.add("models", [retained for method in plans.values() for _, _, retained in method])
     for name, method in methods.items():
         models = tuple(ModelSensitivity(*plan, divergences.kl(plan[2])) for plan in plans[name])
@@ -210,12 +218,14 @@ class _Divergences:
         runner: LayerByLayer,
         samples: CalibrationSet,
         batch_size: int,
+        processes: Processes,
         work: Values | None = None,
         settings: Values | None = None,
         workspace: Workspace = Workspace(),
     ) -> None:
         self.runner = runner
         self.samples = samples
+        self.processes = processes
         self._batch_size = batch_size
         self._work = work
         self._settings = settings
@@ -244,6 +254,7 @@ class _Divergences:
             work=self._work,
             settings=self._settings,
             workspace=self._workspace.part(part),
+            processes=self.processes,
         )
         for key, by_sample in zip(new, sums, strict=True):
             self._kl[key] = self._by_domain(by_sample)

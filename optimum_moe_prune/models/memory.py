@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..checkpoints.source import Source
 from ..compat import build_on_meta, load_made, loader_of, quantization_of
 from ..errors import RequestError, faults_of
 from ..names import AUTO, device_name, dtype_name
+from ..processes import Processes, launched
 from ..storage.values import Json
 from .checks import check_model
 from .devices import cards, check_device, free_bytes, has_own_memory, one_device
@@ -49,11 +50,14 @@ class Compute:
             that is there (``models.devices``), else the processor: one card for a model that fits on it and for one
             layer at a time, all of them for a model that fits on them together.
         stream: Hold one decoder layer in memory at a time; by default where the model does not fit.
+        processes: Those that share the work: ``processes.ALONE`` shares it with nobody; by default all that
+            ``accelerate launch`` or ``torchrun`` started, each of which has to make the same calls.
     """
 
     dtype: str = AUTO
     device: str = AUTO
     stream: bool | None = None
+    processes: Processes | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -75,10 +79,11 @@ class Compute:
             streamed_before: What was decided for unfinished work that goes on: memory may be free now that was not
                 when it began.
         """
-        device, needed = self.runs_on, model_bytes(layout, self.dtype) + _HEADROOM_BYTES
+        own = self.on_own_device()
+        device, needed = own.runs_on, model_bytes(layout, self.dtype) + _HEADROOM_BYTES
         stream = self.stream if self.stream is not None else streamed_before
-        free = available_memory(device)
-        if not stream and needed > free and self.device == AUTO and len(cards()) > 1:
+        free = available_memory(device) // own.copies
+        if not stream and needed > free and own.device == AUTO and len(cards()) > 1:
             together = available_memory(AUTO)
             if needed <= together:
                 device, free = AUTO, together
@@ -91,7 +96,38 @@ class Compute:
                     (needed - _HEADROOM_BYTES) / 1e9,
                     free / 1e9,
                 )
-        return Compute(self.dtype, device, stream)
+        return replace(self, device=device, stream=stream)
+
+    def agreed(self, layout: Layout, streamed_before: bool | None = None) -> Compute:
+        """As :meth:`settled`, the main process deciding for all that share the work."""
+
+        def streams() -> bool | None:
+            return self.settled(layout, streamed_before).stream
+
+        own = replace(self, stream=self.together.from_main(streams)).settled(layout)
+        if own.copies > 1 and self.together.is_main and own.device_type != "cpu":
+            logger.warning("%d processes share each card; start as many as there are cards.", own.copies)
+        return own
+
+    def on_own_device(self) -> Compute:
+        """Of several processes each on a card of its own, where there are any and none is named."""
+        processes, found = self.together, cards()
+        if processes.is_alone or not found or self.device not in (AUTO, found[0].partition(":")[0]):
+            return self
+        return replace(self, device=found[processes.local_rank % len(found)])
+
+    @property
+    def copies(self) -> int:
+        """How many processes of a machine hold a model each in the memory of the device."""
+        processes = self.together
+        if processes.is_alone or self.device_type == "cpu":
+            return processes.local_count
+        return -(-processes.local_count // max(1, len(cards())))
+
+    @property
+    def together(self) -> Processes:
+        """The processes that share the work."""
+        return launched() if self.processes is None else self.processes
 
     @property
     def for_transformers(self) -> Json:

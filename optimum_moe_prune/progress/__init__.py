@@ -234,6 +234,17 @@ class _Bar:
 
 
 _CURRENT: ContextVar[Work | None] = ContextVar("work", default=None)  # what goes on, inside its ``with``
+_UNSEEN: ContextVar[bool] = ContextVar("unseen", default=False)
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Show nothing of what goes on inside a ``with``: another process does."""
+    token = _UNSEEN.set(True)
+    try:
+        yield
+    finally:
+        _UNSEEN.reset(token)
 
 
 @contextlib.contextmanager
@@ -302,6 +313,8 @@ def _shown(work: Work) -> Iterator[None]:
             yield
         finally:
             outer.inner = before
+    elif _UNSEEN.get():
+        yield
     elif not shows_bars():
         lines = work._shown = Lines(logger.info)
         yield
@@ -346,6 +359,8 @@ def say(line: str) -> None:
 
 def shows_bars() -> bool:
     """Whether a person looks on, in a notebook or on a terminal that can draw."""
+    if _UNSEEN.get():
+        return False
     if is_notebook():
         return True
     draws = os.environ.get("TERM") != "dumb" and not os.environ.get("CI")

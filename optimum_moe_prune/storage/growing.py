@@ -19,7 +19,7 @@ from .checksums import file_checksum, is_sealed, sealed, tensor_checksum
 from .differences import VERSIONS, differences
 from .files import sync, write_json
 from .folders import check_space
-from .kept import PROGRESS_NAME
+from .kept import PROCESS, PROGRESS_NAME
 from .tensor_files import MappedTensors, Shapes, shapes_bytes
 from .values import Json, Values, check_version, is_integer, read_json
 
@@ -45,6 +45,7 @@ class Store:
         restart: Begin anew, whatever the folder holds.
         what: What it is called in messages.
         settings: By name of a value in ``of``, the settings that it follows from: they are named where it differs.
+        look: Called when steps are finished, where others share the work: it raises if one of them has failed.
 
     Attributes:
         finished: How many steps an earlier run had finished, and this one since.
@@ -62,8 +63,10 @@ class Store:
         restart: bool = False,
         what: str = "calibration",
         settings: Values | None = None,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
+        self._look = look
         self._what = what
         self.finished = 0
         self.spilled = folder is not None
@@ -79,6 +82,12 @@ class Store:
             return
         progress = None if restart else unfinished(folder)
         if progress is None:
+            if not restart and (shared := sorted(folder.glob(f"{PROCESS}*/{PROGRESS_NAME}"))):
+                raise RequestError(
+                    f"{folder} holds an unfinished {what} of something else: processes is "
+                    f"{read_json(shared[0]).get('of', {}).get('processes')} there and 1 now. Run the command that "
+                    "began it to continue, or begin anew (restart=True)."
+                )
             self._begin(folder)
             return
         there, self.finished = progress
@@ -223,6 +232,7 @@ class Store:
             }
             write_json(self.folder / PROGRESS_NAME, sealed(progress))
         self.finished = finished
+        self._look()
 
     def _current_checksums(self, finished: int, whole: Iterable[str]) -> dict[str, int]:
         """By file; of one that was released it is known already."""
@@ -257,6 +267,11 @@ class Store:
         """Remove a folder in which nothing is finished: there is nothing to continue."""
         if self.folder is not None and not self.finished:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def process_folder(folder: Path, rank: int) -> Path:
+    """Where one of several processes that share work keeps its part, by its number."""
+    return folder / f"{PROCESS}{rank}"
 
 
 def unfinished(folder: Path) -> tuple[Json, int] | None:

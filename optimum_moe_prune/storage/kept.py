@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from .values import is_integer, read_json
 
 PROGRESS_NAME = "progress.json"
 """In a folder of unfinished work: what it is of, and how far it is."""
+PROCESS = "process-"
+"""Folders of processes that share work are called so, and by a number."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class Kept:
         """Whether all of it is kept."""
         return self.finished >= self.steps
 
+    def joined(self, other: Kept) -> Kept:
+        """With what another process keeps of the same work: of batches each has its own, of layers all have all."""
+        if self.unit == "batch":
+            return replace(self, finished=self.finished + other.finished, steps=self.steps + other.steps)
+        return replace(self, finished=min(self.finished, other.finished))
+
     def __str__(self) -> str:
         unit = self.unit if self.steps == 1 else plural(self.unit)
         if self.is_whole:
@@ -47,7 +55,7 @@ class Kept:
 
 def kept_beside(target: str | os.PathLike) -> list[Kept]:
     """What is kept beside a target; what cannot be read is not named."""
-    found = []
+    found: dict[Path, Kept] = {}
     for path in sorted(partial_folder(target).rglob(PROGRESS_NAME)):
         try:
             values = read_json(path)
@@ -56,8 +64,13 @@ def kept_beside(target: str | os.PathLike) -> list[Kept]:
         finished: Any = values.get("finished")
         steps: Any = values.get("steps")
         if is_integer(finished) and is_integer(steps) and finished > 0:
-            found.append(Kept(str(values.get("what")), finished, steps, str(values.get("unit"))))
-    return found
+            kept = Kept(str(values.get("what")), finished, steps, str(values.get("unit")))
+            place = path.parent
+            if place.name.startswith(PROCESS):  # a part of one of several processes
+                place = place.parent
+                kept = found[place].joined(kept) if place in found else kept
+            found[place] = kept
+    return list(found.values())
 
 
 def kept_sentence(kept: list[Kept], target: str | os.PathLike) -> str:

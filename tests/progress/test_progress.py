@@ -244,6 +244,17 @@ def test_an_error_ends_it_without_a_word(said: io.StringIO, clock: Clock) -> Non
     assert said.getvalue().endswith("evaluating: 2 batches\nevaluated 2 batches in 80 s\n")
 
 
+def test_what_another_process_shows_is_not_shown(said: io.StringIO, clock: Clock) -> None:
+    with module.unseen(), working("calibrating", 3, "layer", "calibrated") as work:
+        for _ in work.over(range(3)):
+            for _ in progress(range(4), "batches", unit="batch"):
+                clock.now += 40
+    assert said.getvalue() == ""
+    for _ in progress(range(4), "batches", unit="batch"):  # seen again
+        clock.now += 40
+    assert said.getvalue() != ""
+
+
 def test_a_thread_looks_while_a_step_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "shows_bars", lambda: False)
     monkeypatch.setattr(module, "FIRST_SECONDS", 0.0)
@@ -293,6 +304,9 @@ def test_where_a_person_looks_on(terminal: Callable[..., Terminal], monkeypatch:
     for environment, shown in (({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False), ({"CI": "true"}, False)):
         terminal(**environment)
         assert shows_bars() is shown
+    terminal(TERM="xterm")
+    with module.unseen():
+        assert not shows_bars()
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert not shows_bars()
     monkeypatch.setattr(sys, "stderr", None)

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A calibration shared by several processes: each takes whole batches, and what they gathered is read as one.
+
+The batches are those of one process, so every sample is computed beside the same others and with the same padding, and
+the kept tokens are those of the whole calibration. So each row of the statistics is what one process would have had.
+
+Shapes: S samples, N kept tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..architectures.routers import rule_from_dict
+from ..errors import RequestError, RunError
+from ..models.batches import Batch
+from ..processes import Processes
+from ..statistics.files import layer_file
+from ..statistics.merging import merged_tensors
+from ..statistics.needs import PER_TOKEN, tensor_names
+from ..statistics.passages import Passages
+from ..statistics.stats import CalibrationStats, LayerStats
+from ..storage.files import write_text
+from ..storage.growing import process_folder
+from ..storage.tensor_files import MappedTensors
+from ..storage.workspace import Workspace
+from .samples import CalibrationSet
+
+_SEEN_SECONDS = 10.0
+"""In which a file is seen on another machine that shares the disk."""
+
+
+@dataclass(frozen=True)
+class Share(CalibrationSet):
+    """The samples of some of the batches of a calibration.
+
+    Attributes:
+        whole: The calibration.
+        own_batches: The batches, their samples by number among these.
+        numbers: The number of each sample in the whole, ``(S,)`` int64, rising.
+    """
+
+    whole: CalibrationSet | None = None
+    own_batches: tuple[Batch, ...] = ()
+    numbers: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, whole: CalibrationSet, batches: Sequence[Batch]) -> Share:
+        """The samples of some of its batches."""
+        numbers = numbers_of(batches).sort().values
+        own = tuple(replace(batch, samples=torch.searchsorted(numbers, batch.samples)) for batch in batches)
+        chosen = numbers.tolist()
+        return cls(
+            samples=tuple(whole.samples[number] for number in chosen),
+            token_ids=tuple(whole.token_ids[number] for number in chosen),
+            truncated=whole.truncated,
+            duplicates=whole.duplicates,
+            sources=whole.sources,
+            counts=whole.counts,
+            settings=whole.settings,
+            whole=whole,
+            own_batches=own,
+            numbers=numbers,
+        )
+
+    @property
+    def passages(self) -> Passages:
+        """Those of the whole."""
+        assert self.whole is not None
+        return self.whole.passages
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The batches, whatever their size was."""
+        return iter(self.own_batches)
+
+    def kept_tokens(self, max_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Those of the whole that are of these samples."""
+        assert self.whole is not None
+        sample, position = self.whole.kept_tokens(max_tokens, seed)
+        own = torch.isin(sample, self.numbers)
+        return torch.searchsorted(self.numbers, sample[own]), position[own]
+
+
+def numbers_of(batches: Sequence[Batch]) -> Tensor:
+    """The numbers of the samples in some batches ``(S,)`` int64."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.samples for batch in batches)])
+
+
+def shares_of(calibration: CalibrationSet, batch_size: int, processes: Processes) -> list[Share]:
+    """What each process takes, by rank: every count-th batch, so that long and short ones are dealt out evenly."""
+    batches = list(calibration.batches(batch_size))
+    ranks = (replace(processes, rank=rank) for rank in range(processes.count))
+    return [Share.of(calibration, [batches[step] for step in each.share(len(batches))]) for each in ranks]
+
+
+def check_same_samples(processes: Processes, samples: CalibrationSet) -> None:
+    """Raise unless all processes have read the same samples.
+
+    Raises:
+        RequestError: Naming the one that has others.
+    """
+    found = processes.meet(samples.fingerprint)
+    if others := [rank for rank, fingerprint in enumerate(found) if fingerprint != found[0]]:
+        raise RequestError(
+            f"process {others[0]} of {processes.count} read other samples than the main process; all have to be given "
+            "the same texts, in the same versions of their files."
+        )
+
+
+@contextlib.contextmanager
+def shared_folder(processes: Processes, workspace: Workspace, temporary: bool) -> Iterator[Path]:
+    """A folder that all processes see, for what they gather, inside a ``with``.
+
+    Args:
+        processes: Which of them this is.
+        workspace: Where it is, and stays.
+        temporary: In place of that, a folder in it, or else in the system's for temporary files, that is removed in
+            the end.
+
+    Raises:
+        RequestError: If not all of them see it.
+    """
+    made = temporary or workspace.folder is None
+
+    def prepare() -> Path:
+        if not made and workspace.folder is not None:
+            workspace.folder.mkdir(parents=True, exist_ok=True)
+            return workspace.folder
+        if workspace.folder is not None:
+            workspace.folder.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="moe-prune-", dir=workspace.folder)).absolute()
+
+    try:
+        folder = processes.from_main(prepare)
+    except OSError as error:
+        raise RunError(f"a folder for what the processes share cannot be made: {error}.") from error
+    try:
+        _check_seen(processes, folder)
+        yield folder
+        if made:
+            processes.meet(None)  # all have opened what they need
+    finally:
+        if made and processes.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_seen(processes: Processes, folder: Path) -> None:
+    """Raise unless all processes see what the main one writes in a folder.
+
+    Raises:
+        RequestError: Naming the machine that does not.
+    """
+    path = folder / f"shared-{processes.from_main(lambda: uuid.uuid4().hex)}"
+    if processes.is_main:
+        write_text(path, "")
+    processes.meet(None)
+    until = time.monotonic() + _SEEN_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    found = processes.meet((seen, socket.gethostname()))
+    if processes.is_main:
+        path.unlink(missing_ok=True)
+    for rank, (sees, machine) in enumerate(found):
+        if not sees:
+            raise RequestError(
+                f"process {rank} of {processes.count}, on {machine}, does not see {folder}, where {found[0][1]} "
+                "works; the processes have to share a disk: name an output (in Python a workspace, or TMPDIR) on it."
+            )
+
+
+def merged(
+    whole: CalibrationSet, shares: Sequence[Share], own: CalibrationStats | None, folder: Path, processes: Processes
+) -> CalibrationStats:
+    """What all processes gathered, as if it were one; a tensor is put together from the files when it is asked for.
+
+    Args:
+        whole: The calibration.
+        shares: What each process took.
+        own: What this one gathered; None where it had nothing to do.
+        folder: Where the files are, each process's in one of its own.
+        processes: Which of them this is.
+
+    Raises:
+        RunError: If they ran different models.
+    """
+    said = processes.meet(None if own is None else (own.model["fingerprint"], own.provenance.get("dtype")))
+    if others := [rank for rank, facts in enumerate(said) if facts not in (None, said[0])]:
+        raise RunError(
+            f"process {others[0]} of {processes.count} calibrated another model, or in another precision, than the "
+            "main process."
+        )
+    plain = processes.from_main(lambda: None if own is None else _plain(own))
+    assert plain is not None
+    stats, layers = plain
+    if own is None:
+        of_layer = {
+            index: LayerStats(count, rule_from_dict(rule), {}, torch.zeros(0), torch.zeros(0), is_head=is_head)
+            for index, (count, rule, is_head) in layers.items()
+        }
+    else:
+        of_layer = own.layers
+    token_sample, token_position = whole.kept_tokens(stats.max_tokens, stats.seed)
+    busy = [rank for rank, share in enumerate(shares) if len(share)]
+    by_sample = _inverse([shares[rank].numbers for rank in busy])
+    kept = _inverse([torch.isin(token_sample, shares[rank].numbers).nonzero().flatten() for rank in busy])
+    per_token = tensor_names(stats.needs, PER_TOKEN)
+    weights = torch.ones(len(whole), dtype=torch.float64)
+    found = {}
+    for index, layer in of_layer.items():
+        files = [MappedTensors.open(process_folder(folder, rank) / layer_file(index)) for rank in busy]
+        rows = {name: kept if name in per_token else by_sample for name in files[0]}
+        tensors = merged_tensors(files, rows, token_sample, whole.samples)
+        found[index] = replace(layer, tensors=tensors, sample_weights=weights, token_sample=token_sample)
+    dense = {"dense_tokens": len(token_sample)} if "dense_tokens" in stats.provenance else {}
+    return replace(
+        stats,
+        samples=whole.samples,
+        layers=found,
+        token_sample=token_sample,
+        token_position=token_position,
+        provenance={**stats.provenance, **dense},
+    )
+
+
+def _plain(stats: CalibrationStats) -> tuple[CalibrationStats, dict[int, tuple[int, dict[str, object], bool]]]:
+    """Statistics without samples and layers, and of these what is no tensor."""
+    layers = {n: (layer.num_experts, layer.routing.to_dict(), layer.is_head) for n, layer in stats.layers.items()}
+    none = torch.zeros(0, dtype=torch.int64)
+    return replace(stats, samples=(), layers={}, token_sample=none, token_position=none), layers
+
+
+def _inverse(parts: Sequence[Tensor]) -> Tensor:
+    """Where each number is in what several parts hold one after another."""
+    numbers = torch.cat(list(parts))
+    places = torch.empty_like(numbers)
+    places[numbers] = torch.arange(len(numbers))
+    return places
