@@ -128,7 +128,7 @@ class _Widening:
                 continue
             self._classes.append((module, type(module)))
             module.__dict__[_WIDENING] = self
-            module.__class__ = _widened_class(type(module))
+            module.__class__ = _widened_class(type(module))  # type: ignore[arg-type]  # a class has a hash
             if not narrow:
                 continue
             if module in experts:

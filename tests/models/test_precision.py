@@ -242,7 +242,10 @@ def test_the_plan_of_the_work_says_it(small: Path, samples: CalibrationSet, mult
     assert "on cpu in float32 from bfloat16 weights, one layer at a time" in wide[True].summary()
     assert all((wide[way].dtype, wide[way].weights_dtype) == ("float32", "bfloat16") for way in wide)
     assert wide[True].memory > ways[True].memory and wide[False].memory > ways[False].memory
-    assert replace(Compute().settled(layout_of(small)), stream=None).computing == "float32"
+    settled = Compute().settled(layout_of(small))
+    multiplied(1.0)
+    assert settled.computing == settled.settled(layout_of(small)).computing == "float32"  # decided once
+    assert replace(settled, dtype="bfloat16").settled(layout_of(small)).computing == "bfloat16"
 
 
 @pytest.fixture(autouse=True)
