@@ -6,7 +6,8 @@
 Three tables. *CPU seconds* of a calibration (for REAP and for Mosaic, in memory and one layer at a time), of a
 sensitivity and of an evaluation, with ``--dtype auto`` and with ``float32``: the bar of the ratio is 1.15, on any
 processor; with ``--narrow`` also what calibrations with ``--dtype bfloat16`` take. *Memory* of a calibration and of an
-evaluation in processes of their own: what ``auto`` takes beyond ``bfloat16``; the bar is one layer of the files.
+evaluation in processes of their own: what ``auto`` takes beyond ``bfloat16``; the bar is one layer of the files (or
+32 MiB, where a layer is less than what the allocator leaves lying).
 *Plans* of the small trained models: how many of the retained experts differ between calibrations in bfloat16 and in
 float32, and between ``auto`` and float32.
 
@@ -128,7 +129,7 @@ def remembered(folder: str, a: argparse.Namespace) -> list[dict[str, object]]:
     layout = open_layout(folder)
     layer = max(layout.layers)
     inside = (t for name, t in layout.checkpoint.tensors.items() if f"layers.{layer}." in name)
-    limit = sum(tensor.nbytes for tensor in inside) / MIB
+    limit = max(sum(tensor.nbytes for tensor in inside) / MIB, 32.0)
     rows: list[dict[str, object]] = []
     for name in ("calibration reap", "calibration reap, streamed", "evaluation"):
         how = {"name": name, "folder": folder, "tokens": a.tokens, "batch_size": a.batch_size}

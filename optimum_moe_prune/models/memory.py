@@ -62,7 +62,7 @@ class Compute:
     stream: bool | None = None
     processes: Processes | None = None
     computing: str | None = None
-    """What ``dtype="auto"`` comes to for a checkpoint; :meth:`settled` decides it."""
+    """What ``dtype="auto"`` comes to for a checkpoint on a processor; :meth:`settled` decides it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -104,10 +104,12 @@ class Compute:
                     (needed - _HEADROOM_BYTES) / 1e9,
                     free / 1e9,
                 )
-        weights = model_dtype(layout.config, layout.checkpoint, self.dtype)
-        begun = (computing_before or self.computing) if self.dtype == AUTO else None
-        computing = computing_dtype(weights, one_device(device), begun or self.dtype)
-        return replace(self, device=device, stream=stream, computing=dtype_text(computing))
+        computing = None  # on a card that of the weights
+        if torch.device(one_device(device)).type == "cpu":
+            weights = model_dtype(layout.config, layout.checkpoint, self.dtype)
+            begun = (computing_before or self.computing) if self.dtype == AUTO else None
+            computing = dtype_text(computing_dtype(weights, "cpu", begun or self.dtype))
+        return replace(self, device=device, stream=stream, computing=computing)
 
     def agreed(
         self, layout: Layout, streamed_before: bool | None = None, computing_before: str | None = None
