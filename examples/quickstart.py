@@ -2,7 +2,7 @@
 """Prune a small trained model with Mosaic and with Pathfinder, save, reload, and compare the methods by domain.
 
     python examples/quickstart.py [--model examples/small_models/qwen2_moe] [--draws 3] [--output FOLDER]
-    python examples/quickstart.py --draws 3 --dtype auto --sensitivity mosaic --write examples/small_models/RESULTS.md
+    python examples/quickstart.py --draws 3 --sensitivity mosaic --write examples/small_models/RESULTS.md
 
 Needs no network: the model is one of this repository's, and the text is made on the spot by
 ``small_models/corpus.py``, for calibration from the split the model was trained on, for judging from the held-out one.
@@ -11,8 +11,8 @@ at the end shows, for each domain, by how many nats per token the loss rises, an
 (of the first draw). Rows marked "global" spread the same number of experts unequally over the layers. One row is
 calibrated on a single general domain, all others on a mixture. For the methods of --sensitivity there are rows of
 plans that spread the same number by divergences measured on 24 of the calibration samples. --write puts the tables
-into a Markdown file. Numbers are calculated in float32, since processors without units for bfloat16, in which the
-model is stored, take 12 to 44 times as long for it; what is written stays bfloat16.
+into a Markdown file. Numbers are calculated in bfloat16, in which the model is stored, or in float32 on a processor
+that has no units for bfloat16 and would take 12 to 44 times as long for it; what is written stays bfloat16.
 """
 
 from __future__ import annotations
@@ -292,7 +292,10 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1, help="disjoint calibration draws to average over (default 1)")
     parser.add_argument("--methods", nargs="+", default=list_methods(), help="to compare (default all)")
     parser.add_argument(
-        "--dtype", default="float32", type=dtype_name, help="precision to calculate in, or auto: the model's own"
+        "--dtype",
+        default="auto",
+        type=dtype_name,
+        help="precision to calculate in (default auto: what the processor does fast)",
     )
     parser.add_argument(
         "--device",

@@ -65,6 +65,11 @@ def dtype_name(dtype: object) -> str:
     return _DTYPE_NAMES[name]
 
 
+def dtype_text(dtype: object) -> str:
+    """The name of a ``torch.dtype``, without the library's."""
+    return str(dtype).removeprefix("torch.")
+
+
 _DEVICES = {"gpu": "cuda", "nvidia": "cuda", "amd": "cuda", "rocm": "cuda", "apple": "mps", "metal": "mps"}
 _DEVICES |= {"intel": "xpu", "processor": "cpu"}
 

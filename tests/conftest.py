@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models threads only wait for each other; children inherit it
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from optimum_moe_prune import CalibrationSet
+from optimum_moe_prune.models import precision
 
 VOCABULARY = 96
 SHAPE = {
@@ -108,6 +110,17 @@ def assert_equal_states(a: torch.nn.Module, b: torch.nn.Module) -> None:
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+
+
+@pytest.fixture(autouse=True)
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Have this processor take so many times as long for bfloat16; by default as long as for float32."""
+
+    def takes(times: float) -> None:
+        monkeypatch.setattr(precision, "slowness", lambda dtype: times)
+
+    takes(1.0)
+    return takes
 
 
 @pytest.fixture(params=KINDS)

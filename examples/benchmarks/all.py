@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from blocks import markdown, write_block  # noqa: E402
 
-NAMES = ("startup", "paths", "selection", "calibration", "kept_tokens", "memory", "surgery", "large")
+NAMES = ("startup", "paths", "selection", "calibration", "kept_tokens", "precision", "memory", "surgery", "large")
 ON_A_GPU = {"calibration": "--repeats 2", "large": "--scale 0.25 --budget 110"}
 SMALL_MODEL = "--hidden 128 --width 128 --layers 2"
 QUICK = {
@@ -33,6 +33,7 @@ QUICK = {
     "selection": f"{SMALL_MODEL} --tokens 512 --kept 256 --model-hidden 64 --mixtral-layers 4 --many-experts 32",
     "calibration": f"{SMALL_MODEL} --tokens 1024 --repeats 2",
     "kept_tokens": "--models mixtral --methods pathfinder --draws 2 --samples 1 --heldout 2",
+    "precision": f"{SMALL_MODEL} --experts 8 --top-k 2 --tokens 1024 --repeats 1 --models",
     "memory": f"{SMALL_MODEL} --tokens 4096 --experts 16 --top-k 2",
     "surgery": "--gigabytes 0.03 --hidden 256 --repeats 2",
     "large": "--tokens 512 --length 256",

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Union
 
+import torch
+
 from ..architectures.own_code import OwnCode
 from ..architectures.routers import RoutingRule
-from ..checkpoints.layout import Layout, identity, open_layout
+from ..checkpoints.layout import Layout, identity, model_dtype, open_layout
 from ..checkpoints.source import Source
 from ..config import MoEPrunerConfig
 from ..errors import RequestError, RunError, faults_of
@@ -20,7 +22,10 @@ from ..methods import get_method, make_options
 from ..models.blocks import model_facts, moe_blocks
 from ..models.checks import usable_model
 from ..models.heads import Heads, open_heads
-from ..models.memory import Compute, load_model, open_skeleton
+from ..models.memory import Compute, begun_with, load_model, open_skeleton
+from ..models.precision import dtype_of_weights
+from ..models.widened import widened
+from ..names import dtype_text
 from ..processes import shared
 from ..processes.folders import own_workspace
 from ..progress import working
@@ -76,7 +81,9 @@ def calibrate(
             and what takes the output of every expert is gathered of these alone.
         seed: Decides which tokens are kept when there are more.
         compute: How a checkpoint is run, and which processes share the work: each of several that were launched takes
-            its share of the batches, and all have the statistics of the whole in the end, as one would have them.
+            its share of the batches, and all have the statistics of the whole in the end, as one would have them. Of a
+            model in memory ``dtype`` counts: ``"auto"`` is its own, or float32 where the processor multiplies that far
+            faster.
         workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same. Several
             processes have to share its disk, or that of temporary files.
 
@@ -94,9 +101,10 @@ def calibrate(
     if tokenizer is None and layout is not None and needs_tokenizer(samples):
         tokenizer = layout.checkpoint.source.require_tokenizer()
     calibration = CalibrationSet.build(samples, tokenizer, max_length=sample_length(max_length, config))
+    precision = None if layout is not None else compute.precision_of(model)
     if processes.is_alone:
         if layout is None:
-            return collect(model, calibration, gathered, **settings)  # type: ignore[arg-type]
+            return _of_model(model, calibration, gathered, settings, precision)
         found = _of_checkpoint(layout, calibration, calibration, gathered, settings, needs, compute, workspace)
         assert found is not None
         return found
@@ -110,8 +118,23 @@ def calibrate(
             stats = _of_checkpoint(layout, calibration, share, gathered, settings, needs, compute, inside)
         elif len(share):
             store = Store(process_folder(folder, processes.rank), look=processes.look)
-            stats = collect(model, share, gathered, **settings, store=store)  # type: ignore[arg-type]
+            stats = _of_model(model, share, gathered, settings, precision, store)
         return merged(calibration, shares, stats, folder, processes)
+
+
+def _of_model(
+    model: Model,
+    calibration: CalibrationSet,
+    gathered: frozenset[Need],
+    settings: Json,
+    precision: torch.dtype | None,
+    store: Store | None = None,
+) -> CalibrationStats:
+    """What a model in memory gives of a calibration, calculated in a precision."""
+    with widened(model, precision or dtype_of_weights(model)):  # type: ignore[arg-type]
+        stats = collect(model, calibration, gathered, **settings, store=store)  # type: ignore[arg-type]
+    held = {"checkpoint_dtype": dtype_text(dtype_of_weights(model))}  # type: ignore[arg-type]
+    return replace(stats, provenance={**stats.provenance, **held})
 
 
 def _of_checkpoint(
@@ -128,13 +151,14 @@ def _of_checkpoint(
     processes = compute.together
     own = own_workspace(processes, workspace, "calibration")
     begun = None if own.folder is None or own.restart else unfinished(own.folder)
-    compute = compute.agreed(layout, None if begun is None else bool(begun[0].get("stream")))
+    compute = compute.agreed(layout, *begun_with(begun))
     work = {
         "model": identity(layout),
         "calibration": whole.fingerprint,
         "needs": sorted(map(str, gathered)),
         **settings,
         "dtype": compute.dtype,
+        "computing_dtype": compute.computing,
         "device": compute.device_type,
         "stream": compute.stream,
         "versions": versions(),
@@ -143,7 +167,7 @@ def _of_checkpoint(
         work["processes"] = processes.count
     if not len(calibration):
         return None
-    asked = {"calibration": calibration.settings, "needs": _asked(needs)}
+    asked = {"calibration": calibration.settings, "needs": _asked(needs), "computing_dtype": {"dtype": compute.dtype}}
     skeleton = open_skeleton(layout, compute)  # checks all tensors
     found = open_heads(layout, skeleton)
     heads = found if isinstance(found, Heads) else None
@@ -157,7 +181,8 @@ def _of_checkpoint(
             try:
                 with working("loading the model", None, did="loaded the model"):
                     loaded = load_model(layout, compute)
-                with runs, contextlib.nullcontext() if heads is None else heads.loaded(loaded):
+                of_heads = contextlib.nullcontext() if heads is None else heads.loaded(loaded)
+                with runs, of_heads, widened(loaded, skeleton.dtype):
                     stats = collect(loaded, calibration, gathered, **settings, store=store, heads=heads)
             except RunError:
                 layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
@@ -166,6 +191,7 @@ def _of_checkpoint(
     finally:
         store.close()
     provenance = {**stats.provenance, "streamed": compute.stream, "statistics_on_disk": store.spilled}
+    provenance["checkpoint_dtype"] = dtype_text(model_dtype(layout.config, layout.checkpoint))
     if not processes.is_alone:
         provenance["processes"] = processes.count
     if layout.plain.formats:

@@ -397,9 +397,9 @@ def build_on_meta(config: ModelConfig, dtype: torch.dtype | None = None, trust_r
         return loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
 
 
-def built_like(model: Any, config: ModelConfig) -> Any:
-    """A model of the same class with another config, without weights."""
+def built_like(model: Any, config: ModelConfig, dtype: torch.dtype | None = None) -> Any:
+    """A model of the same class with another config, without weights; in a precision, by default the config's."""
     import torch
 
     with torch.device("meta"):
-        return type(model)._from_config(config)
+        return type(model)._from_config(config, **({} if dtype is None else {"dtype": dtype}))

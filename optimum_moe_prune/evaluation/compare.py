@@ -22,6 +22,7 @@ from ..compat import text_config
 from ..errors import RequestError, RunError
 from ..models.memory import Compute, load_model
 from ..models.wrappers import plain_model
+from ..names import AUTO, dtype_text
 from ..plan import PruningPlan
 from ..processes import shared
 from ..progress import working
@@ -103,20 +104,26 @@ def compare(
 
     def result(source: Source | PreTrainedModel, model: PreTrainedModel, evaluation: Evaluation | None) -> ModelResult:
         settings = {"batch_size": batch_size, "seed": seed, **task_settings}
+        if compute.dtype != AUTO:
+            settings["dtype"] = compute.dtype
 
         def run() -> Any:
             return run_tasks(model, tokenizer or _tokenizer(source), tasks, **settings)
 
         return ModelResult.of(model, evaluation, processes.from_main(run) if tasks else None)
 
-    labels = _labels(every)
+    labels, computing = _labels(every), ""
     results = {label: ModelResult() for label in labels}
     if texts is not None or tasks:
         last, other = None, None if original is None else loaded(original)
         for label, source in zip(labels, compared, strict=False):
             model = loaded(source)
+            computing = computing or dtype_text(compute.precision_of(model))
             if texts is not None:
-                last = evaluate(model, texts, reference=other, batch_size=batch_size, seed=seed, processes=processes)
+                last = evaluate(
+                    model, texts, reference=other, batch_size=batch_size, seed=seed, processes=processes,
+                    dtype=compute.dtype,
+                )  # fmt: skip
             results[label] = result(source, model, last)
             del model
             gc.collect()
@@ -137,7 +144,9 @@ def compare(
         settings = {"text": ", ".join(texts.sources), "samples_fingerprint": texts.fingerprint[:12]}
         settings["max_length"] = max_length
     first = every[0]
-    settings["dtype"] = compute.dtype if isinstance(first, Source) else str(first.dtype).removeprefix("torch.")
+    settings["dtype"] = compute.dtype if isinstance(first, Source) else dtype_text(first.dtype)
+    if computing:
+        settings["computing_dtype"] = computing
     settings["device"] = compute.runs_on if isinstance(first, Source) else str(first.device)
     known = versions()
     settings |= {name: known[name] for name in ("transformers", "torch") if name in known}

@@ -23,9 +23,9 @@ from ..methods import list_methods
 from ..models.blocks import fingerprint, moe_blocks
 from ..models.checks import check_model
 from ..models.layerwise import LayerByLayer
-from ..models.memory import Compute, open_runner
+from ..models.memory import Compute, begun_with, open_runner
 from ..models.wrappers import plain_model
-from ..names import BY_SENSITIVITY
+from ..names import BY_SENSITIVITY, dtype_text
 from ..plan import PruningPlan, with_parent
 from ..planning.build import budget_for, quiet_plan
 from ..planning.sensitivity import Sensitivity
@@ -99,7 +99,7 @@ def compare_methods(
         max_length: Tokens of a held-out sample at most; less if the model was made for less.
         batch_size: Samples in a forward pass.
         seed: Of the resamples behind intervals.
-        compute: How a checkpoint is run.
+        compute: How a checkpoint is run; of a model in memory, in which precision (as for ``calibrate``).
         workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same.
 
     Returns:
@@ -157,8 +157,8 @@ def compare_methods(
         )  # fmt: skip
     chosen = (possible, stats, sensitivity, domain_weights, left_out, meant, source)
     judged, plans, left_out = processes.from_main(lambda: _planned(*chosen))
-    results = _judged(model, layout, plans, heldout, batch_size, seed, compute, workspace.part("judged"))
-    settings = _settings(heldout, stats, layout, model, compute, max_length)
+    results, computing = _judged(model, layout, plans, heldout, batch_size, seed, compute, workspace.part("judged"))
+    settings = _settings(heldout, stats, layout, model, compute, max_length) | {"computing_dtype": computing}
     return MethodComparison(Comparison(results, ORIGINAL, settings), judged, plans, left_out)
 
 
@@ -271,25 +271,28 @@ def _judged(
     seed: int,
     compute: Compute,
     workspace: Workspace,
-) -> dict[str, ModelResult]:
-    """Results of the plans and, last, of the original."""
+) -> tuple[dict[str, ModelResult], str]:
+    """Results of the plans and, last, of the original; and the precision that was calculated in."""
     processes = compute.together
     retained: dict[str, Retained] = {name: plan.without_heads.retained for name, plan in plans.items()}
     distinct: list[Retained] = [{}]  # the original
     for experts in retained.values():
         distinct += [] if experts in distinct else [experts]
     work: Json = {}
+    asked: Json = {"computing_dtype": {"dtype": compute.dtype}}
     if layout is None:
-        runner: LayerByLayer = LayerByLayer(model)
+        runner: LayerByLayer = LayerByLayer(model, dtype=compute.precision_of(model))
     else:
         folder = None if workspace.folder is None else own_folder(processes, workspace.folder)
         begun = None if folder is None or workspace.restart else unfinished(folder)
-        runner = open_runner(layout, compute.agreed(layout, None if begun is None else bool(begun[0].get("stream"))))
-        work = {"model": identity(layout), "dtype": compute.dtype, "device": runner.device.type}
-        work |= {"stream": runner.streams, "versions": versions()}
+        compute = compute.agreed(layout, *begun_with(begun))
+        runner = open_runner(layout, compute)
+        work = {"model": identity(layout), "dtype": compute.dtype, "computing_dtype": compute.computing}
+        work |= {"device": runner.device.type, "stream": runner.streams, "versions": versions()}
     sums = outcomes(
-        runner, heldout, distinct, batch_size=batch_size, work=work, workspace=workspace, processes=processes
-    )
+        runner, heldout, distinct, batch_size=batch_size, work=work, settings=asked, workspace=workspace,
+        processes=processes,
+    )  # fmt: skip
     original = sums[LOSS][0]
     results = {}
     for name, experts in retained.items():
@@ -298,7 +301,7 @@ def _judged(
         evaluation = evaluation_of(heldout, figures, compared=True, seed=seed)
         results[name] = ModelResult(evaluation, overlap=overlap_of(plans[name], heldout))
     results[ORIGINAL] = ModelResult(reference_of(next(iter(results.values())).evaluation))
-    return results
+    return results, dtype_text(runner.dtype)
 
 
 def _settings(
@@ -311,7 +314,7 @@ def _settings(
 ) -> Json:
     name = stats.model.get("name_or_path")
     device = compute.runs_on if layout is not None else str(model.device)  # type: ignore[union-attr]
-    dtype = compute.dtype if layout is not None else str(model.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    dtype = compute.dtype if layout is not None else dtype_text(model.dtype)  # type: ignore[union-attr]
     known = versions()
     settings: Json = {
         "model": os.path.basename(name) if isinstance(name, str) and os.path.isdir(name) else name,

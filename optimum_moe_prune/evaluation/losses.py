@@ -21,8 +21,11 @@ from ..compat import text_config
 from ..errors import RequestError, RunError, check_type
 from ..models.batches import Batch
 from ..models.checks import evaluating, input_device, vocabulary
+from ..models.memory import Compute
 from ..models.transfers import rows_of, sent
+from ..models.widened import widened
 from ..models.wrappers import plain_model
+from ..names import AUTO
 from ..planning.sensitivity import ALL
 from ..processes import Processes, launched, shared
 from ..progress import working
@@ -180,6 +183,7 @@ def evaluate(
     max_length: int = 2048,
     seed: int = 0,
     processes: Processes | None = None,
+    dtype: str = AUTO,
 ) -> Evaluation:
     """Perplexity of a model by domain, and its divergence from a reference model.
 
@@ -194,6 +198,8 @@ def evaluate(
         max_length: Tokens of a sample at most; less if the model was made for less (``max_position_embeddings``).
         seed: Of the resamples.
         processes: Those that share the batches, as in ``Compute``; all have the whole result.
+        dtype: The precision to calculate in: ``"auto"`` is that of each model's weights, or float32 where the
+            processor multiplies that far faster; ``"bfloat16"`` and ``"float16"`` leave it at the weights' own.
 
     Raises:
         RequestError: If the data cannot be read, a token id is outside a vocabulary, or the vocabularies differ.
@@ -216,16 +222,19 @@ def evaluate(
             f"the model has {sizes[0]} output tokens and the reference {sizes[1]}; they cannot be compared."
         )
     check_same_samples(processes, samples)
-    sums = _sums(models, samples, batch_size_for(sizes[0], samples, batch_size), processes)
+    compute = Compute(dtype, processes=processes)
+    sums = _sums(models, samples, batch_size_for(sizes[0], samples, batch_size), compute)
     return evaluation_of(samples, sums, compared=reference is not None, seed=seed)
 
 
-def _sums(models: list[PreTrainedModel], samples: CalibrationSet, batch_size: int, processes: Processes) -> Tensor:
+def _sums(models: list[PreTrainedModel], samples: CalibrationSet, batch_size: int, compute: Compute) -> Tensor:
     """What :func:`evaluation_of` takes, of the batches of all processes."""
+    processes = compute.together
     sums = torch.zeros(len(samples), 4, dtype=torch.float64)  # loss, reference's loss, divergence, agreement
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for m in models:
+            stack.enter_context(widened(m, compute.precision_of(m)))
             stack.enter_context(evaluating(m))
         batches = list(samples.batches(batch_size))
         own = [batches[number] for number in processes.share(len(batches))]

@@ -21,7 +21,8 @@ from ..errors import RequestError, RunError
 from ..models.blocks import fingerprint, moe_blocks
 from ..models.checks import usable_model
 from ..models.layerwise import LayerByLayer
-from ..models.memory import Compute, open_runner
+from ..models.memory import Compute, begun_with, open_runner
+from ..names import dtype_text
 from ..planning.sensitivity import (
     ALL,
     Divergence,
@@ -76,7 +77,7 @@ def measure_sensitivity(
         counts: Numbers of experts to measure in each layer; by default all from ``top_k`` up, or twelve of them.
         sparsities: Of whole models, for each allocation a method takes; none for layers alone.
         batch_size: Samples in a forward pass.
-        compute: How a checkpoint is run.
+        compute: How a checkpoint is run; of a model in memory, in which precision (as for ``calibrate``).
         workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same.
 
     Returns:
@@ -109,24 +110,27 @@ def measure_sensitivity(
     settings = (stats, recipes, domain_weights, counts, sparsities)
     if layout is None:
         check_model_of(stats, fingerprint(blocks))
-        return _measured(_Divergences(LayerByLayer(model), samples, batch_size, processes), *settings)
+        runner = LayerByLayer(model, dtype=compute.precision_of(model))
+        return _measured(_Divergences(runner, samples, batch_size, processes), *settings)
     check_model_of(stats, layout.fingerprints())
-    streamed = None  # as unfinished work was
+    begun = []
     if workspace.folder is not None and not workspace.restart:
-        parts = (unfinished(own_folder(processes, workspace.folder / part)) for part in ("layers", "models"))
-        streamed = next((bool(part[0].get("stream")) for part in parts if part is not None), None)
+        begun = [unfinished(own_folder(processes, workspace.folder / part)) for part in ("layers", "models")]
+    compute = compute.agreed(layout, *begun_with(*begun))
     with working("loading the model", None, did="loaded the model"):
-        runner = open_runner(layout, compute.agreed(layout, streamed))
+        runner = open_runner(layout, compute)
     work = {
         "model": identity(layout),
         "calibration": samples.fingerprint,
         "dtype": compute.dtype,
+        "computing_dtype": compute.computing,
         "device": runner.device.type,
         "stream": runner.streams,
         "versions": versions(),
     }
     asked: Json = {"batches": {"batch_size": batch_size}, "plans": _asked(recipes, domain_weights, counts, sparsities)}
     asked |= dict.fromkeys(("calibration", "samples"), samples.settings)
+    asked["computing_dtype"] = {"dtype": compute.dtype}
     return _measured(_Divergences(runner, samples, batch_size, processes, work, asked, workspace), *settings)
 
 
@@ -182,7 +186,8 @@ def _measured(
         "samples": divergences.samples.fingerprint,
         "sources": list(divergences.samples.sources),
         passages.KEY: divergences.samples.passages.to_dict(),
-        "dtype": str(divergences.runner.dtype).removeprefix("torch."),
+        "dtype": dtype_text(divergences.runner.dtype),
+        "checkpoint_dtype": dtype_text(divergences.runner.checkpoint_dtype),
         "streamed": divergences.runner.streams,
     }
     weights = None if domain_weights is None else dict(domain_weights)

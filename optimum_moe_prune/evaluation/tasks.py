@@ -29,6 +29,8 @@ import torch
 
 from ..errors import RequestError, RunError, nearest_first
 from ..models.checks import evaluating
+from ..models.widened import precision_of, widened
+from ..names import AUTO, dtype_name
 from ..progress import Work, working
 from ..storage.values import Json, Values
 
@@ -64,6 +66,7 @@ def run_tasks(
     system_instruction: str | None = None,
     fewshot_as_multiturn: bool = True,
     gen_kwargs: str | Json | None = None,
+    dtype: str = AUTO,
 ) -> dict[str, dict[str, float]]:
     """Score a model on benchmark tasks by ``lm_eval.simple_evaluate``: the figures are those of ``lm-eval run``.
 
@@ -85,6 +88,7 @@ def run_tasks(
         system_instruction: Text before every prompt; with a chat template the system's turn.
         fewshot_as_multiturn: Whether the examples in a chat are turns of their own, or all in the user's one turn.
         gen_kwargs: Settings of generation over the tasks' own, also as ``"temperature=0.6,do_sample=true"``.
+        dtype: The precision to calculate in, as for ``evaluate``.
 
     Returns:
         Figures by task. ``acc``, ``acc_norm``, ``exact_match`` and the like are shares from 0 to 1, and
@@ -104,11 +108,13 @@ def run_tasks(
             raise RequestError(f"{name} is {value}; it must be at least {least}.")
     if isinstance(gen_kwargs, str) and not all("=" in part for part in gen_kwargs.split(",")):
         raise RequestError(f"gen_kwargs is {gen_kwargs!r}; it must be of the form NAME=VALUE,NAME=VALUE.")
+    precision = precision_of(model, dtype_name(dtype))
     tokenizer = _copied(tokenizer, apply_chat_template)
     manager, names = _resolved(tasks, include, allow_code)
     doing = f"running {'the task' if len(names) == 1 else f'{len(names)} tasks'} {', '.join(names)}"
     with (
         _contained(allow_code),
+        widened(model, precision),
         evaluating(model),
         torch.no_grad(),
         working(doing, None, "batch", "ran the tasks") as work,

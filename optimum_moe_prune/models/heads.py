@@ -26,6 +26,7 @@ from .batches import Batch
 from .blocks import MoEBlock, decoder_layers, decoder_of
 from .skeleton import Skeleton, Weights
 from .transfers import sent
+from .widened import widened
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +60,19 @@ class Heads:
         names = names_of_heads(self._model, model, decoder, self._config)
         plain = layout.plain
         own = dict.fromkeys(plain.owners.get(name, name) for name in layout.head_names)
-        self._weights = Weights(self._model, plain, names, skeleton.device, own, whole=model)
+        rounded = {}
+        if skeleton.held != skeleton.dtype:  # they are loaded in what is calculated in
+            held = build_heads(model, decoder, self._config, skeleton.held).state_dict()
+            rounded = {name: tensor.dtype for name, tensor in held.items()}
+        self._weights = Weights(self._model, plain, names, skeleton.device, own, whole=model, rounded=rounded)
         self._own = [name for name in self._weights.parameters if name.startswith(("layers.", "shared_post_norm."))]
         if missing := sorted(set(self._own) - set(self._weights.sources)):
             raise ValueError(f"{missing[0]} and {len(missing) - 1} more of its parameters are in no file")
         for name in self._own:
             self._weights.check(name)
         self._device = skeleton.device
-        self._try()
+        with widened(model, skeleton.dtype):
+            self._try()
 
     @staticmethod
     def _rules(layout: Layout) -> list[Any]:

@@ -23,7 +23,9 @@ from ..errors import RequestError
 from .batches import Batch
 from .blocks import decoder_layers, decoder_of, moe_blocks
 from .checks import evaluating, input_device
+from .precision import dtype_of_weights
 from .transfers import sent
+from .widened import widened
 
 _HEAD = -1  # in place of a layer's index: only what comes after the layers is run
 _HANDED_ON = "prev_topk_indices"  # what layers with sparse attention take of the one before
@@ -39,21 +41,24 @@ class LayerByLayer:
     Args:
         model: The model.
         device: Where its inputs go; by default where its embeddings are.
+        dtype: The precision to calculate in, where it is wider than the model's (``widened``).
 
     Attributes:
         streams: Whether a layer has to be read before it can run, so that it should serve all batches at once.
         blocks: The MoE blocks.
         num_layers: Decoder layers.
         dtype: The precision of its hidden states.
+        checkpoint_dtype: The precision of its weights, before they are widened.
     """
 
     streams = False
 
-    def __init__(self, model: Any, device: torch.device | None = None) -> None:
+    def __init__(self, model: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         self.model = model
         self.blocks = moe_blocks(model)
         self.device = input_device(model) if device is None else device
-        self.dtype: torch.dtype = model.dtype
+        self.dtype: torch.dtype = model.dtype if dtype is None else dtype
+        self.checkpoint_dtype = dtype_of_weights(model)
         self._layers: Sequence[nn.Module] = list(decoder_layers(model))
         self._run_decoder = decoder_of(model)
         self.num_layers = len(self._layers)
@@ -76,19 +81,19 @@ class LayerByLayer:
         """Have the layers stand in for themselves inside a ``with``; nothing else of the model's may run there."""
         embeddings = self.model.get_input_embeddings()
         modules = [*self._layers, embeddings]
-        before = [module.__dict__.get("forward") for module in modules]  # hooks of accelerate live there as well
-        try:
-            with torch.no_grad(), evaluating(self.model):
+        with widened(self.model, self.dtype), torch.no_grad(), evaluating(self.model):
+            before = [module.__dict__.get("forward") for module in modules]  # hooks of accelerate live there as well
+            try:
                 for index, layer in enumerate(self._layers):
                     layer.forward = self._standing_in(index, layer.forward)
                 embeddings.forward = self._embedding(embeddings.forward)
                 yield
-        finally:
-            for module, forward in zip(modules, before, strict=True):
-                if forward is not None:
-                    module.forward = forward
-                elif "forward" in module.__dict__:
-                    del module.forward
+            finally:
+                for module, forward in zip(modules, before, strict=True):
+                    if forward is not None:
+                        module.forward = forward
+                    elif "forward" in module.__dict__:
+                        del module.forward
 
     def prepare(self) -> None:
         """Load what stands beside the layers, but the embeddings and the head."""

@@ -19,13 +19,15 @@ from ..checkpoints.plain import Plain
 from ..checkpoints.source import Source
 from ..compat import build_on_meta, load_made, loader_of, quantization_of
 from ..errors import RequestError, faults_of
-from ..names import AUTO, device_name, dtype_name
+from ..names import AUTO, device_name, dtype_name, dtype_text
 from ..processes import Processes, launched
 from ..storage.values import Json
 from .checks import check_model
 from .devices import cards, check_device, free_bytes, has_own_memory, one_device
 from .layerwise import LayerByLayer
+from .precision import computing_dtype
 from .skeleton import Skeleton
+from .widened import precision_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,9 @@ class Compute:
     """How a checkpoint is run.
 
     Attributes:
-        dtype: The precision to calculate in: ``"float32"``, ``"bfloat16"`` or ``"float16"``, by one of their other
-            names too (``"bf16"``, ``"half"``, ``torch.bfloat16``); ``"auto"`` is the checkpoint's.
+        dtype: The precision to load and to calculate in: ``"float32"``, ``"bfloat16"`` or ``"float16"``, by one of
+            their other names too (``"bf16"``, ``"half"``, ``torch.bfloat16``); ``"auto"`` loads the checkpoint's, and
+            calculates in float32 where the processor multiplies that far faster (``models.precision``).
         device: Where to calculate: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a ``torch.device``. ``"auto"`` is the card
             that is there (``models.devices``), else the processor: one card for a model that fits on it and for one
             layer at a time, all of them for a model that fits on them together.
@@ -58,6 +61,8 @@ class Compute:
     device: str = AUTO
     stream: bool | None = None
     processes: Processes | None = None
+    computing: str | None = None
+    """What ``dtype="auto"`` comes to for a checkpoint on a processor; :meth:`settled` decides it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -71,13 +76,16 @@ class Compute:
         """
         check_device(self.device)
 
-    def settled(self, layout: Layout, streamed_before: bool | None = None) -> Compute:
-        """The same with a device that is there, and a decision about streaming.
+    def settled(
+        self, layout: Layout, streamed_before: bool | None = None, computing_before: str | None = None
+    ) -> Compute:
+        """The same with a device that is there, and decisions about streaming and the precision to calculate in.
 
         Args:
             layout: What is to be run.
             streamed_before: What was decided for unfinished work that goes on: memory may be free now that was not
                 when it began.
+            computing_before: The precision that it was begun in, which it keeps where none is asked for.
         """
         own = self.on_own_device()
         device, needed = own.runs_on, model_bytes(layout, self.dtype) + _HEADROOM_BYTES
@@ -96,15 +104,24 @@ class Compute:
                     (needed - _HEADROOM_BYTES) / 1e9,
                     free / 1e9,
                 )
-        return replace(self, device=device, stream=stream)
+        computing = None  # on a card that of the weights
+        if torch.device(one_device(device)).type == "cpu":
+            weights = model_dtype(layout.config, layout.checkpoint, self.dtype)
+            begun = (computing_before or self.computing) if self.dtype == AUTO else None
+            computing = dtype_text(computing_dtype(weights, "cpu", begun or self.dtype))
+        return replace(self, device=device, stream=stream, computing=computing)
 
-    def agreed(self, layout: Layout, streamed_before: bool | None = None) -> Compute:
+    def agreed(
+        self, layout: Layout, streamed_before: bool | None = None, computing_before: str | None = None
+    ) -> Compute:
         """As :meth:`settled`, the main process deciding for all that share the work."""
 
-        def streams() -> bool | None:
-            return self.settled(layout, streamed_before).stream
+        def decided() -> tuple[bool | None, str | None]:
+            found = self.settled(layout, streamed_before, computing_before)
+            return found.stream, found.computing
 
-        own = replace(self, stream=self.together.from_main(streams)).settled(layout)
+        stream, computing = self.together.from_main(decided)
+        own = replace(self, stream=stream).settled(layout, computing_before=computing)
         if own.copies > 1 and self.together.is_main and own.device_type != "cpu":
             logger.warning("%d processes share each card; start as many as there are cards.", own.copies)
         return own
@@ -128,6 +145,14 @@ class Compute:
     def together(self) -> Processes:
         """The processes that share the work."""
         return launched() if self.processes is None else self.processes
+
+    def computing_dtype(self, layout: Layout) -> torch.dtype:
+        """The precision to calculate a checkpoint's model in; as it is held in memory where that is not settled."""
+        return model_dtype(layout.config, layout.checkpoint, self.computing or self.dtype)
+
+    def precision_of(self, model: Any) -> torch.dtype:
+        """The precision to calculate a model in memory in (``widened``), which the main process decides for all."""
+        return getattr(torch, self.together.from_main(lambda: dtype_text(precision_of(model, self.dtype))))
 
     @property
     def for_transformers(self) -> Json:
@@ -220,7 +245,8 @@ def _check_embeddings(plain: Plain, source: Source) -> None:
 def open_skeleton(layout: Layout, compute: Compute) -> Skeleton:
     """A model of which one layer at a time is read; all tensors are checked."""
     with faults_of(f"config.json of {layout.checkpoint.name_or_path}"):
-        return Skeleton(layout, model_dtype(layout.config, layout.checkpoint, compute.dtype), compute.runs_on)
+        held = model_dtype(layout.config, layout.checkpoint, compute.dtype)
+        return Skeleton(layout, held, compute.runs_on, compute.computing_dtype(layout))
 
 
 def open_runner(layout: Layout, compute: Compute) -> LayerByLayer:
@@ -230,7 +256,22 @@ def open_runner(layout: Layout, compute: Compute) -> LayerByLayer:
         return open_skeleton(layout, compute)
     model = load_model(layout, compute)  # of the commit whose files were looked at
     check_model(model)  # nothing may be offloaded
-    return LayerByLayer(model)
+    runner = LayerByLayer(model, dtype=compute.computing_dtype(layout))
+    runner.checkpoint_dtype = model_dtype(layout.config, layout.checkpoint)
+    return runner
+
+
+def begun_with(*unfinished: tuple[Json, int] | None) -> tuple[bool | None, str | None]:
+    """What the first unfinished work that there is was begun with, as ``Compute.settled`` takes it.
+
+    Args:
+        unfinished: As ``storage.growing.unfinished`` gives it.
+    """
+    begun = next((work[0] for work in unfinished if work is not None), None)
+    if begun is None:
+        return None, None
+    computing = begun.get("computing_dtype")
+    return bool(begun.get("stream")), computing if isinstance(computing, str) else None
 
 
 def model_bytes(layout: Layout, dtype: str) -> int:

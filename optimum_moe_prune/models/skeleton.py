@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.layout import Layout
+from ..checkpoints.layout import Layout, model_dtype
 from ..checkpoints.plain import Plain
 from ..compat import WeightNames, build_on_meta, initialise, keep_from_initialising, text_config
 from ..errors import RequestError
@@ -60,8 +60,10 @@ class Skeleton(LayerByLayer):
         layout: The checkpoint.
         dtype: The precision of its parameters.
         device: Where layers are loaded.
+        computing: The precision to calculate in, where it is wider (``widened``).
 
     Attributes:
+        held: The precision of its parameters.
         num_layers: Decoder layers.
         blocks: The MoE blocks.
 
@@ -71,13 +73,20 @@ class Skeleton(LayerByLayer):
 
     streams = True
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        computing: torch.dtype | None = None,
+    ) -> None:
         self.layout = layout
         self.checkpoint = layout.checkpoint
         self._plain = layout.plain
         model = build_on_meta(layout.config, dtype, layout.checkpoint.source.trust_remote_code)
         super().__init__(model, torch.device(device))
-        self.dtype = dtype
+        self.held, self.dtype = dtype, computing or dtype
+        self.checkpoint_dtype = model_dtype(layout.config, layout.checkpoint)
         self._ahead: LayersAhead | None = None
         self._layer_path = layout.structure.layers
         self._weights = Weights(self.model, layout.plain, WeightNames(self.model), self.device)
@@ -221,6 +230,7 @@ class Weights:
         device: Where parameters go.
         tensors: The tensors to look at; by default all.
         whole: The model that it is part of, which knows how to make what no checkpoint holds; by default itself.
+        rounded: The dtype that a parameter's numbers are rounded to first, where that is another than its own.
 
     Attributes:
         parameters: The parameters and buffers as they are expected, by name.
@@ -235,8 +245,10 @@ class Weights:
         device: torch.device,
         tensors: Iterable[str] | None = None,
         whole: Any = None,
+        rounded: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.model = model
+        self._rounded = rounded or {}
         self._whole = model if whole is None else whole
         self.checkpoint = plain.checkpoint
         self._plain = plain
@@ -319,11 +331,12 @@ class Weights:
         on_card = copies_aside(self.device)
         read_tensor = functools.partial(read_onto, self.device, check) if on_card else read_in_memory
         with self.checkpoint.reader(read_tensor) as read:
-
-            def finite(tensor_name: str, dtype: torch.dtype) -> Tensor:
-                return self._plain.read(read, tensor_name, dtype)
-
             for name in parameters:
+                rounded = self._rounded.get(name)
+
+                def finite(tensor_name: str, dtype: torch.dtype, rounded: torch.dtype | None = rounded) -> Tensor:
+                    return self._plain.read(read, tensor_name, rounded or dtype).to(dtype)
+
                 value = self._made(name, self.sources[name], finite, self.device if on_card else torch.device("cpu"))
                 expected = self.parameters[name]
                 if value.shape != expected.shape:

@@ -22,7 +22,8 @@ from ..methods.budget import Budget, UniformBudget
 from ..methods.limits import MOST_COUNTS, allowed_counts
 from ..models.memory import Compute, available_memory, model_bytes
 from ..models.transfers import copies_aside
-from ..names import AUTO, BY_SENSITIVITY, DROP
+from ..models.widened import PIECE_BYTES
+from ..names import AUTO, BY_SENSITIVITY, DROP, dtype_text
 from ..plan import PruningPlan
 from ..progress.pace import duration
 from ..statistics.needs import DENSE, Need
@@ -94,6 +95,7 @@ class WorkPlan:
         free_memory: Free where the model is run.
         device: Where it is run.
         dtype: The precision it is run in.
+        weights_dtype: The precision of the weights that are read for it.
         streamed: Whether one layer at a time is in memory.
         seconds: How long running the model takes, roughly; None where that cannot be told.
     """
@@ -110,6 +112,7 @@ class WorkPlan:
     free_memory: int = 0
     device: str = ""
     dtype: str = ""
+    weights_dtype: str = ""
     streamed: bool | None = None
     seconds: float | None = None
 
@@ -143,7 +146,8 @@ class WorkPlan:
             lines["writes"] = f"{', and '.join(filter(None, parts))}; {gigabytes(self.disk)} are free"
         if self.streamed is not None:
             way = "one layer at a time" if self.streamed else "the whole model in memory"
-            lines["runs"] = f"on {self.device} in {self.dtype}, {way}"
+            widened = f" from {self.weights_dtype} weights" if self.weights_dtype != self.dtype else ""
+            lines["runs"] = f"on {self.device} in {self.dtype}{widened}, {way}"
         lines["memory"] = f"about {gigabytes(self.memory)}; {gigabytes(self.free_memory)} are free"
         if self.streamed is not None:
             quick = self.seconds is not None and self.seconds < 60
@@ -249,11 +253,14 @@ def plan_work(
     if recipe is None or samples is None or not (needs or measures or judged_tokens):
         return work
     compute = compute.settled(layout)
-    dtype = model_dtype(config, layout.checkpoint, compute.dtype)
+    dtype = compute.computing_dtype(layout)
+    own = model_dtype(config, layout.checkpoint, compute.dtype)
     statistics = statistics_bytes(counts, needs, Current(samples, recipe.max_tokens, recipe.seed), config)
     width = text_config(config).hidden_size * dtype.itemsize  # bytes of a token's hidden states
     states = 2 * samples.num_tokens * width if compute.stream else 0
     held = _largest_layer(sizes) * dtype.itemsize if compute.stream else model_bytes(layout, compute.dtype)
+    if own != dtype:
+        held += max(expert.parameters for expert in sizes.experts.values()) * dtype.itemsize + PIECE_BYTES
     batch = max(int(batch.input_ids.numel()) for batch in samples.batches(recipe.batch_size))
     running = _STATES_AT_ONCE * batch * width + (_CHUNKS if needs & DENSE else 0)
     return replace(
@@ -265,7 +272,8 @@ def plan_work(
         memory=_LIBRARIES + _KERNELS + held + min(statistics, IN_MEMORY_BYTES) + running,
         free_memory=available_memory(compute.device),
         device=compute.device if compute.device != AUTO else "all cards",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_text(dtype),
+        weights_dtype=dtype_text(own),
         streamed=bool(compute.stream),
         seconds=_seconds(layout, sizes, recipe, samples, needs, compute, measures, judged_tokens),
     )

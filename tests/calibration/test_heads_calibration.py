@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,20 @@ def test_streamed_and_in_memory_and_continued(folder: Path, tmp_path: Path, samp
             calibrated(layout, samples, "all", stream=True, folder=work)
         continued = calibrated(layout, samples, "all", stream=True, folder=work)
         assert_identical(continued, streamed)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_in_a_wider_precision_than_the_files(
+    stream: bool, tmp_path: Path, samples: CalibrationSet, multiplied: Callable[[float], None]
+) -> None:
+    """The head's layer as well, on embeddings that are widened for it."""
+    layout = open_layout(checkpoint("deepseek_v3", tmp_path / "model", torch.bfloat16))
+    expected = calibrated(layout, samples, "all", stream=stream, dtype="float32")
+    multiplied(12.0)
+    found = calibrated(layout, samples, "all", stream=stream)
+    assert found.provenance["dtype"] == "float32" and found.layers[LAYERS].is_head
+    assert found.layers.keys() == expected.layers.keys()
+    assert_same(found, expected, 2e-3)
 
 
 def test_a_quantised_head_is_read_as_plain_numbers(tmp_path: Path, samples: CalibrationSet) -> None:

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product that transformers' own experts are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows multiplied by the matrix of their expert, by whichever kernel transformers takes for it.
+
+    Why: which kernel that is, is decided by versions and devices in a private function (``_grouped_mm``, transformers
+    5.14 to 5.24). Where it is gone, the rows of one expert after another are multiplied.
+
+    Args:
+        x: Rows ``(S, H)``, those of one expert together.
+        weight: The experts' matrices ``(E, H, I)``.
+        ends: Where the rows of each expert end ``(E,)`` int32.
+    """
+    try:
+        from transformers.integrations.moe import _grouped_mm
+    except ImportError:
+        parts = zip(x.tensor_split(ends[:-1].tolist()), weight, strict=True)
+        return torch.cat([rows @ matrix for rows, matrix in parts])
+    return _grouped_mm(x, weight, ends)
