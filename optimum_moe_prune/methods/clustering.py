@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,31 +15,99 @@ if TYPE_CHECKING:
     from sklearn.cluster import KMeans
 
 _SILHOUETTE_ROWS = 2000
+_FEWEST_TO_START, _TO_START = 256, 8  # rows among which K-Means++ looks for its start, and so many more a cluster
+_FEWEST_TO_FIT, _TO_FIT = 512, 128  # rows on which centres are fitted, likewise
 
 
 def kmeans(points: Any, count: int, seed: int, *, weights: np.ndarray | None = None, n_init: int = 1) -> KMeans:
     """K-Means of ``points`` (rows, dense or sparse); with fewer distinct rows than clusters some stay empty."""
     from sklearn.cluster import KMeans
+
+    with _without_convergence_warnings():
+        return KMeans(count, n_init=n_init, random_state=seed).fit(points, sample_weight=weights)
+
+
+def partition(points: np.ndarray, count: int, seed: int, weights: np.ndarray) -> np.ndarray:
+    """The cluster of each of many rows ``(N,)``, by K-Means of as few of them as give the same clusters.
+
+    K-Means++ looks for its start among ``256 + 8 count`` rows of a seeded choice, in float64, which is what it
+    calculates distances in anyway; the centres are fitted on ``512 + 128 count`` of them, or on all where there are no
+    more; then every row goes to the nearest. Of no more rows than a start is looked for among it is plain K-Means.
+
+    Args:
+        points: Rows ``(N, H)``, float32.
+        count: Clusters; with fewer distinct rows some stay empty.
+        seed: Of the choice and of K-Means.
+        weights: What each row counts ``(N,)``.
+    """
+    from sklearn.cluster import KMeans, kmeans_plusplus
+
+    start = _FEWEST_TO_START + _TO_START * count
+    if len(points) <= start:
+        return kmeans(points, count, seed, weights=weights).labels_
+    order = np.random.default_rng(seed).permutation(len(points))
+    among = order[:start]
+    fitted = order[: _FEWEST_TO_FIT + _TO_FIT * count]
+    with _without_convergence_warnings():
+        centres, _ = kmeans_plusplus(
+            points[among].astype(np.float64), count, sample_weight=weights[among], random_state=seed
+        )
+        means = KMeans(count, init=centres.astype(points.dtype), n_init=1)
+        if len(fitted) == len(points):
+            return means.fit(points, sample_weight=weights).labels_
+        return means.fit(points[fitted], sample_weight=weights[fitted]).predict(points)
+
+
+@contextmanager
+def _without_convergence_warnings() -> Iterator[None]:
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return KMeans(count, n_init=n_init, random_state=seed).fit(points, sample_weight=weights)
+        yield
 
 
-def silhouette(points: Any, label: np.ndarray, seed: int, *, weights: np.ndarray | None = None) -> float:
-    """Mean silhouette of a seeded choice of at most 2,000 rows; minus infinity where these form no clusters.
+def silhouette(
+    points: Any, label: np.ndarray, seed: int, *, weights: np.ndarray | None = None, most: int = _SILHOUETTE_ROWS
+) -> float:
+    """Mean silhouette of a seeded choice of rows; minus infinity where these form no clusters.
 
     Args:
         points: Rows, dense or sparse.
         label: The cluster of each row.
         seed: Of the choice.
         weights: What each row counts in the mean; 1 by default.
+        most: Rows that are chosen at most.
     """
-    from sklearn.metrics import silhouette_samples
+    return Silhouettes(points, seed, weights=weights, most=most).mean(label)
 
-    rows = np.random.default_rng(seed).permutation(len(label))[:_SILHOUETTE_ROWS]
-    if not 1 < len(set(label[rows].tolist())) < len(rows):
-        return float("-inf")
-    each = silhouette_samples(points[rows], label[rows])
-    return float(np.average(each, weights=None if weights is None else weights[rows]))
+
+class Silhouettes:
+    """Mean silhouettes of several clusterings of the same rows, whose distances are calculated once.
+
+    Args:
+        points, seed, weights, most: As for :func:`silhouette`.
+    """
+
+    def __init__(
+        self, points: Any, seed: int, *, weights: np.ndarray | None = None, most: int = _SILHOUETTE_ROWS
+    ) -> None:
+        self._rows = np.random.default_rng(seed).permutation(points.shape[0])[:most]
+        self._points = points[self._rows]
+        self._weights = None if weights is None else weights[self._rows]
+
+    @functools.cached_property
+    def _distances(self) -> np.ndarray:
+        from sklearn.metrics import pairwise_distances
+
+        return pairwise_distances(self._points)
+
+    def mean(self, label: np.ndarray) -> float:
+        """That of a clustering, by the cluster of each row ``(N,)``."""
+        from sklearn.metrics import silhouette_samples
+
+        label = label[self._rows]
+        if not 1 < len(set(label.tolist())) < len(label):
+            return float("-inf")
+        each = silhouette_samples(self._distances, label, metric="precomputed")
+        return float(np.average(each, weights=self._weights))

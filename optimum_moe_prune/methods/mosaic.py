@@ -42,12 +42,13 @@ import numpy as np
 from ..progress import working
 from ..statistics.needs import Need
 from .budget import UniformBudget
-from .clustering import kmeans, silhouette
+from .clustering import Silhouettes, partition
+from .generalists import GeneralistOptions, check, generalist_needs, generalist_notes, search_generalists
 from .registry import register_method
 from .selection import TIE, Selection
 from .sets import differing
 from .ties import sorted_ties, still_tied
-from .variability import GeneralistOptions, check, generalist_notes, search_generalists, variability_scores
+from .variability import variability_scores
 
 if TYPE_CHECKING:
     from ..statistics.stats import CalibrationStats, LayerStats
@@ -79,9 +80,8 @@ class Options(GeneralistOptions):
 
 
 def needs(options: Options) -> frozenset[Need]:
-    """``GRAM`` only where there are generalists."""
-    gram = {Need.GRAM} if options.num_generalists else set()
-    return frozenset({Need.ROUTING, Need.SINGLE_ERROR, Need.INPUTS} | gram)
+    """``GRAM`` only where several generalists are looked for."""
+    return frozenset({Need.ROUTING, Need.SINGLE_ERROR, Need.INPUTS}) | generalist_needs(options)
 
 
 @register_method(
@@ -115,9 +115,8 @@ def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> 
             tied[index] = still_tied(best.tied, retained[index])
             if found is None:
                 continue
-            tied[index] |= set(
-                differing([retained[index], *_decided_otherwise(layer, first, found, clusters, options)])
-            )
+            others = _decided_otherwise(layer, first, found, clusters, options)
+            tied[index] |= set(differing([retained[index], *others]))
             made = found.vectors.shape[1]
             if made < 3:
                 by_logs.append(index)
@@ -240,7 +239,9 @@ def _decided_otherwise(
     Ranks are few, so Ward meets equal distances all the time: which of them it merges first is up to the order that
     experts stand in, and what it does later can but need not depend on that. So ties are found by trying.
     """
-    vectors, variability = performance_vectors(layer, found.domain), variability_scores(layer)
+    experts = list(found.experts)
+    vectors, variability = np.zeros((layer.num_experts, found.vectors.shape[1])), np.zeros(layer.num_experts)
+    vectors[experts], variability[experts] = found.vectors, found.scores
     for trial in range(_TRIALS):
         noise = np.random.default_rng(trial) if trial else None
         chosen = list(first)
@@ -268,19 +269,20 @@ def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: i
     inputs = layer.tensors["inputs"].float().numpy()
     weights = layer.token_weights.numpy()
     if num_domains != "auto":
-        return _kmeans(inputs, weights, num_domains, seed)
+        return _domains(inputs, weights, num_domains, seed)
     best, best_score = np.zeros(len(inputs), dtype=np.int64), -np.inf
+    silhouettes = Silhouettes(inputs, seed, weights=weights)
     for count in range(2, min(_MOST_DOMAINS, len(inputs) - 1) + 1):
-        labels = _kmeans(inputs, weights, count, seed)
-        score = silhouette(inputs, labels, seed, weights=weights)
+        labels = _domains(inputs, weights, count, seed)
+        score = silhouettes.mean(labels)
         if score > best_score:
             best, best_score = labels, score
     return best
 
 
-def _kmeans(inputs: np.ndarray, weights: np.ndarray, count: int, seed: int) -> np.ndarray:
-    means = kmeans(inputs, min(count, len(inputs)), seed, weights=weights)
-    return np.unique(means.labels_, return_inverse=True)[1]  # without the empty ones
+def _domains(inputs: np.ndarray, weights: np.ndarray, count: int, seed: int) -> np.ndarray:
+    labels = partition(inputs, min(count, len(inputs)), seed, weights)
+    return np.unique(labels, return_inverse=True)[1]  # without the empty ones
 
 
 def performance_vectors(layer: LayerStats, domain: np.ndarray) -> np.ndarray:
@@ -322,10 +324,24 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks", noise: np.random.Generat
 
 
 def cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Cluster of each expert ``(C,)``, exactly ``num_clusters`` of them, by the order of merges."""
-    from scipy.cluster.hierarchy import cut_tree
+    """Cluster of each expert ``(C,)``, exactly ``num_clusters`` of them, by the order of merges.
 
-    return cut_tree(tree, n_clusters=num_clusters)[:, 0] if len(tree) else np.zeros(1, dtype=np.int64)
+    As scipy's ``cut_tree``, which makes every cut and copies the clusters for each: ten times the time that the tree
+    takes. Of merges at one distance those come first that are deeper in the tree, then those further right.
+    """
+    experts = len(tree) + 1
+    parts, heights = tree[:, :2].astype(int).tolist(), tree[:, 2].tolist()
+    below = [2 * experts - 2]  # clusters from the root down, from the right to the left
+    for cluster in below:
+        if cluster >= experts:
+            below += reversed(parts[cluster - experts])
+    joints = sorted((c - experts for c in reversed(below) if c >= experts), key=heights.__getitem__)
+    label = np.arange(experts)
+    first = [*range(experts), *[0] * len(tree)]  # expert of each cluster
+    for joint in joints[: experts - num_clusters]:
+        low, high = sorted(first[cluster] for cluster in parts[joint])
+        label[label == high] = first[experts + joint] = low
+    return np.unique(label, return_inverse=True)[1]
 
 
 def log_errors(vectors: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.routers import RoutingRule
-from ..errors import RunError
+from ..errors import RequestError, RunError
 from .selection import TIE
 
 WORKING_BYTES = 16 * 2**20
@@ -39,6 +39,19 @@ def gram_index(num_experts: int) -> Tensor:
     index[rows, columns] = torch.arange(len(rows))
     index[columns, rows] = index[rows, columns]
     return index
+
+
+def check_replays(routing: RoutingRule) -> None:
+    """Raise unless a layer with fewer experts follows from its statistics.
+
+    Raises:
+        RequestError: Saying why, and which methods work.
+    """
+    if not routing.replays:
+        raise RequestError(
+            "in this model shared experts take part in the choice, so what a layer gives with fewer experts does not "
+            "follow from its statistics; use a method of scores."
+        )
 
 
 def squared_errors(logits: Tensor, gram: Tensor, routing: RoutingRule, retained: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from ..errors import RequestError
 from ..progress import working
 from .replay import (
     WORKING_BYTES,
+    check_replays,
     errors_without,
     first_minimum,
     gram_index,
@@ -57,11 +58,7 @@ class Replay:
         self.gram = gram
         self.sample = sample.long()
         self.weights = weights.double()
-        if not routing.replays:
-            raise RequestError(
-                "in this model shared experts take part in the choice, so what a layer gives with fewer experts does "
-                "not follow from its statistics; use a method of scores."
-            )
+        check_replays(routing)
         self.num_tokens, self.num_experts = len(logits), logits.shape[1] - routing.fixed
         self.index = gram_index(self.num_experts)
         if routing.ranked:

@@ -19,9 +19,9 @@ from ...errors import RequestError
 from ...methods import pathfinder
 from ...methods.budget import Budget, UniformBudget
 from ...methods.clustering import silhouette
+from ...methods.generalists import generalists
 from ...methods.mosaic import Clusters, cluster_layer
 from ...methods.path_selection import best_paths
-from ...methods.variability import generalists
 from ...names import BY_SENSITIVITY
 from ...plan import PruningPlan
 from ...planning.build import budget_for, protected_experts
