@@ -161,8 +161,10 @@ def random_stats(
 def _per_token(name: str, kept: int, experts: int, hidden: int, random: torch.Generator) -> Tensor:
     if name == "logits":
         return (2 * torch.randn(kept, experts, generator=random)).bfloat16()
-    if name == "token_single_error":
+    if name in ("token_single_error", "token_dense_norm"):
         return torch.randn(kept, experts, generator=random).exp()
+    if name == "token_output_energy":
+        return torch.randn(kept, 1, generator=random).exp()
     if name == "inputs":  # in clouds, as the tokens of texts are
         centres = torch.randn(32, hidden, generator=random)
         cloud = torch.randint(len(centres), (kept,), generator=random)

@@ -13,10 +13,12 @@ import numpy as np
 
 if TYPE_CHECKING:
     from sklearn.cluster import KMeans
+    from torch import Tensor
 
 _SILHOUETTE_ROWS = 2000
-_FEWEST_TO_START, _TO_START = 256, 8  # rows among which K-Means++ looks for its start, and so many more a cluster
+_FEWEST_TO_START, _TO_START = 256, 4  # rows among which K-Means++ looks for its start, and so many more a cluster
 _FEWEST_TO_FIT, _TO_FIT = 512, 128  # rows on which centres are fitted, likewise
+_AT_ONCE = 512  # rows
 
 
 def kmeans(points: Any, count: int, seed: int, *, weights: np.ndarray | None = None, n_init: int = 1) -> KMeans:
@@ -27,15 +29,16 @@ def kmeans(points: Any, count: int, seed: int, *, weights: np.ndarray | None = N
         return KMeans(count, n_init=n_init, random_state=seed).fit(points, sample_weight=weights)
 
 
-def partition(points: np.ndarray, count: int, seed: int, weights: np.ndarray) -> np.ndarray:
+def partition(points: Tensor, count: int, seed: int, weights: np.ndarray) -> np.ndarray:
     """The cluster of each of many rows ``(N,)``, by K-Means of as few of them as give the same clusters.
 
-    K-Means++ looks for its start among ``256 + 8 count`` rows of a seeded choice, in float64, which is what it
+    K-Means++ looks for its start among ``256 + 4 count`` rows of a seeded choice, in float64, which is what it
     calculates distances in anyway; the centres are fitted on ``512 + 128 count`` of them, or on all where there are no
-    more; then every row goes to the nearest. Of no more rows than a start is looked for among it is plain K-Means.
+    more; then every row goes to the nearest centre. Of no more rows than a start is looked for among it is plain
+    K-Means. Rows become float32 a few at a time: of a tensor that lies on disk, or in half precision, there is no copy.
 
     Args:
-        points: Rows ``(N, H)``, float32.
+        points: Rows ``(N, H)``.
         count: Clusters; with fewer distinct rows some stay empty.
         seed: Of the choice and of K-Means.
         weights: What each row counts ``(N,)``.
@@ -44,18 +47,26 @@ def partition(points: np.ndarray, count: int, seed: int, weights: np.ndarray) ->
 
     start = _FEWEST_TO_START + _TO_START * count
     if len(points) <= start:
-        return kmeans(points, count, seed, weights=weights).labels_
+        return kmeans(_values(points), count, seed, weights=weights).labels_
     order = np.random.default_rng(seed).permutation(len(points))
-    among = order[:start]
     fitted = order[: _FEWEST_TO_FIT + _TO_FIT * count]
+    some, of_some = _values(points[fitted]), weights[fitted]
     with _without_convergence_warnings():
         centres, _ = kmeans_plusplus(
-            points[among].astype(np.float64), count, sample_weight=weights[among], random_state=seed
+            some[:start].astype(np.float64), count, sample_weight=of_some[:start], random_state=seed
         )
-        means = KMeans(count, init=centres.astype(points.dtype), n_init=1)
-        if len(fitted) == len(points):
-            return means.fit(points, sample_weight=weights).labels_
-        return means.fit(points[fitted], sample_weight=weights[fitted]).predict(points)
+        means = KMeans(count, init=centres.astype(np.float32), n_init=1, copy_x=False).fit(some, sample_weight=of_some)
+    return np.concatenate([_nearest(_values(part), means.cluster_centers_) for part in points.split(_AT_ONCE)])
+
+
+def _values(points: Any) -> Any:
+    """Rows as scikit-learn takes them, of a tensor in float32."""
+    return points.float().numpy() if hasattr(points, "numpy") else points
+
+
+def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """The nearest centre of each row ``(N,)``."""
+    return (np.square(centres).sum(axis=1) - 2 * points @ centres.T).argmin(axis=1)
 
 
 @contextmanager
@@ -73,7 +84,7 @@ def silhouette(
     """Mean silhouette of a seeded choice of rows; minus infinity where these form no clusters.
 
     Args:
-        points: Rows, dense or sparse.
+        points: Rows, dense, sparse or a tensor's.
         label: The cluster of each row.
         seed: Of the choice.
         weights: What each row counts in the mean; 1 by default.
@@ -93,7 +104,7 @@ class Silhouettes:
         self, points: Any, seed: int, *, weights: np.ndarray | None = None, most: int = _SILHOUETTE_ROWS
     ) -> None:
         self._rows = np.random.default_rng(seed).permutation(points.shape[0])[:most]
-        self._points = points[self._rows]
+        self._points = _values(points[self._rows])
         self._weights = None if weights is None else weights[self._rows]
 
     @functools.cached_property

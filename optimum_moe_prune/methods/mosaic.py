@@ -51,6 +51,8 @@ from .ties import sorted_ties, still_tied
 from .variability import variability_scores
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..statistics.stats import CalibrationStats, LayerStats
 
 _MOST_DOMAINS = 16  # the most that num_domains="auto" tries
@@ -266,8 +268,9 @@ def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: i
             sample.
         seed: For K-Means and the sample.
     """
-    inputs = layer.tensors["inputs"].float().numpy()
-    weights = layer.token_weights.numpy()
+    from ..statistics.mapped import mapped  # it needs torch
+
+    inputs, weights = mapped(layer.tensors, "inputs"), layer.token_weights.numpy()
     if num_domains != "auto":
         return _domains(inputs, weights, num_domains, seed)
     best, best_score = np.zeros(len(inputs), dtype=np.int64), -np.inf
@@ -280,7 +283,7 @@ def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: i
     return best
 
 
-def _domains(inputs: np.ndarray, weights: np.ndarray, count: int, seed: int) -> np.ndarray:
+def _domains(inputs: Tensor, weights: np.ndarray, count: int, seed: int) -> np.ndarray:
     labels = partition(inputs, min(count, len(inputs)), seed, weights)
     return np.unique(labels, return_inverse=True)[1]  # without the empty ones
 
