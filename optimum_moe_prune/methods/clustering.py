@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SILHOUETTE_ROWS = 2000
-_FEWEST_TO_START, _TO_START = 256, 4  # rows among which K-Means++ looks for its start, and so many more a cluster
+_FEWEST_TO_START, _TO_START = 256, 8  # rows among which K-Means++ looks for its start, and so many more a cluster
 _FEWEST_TO_FIT, _TO_FIT = 512, 128  # rows on which centres are fitted, likewise
 _AT_ONCE = 512  # rows
+_FEW, _DIRECTIONS = 16, 128  # centres for which all directions are looked at, and how many are beyond
 
 
 def kmeans(points: Any, count: int, seed: int, *, weights: np.ndarray | None = None, n_init: int = 1) -> KMeans:
@@ -32,10 +33,11 @@ def kmeans(points: Any, count: int, seed: int, *, weights: np.ndarray | None = N
 def partition(points: Tensor, count: int, seed: int, weights: np.ndarray) -> np.ndarray:
     """The cluster of each of many rows ``(N,)``, by K-Means of as few of them as give the same clusters.
 
-    K-Means++ looks for its start among ``256 + 4 count`` rows of a seeded choice, in float64, which is what it
-    calculates distances in anyway; the centres are fitted on ``512 + 128 count`` of them, or on all where there are no
-    more; then every row goes to the nearest centre. Of no more rows than a start is looked for among it is plain
-    K-Means. Rows become float32 a few at a time: of a tensor that lies on disk, or in half precision, there is no copy.
+    K-Means++ looks for its start among ``256 + 8 count`` rows of a seeded choice; where many centres are wanted, by
+    distances in 128 random directions, which are those in all to a tenth. The centres are fitted on ``512 + 128 count``
+    of the rows, or on all where there are no more, and then every row goes to the nearest centre. Of no more rows than
+    a start is looked for among it is plain K-Means. Rows become float32 a few at a time: of a tensor that lies on disk,
+    or in half precision, there is no copy.
 
     Args:
         points: Rows ``(N, H)``.
@@ -52,11 +54,20 @@ def partition(points: Tensor, count: int, seed: int, weights: np.ndarray) -> np.
     fitted = order[: _FEWEST_TO_FIT + _TO_FIT * count]
     some, of_some = _values(points[fitted]), weights[fitted]
     with _without_convergence_warnings():
-        centres, _ = kmeans_plusplus(
-            some[:start].astype(np.float64), count, sample_weight=of_some[:start], random_state=seed
+        among = _outlines(some[:start], seed) if count > _FEW else some[:start]
+        # In float64, which it calculates distances in: of float32 it would make a copy for each centre.
+        _, first = kmeans_plusplus(
+            among.astype(np.float64), count, sample_weight=of_some[:start], random_state=seed
         )
-        means = KMeans(count, init=centres.astype(np.float32), n_init=1, copy_x=False).fit(some, sample_weight=of_some)
+        means = KMeans(count, init=some[first], n_init=1, copy_x=False).fit(some, sample_weight=of_some)
     return np.concatenate([_nearest(_values(part), means.cluster_centers_) for part in points.split(_AT_ONCE)])
+
+
+def _outlines(points: np.ndarray, seed: int) -> np.ndarray:
+    """Rows in a few random directions, if they have more."""
+    if points.shape[1] <= _DIRECTIONS:
+        return points
+    return points @ np.random.default_rng(seed).standard_normal((points.shape[1], _DIRECTIONS), dtype=points.dtype)
 
 
 def _values(points: Any) -> Any:
