@@ -24,6 +24,7 @@ from .replay import (
     check_replays,
     errors_without,
     first_minimum,
+    gram_entries,
     gram_index,
     minima,
     reconstruction_loss,
@@ -100,12 +101,8 @@ class Replay:
         return self.gram.gather(1, entries.reshape(len(entries), -1)).reshape(entries.shape).double()
 
     def gram_among(self, tokens: Tensor, experts: Tensor) -> Tensor:
-        """Of some tokens ``(n,)`` the entries among experts of their own ``(n, k)``: ``(n, k, k)`` float64.
-
-        Only they are read: rows of Gram matrices of many experts take a hundred kilobytes each.
-        """
-        entries = self.index[experts[:, :, None], experts[:, None, :]] + tokens[:, None, None] * self.gram.shape[1]
-        return self.gram.view(-1)[entries].double()
+        """Of some tokens ``(n,)`` the entries among experts of their own ``(n, k)``: ``(n, k, k)`` float64."""
+        return gram_entries(self.gram, tokens, self.index[experts[:, :, None], experts[:, None, :]])
 
     # -- losses
 
