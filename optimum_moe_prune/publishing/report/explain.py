@@ -26,9 +26,11 @@ from ...names import BY_SENSITIVITY
 from ...plan import PruningPlan
 from ...planning.build import budget_for, protected_experts
 from ...progress import progress
+from ...statistics.mapped import mapped
 from ...statistics.stats import CalibrationStats
 from .data import mismatch
 
+_SILHOUETTE_ROWS = 500  # the mean of these is within 0.01 or so of that of all
 PATH_METHODS = ("pathfinder", "transition", "importance")
 
 
@@ -186,7 +188,8 @@ def mosaic_layers(plan: PruningPlan, recipe: Recipe) -> Iterator[MosaicLayer]:
         vectors: np.ndarray = np.zeros((0, 0))
         if count > len(first):
             found = cluster_layer(layer, first, count - len(first), budget.seed, options)
-            quality = silhouette(layer.tensors["inputs"].float().numpy(), found.domain, budget.seed)
+            inputs = mapped(layer.tensors, "inputs")
+            quality = silhouette(inputs, found.domain, budget.seed, most=_SILHOUETTE_ROWS)
             shares = np.bincount(found.domain, weights=layer.token_weights.numpy())
             order = np.argsort(-shares, kind="stable")
             shares, vectors = shares[order] / shares.sum(), found.vectors[:, order]
