@@ -25,6 +25,8 @@ from .limits import allowed_counts
 from .sets import differing
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..statistics.stats import LayerStats
     from .replay_leaders import Found
 
@@ -90,13 +92,20 @@ def best_alone(layer: LayerStats) -> Found:
         RequestError: If a layer with fewer experts does not follow from its statistics.
         RunError: If a loss is NaN or infinite.
     """
-    from .replay import check_replays, first_minimum, minima, reconstruction_loss  # they need torch
+    from .replay import check_replays, first_minimum, minima  # they need torch
     from .replay_leaders import Found
 
     check_replays(layer.routing)
-    errors = layer.tensors["token_single_error"].double()
-    losses = reconstruction_loss(errors, layer.token_sample, layer.loss_weights)
+    losses = losses_alone(layer)
     return Found((first_minimum(losses),), differing([(expert,) for expert in minima(losses)]))
+
+
+def losses_alone(layer: LayerStats) -> Tensor:
+    """The reconstruction loss of each expert alone ``(E,)`` float64."""
+    from .replay import reconstruction_loss
+
+    errors = layer.tensors["token_single_error"].double()
+    return reconstruction_loss(errors, layer.token_sample, layer.loss_weights)
 
 
 def num_generalists(index: int, budget: UniformBudget, options: GeneralistOptions) -> int:

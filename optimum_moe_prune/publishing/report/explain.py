@@ -214,5 +214,6 @@ def path_graph(plan: PruningPlan, recipe: Recipe) -> PathGraph:
         for column, node in enumerate(nodes):
             node[np.unique(paths[:, column])] += 1
         for column, edge in enumerate(edges):
-            edge[tuple(np.unique(paths[:, column : column + 2], axis=0).T)] += 1
+            used = np.ravel_multi_index((paths[:, column], paths[:, column + 1]), edge.shape)
+            edge.ravel()[np.unique(used)] += 1
     return PathGraph(max(1, grown), grown == 0, nodes, edges)
