@@ -34,10 +34,10 @@ def partition(points: Tensor, count: int, seed: int, weights: np.ndarray) -> np.
     """The cluster of each of many rows ``(N,)``, by K-Means of as few of them as give the same clusters.
 
     K-Means++ looks for its start among ``256 + 8 count`` rows of a seeded choice; where many centres are wanted, by
-    distances in 128 random directions, which are those in all to a tenth. The centres are fitted on ``512 + 128 count``
-    of the rows, or on all where there are no more, and then every row goes to the nearest centre. Of no more rows than
-    a start is looked for among it is plain K-Means. Rows become float32 a few at a time: of a tensor that lies on disk,
-    or in half precision, there is no copy.
+    distances in 128 random directions, which are those in all to a tenth. The centres are fitted on ``512 + 128
+    count`` of the rows, or on all where there are no more, and then every row goes to the nearest centre. Of no more
+    rows than a start is looked for among it is plain K-Means. Rows become float32 a few at a time: of a tensor that
+    lies on disk, or in half precision, there is no copy.
 
     Args:
         points: Rows ``(N, H)``.
@@ -56,9 +56,7 @@ def partition(points: Tensor, count: int, seed: int, weights: np.ndarray) -> np.
     with _without_convergence_warnings():
         among = _outlines(some[:start], seed) if count > _FEW else some[:start]
         # In float64, which it calculates distances in: of float32 it would make a copy for each centre.
-        _, first = kmeans_plusplus(
-            among.astype(np.float64), count, sample_weight=of_some[:start], random_state=seed
-        )
+        _, first = kmeans_plusplus(among.astype(np.float64), count, sample_weight=of_some[:start], random_state=seed)
         means = KMeans(count, init=some[first], n_init=1, copy_x=False).fit(some, sample_weight=of_some)
     return np.concatenate([_nearest(_values(part), means.cluster_centers_) for part in points.split(_AT_ONCE)])
 

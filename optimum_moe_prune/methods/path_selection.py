@@ -142,7 +142,7 @@ def _explored(
     weights: np.ndarray,
     num_paths: int,
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """What :func:`best_paths` and :func:`marginals` say, each sample's graph made once; no paths if none are wanted."""
+    """What :func:`best_paths` and :func:`marginals` say, each sample's graph made once; no paths if 0 are wanted."""
     counts = [count for _, count in sorted(stats.num_experts.items())]
     best, total = [np.full(count, -np.inf) for count in counts], [np.zeros(count) for count in counts]
     graphs, paths = sample_graphs(stats, importance, transitions), []

@@ -163,7 +163,9 @@ def log_transitions(stats: CalibrationStats, transitions: Transitions) -> Callab
     if transitions == "mean":
         return lambda sample: [a[sample][:, None] + p[sample] for a, p in zip(strength, probability, strict=True)]
     routed = [layer.tensors["routed_tokens"].numpy() for layer in layers[:-1]]
-    together = [mapped(layer.tensors, "coactivation") for layer in layers[1:]]  # a sample's is read when it is asked for
+    together = [
+        mapped(layer.tensors, "coactivation") for layer in layers[1:]
+    ]  # a sample's is read when it is asked for
 
     def of_sample(sample: int) -> list[np.ndarray]:
         transitions = []

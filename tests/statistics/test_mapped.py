@@ -71,7 +71,8 @@ def test_no_plan_has_a_large_tensor_in_memory(
     recipe = MoEPrunerConfig(method=method, sparsity=0.5, method_options=options)
     stats = CalibrationStats.load(folder)
     expected = quiet_plan(
-        replace(stats, layers={i: replace(each, tensors=dict(each.tensors)) for i, each in stats.layers.items()}), recipe
+        replace(stats, layers={i: replace(each, tensors=dict(each.tensors)) for i, each in stats.layers.items()}),
+        recipe,
     )
     read = LayerFile.__getitem__
 
