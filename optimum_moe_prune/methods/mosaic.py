@@ -260,10 +260,10 @@ def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: i
 
     K-Means starts once, on a part of the tokens (``clustering.partition``). Measured on both small models, 8,192
     tokens a layer, when it saw them all: the best of ten starts has an inertia lower by 0.3% to 0.8%, takes 6 to 20
-    times as long (146 to 1,108 ms a layer), and the pruned models are no better for it. Nats lost with 1, 3, 5 and 10 starts, means of three seeds: Mixtral, 25% removed, 0.807, 0.816, 0.797,
-    0.797, and 50%, 2.27, 2.03, 2.03, 2.03; Qwen2-MoE 0.073, 0.099, 0.085, 0.088 and 0.330, 0.401, 0.415, 0.359. The
-    retained sets of a layer agree between two of six seeds in 40%, 79%, 74%, 90%, and 86%, 86%, 84%, 89% of cases;
-    12%, 8%, 7%, 8%, and 4%, 3%, 3%, 9%.
+    times as long (146 to 1,108 ms a layer), and the pruned models are no better for it. Nats lost with 1, 3, 5 and 10
+    starts, means of three seeds: Mixtral, 25% removed, 0.807, 0.816, 0.797, 0.797, and 50%, 2.27, 2.03, 2.03, 2.03;
+    Qwen2-MoE 0.073, 0.099, 0.085, 0.088 and 0.330, 0.401, 0.415, 0.359. The retained sets of a layer agree between two
+    of six seeds in 40%, 79%, 74%, 90%, and 86%, 86%, 84%, 89% of cases; 12%, 8%, 7%, 8%, and 4%, 3%, 3%, 9%.
 
     Args:
         layer: The layer; its tokens count with their weights.

@@ -126,7 +126,7 @@ def _worth_trying(
     bar, high = potential[-1] - rounding if enough else NEVER, potential[0]
     steps = np.flatnonzero((loss <= high - bar) & (loss < np.inf))
     cost, row = loss.ravel()[steps], steps // loss.shape[1]
-    # Of the beginnings with the same tail those that can afford a step are the first ones: whole numbers, tail by tail.
+    # Of the beginnings with the same tail those that can afford a step are the first ones: numbers tail by tail.
     by_tail = np.argsort(tail, kind="stable")
     places, start = tail[by_tail] * (len(tail) + 1) + by_tail, row * (len(tail) + 1)
     first, falling = np.searchsorted(places, start), -potential

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tensor of a layer where it lies on disk, for what reads only some rows or entries of it.
 
-Of the largest statistics (Gram matrices of many experts take gigabytes a layer) no method reads all. A mapped tensor is
-the file's pages: the system reads those that are touched, and takes them back when memory is short.
+Of the largest statistics (Gram matrices of many experts take gigabytes a layer) no method reads all. A mapped tensor
+is the file's pages: the system reads those that are touched, and takes them back when memory is short.
 """
 
 from __future__ import annotations

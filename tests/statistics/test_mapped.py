@@ -70,10 +70,8 @@ def test_no_plan_has_a_large_tensor_in_memory(
 ) -> None:
     recipe = MoEPrunerConfig(method=method, sparsity=0.5, method_options=options)
     stats = CalibrationStats.load(folder)
-    expected = quiet_plan(
-        replace(stats, layers={i: replace(each, tensors=dict(each.tensors)) for i, each in stats.layers.items()}),
-        recipe,
-    )
+    in_memory = {i: replace(layer, tensors=dict(layer.tensors)) for i, layer in stats.layers.items()}
+    expected = quiet_plan(replace(stats, layers=in_memory), recipe)
     read = LayerFile.__getitem__
 
     def reading(tensors: LayerFile, name: str) -> torch.Tensor:
