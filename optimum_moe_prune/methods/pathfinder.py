@@ -163,9 +163,7 @@ def log_transitions(stats: CalibrationStats, transitions: Transitions) -> Callab
     if transitions == "mean":
         return lambda sample: [a[sample][:, None] + p[sample] for a, p in zip(strength, probability, strict=True)]
     routed = [layer.tensors["routed_tokens"].numpy() for layer in layers[:-1]]
-    together = [
-        mapped(layer.tensors, "coactivation") for layer in layers[1:]
-    ]  # a sample's is read when it is asked for
+    together = [mapped(layer.tensors, "coactivation") for layer in layers[1:]]  # read sample by sample
 
     def of_sample(sample: int) -> list[np.ndarray]:
         transitions = []
