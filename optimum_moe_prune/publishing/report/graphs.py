@@ -145,21 +145,27 @@ class _Names:
 def _number_experts(axes: Axes, found: MosaicLayer, leaves: list[int], names: _Names) -> None:
     """Write the experts' numbers below a map, representatives in bold."""
     assert found.clusters is not None
+    from matplotlib.transforms import ScaledTranslation
+
     experts = [found.clusters.experts[leaf] for leaf in leaves]
-    look: Json = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-    look |= {"ha": "center", "fontsize": names.size, "rotation": 90 * names.upright}
+    inches = axes.figure.dpi_scale_trans
+    line = [
+        axes.get_xaxis_transform() + ScaledTranslation(0, -(4 + n * names.step) / 72, inches)
+        for n in range(names.lines)
+    ]
     chosen = set(found.representatives)
     places = [place for place, e in enumerate(experts) if names.every_one or e in chosen]
     # Measuring each number takes long: the room is that of the first and the last, and the longest in the lowest line.
     lowest = range(min(names.lines, len(places)) - 1, len(places), names.lines)
     measured = {0, len(places) - 1, max(lowest, key=lambda n: len(str(experts[places[n]])))}
+    look: Json = {"va": "top", "fontsize": names.size, "ha": "center", "rotation": 90 * names.upright, "gid": "expert"}
     for n, place in enumerate(places):
         weight: Json = {"fontweight": "bold"} if experts[place] in chosen else {"color": MUTED}
-        offset = 0, -4 - (n % names.lines) * names.step
-        text = axes.annotate(str(experts[place]), (place, 0), offset, gid="expert", **look, **weight)
-        text.set_in_layout(n in measured)
+        transform = line[n % names.lines]
+        axes.text(place, 0, str(experts[place]), transform=transform, in_layout=n in measured, **look, **weight)
     axes.set_xticks([])
-    axes.annotate("expert", (0, 0), (-4, -4), **{**look, "xycoords": "axes fraction", "ha": "right", "rotation": 0})
+    look = {"va": "top", "ha": "right", "fontsize": names.size}
+    axes.annotate("expert", (0, 0), (-4, -4), xycoords="axes fraction", textcoords="offset points", **look)
 
 
 def _forest(trees: Sequence[np.ndarray]) -> tuple[list[int], list[np.ndarray]]:
