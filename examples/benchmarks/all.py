@@ -29,8 +29,9 @@ ON_A_GPU = {"calibration": "--repeats 2", "large": "--scale 0.25 --budget 110"}
 SMALL_MODEL = "--hidden 128 --width 128 --layers 2"
 QUICK = {
     "startup": "--repeats 2",
-    "paths": "--layers 6 --experts 16 --top-k 2 --samples 16 --paths 50",
-    "selection": f"{SMALL_MODEL} --tokens 512 --kept 256 --model-hidden 64 --mixtral-layers 4 --many-experts 32",
+    "paths": "--layers 6 --experts 16 --top-k 2 --samples 16 --paths 50 --many-layers 6 --many-paths 200",
+    "selection": f"{SMALL_MODEL} --tokens 512 --kept 256 --model-hidden 64 --mixtral-layers 4 --many-experts 32 "
+    "--report-layers 3",
     "calibration": f"{SMALL_MODEL} --tokens 1024 --repeats 2",
     "kept_tokens": "--models mixtral --methods pathfinder --draws 2 --samples 1 --heldout 2",
     "precision": f"{SMALL_MODEL} --experts 8 --top-k 2 --tokens 1024 --repeats 1 --models",

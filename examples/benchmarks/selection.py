@@ -8,29 +8,44 @@ at minus infinity, set after set, as the reference implementation of the method 
 choose the same sets. The bars are 100 x from saved statistics and 10 x with the calibration counted in.
 
 Then plans that keep half of the experts, by every method, from saved statistics in the shape of Mixtral (32 layers of
-8 experts, of which 2 are used; bar 2 seconds) and of 48 layers of 128 experts, of which 8 are used (bar 60 seconds).
-The statistics are drawn at random and read from disk as saved ones are. Of the 48 layers a few are measured, and the
-time is multiplied: they are planned one by one. Only Pathfinder looks at all layers at once; see ``paths.py``.
+8 experts, of which 2 are used; bar 1 second), of 48 layers of 128 experts (bar 10 seconds) and of 60 of 256 (bar 20
+seconds), of which 8 are used. The statistics are drawn at random and read from disk as saved ones are. Of many layers
+a few are measured, and the time is multiplied: they are planned one by one. Only Pathfinder looks at all layers at
+once; see ``paths.py``. What is imported on the way is imported before.
+
+K-Means, as Mosaic finds domains, beside scikit-learn's on all kept inputs: the time (bar 0.75 of it) and the inertia
+of all inputs (bar 1.03 of it), means of three seeds.
+
+The most anonymous memory that a plan takes in one of 61 layers of 384 experts (bar 1 GiB) from 8,192 kept tokens,
+above what it is before; a layer of such statistics with Gram matrices takes 2.5 GB on disk.
+
+And a report (bar 15 seconds) of a Mosaic plan of 60 layers of 256 experts.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
-from common import make_model, make_samples, report, seconds
+from common import GIB, MIB, make_model, make_samples, report, seconds, watching
 from synthetic import random_stats
 from torch.nn import functional
 
 from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPrunerConfig, Need, calibrate
 from optimum_moe_prune.methods import get_method, list_methods
+from optimum_moe_prune.methods.clustering import kmeans, partition
 from optimum_moe_prune.methods.replay import first_minimum, reconstruction_loss
 from optimum_moe_prune.models.blocks import MoEBlock, moe_blocks
 from optimum_moe_prune.planning.build import build_plan
 from optimum_moe_prune.progress import progress
+from optimum_moe_prune.publishing.report import write_report
 
 
 @torch.no_grad()
@@ -115,15 +130,28 @@ def compare(a: argparse.Namespace) -> None:
     report(title, rows, vars(a), "times faster", at_least=True)
 
 
+def saved_stats(folder: str | Path, layers: int, experts: int, top_k: int, needs: set[Need], a: argparse.Namespace,
+                kept: int | None = None) -> CalibrationStats:  # fmt: skip
+    """Random statistics, read from a folder as saved ones are."""
+    random_stats(layers, experts, top_k, 128, needs, a.kept if kept is None else kept, a.model_hidden).save(folder)
+    return CalibrationStats.load(folder)
+
+
+def warm_up() -> None:
+    """Import what plans import."""
+    for name in ("scipy.cluster.hierarchy", "scipy.stats", "sklearn.cluster", "sklearn.metrics"):
+        importlib.import_module(name)
+
+
 def plan_rows(
     layers: int, experts: int, top_k: int, measured: int, bar: float, a: argparse.Namespace
 ) -> list[dict[str, object]]:
     """Seconds of a plan by each method that chooses sets, and by the slowest of those that score."""
+    measured = min(measured, layers)
     shape = f"{layers} x {experts}" + (f" (from {measured})" if measured < layers else "")
     needs = set(Need) if measured == layers else set(Need) - {Need.COACTIVATION}
     with tempfile.TemporaryDirectory() as folder:
-        random_stats(measured, experts, top_k, 128, needs, a.kept, a.model_hidden).save(folder)
-        stats = CalibrationStats.load(folder)
+        stats = saved_stats(folder, measured, experts, top_k, needs, a)
         taken: dict[str, float] = {}
         for name in list_methods():
             if measured == layers or "global" != get_method(name).allocations[0]:
@@ -138,9 +166,82 @@ def plan_rows(
 
 def plans(a: argparse.Namespace) -> None:
     """Plans from saved statistics."""
-    rows = plan_rows(a.mixtral_layers, 8, 2, a.mixtral_layers, 2, a)
-    rows += plan_rows(48, a.many_experts, 8, a.measured_layers, 60, a)
+    warm_up()
+    rows = plan_rows(a.mixtral_layers, 8, 2, a.mixtral_layers, 1, a)
+    rows += plan_rows(48, a.many_experts, 8, a.measured_layers, 10, a)
+    rows += plan_rows(60, 2 * a.many_experts, 8, a.measured_layers, 20, a)
     report(f"plans from saved statistics of {a.kept} tokens", rows, vars(a), "seconds")
+
+
+def inertia(points: np.ndarray, label: np.ndarray) -> float:
+    """The sum of squared distances to the means of clusters."""
+    clusters = (points[label == cluster].astype(np.float64) for cluster in np.unique(label))
+    return sum(float(np.square(rows - rows.mean(axis=0)).sum()) for rows in clusters)
+
+
+def clusterings(a: argparse.Namespace) -> None:
+    """K-Means of some of the kept inputs beside K-Means of all."""
+    warm_up()
+    rows: list[dict[str, object]] = []
+    for kept, count in itertools.product((a.kept, 4 * a.kept), (3, a.many_experts // 2 - 1)):
+        layer = random_stats(1, 8, 2, 128, {Need.INPUTS}, kept, a.model_hidden).layers[0]
+        inputs = layer.tensors["inputs"]
+        points, weights = inputs.float().numpy(), np.ones(kept)
+        ways: list[Callable[[int], np.ndarray]] = [
+            lambda seed, x=inputs, k=count, w=weights: partition(x, k, seed, w),
+            lambda seed, x=points, k=count, w=weights: kmeans(x, k, seed, weights=w).labels_,
+        ]
+        (took, left), (whole, best) = ([*timed_inertia(way, points)] for way in ways)
+        what = f"{count} domains of {kept} tokens"
+        ms = {"ms": 1000 * took, "ms of all": 1000 * whole}
+        rows.append({"K-Means": f"{what}, time", **ms, "ratio": took / whole, "bar": 0.75})
+        rows.append({"K-Means": f"{what}, inertia", **dict.fromkeys(ms, ""), "ratio": left / best, "bar": 1.03})
+    report("K-Means of some kept inputs beside all of them", rows, vars(a), "ratio")
+
+
+def timed_inertia(way: Callable[[int], np.ndarray], points: np.ndarray) -> tuple[float, float]:
+    """Seconds and inertia of a way to cluster points, means of three seeds."""
+    taken, inertias = [], []
+    for seed in range(3):
+        began = time.perf_counter()
+        label = way(seed)
+        taken.append(time.perf_counter() - began)
+        inertias.append(inertia(points, label))
+    return float(np.mean(taken)), float(np.mean(inertias))
+
+
+MEMORY = {"mosaic": {}, "mosaic, 2 generalists": {"num_generalists": 2}, "enumeration": {}, "variability": {}}
+
+
+def memory(a: argparse.Namespace) -> None:
+    """The most memory of plans."""
+    warm_up()
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        experts = 3 * a.many_experts
+        stats = saved_stats(folder, 1, experts, 8, set(Need) - {Need.COACTIVATION}, a, 4 * a.kept)
+        for name, options in MEMORY.items():
+            config = MoEPrunerConfig(method=name.split(",")[0], sparsity=0.5, method_options=options)
+            with watching() as seen:
+                build_plan(stats, config)
+            rows.append({"plan": name, "peak MiB": seen["peak MiB"], "bar": GIB // MIB})
+    report(f"memory of a plan of a layer of {experts} experts, {4 * a.kept} tokens", rows, vars(a), "peak MiB")
+
+
+def reports(a: argparse.Namespace) -> None:
+    """A report of many layers of many experts."""
+    warm_up()
+    with tempfile.TemporaryDirectory() as folder:
+        needs = {Need.ROUTING, Need.ROUTED_NORMS, Need.SINGLE_ERROR, Need.INPUTS}
+        stats = saved_stats(Path(folder) / "stats", a.report_layers, 2 * a.many_experts, 8, needs, a)
+        plan = build_plan(stats, MoEPrunerConfig(method="mosaic", sparsity=0.5))
+        took = seconds(lambda: write_report(Path(folder) / "report.html", stats=stats, plans=[plan]))
+    what = f"statistics and a Mosaic plan of {a.report_layers} x {2 * a.many_experts}"
+    rows: list[dict[str, object]] = [{"report": what, "seconds": took, "bar": 15}]
+    report("report", rows, vars(a), "seconds")
+
+
+TABLES = {"sets": compare, "plans": plans, "clusterings": clusterings, "memory": memory, "report": reports}
 
 
 def main() -> None:
@@ -155,13 +256,13 @@ def main() -> None:
     parser.add_argument("--model-hidden", type=int, default=2048, help="hidden size in those statistics")
     parser.add_argument("--mixtral-layers", type=int, default=32)
     parser.add_argument("--many-experts", type=int, default=128)
-    parser.add_argument("--measured-layers", type=int, default=3, help="of 48")
-    parser.add_argument("--only", choices=("sets", "plans"), help="one of the two tables")
+    parser.add_argument("--measured-layers", type=int, default=3, help="of 48, and of 60")
+    parser.add_argument("--report-layers", type=int, default=60)
+    parser.add_argument("--only", choices=TABLES, help="one of the tables")
     a = parser.parse_args()
-    if a.only != "plans":
-        compare(a)
-    if a.only != "sets":
-        plans(a)
+    for name, table in TABLES.items():
+        if a.only in (None, name):
+            table(a)
 
 
 if __name__ == "__main__":

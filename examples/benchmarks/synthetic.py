@@ -22,6 +22,7 @@ from optimum_moe_prune.storage.files import sync
 from optimum_moe_prune.storage.tensor_files import header_bytes
 
 _BLOCK = 2**24 + 43  # random numbers that are drawn once; no multiple of a row, so that no two tensors repeat
+_GRAM_HIDDEN = 64
 
 # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -135,7 +136,8 @@ def random_stats(
         samples: Calibration samples.
         needs: What there is.
         kept: Tokens for which statistics per token are kept.
-        hidden: The hidden size, where inputs or Gram matrices are asked for; these are of vectors of that size.
+        hidden: The hidden size, where inputs or Gram matrices are asked for; these are of vectors of that size, or of
+            64 numbers where it is larger.
     """
     random = torch.Generator().manual_seed(0)
     entries = tuple(Sample(f"{n:064x}", "all", max(512, -(-kept // samples))) for n in range(samples))
@@ -161,8 +163,10 @@ def random_stats(
 def _per_token(name: str, kept: int, experts: int, hidden: int, random: torch.Generator) -> Tensor:
     if name == "logits":
         return (2 * torch.randn(kept, experts, generator=random)).bfloat16()
-    if name == "token_single_error":
+    if name in ("token_single_error", "token_dense_norm"):
         return torch.randn(kept, experts, generator=random).exp()
+    if name == "token_output_energy":
+        return torch.randn(kept, 1, generator=random).exp()
     if name == "inputs":  # in clouds, as the tokens of texts are
         centres = torch.randn(32, hidden, generator=random)
         cloud = torch.randint(len(centres), (kept,), generator=random)
@@ -170,6 +174,6 @@ def _per_token(name: str, kept: int, experts: int, hidden: int, random: torch.Ge
     rows, columns = torch.triu_indices(experts, experts)
     gram = torch.empty(kept, len(rows))
     for tokens in torch.arange(kept).split(256):
-        outputs = torch.randn(len(tokens), experts, hidden, generator=random)
+        outputs = torch.randn(len(tokens), experts, min(hidden, _GRAM_HIDDEN), generator=random)
         gram[tokens] = (outputs @ outputs.transpose(1, 2))[:, rows, columns]
     return gram

@@ -109,7 +109,8 @@ def best_set(
 
 def search_set(layer: LayerStats, index: int, size: int, budget: UniformBudget, options: SearchOptions) -> Found:
     """As :func:`best_set`, with the experts between which only their numbers decided."""
-    from .replay_leaders import Found  # they need torch
+    from ..statistics.mapped import mapped  # they need torch
+    from .replay_leaders import Found
     from .replay_search import Replay
 
     required = budget.protected[index]
@@ -122,7 +123,7 @@ def search_set(layer: LayerStats, index: int, size: int, budget: UniformBudget, 
             "Use search='greedy'."
         )
     tensors = layer.tensors
-    replay = Replay(tensors["logits"], tensors["gram"], layer.routing, layer.token_sample, layer.loss_weights)
+    replay = Replay(tensors["logits"], mapped(tensors, "gram"), layer.routing, layer.token_sample, layer.loss_weights)
     if options.search == "exhaustive" or (options.search == "auto" and sets <= options.max_sets):
         return replay.search_all(size, required)
     return replay.search_greedily(size, required)

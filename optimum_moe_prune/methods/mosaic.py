@@ -13,7 +13,8 @@ Mosaic Pruning (MoP), arXiv 2511.19822, AAAI-26. Per layer, to retain :math:`r` 
 
 What the paper leaves open, and what is done here:
 
-- :math:`m` is not stated: ``num_generalists``. The number of domains is :math:`r - m` as published, or
+- :math:`m` is not stated: ``num_generalists``. One generalist is the expert with the least error alone, which needs
+  no Gram matrices (``generalists``). The number of domains is :math:`r - m` as published, or
   ``num_domains``.
 - Ward works on centroids of vectors, Spearman compares ranks. ``ward="ranks"`` runs Ward on the rank-standardised
   vectors, where the squared Euclidean distance is exactly :math:`2K(1 - \rho)`, so both readings agree.
@@ -24,6 +25,8 @@ What the paper leaves open, and what is done here:
   (below :math:`10^{-10}` of the domain's largest), counts as the domain's smallest real one: it tells that the expert
   is the best there, but by how many orders of magnitude is chance, and as a logarithm it would outweigh all
   differences between the others.
+- K-Means fits its centres on a seeded part of the kept tokens, as many as its number of domains asks for, and every
+  token goes to the nearest (``clustering.partition``; README of this folder).
 - The tree is cut by merge order, so there are always exactly :math:`r - m` clusters.
 - Protected experts count as generalists.
 - Where a router has groups, of which each keeps the same number of experts, each group's other experts are clustered
@@ -42,14 +45,17 @@ import numpy as np
 from ..progress import working
 from ..statistics.needs import Need
 from .budget import UniformBudget
-from .clustering import kmeans, silhouette
+from .clustering import Silhouettes, partition
+from .generalists import GeneralistOptions, check, generalist_needs, generalist_notes, search_generalists
 from .registry import register_method
 from .selection import TIE, Selection
 from .sets import differing
 from .ties import sorted_ties, still_tied
-from .variability import GeneralistOptions, check, generalist_notes, search_generalists, variability_scores
+from .variability import variability_scores
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..statistics.stats import CalibrationStats, LayerStats
 
 _MOST_DOMAINS = 16  # the most that num_domains="auto" tries
@@ -79,9 +85,8 @@ class Options(GeneralistOptions):
 
 
 def needs(options: Options) -> frozenset[Need]:
-    """``GRAM`` only where there are generalists."""
-    gram = {Need.GRAM} if options.num_generalists else set()
-    return frozenset({Need.ROUTING, Need.SINGLE_ERROR, Need.INPUTS} | gram)
+    """``GRAM`` only where several generalists are looked for."""
+    return frozenset({Need.ROUTING, Need.SINGLE_ERROR, Need.INPUTS}) | generalist_needs(options)
 
 
 @register_method(
@@ -115,9 +120,8 @@ def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> 
             tied[index] = still_tied(best.tied, retained[index])
             if found is None:
                 continue
-            tied[index] |= set(
-                differing([retained[index], *_decided_otherwise(layer, first, found, clusters, options)])
-            )
+            others = _decided_otherwise(layer, first, found, clusters, options)
+            tied[index] |= set(differing([retained[index], *others]))
             made = found.vectors.shape[1]
             if made < 3:
                 by_logs.append(index)
@@ -240,7 +244,9 @@ def _decided_otherwise(
     Ranks are few, so Ward meets equal distances all the time: which of them it merges first is up to the order that
     experts stand in, and what it does later can but need not depend on that. So ties are found by trying.
     """
-    vectors, variability = performance_vectors(layer, found.domain), variability_scores(layer)
+    experts = list(found.experts)
+    vectors, variability = np.zeros((layer.num_experts, found.vectors.shape[1])), np.zeros(layer.num_experts)
+    vectors[experts], variability[experts] = found.vectors, found.scores
     for trial in range(_TRIALS):
         noise = np.random.default_rng(trial) if trial else None
         chosen = list(first)
@@ -252,12 +258,12 @@ def _decided_otherwise(
 def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: int) -> np.ndarray:
     """Domain of each kept token ``(N,)``, numbered from 0 without gaps, by K-Means on the block's inputs.
 
-    K-Means starts once. Measured on both small models, 8,192 tokens a layer: the best of ten starts has an inertia
-    lower by 0.3% to 0.8%, takes 6 to 20 times as long (146 to 1,108 ms a layer), and the pruned models are no better
-    for it. Nats lost with 1, 3, 5 and 10 starts, means of three seeds: Mixtral, 25% removed, 0.807, 0.816, 0.797,
-    0.797, and 50%, 2.27, 2.03, 2.03, 2.03; Qwen2-MoE 0.073, 0.099, 0.085, 0.088 and 0.330, 0.401, 0.415, 0.359. The
-    retained sets of a layer agree between two of six seeds in 40%, 79%, 74%, 90%, and 86%, 86%, 84%, 89% of cases;
-    12%, 8%, 7%, 8%, and 4%, 3%, 3%, 9%.
+    K-Means starts once, on a part of the tokens (``clustering.partition``). Measured on both small models, 8,192
+    tokens a layer, when it saw them all: the best of ten starts has an inertia lower by 0.3% to 0.8%, takes 6 to 20
+    times as long (146 to 1,108 ms a layer), and the pruned models are no better for it. Nats lost with 1, 3, 5 and 10
+    starts, means of three seeds: Mixtral, 25% removed, 0.807, 0.816, 0.797, 0.797, and 50%, 2.27, 2.03, 2.03, 2.03;
+    Qwen2-MoE 0.073, 0.099, 0.085, 0.088 and 0.330, 0.401, 0.415, 0.359. The retained sets of a layer agree between two
+    of six seeds in 40%, 79%, 74%, 90%, and 86%, 86%, 84%, 89% of cases; 12%, 8%, 7%, 8%, and 4%, 3%, 3%, 9%.
 
     Args:
         layer: The layer; its tokens count with their weights.
@@ -265,22 +271,24 @@ def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: i
             sample.
         seed: For K-Means and the sample.
     """
-    inputs = layer.tensors["inputs"].float().numpy()
-    weights = layer.token_weights.numpy()
+    from ..statistics.mapped import mapped  # it needs torch
+
+    inputs, weights = mapped(layer.tensors, "inputs"), layer.token_weights.numpy()
     if num_domains != "auto":
-        return _kmeans(inputs, weights, num_domains, seed)
+        return _domains(inputs, weights, num_domains, seed)
     best, best_score = np.zeros(len(inputs), dtype=np.int64), -np.inf
+    silhouettes = Silhouettes(inputs, seed, weights=weights)
     for count in range(2, min(_MOST_DOMAINS, len(inputs) - 1) + 1):
-        labels = _kmeans(inputs, weights, count, seed)
-        score = silhouette(inputs, labels, seed, weights=weights)
+        labels = _domains(inputs, weights, count, seed)
+        score = silhouettes.mean(labels)
         if score > best_score:
             best, best_score = labels, score
     return best
 
 
-def _kmeans(inputs: np.ndarray, weights: np.ndarray, count: int, seed: int) -> np.ndarray:
-    means = kmeans(inputs, min(count, len(inputs)), seed, weights=weights)
-    return np.unique(means.labels_, return_inverse=True)[1]  # without the empty ones
+def _domains(inputs: Tensor, weights: np.ndarray, count: int, seed: int) -> np.ndarray:
+    labels = partition(inputs, min(count, len(inputs)), seed, weights)
+    return np.unique(labels, return_inverse=True)[1]  # without the empty ones
 
 
 def performance_vectors(layer: LayerStats, domain: np.ndarray) -> np.ndarray:
@@ -322,10 +330,24 @@ def ward_tree(vectors: np.ndarray, ward: str = "ranks", noise: np.random.Generat
 
 
 def cut(tree: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Cluster of each expert ``(C,)``, exactly ``num_clusters`` of them, by the order of merges."""
-    from scipy.cluster.hierarchy import cut_tree
+    """Cluster of each expert ``(C,)``, exactly ``num_clusters`` of them, by the order of merges.
 
-    return cut_tree(tree, n_clusters=num_clusters)[:, 0] if len(tree) else np.zeros(1, dtype=np.int64)
+    As scipy's ``cut_tree``, which makes every cut and copies the clusters for each: ten times the time that the tree
+    takes. Of merges at one distance those come first that are deeper in the tree, then those further right.
+    """
+    experts = len(tree) + 1
+    parts, heights = tree[:, :2].astype(int).tolist(), tree[:, 2].tolist()
+    below = [2 * experts - 2]  # clusters from the root down, from the right to the left
+    for cluster in below:
+        if cluster >= experts:
+            below += reversed(parts[cluster - experts])
+    joints = sorted((c - experts for c in reversed(below) if c >= experts), key=heights.__getitem__)
+    label = np.arange(experts)
+    first = [*range(experts), *[0] * len(tree)]  # expert of each cluster
+    for joint in joints[: experts - num_clusters]:
+        low, high = sorted(first[cluster] for cluster in parts[joint])
+        label[label == high] = first[experts + joint] = low
+    return np.unique(label, return_inverse=True)[1]
 
 
 def log_errors(vectors: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from ..progress import progress
 from ..storage.values import Json
 from .budget import Budget, choose_ranked
-from .paths import k_best_paths, max_marginals
+from .paths import best_after, k_best_paths, max_marginals
 from .selection import Selection
 from .ties import sorted_ties, tied_by_keys, tied_in_layer
 
@@ -55,8 +55,7 @@ def on_best_paths(
     layers = sorted(stats.layers)
     counts = [stats.num_experts[layer] for layer in layers]
     weights = sample_weights(stats)
-    paths = list(best_paths(stats, importance, transitions, num_paths))
-    best, total = marginals(stats, importance, transitions, weights)
+    paths, best, total = _explored(stats, importance, transitions, weights, num_paths)
     rank = {layer: first_path(paths, column, counts[column]) for column, layer in enumerate(layers)}
     fitting = most_paths(rank, budget, num_paths)
     counted = min(fitting + 1, num_paths)
@@ -133,15 +132,29 @@ def marginals(
     Returns:
         For each layer ``(E_l,)`` the largest logarithm over samples, and the weighted sum over samples.
     """
+    return _explored(stats, importance, transitions, weights, 0)[1:]
+
+
+def _explored(
+    stats: CalibrationStats,
+    importance: Importance | None,
+    transitions: Transitions | None,
+    weights: np.ndarray,
+    num_paths: int,
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """What :func:`best_paths` and :func:`marginals` say, each sample's graph made once; no paths if 0 are wanted."""
     counts = [count for _, count in sorted(stats.num_experts.items())]
     best, total = [np.full(count, -np.inf) for count in counts], [np.zeros(count) for count in counts]
-    graphs = sample_graphs(stats, importance, transitions)
-    bar = progress(graphs, "comparing paths", unit="sample", total=len(stats.samples))
+    graphs, paths = sample_graphs(stats, importance, transitions), []
+    bar = progress(graphs, "finding paths", unit="sample", total=len(stats.samples))
     for weight, (nodes, edges) in zip(weights, bar, strict=True):
-        for column, marginal in enumerate(max_marginals(nodes, edges)):
+        after = best_after(nodes, edges)
+        if num_paths:
+            paths.append(k_best_paths(nodes, edges, num_paths, after)[1].astype(np.int32))
+        for column, marginal in enumerate(max_marginals(nodes, edges, after)):
             best[column] = np.maximum(best[column], marginal)
             total[column] += weight * np.exp(marginal)
-    return best, total
+    return paths, best, total
 
 
 def sample_weights(stats: CalibrationStats) -> np.ndarray:

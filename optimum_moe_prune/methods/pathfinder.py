@@ -154,6 +154,8 @@ def log_transitions(stats: CalibrationStats, transitions: Transitions) -> Callab
         A function from the number of a sample to its transitions, ``(E_l, E_{l+1})`` each, one fewer than layers. All
         samples' at once would take ``S L E^2`` numbers.
     """
+    from ..statistics.mapped import mapped  # it needs torch
+
     tokens = np.array([sample.num_tokens for sample in stats.samples], dtype=np.float64)[:, None]
     layers = [layer for _, layer in sorted(stats.layers.items())]
     strength = [_strength(layer.tensors["dense_norm"].double().numpy() / tokens) for layer in layers[:-1]]
@@ -161,13 +163,13 @@ def log_transitions(stats: CalibrationStats, transitions: Transitions) -> Callab
     if transitions == "mean":
         return lambda sample: [a[sample][:, None] + p[sample] for a, p in zip(strength, probability, strict=True)]
     routed = [layer.tensors["routed_tokens"].numpy() for layer in layers[:-1]]
-    together = [layer.tensors["coactivation"].numpy() for layer in layers[1:]]
+    together = [mapped(layer.tensors, "coactivation") for layer in layers[1:]]  # read sample by sample
 
     def of_sample(sample: int) -> list[np.ndarray]:
         transitions = []
         for a, p, n, c in zip(strength, probability, routed, together, strict=True):
             count = n[sample][:, None]
-            mean = _log(c[sample] / np.maximum(count, 1))
+            mean = _log(c[sample].numpy() / np.maximum(count, 1))
             transitions.append(a[sample][:, None] + np.where(count > 0, mean, p[sample]))
         return transitions
 

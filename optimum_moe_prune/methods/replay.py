@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.routers import RoutingRule
-from ..errors import RunError
+from ..errors import RequestError, RunError
 from .selection import TIE
 
 WORKING_BYTES = 16 * 2**20
@@ -41,7 +41,22 @@ def gram_index(num_experts: int) -> Tensor:
     return index
 
 
-def squared_errors(logits: Tensor, gram: Tensor, routing: RoutingRule, retained: Sequence[int]) -> Tensor:
+def check_replays(routing: RoutingRule) -> None:
+    """Raise unless a layer with fewer experts follows from its statistics.
+
+    Raises:
+        RequestError: Saying why, and which methods work.
+    """
+    if not routing.replays:
+        raise RequestError(
+            "in this model shared experts take part in the choice, so what a layer gives with fewer experts does not "
+            "follow from its statistics; use a method of scores."
+        )
+
+
+def squared_errors(
+    logits: Tensor, gram: Tensor, routing: RoutingRule, retained: Sequence[int], tokens: Tensor | None = None
+) -> Tensor:
     """``||F_S(x_t) - F_all(x_t)||^2`` of each token, by the definition.
 
     Args:
@@ -49,10 +64,15 @@ def squared_errors(logits: Tensor, gram: Tensor, routing: RoutingRule, retained:
         gram: Upper triangles ``(T, E (E + 1) / 2)`` of the Gram matrices of the experts' outputs.
         routing: The rule.
         retained: Ids of the retained experts.
+        tokens: Rows of the tokens that are asked about ``(n,)``; all of them by default.
 
     Returns:
-        ``(T,)`` float64, never negative.
+        ``(T,)`` or ``(n,)`` float64, never negative.
     """
+    if tokens is None:
+        tokens = torch.arange(len(logits), device=logits.device)
+    else:
+        logits = logits[tokens]
     change = routing.weights(logits, sorted(retained)) - routing.weights(logits)
     # A token changes the weights of the experts it had and of those it has now, of no others.
     experts = (change != 0).to(torch.int8).topk(min(2 * routing.top_k, change.shape[1]), dim=1).indices
@@ -60,11 +80,19 @@ def squared_errors(logits: Tensor, gram: Tensor, routing: RoutingRule, retained:
     index = gram_index(logits.shape[1]).to(logits.device)
     size = max(1, WORKING_BYTES // (8 * experts.shape[1] ** 2))
     errors = []
-    for c, e, g in zip(change.split(size), experts.split(size), gram.split(size), strict=True):
-        entries = index[e[:, :, None], e[:, None]]
-        among = g.gather(1, entries.flatten(1)).view(entries.shape).double()
+    for c, e, t in zip(change.split(size), experts.split(size), tokens.split(size), strict=True):
+        among = gram_entries(gram, t, index[e[:, :, None], e[:, None]])
         errors.append(torch.einsum("ti,tij,tj->t", c, among, c))
     return torch.cat(errors).clamp_(min=0)
+
+
+def gram_entries(gram: Tensor, tokens: Tensor, entries: Tensor) -> Tensor:
+    """Of some tokens ``(n,)`` entries ``(n, ...)`` of their Gram matrices, in float64.
+
+    Nothing else is read or copied: the matrices of a token take a hundred kilobytes where there are many experts.
+    """
+    begin = tokens.to(entries.device).view(-1, *[1] * (entries.ndim - 1)) * gram.shape[1]
+    return gram.view(-1)[entries + begin].double()
 
 
 def errors_without(
@@ -87,10 +115,10 @@ def errors_without(
         if moved is None or now is None:
             columns.append(squared_errors(logits, gram, routing, others))
             continue
-        rows = moved[:, left.index(expert)].nonzero().flatten()
+        tokens = moved[:, left.index(expert)].nonzero().flatten()
         column = now.clone()
-        if len(rows):
-            column[rows] = squared_errors(logits[rows], gram[rows], routing, others)
+        if len(tokens):
+            column[tokens] = squared_errors(logits, gram, routing, others, tokens)
         columns.append(column)
     return torch.stack(columns, dim=1)
 

@@ -21,8 +21,10 @@ from ..errors import RequestError
 from ..progress import working
 from .replay import (
     WORKING_BYTES,
+    check_replays,
     errors_without,
     first_minimum,
+    gram_entries,
     gram_index,
     minima,
     reconstruction_loss,
@@ -57,11 +59,7 @@ class Replay:
         self.gram = gram
         self.sample = sample.long()
         self.weights = weights.double()
-        if not routing.replays:
-            raise RequestError(
-                "in this model shared experts take part in the choice, so what a layer gives with fewer experts does "
-                "not follow from its statistics; use a method of scores."
-            )
+        check_replays(routing)
         self.num_tokens, self.num_experts = len(logits), logits.shape[1] - routing.fixed
         self.index = gram_index(self.num_experts)
         if routing.ranked:
@@ -72,7 +70,7 @@ class Replay:
         logits, routing = self.logits, self.routing
         # The unpruned layer's choice is the model's own; where experts tie, it decides which of them comes first.
         chosen, _ = routing.choose(logits)
-        first = torch.zeros(logits.shape).scatter_(1, chosen, 1.0).sort(dim=1, descending=True, stable=True).indices
+        first = _in_front(chosen, logits.shape[1])
         ranking = routing.ranking(logits)
         self.order = first.gather(1, ranking.gather(1, first).sort(dim=1, descending=True, stable=True).indices)
         # An expert's weight is y over a sum of x; every sum over a subset of experts is a sum of these.
@@ -83,9 +81,12 @@ class Replay:
         normalised = self.x if self.over_retained else self.x.gather(1, chosen)
         weight = self.y.gather(1, chosen) / self.normaliser(normalised.sum(dim=1, keepdim=True))
         # G pi and pi^T G pi of the unpruned layer.
-        self.gram_pi = torch.stack(
-            [(self._gram_at(chosen, expert) * weight).sum(1) for expert in range(self.num_experts)], dim=1
-        )
+        size = max(1, WORKING_BYTES // (16 * chosen.shape[1] * self.num_experts))
+        self.gram_pi = torch.empty(self.num_tokens, self.num_experts, dtype=torch.float64)
+        for tokens in torch.arange(self.num_tokens).split(size):
+            entries = self.index[chosen[tokens]]
+            among = self.gram[int(tokens[0]) : int(tokens[-1]) + 1].gather(1, entries.flatten(1)).view(entries.shape)
+            self.gram_pi[tokens] = (among.double() * weight[tokens, :, None]).sum(1)
         self.energy = (self.gram_pi.gather(1, chosen) * weight).sum(1)
 
     def normaliser(self, total: Tensor) -> Tensor:
@@ -98,6 +99,10 @@ class Replay:
         """Entries of the Gram matrices at expert ids ``rows, columns`` (broadcast, token first), in float64."""
         entries = self.index[rows, columns]
         return self.gram.gather(1, entries.reshape(len(entries), -1)).reshape(entries.shape).double()
+
+    def gram_among(self, tokens: Tensor, experts: Tensor) -> Tensor:
+        """Of some tokens ``(n,)`` the entries among experts of their own ``(n, k)``: ``(n, k, k)`` float64."""
+        return gram_entries(self.gram, tokens, self.index[experts[:, :, None], experts[:, None, :]])
 
     # -- losses
 
@@ -281,84 +286,102 @@ class Replay:
 
 
 class _Elimination:
-    """What greedy elimination keeps between steps: for each token its best ``K + 1`` experts of those alive."""
+    """What greedy elimination keeps between steps: of each token its best ``K + 1`` experts of those alive.
+
+    And what follows from them, which changes only for the tokens that lose one of them:
+    ``quadratic``, ``linear`` and ``total`` (the sums that an error is made of) in column j without the j-th best, its
+    successor moved up, and in the last one as they are; and where no other experts count in it, the error itself.
+    """
 
     def __init__(self, replay: Replay, alive: Tensor) -> None:
         self.replay = replay
         self.alive = alive
-        tokens, width = replay.num_tokens, min(replay.routing.top_k + 1, replay.num_experts)
-        self.best = torch.zeros(tokens, width, dtype=torch.int64)
-        self.x, self.linear = torch.zeros(2, tokens, width, dtype=torch.float64)
-        self.products = torch.zeros(tokens, width, width, dtype=torch.float64)
         if replay.over_retained:
             self.tail = replay.x.clone()  # numerators of those alive beyond the best
-        self._refresh(torch.arange(tokens))
+        self._allocate(min(replay.routing.top_k + 1, replay.num_experts))
+        self._refresh(torch.arange(replay.num_tokens))
+
+    def _allocate(self, width: int) -> None:
+        tokens, top_k = self.replay.num_tokens, self.replay.routing.top_k
+        self.width, self.top_k = width, min(top_k, width)
+        self.best = torch.zeros(tokens, width, dtype=torch.int64)
+        self.keeps = 1.0 - torch.eye(width, dtype=torch.float64)
+        if width <= top_k:  # all alive are chosen, nobody moves up
+            self.keeps = torch.cat([self.keeps, torch.ones(width, 1, dtype=torch.float64)], dim=1)
+        if self.replay.over_retained:
+            self.chosen_x = torch.zeros(tokens, width, dtype=torch.float64)
+            self.sums = torch.zeros(3, tokens, self.keeps.shape[1], dtype=torch.float64)
+        else:
+            self.now = torch.zeros(tokens, dtype=torch.float64)
+            self.more = torch.zeros(tokens, self.top_k, dtype=torch.float64)
 
     def _refresh(self, rows: Tensor) -> None:
         """Find the best of those alive anew for some tokens."""
-        replay, width = self.replay, min(self.best.shape[1], int(self.alive.sum()))
-        best = _best_of(self.alive, replay.order[rows], width)
+        replay, keeps = self.replay, self.keeps
+        best = _best_of(self.alive, replay.order[rows], self.width)
         x = replay.x[rows].gather(1, best)
         y = x if replay.y is replay.x else replay.y[rows].gather(1, best)
-        if width < self.best.shape[1]:  # fewer than top_k + 1 alive: the same for every token
-            self.best, self.x, self.linear = self.best[:, :width], self.x[:, :width], self.linear[:, :width]
-            self.products = self.products[:, :width, :width]
-        self.best[rows], self.x[rows] = best, x
-        self.linear[rows] = y * replay.gram_pi[rows].gather(1, best)
-        gram = replay.gram[rows].gather(1, replay.index[best[:, :, None], best[:, None, :]].flatten(1))
-        self.products[rows] = gram.double().view(len(rows), width, width) * y[:, :, None] * y[:, None, :]
+        products = replay.gram_among(rows, best) * y[:, :, None] * y[:, None, :]
+        quadratic = products.flatten(1) @ (keeps[:, None, :] * keeps[None, :, :]).flatten(0, 1)
+        linear = (y * replay.gram_pi[rows].gather(1, best)) @ keeps
+        self.best[rows] = best
         if replay.over_retained:
+            self.chosen_x[rows] = x
+            self.sums[:, rows] = torch.stack([quadratic, linear, x @ keeps])
             self.tail[rows] = (replay.x[rows] * self.alive).scatter(1, best, 0.0)
+            return
+        errors = self._squared(quadratic, x @ keeps, linear, replay.energy[rows, None])
+        now = errors[:, -1].clone()
+        if self.width > self.top_k:
+            now[(best[:, : self.top_k] == replay.order[rows, : self.top_k]).all(1)] = 0
+        self.now[rows], self.more[rows] = now, errors[:, : self.top_k] - now[:, None]
+
+    def _squared(self, quadratic: Tensor, total: Tensor, linear: Tensor, energy: Tensor) -> Tensor:
+        norm = self.replay.normaliser(total)
+        return (quadratic / norm.square() - 2 * linear / norm + energy).clamp_(min=0)
 
     def drop(self, expert: int) -> None:
         """Go on without an expert that ``alive`` no longer holds."""
         if self.replay.over_retained:
             self.tail[:, expert] = 0
-        affected = (self.best == expert).any(1)
-        if int(self.alive.sum()) < self.best.shape[1]:
-            affected[:] = True
-        self._refresh(affected.nonzero().flatten())
+        left = int(self.alive.sum())
+        if left < self.width:  # fewer than top_k + 1 alive: the same for every token
+            self._allocate(left)
+            self._refresh(torch.arange(self.replay.num_tokens))
+        else:
+            self._refresh((self.best == expert).any(1).nonzero().flatten())
 
     def losses_without(self) -> Tensor:
         """The loss after dropping each expert, ``(E,)``; meaningless for those not alive."""
-        replay = self.replay
-        width = self.best.shape[1]
-        top_k = min(replay.routing.top_k, width)
-        # Column j: the chosen without the j-th best, its successor moved up; last: the chosen as they are.
-        keeps = 1.0 - torch.eye(width, dtype=torch.float64)
-        if width <= replay.routing.top_k:  # all alive are chosen, nobody moves up
-            keeps = torch.cat([keeps, torch.ones(width, 1, dtype=torch.float64)], dim=1)
-        quadratic = self.products.flatten(1) @ (keeps[:, None, :] * keeps[None, :, :]).flatten(0, 1)
-        linear = self.linear @ keeps
-        total = self.x @ keeps
-        energy = replay.energy[:, None]
+        replay, top_k = self.replay, self.top_k
         samples, experts = len(replay.weights), replay.num_experts
-
-        def squared(q: Tensor, total: Tensor, b: Tensor) -> Tensor:
-            norm = replay.normaliser(total)
-            return (q / norm.square() - 2 * b / norm + energy).clamp_(min=0)
-
         if not replay.over_retained:  # only tokens that the dropped expert was chosen for change
-            errors = squared(quadratic, total, linear)
-            now = errors[:, -1].clone()
-            if width > top_k:
-                now[(self.best[:, :top_k] == replay.order[:, :top_k]).all(1)] = 0
-            totals = torch.zeros(samples, dtype=torch.float64).index_add_(0, replay.sample, now)
+            totals = torch.zeros(samples, dtype=torch.float64).index_add_(0, replay.sample, self.now)
             totals = totals[:, None].repeat(1, experts)
-            difference = errors[:, :top_k] - now[:, None]
             slot = replay.sample[:, None] * experts + self.best[:, :top_k]
-            totals.view(-1).index_add_(0, slot.flatten(), difference.flatten())
-        else:
-            rest = self.tail.sum(1, keepdim=True)
-            everyone = self.x.sum(1, keepdim=True) + rest
-            errors = squared(quadratic[:, -1:], everyone - self.tail, linear[:, -1:])
-            chosen = squared(quadratic[:, :top_k], total[:, :top_k] + rest, linear[:, :top_k])
-            errors.scatter_(1, self.best[:, :top_k], chosen)
-            if width > top_k:
-                without_next = self.x[:, :top_k].sum(1, keepdim=True) + rest
-                errors.scatter_(1, self.best[:, top_k:], squared(quadratic[:, -1:], without_next, linear[:, -1:]))
-            totals = torch.zeros(samples, experts, dtype=torch.float64).index_add_(0, replay.sample, errors)
+            totals.view(-1).index_add_(0, slot.flatten(), self.more.flatten())
+            return replay.weights @ totals.clamp_(min=0).sqrt_()
+        quadratic, linear, total = self.sums
+        energy, rest = replay.energy[:, None], self.tail.sum(1, keepdim=True)
+        everyone = self.chosen_x.sum(1, keepdim=True) + rest
+        errors = self._squared(quadratic[:, -1:], everyone - self.tail, linear[:, -1:], energy)
+        chosen = self._squared(quadratic[:, :top_k], total[:, :top_k] + rest, linear[:, :top_k], energy)
+        errors.scatter_(1, self.best[:, :top_k], chosen)
+        if self.width > top_k:
+            without_next = self.chosen_x[:, :top_k].sum(1, keepdim=True) + rest
+            next_gone = self._squared(quadratic[:, -1:], without_next, linear[:, -1:], energy)
+            errors.scatter_(1, self.best[:, top_k:], next_gone)
+        totals = torch.zeros(samples, experts, dtype=torch.float64).index_add_(0, replay.sample, errors)
         return replay.weights @ totals.clamp_(min=0).sqrt_()
+
+
+def _in_front(chosen: Tensor, num_experts: int) -> Tensor:
+    """All experts for each token ``(T, E)``, the chosen ones ``(T, K)`` first, both in rising order."""
+    is_chosen = torch.zeros(len(chosen), num_experts, dtype=torch.int64).scatter_(1, chosen, 1)
+    before = is_chosen.cumsum(1)
+    everyone = torch.arange(num_experts).expand_as(is_chosen)
+    place = torch.where(is_chosen > 0, before - 1, chosen.shape[1] + everyone - before)
+    return torch.empty_like(is_chosen).scatter_(1, place, everyone)
 
 
 def _best_of(member: Tensor, order: Tensor, count: int) -> Tensor:

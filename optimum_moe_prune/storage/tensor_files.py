@@ -197,6 +197,25 @@ def read_tensors(path: str | os.PathLike, names: Iterable[str]) -> dict[str, Ten
         raise RequestError(f"{path} cannot be read: {error or 'it became shorter while it was read'}.") from error
 
 
+def map_tensor(path: str | os.PathLike, name: str) -> Tensor:
+    """A tensor of a file as the file's pages, which are read when they are touched. What is written to it is lost.
+
+    Raises:
+        RequestError: If the file is missing, truncated or damaged, or lacks it.
+    """
+    entries, _ = read_header(path)
+    entry = entries.get(name)
+    dtype = None if entry is None else TORCH_DTYPES.get(entry.dtype)
+    if entry is None or dtype is None or not entry.nbytes or entry.begin % dtype.itemsize:
+        return read_tensors(path, [name])[name]
+    try:
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants memory that can be written
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(entry.shape), offset=entry.begin).view(entry.shape)
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> Json:
     found = dict(pairs)
     if len(found) < len(pairs):

@@ -14,6 +14,7 @@ from synthetic import GroupedTopK, random_statistics
 from optimum_moe_prune import CalibrationStats, MoEPrunerConfig, PruningPlan, RequestError, RunError, Sensitivity
 from optimum_moe_prune.evaluation.sensitivity_sets import check_grid, layer_sets
 from optimum_moe_prune.methods import get_method, list_methods, registry
+from optimum_moe_prune.methods.generalists import losses_alone
 from optimum_moe_prune.methods.mosaic import Options, cluster_layer, cut, performance_vectors, token_domains, ward_tree
 from optimum_moe_prune.methods.replay import reconstruction_loss, squared_errors
 from optimum_moe_prune.methods.variability import variability_scores
@@ -140,7 +141,7 @@ def test_what_is_said_of_searches_counts_equal_sets_alone(stats: CalibrationStat
     assert [int(note.split()[0]) for note in notes if "eliminated" in note] == [4 * 20, 10 * 10, 20 * 10]
 
 
-@pytest.mark.parametrize(("asked", "made"), [(1, 6), (6, 6), (7, 8)])
+@pytest.mark.parametrize(("asked", "made"), [(2, 6), (6, 6), (7, 8)])
 def test_generalists_are_the_best_set_that_can_be_a_layer(stats: CalibrationStats, asked: int, made: int) -> None:
     for method in ("mosaic", "variability"):
         plan = planned(stats, method=method, num_experts=10, method_options={"num_generalists": asked})
@@ -150,6 +151,15 @@ def test_generalists_are_the_best_set_that_can_be_a_layer(stats: CalibrationStat
         assert plan.provenance["notes"].count(said) == (asked != made)
     with pytest.raises(RequestError, match="num_generalists is 9, and the budget keeps 8"):
         planned(stats, method="mosaic", num_experts=8, method_options={"num_generalists": 9})
+
+
+def test_one_generalist_stays_one(stats: CalibrationStats) -> None:
+    """One expert alone is no layer, but its error is known; the groups' places are filled all the same."""
+    for method in ("mosaic", "variability"):
+        plan = planned(stats, method=method, num_experts=10, method_options={"num_generalists": 1})
+        assert not any("raised" in note for note in plan.provenance["notes"])
+        for layer, kept in plan.retained.items():
+            assert int(losses_alone(stats.layers[layer]).argmin()) in kept and of_groups(kept) == [5, 5]
 
 
 def test_variability_keeps_the_best_of_each_group(stats: CalibrationStats) -> None:

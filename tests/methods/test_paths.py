@@ -82,6 +82,40 @@ def test_max_marginals_are_the_best_path_through_each_node(holes: float) -> None
                 np.testing.assert_allclose(value, expected if every[0][0] > -np.inf else -np.inf, atol=1e-12)
 
 
+def trying_every_step(graph: Graph, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best paths with every step from every beginning tried: of equal ones the earlier beginning, then node."""
+    nodes, edges = graph
+    after = [np.zeros(len(nodes[-1]))]
+    for layer in range(len(nodes) - 2, -1, -1):
+        after.insert(0, (edges[layer] + (nodes[layer + 1] + after[0])).max(axis=1))
+    weight, paths = np.zeros(1), np.zeros((1, 0), dtype=int)
+    for layer, node in enumerate(nodes):
+        step = edges[layer - 1][paths[:, -1]] + node if layer else node[None]
+        candidates = weight[:, None] + step
+        potential = (candidates + after[layer]).ravel()
+        order = np.argsort(-potential, kind="stable")[:count]
+        order = order[potential[order] > -np.inf]
+        weight = candidates.ravel()[order]
+        beginning, last = np.divmod(order, len(node))
+        paths = np.concatenate([paths[beginning], last[:, None]], axis=1)
+    order = np.argsort(-weight, kind="stable")
+    return weight[order], paths[order]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("holes", [0.0, 0.4])
+@pytest.mark.parametrize("factors", [False, True])
+def test_steps_that_are_not_tried_would_not_have_been_taken(ties: bool, holes: float, factors: bool) -> None:
+    rng = np.random.default_rng(5)
+    for widths in ([12, 20, 9, 16, 30], [40, 40, 40, 40], [3, 50, 2, 50]):
+        nodes, edges = random_graph(rng, widths, ties, holes)
+        if factors:  # as transitions of means are: equal steps from every node
+            edges = [edge[:1] + edge[:, :1] for edge in edges]
+        for count in (1, 5, 60, 700):
+            found, expected = k_best_paths(nodes, edges, count), trying_every_step((nodes, edges), count)
+            assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
+
+
 def test_of_one_layer_every_node_is_a_path() -> None:
     nodes = [np.log([0.2, 0.5, 0.3])]
     weights, paths = k_best_paths(nodes, [], 5)

@@ -16,6 +16,8 @@ MISSING = "\N{EN DASH}"
 
 def plain(text: str) -> str:
     """Text without what is no character: control codes, halves of surrogates, changes of direction."""
+    if text.isprintable():  # as almost every text is, and pictures are, which have millions of characters
+        return text
     return "".join(
         c if c.isprintable() or c in "\n\t" else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text
     )
