@@ -46,10 +46,10 @@ FILES = {
     "rows.json": json.dumps({"rows": ROWS}).encode(),
     "strings.json": json.dumps(TEXTS).encode(),
     "lines.json": LINES.encode(),
-    "a.jsonl.gz": gzip.compress(LINES.encode()),
-    "a.json.gz": gzip.compress(json.dumps(ROWS).encode()),
-    "a.txt.gz": gzip.compress("\n\n".join(TEXTS).encode()),
-    "a.csv.gz": gzip.compress("\n".join(["text", *TEXTS]).encode()),
+    "a.jsonl.gz": gzip.compress(LINES.encode(), mtime=0),
+    "a.json.gz": gzip.compress(json.dumps(ROWS).encode(), mtime=0),
+    "a.txt.gz": gzip.compress("\n\n".join(TEXTS).encode(), mtime=0),
+    "a.csv.gz": gzip.compress("\n".join(["text", *TEXTS]).encode(), mtime=0),
     "a.jsonl.bz2": bz2.compress(LINES.encode()),
     "a.jsonl.xz": lzma.compress(LINES.encode()),
     "a.csv": ("text,n\r\n" + "".join(f'"{t}",1\r\n' for t in TEXTS)).encode("utf-8-sig"),
@@ -124,7 +124,7 @@ def test_tables_hold_long_fields_quotes_and_line_ends(tmp_path: Path, tokenizer:
         ("array.jsonl", b'[\n{"text": "w1 w2"}\n]\n', r"line 1 is not JSON.*; a file of one array is named \.json"),
         ("deep.jsonl", b"[" * 100_000, r"deep\.jsonl, line 1 is not JSON"),
         ("a.txt", b"w1 \xff", r"is not a text file \(no UTF-8 at byte 3\)"),
-        ("a.txt.gz", gzip.compress(b"w1 \xe2\x82"), r"is not a text file \(no UTF-8 at byte 5\)"),
+        ("a.txt.gz", gzip.compress(b"w1 \xe2\x82", mtime=0), r"is not a text file \(no UTF-8 at byte 5\)"),
     ],
 )
 def test_damaged_files_are_named(
