@@ -46,6 +46,7 @@ class Current:
         token_position: Its position in the sample ``(N,)``.
         samples: The numbers of the batch's samples ``(B,)``.
         lengths: Their tokens.
+        rows: Its tokens among all rows of hidden states, padding left out.
         padded: Whether the batch has rows that are no tokens.
         num_tokens: Tokens of the batch.
         kept_row: Among all kept tokens, those of the batch.
@@ -54,6 +55,7 @@ class Current:
 
     samples: Tensor
     lengths: Sequence[int]
+    rows: Tensor
     padded: bool
     num_tokens: int
     kept_row: Tensor
@@ -77,7 +79,7 @@ class Current:
     def set(self, batch: Batch) -> None:
         """Go on to a batch."""
         lengths = batch.attention_mask.sum(1)
-        tokens = batch.attention_mask.flatten().nonzero().flatten()
+        self.rows = tokens = batch.attention_mask.flatten().nonzero().flatten()
         self.samples, self.lengths = batch.samples, lengths.tolist()
         self.padded, self.num_tokens = len(tokens) < batch.attention_mask.numel(), len(tokens)
         kept, rows = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]

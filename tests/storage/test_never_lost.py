@@ -449,7 +449,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[tuple[int,
         seen: list[tuple[int, int]] = []
 
         def counting(self: LayerObserver, *args: torch.Tensor) -> torch.Tensor:
-            seen.append((self.block.layer, len(self.current.rows)))
+            seen.append((self.block.layer, self.current.num_tokens))
             if len(seen) == number:
                 raise Stopped
             return forward(self, *args)
