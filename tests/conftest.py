@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from transformers import (
 
 from optimum_moe_prune import CalibrationSet
 from optimum_moe_prune.models import precision
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY = 96
 SHAPE = {
