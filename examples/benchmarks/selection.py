@@ -139,7 +139,8 @@ def saved_stats(folder: str | Path, layers: int, experts: int, top_k: int, needs
 
 def warm_up() -> None:
     """Import what plans import."""
-    for name in ("scipy.cluster.hierarchy", "scipy.stats", "sklearn.cluster", "sklearn.metrics"):
+    names = ["scipy.cluster.hierarchy", "scipy.stats", "sklearn.cluster", "sklearn.metrics"]
+    for name in [*names, "jinja2", "matplotlib.backends.backend_svg", "matplotlib.figure", "matplotlib.style"]:
         importlib.import_module(name)
 
 

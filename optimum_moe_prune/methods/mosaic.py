@@ -25,8 +25,7 @@ What the paper leaves open, and what is done here:
   (below :math:`10^{-10}` of the domain's largest), counts as the domain's smallest real one: it tells that the expert
   is the best there, but by how many orders of magnitude is chance, and as a logarithm it would outweigh all
   differences between the others.
-- K-Means fits its centres on a seeded part of the kept tokens, as many as its number of domains asks for, and every
-  token goes to the nearest (``clustering.partition``; README of this folder).
+- K-Means looks for its start among a seeded part of the kept tokens (``clustering.partition``; README of this folder).
 - The tree is cut by merge order, so there are always exactly :math:`r - m` clusters.
 - Protected experts count as generalists.
 - Where a router has groups, of which each keeps the same number of experts, each group's other experts are clustered
@@ -258,8 +257,8 @@ def _decided_otherwise(
 def token_domains(layer: LayerStats, num_domains: int | Literal["auto"], seed: int) -> np.ndarray:
     """Domain of each kept token ``(N,)``, numbered from 0 without gaps, by K-Means on the block's inputs.
 
-    K-Means starts once, on a part of the tokens (``clustering.partition``). Measured on both small models, 8,192
-    tokens a layer, when it saw them all: the best of ten starts has an inertia lower by 0.3% to 0.8%, takes 6 to 20
+    K-Means starts once, among a part of the tokens (``clustering.partition``). Measured on both small models, 8,192
+    tokens a layer, with starts among all: the best of ten starts has an inertia lower by 0.3% to 0.8%, takes 6 to 20
     times as long (146 to 1,108 ms a layer), and the pruned models are no better for it. Nats lost with 1, 3, 5 and 10
     starts, means of three seeds: Mixtral, 25% removed, 0.807, 0.816, 0.797, 0.797, and 50%, 2.27, 2.03, 2.03, 2.03;
     Qwen2-MoE 0.073, 0.099, 0.085, 0.088 and 0.330, 0.401, 0.415, 0.359. The retained sets of a layer agree between two

@@ -44,19 +44,29 @@ def test_of_few_rows_it_is_plain_k_means() -> None:
     assert np.array_equal(partition(points, 7, 3, weights), expected)
 
 
+@pytest.fixture(params=["all rows are fitted", "some rows are fitted"])
+def most(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "some rows are fitted":
+        monkeypatch.setattr(clustering, "_MOST_TO_FIT", 600)
+        monkeypatch.setattr(clustering, "_TO_FIT", 20)
+
+
 @pytest.mark.parametrize(("count", "rows", "width"), [(3, 1000, 8), (20, 150, 200)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("most")
 def test_clouds_are_found_among_many_rows(count: int, rows: int, width: int, dtype: torch.dtype) -> None:
-    """Also where the start is looked for in a few directions, and only some rows are fitted."""
+    """Also where the start is looked for in a few directions."""
     points, label = clouds(count, rows, width)
+    points = points.to(dtype)
     before = points.clone()
-    found = partition(points.to(dtype), count, 0, np.ones(len(points)))
+    found = partition(points, count, 0, np.ones(len(points)))
     assert same(found, label)
-    assert np.array_equal(found, partition(points.to(dtype), count, 0, np.ones(len(points))))
+    assert np.array_equal(found, partition(points, count, 0, np.ones(len(points))))
     assert torch.equal(points, before)
 
 
-def test_some_rows_give_clusters_as_good_as_all() -> None:
+@pytest.mark.usefixtures("most")
+def test_clusters_are_as_good_as_with_a_start_among_all() -> None:
     points = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0))
     weights = np.random.default_rng(0).random(len(points)) + 0.5
     mine = [inertia(points, partition(points, 4, seed, weights), weights) for seed in range(4)]
@@ -68,6 +78,7 @@ def test_some_rows_give_clusters_as_good_as_all() -> None:
     assert len({tuple(partition(points, 4, seed, weights).tolist()) for seed in range(3)}) == 3
 
 
+@pytest.mark.usefixtures("most")
 def test_weights_decide_among_many_rows() -> None:
     """Three groups on a line, two clusters: a heavy outer group is one of its own."""
     group = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], 600))
@@ -77,6 +88,7 @@ def test_weights_decide_among_many_rows() -> None:
         assert same(label, (group == heavy).astype(int))
 
 
+@pytest.mark.usefixtures("most")
 def test_more_clusters_than_distinct_rows_leave_some_empty() -> None:
     points = torch.arange(3.0).repeat(300)[:, None]
     assert same(partition(points, 5, 0, np.ones(900)), points[:, 0].numpy().astype(int))

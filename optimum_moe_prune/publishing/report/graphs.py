@@ -190,7 +190,7 @@ def _draw_bands(axes: Axes, found: MosaicLayer, leaves: list[int]) -> list[int]:
     tinted = [(begin - 0.5, end - begin) for begin, end in list(itertools.pairwise(starts))[::2]]
     # All at once: a patch for each takes a tenth of the time of the whole figure.
     bands = axes.broken_barh(tinted, (0, 1), color="#e4ebf2", linewidth=0, zorder=0)
-    bands.set(transform=axes.get_xaxis_transform(), rasterized=len(leaves) > _MOST_LEAVES)
+    bands.set_transform(axes.get_xaxis_transform())
     chosen = [n for n, leaf in enumerate(leaves) if found.clusters.experts[leaf] in found.representatives]
     size = 5.5 if len(leaves) <= 64 else 3.5
     axes.plot(chosen, np.zeros(len(chosen)), "v", color=COLOURS[1], markersize=size, clip_on=False, zorder=5)
