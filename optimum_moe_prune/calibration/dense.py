@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs of all experts on some tokens, and what follows from them.
+"""Outputs of single experts, the chosen ones or all, and what follows from them.
+
+On a processor experts run a few at a time, as many as have outputs that stay in its cache: what is made of these then
+costs next to nothing, and there is no copy of all rows.
 
 Shapes: E experts, n tokens, K top_k, H hidden size.
 """
@@ -38,6 +41,39 @@ def chunk_size(rows: int, num_experts: int, hidden_size: int, itemsize: int, dev
     elif device.type == "cpu":
         nbytes = min(nbytes, 2 * _LEAST_BYTES)
     return max(1, nbytes // (num_experts * hidden_size * itemsize))
+
+
+def chosen_experts(own: ExpertsForward, x: Tensor, chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Outputs of the chosen experts ``(n, K, H)``, and their sizes (:func:`sizes_of`).
+
+    Args:
+        own: The experts' forward.
+        x: What goes into it ``(n, ...)``.
+        chosen: Ids of the experts ``(n, K)``.
+        dtype: Of the weights that it is called with.
+    """
+    top_k = chosen.shape[1]
+    if x.device.type != "cpu":
+        one = torch.ones(chosen.numel(), 1, dtype=dtype, device=x.device)
+        y = own(x.repeat_interleave(top_k, dim=0), chosen.reshape(-1, 1), one).view(*chosen.shape, -1)
+        return y, sizes_of(y)
+    ids, order = chosen.flatten().sort(stable=True)
+    one = torch.ones(len(ids), 1, dtype=dtype)
+    sizes = torch.empty(2, len(ids))
+    outputs: Tensor | None = None
+    most, begin, before = max(1, _CACHED_BYTES // (x.shape[1] * x.element_size())), 0, 0
+    for end in [*ids.bincount().cumsum(0).tolist(), -1]:  # where an expert's rows end
+        if begin < before and (end < 0 or end - begin > most):
+            slots = order[begin:before]
+            y = own(x[slots // top_k], ids[begin:before, None], one[begin:before])
+            if outputs is None:
+                outputs = y.new_empty(len(ids), y.shape[1])
+            outputs.index_copy_(0, slots, y)
+            sizes[:, slots] = sizes_of(y)
+            begin = before
+        before = end
+    assert outputs is not None
+    return outputs.view(*chosen.shape, -1), sizes.view(2, *chosen.shape)
 
 
 def every_expert(own: ExpertsForward, x: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:

@@ -35,7 +35,7 @@ from ..statistics.samples import fill_sums_of_kept
 from ..statistics.stats import LayerStats
 from ..storage.tensor_files import Shapes
 from .current import Current
-from .dense import chunk_size, every_expert, lone_errors, products, sizes_of, triangle, weighted_sum
+from .dense import chosen_experts, chunk_size, every_expert, lone_errors, products, sizes_of, triangle, weighted_sum
 from .outbox import Outbox, Take
 
 _PROVEN_TOKENS = 4096  # of the first batch, by which the routers' rule is proven
@@ -177,10 +177,8 @@ class LayerObserver:
         """The block's output ``(T, H)``; with routed norms, from the chosen experts' outputs, and their sizes."""
         if Need.ROUTED_NORMS not in self.needs:
             return own(x, chosen, weight), None
-        top_k = chosen.shape[1]
-        rows = x.repeat_interleave(top_k, dim=0)
-        y = own(rows, chosen.reshape(-1, 1), torch.ones_like(weight).view(-1, 1)).view(len(x), top_k, -1)
-        return weighted_sum(y, weight), sizes_of(y)
+        y, sizes = chosen_experts(own, x, chosen, weight.dtype)
+        return weighted_sum(y, weight), sizes
 
     def _dense(
         self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor
