@@ -113,9 +113,10 @@ class Outbox:
         def put() -> None:
             arrived()
             sizes = list(map(math.prod, shapes))
-            pieces = host.reshape(-1).split(sizes) if len(sizes) > 1 else [host]
-            for piece, shape, take in zip(pieces, shapes, takes, strict=True):
-                take(piece.view(shape))
+            with torch.inference_mode():  # a thread's own; in it both kinds of tensors can be written to
+                pieces = host.reshape(-1).split(sizes) if len(sizes) > 1 else [host]
+                for piece, shape, take in zip(pieces, shapes, takes, strict=True):
+                    take(piece.view(shape))
 
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "statistics")

@@ -52,7 +52,7 @@ def check_device(device: str) -> None:
         return
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise RequestError(f"device={device!r} cannot be used: {_first_sentence(error)}") from error
     if torch.device(device).type == "meta":
         raise RequestError("device='meta' calculates nothing; name one that does: cpu, cuda, auto ...")
@@ -119,6 +119,6 @@ def _first_sentence(error: Exception) -> str:
     first = str(error).splitlines()[0].split(". ")[0]
     if "at start of device string" in first:
         return "torch knows no such device."
-    if first.startswith("Could not run"):  # an operator for which its kind of device has nothing
+    if first.startswith("Could not run") or isinstance(error, ImportError):  # its kind of device has nothing here
         return "this build of torch is not made for it."
     return first.rstrip(".") + "."

@@ -15,7 +15,7 @@ from ..errors import RequestError
 from ..storage.values import Json
 from .files import MergedTensors, tensor_shapes
 from .needs import SINCE_FORMAT_3, SUMS_OF_KEPT, Need
-from .samples import Sample, sums_of_kept
+from .samples import Sample, asked_tokens, sums_of_kept
 
 
 class Part(Protocol):
@@ -51,7 +51,7 @@ def check_mergeable(parts: Sequence[Part]) -> None:
     for part in parts:
         _check_same("model", one.model.get("fingerprint"), part.model.get("fingerprint"))
         _check_same("seed", one.seed, part.seed)
-        _check_same("max_tokens", one.max_tokens, part.max_tokens)
+        _check_same("max_tokens", asked_tokens(one.max_tokens), asked_tokens(part.max_tokens))
         _check_same("needs", sorted(map(str, one.needs)), sorted(map(str, part.needs)))
         _check_same("the experts of each layer", one.num_experts, part.num_experts)
         _check_same("how its routers choose", one.routing, part.routing)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
+from ..storage.values import is_integer
 from .needs import SUMS_OF_KEPT
 
 MaxTokens = int | Literal["all"]
 """The most tokens for which statistics per token are kept."""
 
+_ALL = 2**63 - 1  # as most tokens: no bound
 _A_FEW = 8  # tokens of each sample that are kept before any sample's share
 
 
@@ -70,8 +72,21 @@ def equal_shares(domains: Sequence[str], count: int) -> list[int]:
 
 
 def most_tokens(max_tokens: MaxTokens) -> int:
-    """The number that is meant, as statistics hold it."""
-    return 2**63 - 1 if max_tokens == "all" else max_tokens
+    """The number that is meant, as statistics hold it.
+
+    Raises:
+        RequestError: If it is none.
+    """
+    if max_tokens == "all":
+        return _ALL
+    if not is_integer(max_tokens) or not 1 <= max_tokens <= _ALL:
+        raise RequestError(f'max_tokens is {max_tokens!r}; it must be an integer of at least 1 or "all".')
+    return max_tokens
+
+
+def asked_tokens(most: int) -> MaxTokens:
+    """What was asked for, of the number that statistics hold."""
+    return "all" if most == _ALL else most
 
 
 def keep_tokens(samples: Sequence[Sample], max_tokens: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,11 @@
 """What one calibration pass leaves behind, so that every method and budget can be planned later without the model.
 
 Sums over tokens are kept per sample, so that domains can be re-weighted and runs merged; what cannot be summed is kept
-per token, for the *kept tokens*: all of them up to ``max_tokens``, else those with the lowest hash of seed, sample and
-position, the same ones for any batch size, order or number of processes. Samples stand in the order of their hashes,
-so that nothing depends on the order they were seen in.
+per token, for the *kept tokens*: all of them up to ``max_tokens``, else each sample's share and at least a few of
+each, chosen by hashes of seed, sample and position (``samples.keep_tokens``), the same ones for any batch size, order
+or number of processes. What takes the output of every expert is gathered of these alone, and sums over it are
+estimated from them. Samples stand in the order of their hashes, so that nothing depends on the order they were seen
+in.
 
 Shapes: S samples, N kept tokens, E experts. ``storage/FORMATS.md`` describes the files.
 """

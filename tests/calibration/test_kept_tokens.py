@@ -115,3 +115,10 @@ def test_all_tokens_by_name_and_what_is_no_number() -> None:
     for wrong in (0, "some", 2.5, None):
         with pytest.raises(RequestError, match=r'max_tokens is .*an integer of at least 1 or "all"'):
             MoEPrunerConfig(max_tokens=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, None, True, 1.5, "8192", "ALL", 2**63])
+def test_a_wrong_number_of_kept_tokens_is_refused(wrong: object) -> None:
+    samples = CalibrationSet.build([torch.arange(9)])
+    with pytest.raises(RequestError, match=r"max_tokens is .*; it must be an integer of at least 1 or \"all\"\."):
+        collect(make_model(), samples, {Need.ROUTING}, max_tokens=wrong)  # type: ignore[arg-type]

@@ -132,6 +132,18 @@ def test_a_device_gives_the_same_statistics(
             assert torch.equal(found.layers[index].tensors[name], tensor), name
 
 
+def test_a_device_in_inference_mode_gives_the_same(samples: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that are made in it can be written to in it alone, and modes are a thread's own."""
+    model, needs = make_model(), {Need.ROUTING, Need.ROUTED_NORMS}
+    expected = collect(model, samples, needs, batch_size=5, max_tokens=60)
+    monkeypatch.setattr(in_memory, "Outbox", Beside)
+    with torch.inference_mode():
+        found = collect(model, samples, needs, batch_size=5, max_tokens=60)
+    for index, layer in expected.layers.items():
+        for name, tensor in layer.tensors.items():
+            assert torch.equal(found.layers[index].tensors[name], tensor), name
+
+
 def test_what_is_small_goes_out_once_a_batch(samples: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Beside] = []
     monkeypatch.setattr(in_memory, "Outbox", lambda: made.append(Beside()) or made[-1])

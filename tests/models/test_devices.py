@@ -91,11 +91,16 @@ def test_a_card_without_float64_is_passed_over_and_refused_by_name(monkeypatch: 
         Compute(device="mps").check()
 
 
-def test_a_device_that_torch_is_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError("Could not run 'aten::empty.memory_format' with arguments from the 'XPU' backend. It"),
+        ModuleNotFoundError("No module named 'torch.xpu'"),
+    ],
+)
+def test_a_device_that_torch_is_not_built_for(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def empty(*args: object, **named: object) -> None:
-        raise NotImplementedError(
-            "Could not run 'aten::empty.memory_format' with arguments from the 'XPU' backend. It"
-        )
+        raise error
 
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(RequestError, match=r"device='xpu' cannot be used: this build of torch"):

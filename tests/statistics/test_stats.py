@@ -192,6 +192,8 @@ def test_what_does_not_belong_together_is_not_merged(
         stats.merge(replace(coarse, model=stats.model))
     with pytest.raises(RequestError, match="seed is 0 in one and 3 in the other"):
         stats.merge(collect(make_model(), others, {Need.ROUTING}, seed=3))
+    with pytest.raises(RequestError, match="max_tokens is 8192 in one and all in the other"):
+        stats.merge(collect(make_model(), others, {Need.ROUTING}, max_tokens="all"))
 
 
 def test_domain_weights_set_the_share_of_tokens(samples: CalibrationSet) -> None:
