@@ -188,18 +188,39 @@ class CalibrationStats:
             RequestError: If a domain is missing or unknown, or a weight is not positive.
         """
         sums, kept, roots = torch.ones(len(self.samples), dtype=torch.float64), None, None
+        stands_for = self._stands_for()
+        if stands_for is not None:
+            kept, roots = stands_for, stands_for.sqrt()
         if domain_weights is not None:
             check_domain_weights(self.samples, domain_weights)
             tokens = torch.tensor([sample.num_tokens for sample in self.samples])
             num_kept = torch.bincount(self.token_sample.long(), minlength=len(self.samples)).double()
+            each = torch.ones_like(num_kept) if stands_for is None else stands_for
             sums, kept, roots = (
-                sample_weights(self.samples, domain_weights, amount) for amount in (tokens, num_kept, num_kept.sqrt())
+                sample_weights(self.samples, domain_weights, amount) * factor
+                for amount, factor in ((tokens, 1), (each * num_kept, each), ((each * num_kept).sqrt(), each.sqrt()))
             )
         layers = {
             index: replace(layer, sample_weights=sums, kept_weights=kept, root_weights=roots)
             for index, layer in self.layers.items()
         }
         return replace(self, layers=layers, domain_weights=None if domain_weights is None else dict(domain_weights))
+
+    def _stands_for(self) -> Tensor | None:
+        """How many tokens each kept one of a sample stands for, over the mean ``(S,)``; None where all stand for one.
+
+        At least a few tokens of each sample are kept, so that those of a short one stand for less. In formats 1 and 2
+        every token was as likely to be kept.
+        """
+        lengths = torch.tensor([sample.num_tokens for sample in self.samples], dtype=torch.float64)
+        if len(self.token_sample) == int(lengths.sum()):
+            return None
+        shares = keep_tokens(self.samples, self.max_tokens, self.seed)
+        if not (torch.equal(shares[0], self.token_sample) and torch.equal(shares[1], self.token_position)):
+            return None
+        num_kept = torch.bincount(self.token_sample.long(), minlength=len(self.samples))
+        each = torch.where(num_kept > 0, lengths / num_kept.clamp(min=1), 0.0)
+        return each * (len(self.token_sample) / (each * num_kept).sum())
 
     # -- files
 

@@ -10,6 +10,10 @@ with its length, and not in every method alike: call :math:`a_s` what it would c
   of one;
 - a vote of the whole sample (Pathfinder's participation): :math:`a_s = 1`.
 
+Where not all tokens are kept, each of the :math:`N_s` kept ones stands for :math:`r_s = T_s / N_s` (up to a common
+factor), since of every sample at least a few are kept: kept tokens count with :math:`r_s`, roots with
+:math:`\sqrt{r_s}`, also where no domain weights are set, and :math:`N_s` above is :math:`r_s N_s`.
+
 With the share :math:`\omega_d` of domain d (the shares add up to 1) a sample of the domain counts
 
 .. math:: w_s = \omega_d \frac{\sum_{s'} a_{s'}}{\sum_{s' \in d} a_{s'}}, \qquad \sum_s w_s A_s \propto

@@ -109,6 +109,25 @@ def test_what_is_kept_is_as_if_all_were(
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_kept_tokens_stand_for_all_of_their_samples(samples: CalibrationSet) -> None:
+    """Of short samples more are kept than their share; they do not count more for it."""
+    few = collect(make_model(), samples, {Need.ROUTING, Need.GRAM}, max_tokens=120)
+    kept = torch.bincount(few.token_sample, minlength=len(samples))
+    lengths = torch.tensor([sample.num_tokens for sample in samples.samples]).double()
+    assert len(set((kept / lengths).tolist())) > 1
+    layer = few.with_domain_weights(None).layers[0]
+    share = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, few.token_sample, layer.token_weights)
+    torch.testing.assert_close(share / 120, lengths / lengths.sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(layer.loss_weights.square(), (lengths / kept) * 120 / lengths.sum(), rtol=1e-12, atol=0)
+    weighted = few.with_domain_weights({"low": 3.0, "high": 1.0}).layers[0]
+    low = torch.tensor([sample.domain == "low" for sample in samples.samples])
+    share = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, few.token_sample, weighted.token_weights)
+    torch.testing.assert_close(share[low].sum() / share.sum(), torch.tensor(0.75).double(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(share[low] / share[low].sum(), lengths[low] / lengths[low].sum(), rtol=1e-12, atol=0)
+    everything = collect(make_model(), samples, {Need.ROUTING, Need.GRAM}).with_domain_weights(None).layers[0]
+    assert everything.kept_weights is None and everything.root_weights is None
+
+
 def test_all_tokens_by_name_and_what_is_no_number() -> None:
     assert MoEPrunerConfig(max_tokens="all").max_tokens == "all"
     assert MoEPrunerConfig.from_dict(MoEPrunerConfig(max_tokens="all").to_dict()).max_tokens == "all"
