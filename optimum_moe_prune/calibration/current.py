@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.batches import Batch
+from ..models.transfers import sent
 from ..statistics.samples import MaxTokens, most_tokens
 from .samples import CalibrationSet
 
@@ -101,16 +102,9 @@ class Current:
         if device not in self._places:
             host = self._places[torch.device("cpu")]
             parts = (host.tokens, host.sample, host.kept, host.others)
-            self._places[device] = Places(*(to_device(part, device) for part in parts))
+            self._places[device] = Places(*(sent(part, device) for part in parts))
         return self._places[device]
 
     def real(self, tensor: Tensor) -> Tensor:
         """The rows of tokens."""
         return tensor[self.on(tensor.device).tokens] if self.padded else tensor
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on a device, without waiting for what the device does."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

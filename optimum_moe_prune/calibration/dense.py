@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..models.devices import free_bytes, has_own_memory
 from ..models.experts import ExpertsForward
 
 _CACHED_BYTES = 8 * 2**20  # outputs of a call on a processor, which stay in its cache
@@ -35,11 +36,10 @@ def chunk_size(rows: int, num_experts: int, hidden_size: int, itemsize: int, dev
         device: Where.
     """
     nbytes = max(rows * hidden_size * itemsize, _LEAST_BYTES)
-    if device.type == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        nbytes = min(nbytes, (torch.cuda.mem_get_info(device)[0] + idle) // _SHARE_OF_FREE)
-    elif device.type == "cpu":
+    if device.type == "cpu":
         nbytes = min(nbytes, 2 * _LEAST_BYTES)
+    elif has_own_memory(str(device)):
+        nbytes = min(nbytes, free_bytes(str(device)) // _SHARE_OF_FREE)
     return max(1, nbytes // (num_experts * hidden_size * itemsize))
 
 

@@ -18,6 +18,7 @@ from ..models.blocks import decoder_of, model_facts, moe_blocks
 from ..models.checks import check_finite, evaluating, input_device, usable_model, vocabulary
 from ..models.heads import Heads
 from ..models.transfers import sent
+from ..names import dtype_text
 from ..progress import working
 from ..provenance import now, versions
 from ..statistics import passages
@@ -143,7 +144,7 @@ def collect(
         needs,
         max_tokens,
         seed,
-        {"dtype": str(model.dtype).removeprefix("torch.")},
+        {"dtype": dtype_text(model.dtype)},
     )
 
 

@@ -8,6 +8,7 @@ stays until the batch is over, and goes out in one piece. On the host a thread o
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..models.transfers import Lane, lane_of
 
 _MOST_BYTES = 512 * 2**20  # that are on their way; beyond it the next waits for the first
 
@@ -37,7 +40,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self._held: list[_Held] = []
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._lanes: dict[torch.device, Lane | None] = {}
         self._writer: ThreadPoolExecutor | None = None
         self._under_way: deque[tuple[int, Future[None]]] = deque()
         self._begun = self._before = 0  # how many set out, in all and before the latest batch
@@ -128,15 +131,14 @@ class Outbox:
 
     def _copy(self, values: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """A copy on the host, and what waits for it."""
-        device = values.device
-        if device.type != "cuda":
+        if values.device not in self._lanes:
+            self._lanes[values.device] = lane_of(values.device)
+        lane = self._lanes[values.device]
+        if lane is None:
             return values.cpu(), lambda: None
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        stream = self._streams[device]
-        stream.wait_stream(torch.cuda.current_stream(device))
+        lane.follow()
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        with torch.cuda.stream(stream):
-            host.copy_(values, non_blocking=True)
-        values.record_stream(stream)  # its memory is not used anew before
-        return host, stream.record_event().synchronize
+        with lane.aside():
+            lane.copy(host, values)
+        lane.used_aside(values)
+        return host, functools.partial(lane.wait, lane.mark())

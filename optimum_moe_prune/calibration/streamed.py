@@ -18,6 +18,7 @@ from ..models.batches import Batch
 from ..models.heads import Heads
 from ..models.skeleton import Skeleton
 from ..models.transfers import Carrier, lane_of
+from ..names import dtype_text
 from ..progress import progress, working
 from ..statistics.files import layer_file
 from ..statistics.needs import Need
@@ -170,7 +171,7 @@ def collect_streamed(
         needs,
         max_tokens,
         seed,
-        {"dtype": str(skeleton.dtype).removeprefix("torch.")},
+        {"dtype": dtype_text(skeleton.dtype)},
     )
 
 

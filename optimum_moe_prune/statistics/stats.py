@@ -13,6 +13,7 @@ Shapes: S samples, N kept tokens, E experts. ``storage/FORMATS.md`` describes th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -188,7 +189,7 @@ class CalibrationStats:
             RequestError: If a domain is missing or unknown, or a weight is not positive.
         """
         sums, kept, roots = torch.ones(len(self.samples), dtype=torch.float64), None, None
-        stands_for = self._stands_for()
+        stands_for = self._stands_for
         if stands_for is not None:
             kept, roots = stands_for, stands_for.sqrt()
         if domain_weights is not None:
@@ -206,6 +207,7 @@ class CalibrationStats:
         }
         return replace(self, layers=layers, domain_weights=None if domain_weights is None else dict(domain_weights))
 
+    @functools.cached_property  # for each of many plans it would be worked out anew
     def _stands_for(self) -> Tensor | None:
         """How many tokens each kept one of a sample stands for, over the mean ``(S,)``; None where all stand for one.
 
