@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .config_checks import BUDGETS, MOST, check_numbers, check_words, one_budget, parts_of, steps_of
 from .environment import PACKAGE, is_newer, package_version
 from .errors import RequestError, nearest_first
-from .names import BY_SENSITIVITY, CONFIG_NAME, DROP, GLOBAL, KEEP, PRUNE, UNIFORM
+from .names import CONFIG_NAME, UNIFORM
 from .storage.files import write_text
 from .storage.kinds import RECIPE, reading
 from .storage.paths import check_name
-from .storage.values import Json, Values, fraction, is_integer, read_from, size_bytes
+from .storage.values import Json, Values, fraction, is_integer, read_from
 
 if TYPE_CHECKING:
     import os
@@ -29,17 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BUDGETS = ("num_experts", "sparsity", "total_experts", "fit")
-BITS = (2, 3, 4, 5, 6, 8, 16, 32)
-SAMPLE_SELECTIONS = ("first", "random", "kmeans")
-ALLOCATIONS = (UNIFORM, GLOBAL, BY_SENSITIVITY)
-MTP = (PRUNE, KEEP, DROP)
 
-
-_MOST = 2**63 - 1  # that other programs can hold
-
-
-def _setting(default: Any, help: str, metavar: str = "", least: int | None = None, most: int = _MOST) -> Any:
+def _setting(default: Any, help: str, metavar: str = "", least: int | None = None, most: int = MOST) -> Any:
     """A setting: default, help and placeholder on the command line; the bounds of a whole number."""
     metadata = {"help": help, "metavar": metavar, "least": least, "most": most}
     if isinstance(default, (dict, list)):
@@ -86,6 +78,13 @@ class MoEPrunerConfig:
         skip_bad: Leave out and count records that cannot be used; by default they are refused.
         sensitivity_samples: With ``allocation="sensitivity"``: samples to measure divergences on at most, in equal
             shares of the domains.
+        progressive: Calibrate each layer on the hidden states that the pruned layers before it leave.
+        recover: What is done after the cut to give back of what it cost: ``"refit"``, down projections of retained
+            experts in closed form, ``"distil"``, training against the original's output, or ``"refit,distil"``.
+        recover_what: What a distillation trains, of ``"experts"`` (down projections), ``"router"`` and ``"norms"``
+            (those before MoE blocks); by default all three.
+        recovery_samples: Samples of the calibration's texts to recover with at most, in equal shares of the domains;
+            by default all, which may be far more than ``num_samples``. A fifth of them is held back to judge.
         seed: For whatever is drawn.
         mtp: What becomes of heads for further tokens (MTP) in a checkpoint's files: ``"prune"``, as a layer is;
             ``"keep"``, whole; ``"drop"``, left out; None for what loads: pruned where every layer keeps the same
@@ -132,6 +131,14 @@ class MoEPrunerConfig:
     )
     skip_bad: bool = _setting(False, "leave out and count records that cannot be used")
     sensitivity_samples: int = _setting(32, "samples to measure divergences on", "N", least=1)
+    progressive: bool = _setting(False, "calibrate each layer on what the pruned layers before it leave")
+    recover: tuple[str, ...] = _setting((), "after the cut: refit, distil, or refit,distil", "refit|distil")
+    recover_what: tuple[str, ...] = _setting(
+        (), "with distil: what is trained, of experts,router,norms (default: all three)", "PART,PART"
+    )
+    recovery_samples: int | None = _setting(
+        None, "samples to recover with, in equal shares of the domains (default: all that are given)", "N", least=1
+    )
     seed: int = _setting(0, "for whatever is drawn", "S", least=0, most=2**32 - 1)
     mtp: str | None = _setting(
         None,
@@ -155,12 +162,14 @@ class MoEPrunerConfig:
         options = make_options(method, self.method_options)
         # Plain values, so that they compare and travel as JSON.
         self.method_options = {name: getattr(options, name) for name in self.method_options}
-        self._check_numbers()
-        texts = (("allocation", ALLOCATIONS), ("sample_selection", SAMPLE_SELECTIONS), ("mtp", MTP))
-        for name, known in texts:
-            value = getattr(self, name)
-            if value not in known and not (name in ("allocation", "mtp") and value is None):
-                raise RequestError(f"{name} {value!r} is not known. Known: {nearest_first(str(value), [*known])}.")
+        if isinstance(self.sparsity, str) and self.sparsity.strip().endswith("%"):
+            try:
+                self.sparsity = fraction(self.sparsity)
+            except RequestError as error:
+                raise RequestError(f"sparsity: {error}") from error
+        self.recover, self.recover_what = steps_of(self.recover), parts_of(self.recover_what)
+        check_numbers(self)
+        check_words(self)
         if self.allocation not in (None, *method.takes):
             raise RequestError(
                 f"allocation {self.allocation!r} is not for method {self.method!r}, which takes "
@@ -172,11 +181,6 @@ class MoEPrunerConfig:
                 "total_experts is for allocations 'global' and 'sensitivity', and the allocation is 'uniform'; give "
                 "num_experts or sparsity."
             )
-        check_clusters(self.sample_selection, self.num_clusters)
-        if not isinstance(self.text_column, (str, type(None))) or self.text_column == "":
-            raise RequestError(f"text_column is {self.text_column!r}; it must be the name of a column.")
-        if not isinstance(self.template_args, dict) or not all(isinstance(name, str) for name in self.template_args):
-            raise RequestError(f"template_args is {self.template_args!r}; it must give values by name.")
         self.template_args = dict(self.template_args)
         try:  # JSON has no integer keys
             self.protect = {int(layer): tuple(experts) for layer, experts in self.protect.items()}
@@ -189,37 +193,6 @@ class MoEPrunerConfig:
                 f"protect must be {{layer: [expert, ...]}} and skip_layers [layer, ...]; they are {self.protect!r} "
                 f"and {self.skip_layers!r}."
             ) from error
-
-    def _check_numbers(self) -> None:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise _one_budget(given)
-        if isinstance(self.sparsity, str) and self.sparsity.strip().endswith("%"):
-            try:
-                self.sparsity = fraction(self.sparsity)
-            except RequestError as error:
-                raise RequestError(f"sparsity: {error}") from error
-        if self.sparsity is not None and (not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1):
-            raise RequestError(
-                f"sparsity is {self.sparsity!r}; the fraction of experts to remove lies between 0 and 1."
-            )
-        if self.fit is not None:
-            size_bytes(self.fit, "fit")
-            if self.bits not in (None, *BITS):
-                raise RequestError(f"bits is {self.bits!r}; it must be one of {', '.join(map(str, BITS))}.")
-        elif self.bits is not None or self.context:
-            raise RequestError(f"{'context' if self.bits is None else 'bits'} is for fit=SIZE, and none is given.")
-        for setting in dataclasses.fields(self):
-            value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
-            if isinstance(setting.default, bool) and not isinstance(value, bool):
-                raise RequestError(f"{setting.name} is {value!r}; it must be true or false.")
-            if least is None or (value is None and setting.default is None):
-                continue
-            or_all = ' or "all"' if setting.name == "max_tokens" else ""
-            if (not or_all or value != "all") and (not is_integer(value) or not least <= value <= most):
-                too_large = is_integer(value) and value > most
-                bounds = f"at least {least}" + (f" and at most {most}" if most < _MOST or too_large else "")
-                raise RequestError(f"{setting.name} is {value!r}; it must be an integer of {bounds}{or_all}.")
 
     @property
     def allocates(self) -> str:
@@ -255,7 +228,7 @@ class MoEPrunerConfig:
             RequestError: If none of ``num_experts``, ``sparsity``, ``total_experts`` and ``fit`` is given.
         """
         if not self.has_budget:
-            raise _one_budget([])
+            raise one_budget([])
 
     # -- plain values and files
 
@@ -263,7 +236,8 @@ class MoEPrunerConfig:
         """As plain JSON values."""
         values = dataclasses.asdict(self)
         values["protect"] = {str(layer): list(experts) for layer, experts in sorted(self.protect.items())}
-        values["skip_layers"] = list(self.skip_layers)
+        for name in ("skip_layers", "recover", "recover_what"):
+            values[name] = list(getattr(self, name))
         return values
 
     @classmethod
@@ -373,27 +347,3 @@ class MoEPrunerConfig:
             path, values = read_recipe(name_or_path, file_name, hub)
             with read_from(path):
                 return cls.from_dict(values, **kwargs)
-
-
-def check_clusters(sample_selection: str, num_clusters: Any) -> None:
-    """Refuse a number of clusters that cannot be meant.
-
-    Raises:
-        RequestError: If it is below 1, or samples are not selected by clusters.
-    """
-    if num_clusters is None:
-        return
-    if num_clusters != "auto" and not (is_integer(num_clusters) and num_clusters >= 1):
-        raise RequestError(f'num_clusters is {num_clusters!r}; it must be an integer of at least 1, or "auto".')
-    if sample_selection != "kmeans":
-        raise RequestError(
-            f"num_clusters is for sample_selection 'kmeans', and sample_selection is {sample_selection!r}."
-        )
-
-
-def _one_budget(given: list[str]) -> RequestError:
-    return RequestError(
-        "exactly one of num_experts (to retain in each layer), sparsity (fraction to remove), fit (the memory it has "
-        "to fit in) and total_experts (to retain in the whole model) is needed; given: "
-        f"{' and '.join(given) or 'none'}."
-    )

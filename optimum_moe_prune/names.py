@@ -31,6 +31,13 @@ UNIFORM = "uniform"
 GLOBAL = "global"
 BY_SENSITIVITY = "sensitivity"
 
+# What is done after the cut, and with what.
+REFIT = "refit"
+DISTIL = "distil"
+EXPERTS = "experts"
+ROUTER = "router"
+NORMS = "norms"
+
 # What becomes of heads for further tokens (MTP).
 PRUNE = "prune"
 KEEP = "keep"

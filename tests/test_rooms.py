@@ -29,11 +29,13 @@ ORDER = (
     "models",
     "statistics",  # what methods read and calibrations leave behind, so it stands above both
     "methods",
+    "config_checks",
     "config",  # a recipe names a method and its options
     "calibration",  # gathers what methods and recipes say they need
     "planning",
     "surgery",
     "evaluation",
+    "recovery",
     "publishing",
     "pruner",
     "commands",

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..checkpoints.source import Source
 from ..compat import ModelConfig, text_config
-from ..config import SAMPLE_SELECTIONS, MoEPrunerConfig, check_clusters
+from ..config import MoEPrunerConfig
+from ..config_checks import SAMPLE_SELECTIONS, check_clusters
 from ..errors import RequestError
 from ..models.batches import Batch
 from ..progress import progress
@@ -291,10 +292,12 @@ class CalibrationSet:
         """At most so many of the samples, in equal shares of the domains; their hashes decide which."""
         order = sorted(range(len(self)), key=lambda i: self.samples[i].domain)
         dealt = equal_shares([self.samples[i].domain for i in order], num_samples)
-        chosen = sorted(order[i] for i in dealt)
-        samples, token_ids = tuple(self.samples[i] for i in chosen), tuple(self.token_ids[i] for i in chosen)
-        settings = {**self.settings, "sensitivity_samples": num_samples}
-        return CalibrationSet(samples, token_ids, sources=self.sources, settings=settings)
+        return self.of(sorted(order[i] for i in dealt), {"sensitivity_samples": num_samples})
+
+    def of(self, numbers: Sequence[int], settings: Values | None = None) -> CalibrationSet:
+        """The samples of these numbers, in rising order; ``settings`` say how they were chosen."""
+        samples, token_ids = tuple(self.samples[i] for i in numbers), tuple(self.token_ids[i] for i in numbers)
+        return CalibrationSet(samples, token_ids, sources=self.sources, settings={**self.settings, **(settings or {})})
 
     def kept_tokens(self, max_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
         """Sample and position of the tokens for which statistics per token are kept; see ``keep_tokens``."""

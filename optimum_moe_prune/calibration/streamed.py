@@ -8,13 +8,12 @@ mapping, the hidden states of all calibration samples go through it, its statist
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..compat import text_config
-from ..models.batches import Batch
 from ..models.heads import Heads
 from ..models.skeleton import Skeleton
 from ..models.transfers import Carrier, lane_of
@@ -25,12 +24,13 @@ from ..statistics.needs import Need
 from ..statistics.samples import MaxTokens
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
-from ..storage.tensor_files import Shapes, shapes_bytes
+from ..storage.tensor_files import Shapes
 from .current import Current
 from .in_memory import assemble, statistics_bytes
 from .observer import LayerObserver, Routed, observers_of
 from .outbox import Outbox
 from .samples import CalibrationSet
+from .states import States, state_shapes
 
 
 def collect_streamed(
@@ -110,7 +110,7 @@ def collect_streamed(
 
     skeleton.prepare()
     with skeleton.running(), skeleton.reading_ahead() as ahead, contextlib.ExitStack() as stack:
-        states = _States(store, _state_shapes(batches, skeleton.state_shape, top_k), Carrier(lane_of(skeleton.device)))
+        states = States(store, state_shapes(batches, skeleton.state_shape, top_k), Carrier(lane_of(skeleton.device)))
         counts = {block.layer: block.num_experts for block in (*skeleton.blocks, *of_heads)}
         store.check_space(statistics_bytes(counts, needs, current, config) + 2 * states.nbytes)
         if store.finished:
@@ -173,80 +173,3 @@ def collect_streamed(
         seed,
         {"dtype": dtype_text(skeleton.dtype)},
     )
-
-
-class _States:
-    """The hidden states between two layers, of every batch, and what was chosen in the last MoE layer.
-
-    With a folder there are two files: a layer reads one and writes the other, so that the one it began with is whole
-    until the layer is finished.
-    """
-
-    def __init__(self, store: Store, shapes: Shapes, carrier: Carrier) -> None:
-        self._store = store
-        self._shapes = shapes
-        self._carrier = carrier
-        self._last = sum(name.startswith("hidden_") for name in shapes) - 1
-        self._files: list[Mapping[str, Tensor]] = []
-        self._from = self._to = 0
-        self._coming: Iterator[Tensor] = iter(())
-
-    @property
-    def nbytes(self) -> int:
-        """What one file takes."""
-        return shapes_bytes(self._shapes)
-
-    def begin(self, embedded: Iterable[Tensor]) -> None:
-        """Make room, and fill in what goes into the first layer."""
-        copies = 1 if self._store.folder is None else 2
-        self._files = [self._store.tensors(_states_file(copy), self._shapes) for copy in range(copies)]
-        for number, hidden in enumerate(embedded):
-            self._carrier.put(hidden, self._files[0][f"hidden_{number}"])
-        self._carrier.finish()
-
-    def open(self) -> None:
-        """Take up what an interrupted run left."""
-        self._files = [self._store.tensors(_states_file(copy), self._shapes, keep=True) for copy in range(2)]
-
-    def whole(self, index: int) -> list[str]:
-        """The file with what goes into a layer."""
-        return [_states_file(index % len(self._files))]
-
-    def turn(self, index: int) -> None:
-        """Go on to a layer."""
-        self._from, self._to = index % len(self._files), (index + 1) % len(self._files)
-        held = self._files[self._from]
-        self._coming = self._carrier.each(held[f"hidden_{number}"] for number in range(self._last + 1))
-
-    def hidden(self) -> Tensor:
-        """The state that goes into the layer, where the layer is; asked for one after another."""
-        return next(self._coming)
-
-    def chosen(self, number: int) -> Tensor:
-        """The experts chosen in the MoE layer before ``(T, K)``."""
-        return self._files[self._from].get(f"chosen_{number}", torch.zeros(0))
-
-    def put(self, number: int, hidden: Tensor, chosen: Tensor | None) -> None:
-        """Store what came out of the layer; with the last batch all of it is there."""
-        self._carrier.put(hidden, self._files[self._to][f"hidden_{number}"])
-        if f"chosen_{number}" in self._shapes:
-            self._carrier.put(
-                self.chosen(number) if chosen is None else chosen, self._files[self._to][f"chosen_{number}"]
-            )
-        if number == self._last:
-            self._carrier.finish()
-
-
-def _states_file(copy: int) -> str:
-    return f"states_{copy}.safetensors"
-
-
-def _state_shapes(
-    batches: Sequence[Batch], state_shape: Callable[[Batch], tuple[tuple[int, ...], torch.dtype]], top_k: int | None
-) -> Shapes:
-    shapes: Shapes = {}
-    for number, batch in enumerate(batches):
-        shapes[f"hidden_{number}"] = state_shape(batch)
-        if top_k is not None:
-            shapes[f"chosen_{number}"] = ((int(batch.attention_mask.sum()), top_k), torch.int64)
-    return shapes

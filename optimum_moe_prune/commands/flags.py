@@ -26,6 +26,7 @@ V = TypeVar("V")
 METHOD = ("method", "method_options", "protect_super_experts")
 BUDGET = ("num_experts", "sparsity", "total_experts", "fit", "bits", "context", "allocation", "count_multiple_of")
 CHOICE = ("protect", "skip_layers")
+RECOVERY = ("recover", "recover_what", "recovery_samples")
 CALIBRATION = (
     "num_samples",
     "max_length",

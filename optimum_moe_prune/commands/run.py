@@ -32,7 +32,8 @@ class RunCommand(Command):
         group.add_argument(
             "--sensitivity", metavar="FILE", help="with --allocation sensitivity: what the command sensitivity wrote"
         )
-        flags.add_settings(group, ["seed", "mtp"])
+        flags.add_settings(group, ["progressive", "seed", "mtp"])
+        flags.add_settings(parser.add_argument_group("recovery"), flags.RECOVERY)
         flags.add_compute(parser, "the calibration; what is written keeps the checkpoint's")
         flags.add_writing(parser)
         publishing.add_publishing(parser)

@@ -17,7 +17,8 @@ from ..calibration.samples import CalibrationInput, CalibrationSet, sample_lengt
 from ..calibration.shares import check_same_samples
 from ..checkpoints.layout import Layout, identity
 from ..checkpoints.source import Source
-from ..config import ALLOCATIONS, MoEPrunerConfig
+from ..config import MoEPrunerConfig
+from ..config_checks import ALLOCATIONS
 from ..errors import RequestError, nearest_first
 from ..methods import list_methods
 from ..models.blocks import fingerprint, moe_blocks

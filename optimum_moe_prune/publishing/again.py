@@ -45,7 +45,7 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
         elif name == "protect" and isinstance(value, dict):
             for layer, experts in value.items():
                 command += ["--protect", f"{layer}:{','.join(map(str, experts))}"]
-        elif name == "skip_layers" and isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple)):
             command += [flag, ",".join(map(str, value))]
         elif value is True:
             command.append(flag)
