@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -24,3 +27,19 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         parts = zip(x.tensor_split(ends[:-1].tolist()), weight, strict=True)
         return torch.cat([rows @ matrix for rows, matrix in parts])
     return _grouped_mm(x, weight, ends)
+
+
+def run_plainly(experts: nn.Module) -> None:
+    """Have a module of experts run its own forward, whatever implementation its model was loaded with.
+
+    Why: others sort the rows that go through an expert, and not stably (``torch.sort`` in transformers 5.14 to 5.24),
+    so that what is seen inside them is of nobody knows which token. Which one runs is read from the config that the
+    module holds, a value that is not public.
+
+    Args:
+        experts: A module that nobody else uses; its config is replaced by a copy.
+    """
+    config: Any = getattr(experts, "config", None)
+    if hasattr(config, "_experts_implementation_internal"):
+        experts.config = copy.copy(config)
+        experts.config._experts_implementation_internal = "eager"  # no setter: that would reach parts of the config

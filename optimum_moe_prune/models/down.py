@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..architectures.structure import owner, part
+from ..compat.experts import run_plainly
 from ..errors import RunError
 from .blocks import MoEBlock
+from .widened import WIDENING
 
 _TOKENS = 5  # random ones, by which it is found
 _VIEWS = {
@@ -187,6 +189,10 @@ def _copied(source: nn.Module, cut: dict[int, Any], expert: int, count: int, dty
     made = copy.deepcopy(source, memo)
     for module in made.modules():
         module.__dict__.pop("forward", None)  # what stands in for it in the source
+        if WIDENING in module.__dict__:
+            del module.__dict__[WIDENING]
+            module.__class__ = type(module).__mro__[1]  # type: ignore[assignment]  # its own
+        run_plainly(module)
     return made
 
 

@@ -17,6 +17,7 @@ from ..checkpoints.layout import Layout, model_dtype
 from ..checkpoints.plain import Plain
 from ..compat import WeightNames, build_on_meta, initialise, keep_from_initialising, text_config
 from ..errors import RequestError
+from ..storage.tensor_files import TORCH_DTYPES
 from ..storage.tensor_files import read_tensor as read_in_memory
 from .ahead import LayersAhead
 from .ahead import ReadAhead as _ReadAhead
@@ -97,6 +98,14 @@ class Skeleton(LayerByLayer):
         """As of any model; the embeddings are dropped afterwards."""
         with self.embeddings():
             yield from super().embedded(batches)
+
+    def placed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the checkpoint that make values of parameters (:meth:`Weights.placed`)."""
+        return {name: part for key, value in weights.items() for name, part in self._weights.placed(key, value).items()}
+
+    def dtype_in_files(self, parameter: str) -> torch.dtype:
+        """The precision in which the checkpoint holds a parameter."""
+        return TORCH_DTYPES[self.checkpoint.tensors[self._sources[parameter].names[0]].dtype]
 
     # -- loading
 
@@ -305,6 +314,29 @@ class Weights:
     def nbytes(self, parameters: Iterable[str]) -> int:
         """Bytes of parameters."""
         return sum(self.parameters[name].nbytes for name in parameters)
+
+    def placed(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """The tensors of the checkpoint that make a value of a parameter, as the files hold them.
+
+        Raises:
+            RequestError: If transformers makes the parameter in a way that cannot be undone here.
+        """
+        source = self.sources[name]
+        if source.converter is None:
+            return {source.names[0]: value}
+        if len(source.tensors) == 1:
+            ((pattern, names),) = source.tensors.items()
+            if source.by_expert:
+                return dict(zip(names, value, strict=True))
+            places = torch.arange(30, dtype=torch.float32).view(2, 3, 5)
+            made = self._names.converted(name, source.converter, {pattern: [places]}, source.first)
+            for turned in (value, value.mT) if len(names) == 1 and value.ndim == 3 else ():
+                if torch.equal(made, places if turned is value else places.mT):
+                    return {names[0]: turned}
+        raise RequestError(
+            f"{name} is made of {', '.join(source.names[:2])}{' ...' if len(source.names) > 2 else ''} in a way that "
+            "cannot be written back; load the model and recover it in memory."
+        )
 
     def load(self, parameters: Iterable[str]) -> None:
         """Read parameters, by their names in the model, into it."""

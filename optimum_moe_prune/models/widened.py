@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 4 * 2**20
 """Of widened weights that are there at once; a single expert may be larger."""
 
-_WIDENING = "_widening"  # the attribute by which a module knows that it is widened
+WIDENING = "_widening"  # the attribute by which a module knows that it is widened
 _Forward = Callable[..., Any]
 
 
@@ -64,7 +64,7 @@ def widened(model: Any, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         dtype: The precision; where it is no wider than the model's, nothing changes.
     """
     is_narrower = any(_is_narrower(tensor, dtype) for tensor in (*model.parameters(), *model.buffers()))
-    if not is_narrower or any(_WIDENING in module.__dict__ for module in model.modules()):  # once is enough
+    if not is_narrower or any(WIDENING in module.__dict__ for module in model.modules()):  # once is enough
         yield
         return
     widening = _Widening(dtype)
@@ -127,7 +127,7 @@ class _Widening:
             if not narrow and not isinstance(getattr(type(module), "dtype", None), property):
                 continue
             self._classes.append((module, type(module)))
-            module.__dict__[_WIDENING] = self
+            module.__dict__[WIDENING] = self
             module.__class__ = _widened_class(type(module))  # type: ignore[arg-type]  # a class has a hash
             if not narrow:
                 continue
@@ -150,7 +150,7 @@ class _Widening:
                 module.forward = forward
         for module, own in self._classes:
             module.__class__ = own
-            module.__dict__.pop(_WIDENING, None)
+            module.__dict__.pop(WIDENING, None)
         self._in_place_of.clear()
         self._rooms, self._last = {}, None
 
@@ -352,12 +352,12 @@ def _widened_class(own: type[nn.Module]) -> type[nn.Module]:
 
     def find(self: Any, name: str) -> Any:
         value = own.__getattr__(self, name)
-        return self.__dict__[_WIDENING].tensor(self, name, value) if isinstance(value, Tensor) else value
+        return self.__dict__[WIDENING].tensor(self, name, value) if isinstance(value, Tensor) else value
 
     members: dict[str, Any] = {"__getattr__": find, "__module__": own.__module__, "__doc__": own.__doc__}
     members["__qualname__"] = own.__qualname__
     if isinstance(getattr(own, "dtype", None), property):
-        members["dtype"] = property(lambda self: self.__dict__[_WIDENING].dtype)
+        members["dtype"] = property(lambda self: self.__dict__[WIDENING].dtype)
     return type(own.__name__, (own,), members)
 
 
