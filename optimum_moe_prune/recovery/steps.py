@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The course of a distillation: which text each step sees, how fast it learns, and which of its results is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..calibration.samples import CalibrationSet
+from ..errors import RequestError, RunError
+from ..models.batches import Batch
+from ..planning.sensitivity import ALL
+from .trained import EXPERTS, NORMS, ROUTER
+
+KL = dict[str, float]
+"""Nats per predicted token by domain, ``"all"`` first: every token of the samples weighs the same there."""
+
+FEWEST_HELD_BACK = 32
+"""Samples by which it can be judged well; of fewer there is a note."""
+WORSE = 0.05
+"""A result in which a domain's divergence grew by more than this share is not kept."""
+NOTHING = 1e-4
+"""Nats that are no difference."""
+
+_LEAST, _MOST, _EPOCHS = 60, 240, 6.0
+
+
+@dataclass(frozen=True)
+class DistilOptions:
+    """How a distillation is done.
+
+    Attributes:
+        steps: Changes of the weights; by default as many as go through the text six times, of 60 to 240.
+        tokens: Of each step, at least: whole samples are taken.
+        rates: By role the largest change of a step, relative to the numbers of a tensor (their root mean square).
+        warm_up: Steps in which the rate grows; afterwards it falls evenly to a tenth.
+        check_every: Steps between two looks at the held-back text.
+        patience: Looks in a row that find nothing better, after which it stops.
+        rank: Of the change of each down projection, 0 for any change; by default that where it fits in memory, else
+            16.
+        batch_size: Samples that go through the model at once.
+        seed: Of the order of the text.
+    """
+
+    steps: int | None = None
+    tokens: int = 512
+    rates: Mapping[str, float] = field(default_factory=lambda: {EXPERTS: 1e-3, ROUTER: 3e-3, NORMS: 3e-3})
+    warm_up: int = 10
+    check_every: int = 15
+    patience: int = 3
+    rank: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"tokens": 1, "check_every": 1, "patience": 1, "batch_size": 1, "warm_up": 0}.items():
+            if getattr(self, name) < least:
+                raise RequestError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        for name in ("steps", "rank"):
+            value = getattr(self, name)
+            if value is not None and value < (1 if name == "steps" else 0):
+                raise RequestError(f"{name} is {value}; it must be at least {1 if name == 'steps' else 0}.")
+
+    def steps_for(self, fit: CalibrationSet) -> int:
+        """How many steps there are for some text."""
+        if self.steps is not None:
+            return self.steps
+        return max(_LEAST, min(_MOST, math.ceil(_EPOCHS * fit.num_tokens / self.tokens)))
+
+    def pace(self, step: int, steps: int) -> float:
+        """The share of the largest rate that a step has, of 0 to ``steps - 1``."""
+        warm_up = min(self.warm_up, steps // 4)
+        if step < warm_up:
+            return (step + 1) / (warm_up + 1)
+        return 1 - 0.9 * (step - warm_up) / max(1, steps - warm_up - 1)
+
+
+def step_batches(fit: CalibrationSet, options: DistilOptions) -> Iterator[list[Batch]]:
+    """The batches of one step after another, without end: all samples in a drawn order, and then again in another."""
+    generator = torch.Generator().manual_seed(options.seed)
+    chosen: list[int] = []
+    while True:
+        for number in torch.randperm(len(fit), generator=generator).tolist():
+            chosen.append(number)
+            if sum(fit.samples[n].num_tokens - 1 for n in chosen) >= options.tokens:
+                yield batches_of(fit, chosen, options.batch_size)
+                chosen = []
+
+
+def batches_of(samples: CalibrationSet, numbers: list[int], batch_size: int) -> list[Batch]:
+    """Some of the samples, each as often as it is named, those of similar length together."""
+    order = sorted(numbers, key=lambda n: (-samples.samples[n].num_tokens, n))
+    found = []
+    for first in range(0, len(order), batch_size):
+        part = order[first : first + batch_size]
+        ids = torch.zeros(len(part), samples.samples[part[0]].num_tokens, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, number in enumerate(part):
+            ids[row, : len(samples.token_ids[number])] = samples.token_ids[number]
+            mask[row, : len(samples.token_ids[number])] = 1
+        found.append(Batch(ids, mask, torch.tensor(part)))
+    return found
+
+
+def predicted(batch: Batch) -> int:
+    """How many tokens of a batch are predicted."""
+    return int(batch.attention_mask[:, 1:].sum())
+
+
+def by_domain(samples: CalibrationSet, sums: Tensor) -> KL:
+    """Divergences per token of what was summed over the predicted tokens of each sample ``(S,)``."""
+    found: KL = {}
+    for name in (ALL, *sorted({sample.domain for sample in samples.samples})):
+        rows = [n for n, sample in enumerate(samples.samples) if name in (ALL, sample.domain)]
+        found[name] = float(sums[rows].sum()) / sum(samples.samples[n].num_tokens - 1 for n in rows)
+    return found
+
+
+def worse_domains(before: Mapping[str, float], after: Mapping[str, float]) -> list[str]:
+    """The domains that a change made worse by more than it may."""
+    return [
+        name
+        for name, old in before.items()
+        if name != ALL and after[name] > old * (1 + WORSE) and after[name] - old > NOTHING
+    ]
+
+
+@dataclass
+class Watch:
+    """Looks at the held-back text, and which of them was the best.
+
+    A look at which a domain is worse than before by more than it may be is not the best, however good the others are.
+
+    Attributes:
+        patience: Looks in a row that find nothing better, after which it is over.
+        looks: Step and divergences of each, the unchanged model first.
+        best: The number of steps of the best.
+    """
+
+    patience: int
+    looks: list[tuple[int, KL]] = field(default_factory=list)
+    best: int = 0
+    _since: int = 0
+
+    def look(self, step: int, found: KL) -> bool:
+        """Take in what was found after a number of steps.
+
+        Returns:
+            Whether it is the best until now.
+
+        Raises:
+            RunError: If the unchanged model gives no finite numbers.
+        """
+        if not self.looks and not math.isfinite(found[ALL]):
+            raise RunError("the pruned model gives NaN for the held-back text; there is nothing to recover.")
+        self.looks.append((step, found))
+        if step == 0:
+            return True
+        lowest = dict(self.looks)[self.best][ALL]
+        if math.isfinite(found[ALL]) and found[ALL] < lowest and not worse_domains(self.before, found):
+            self.best, self._since = step, 0
+            return True
+        self._since += 1
+        return False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing better is to be expected."""
+        return self._since >= self.patience
+
+    @property
+    def before(self) -> KL:
+        """The divergences of the unchanged model."""
+        return self.looks[0][1]
+
+    @property
+    def after(self) -> KL:
+        """Those of the best."""
+        return dict(self.looks)[self.best]
