@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..architectures.structure import structure_of
-from ..architectures.table import architecture_of
 from ..calibration.samples import CalibrationSet
 from ..compat import text_config
-from ..errors import RequestError
 from ..evaluation.divergence import batch_size_for
 from ..models.batches import Batch
 from ..models.blocks import MoEBlock, decoder_layers, moe_blocks
@@ -33,61 +28,28 @@ from ..models.memory import available_memory
 from ..models.precision import NARROW
 from ..models.widened import precision_of, widened
 from ..names import AUTO
-from ..planning.sensitivity import ALL
 from ..progress import working
-from .masters import BYTES, RANK, Master, master_numbers
+from .masters import Master
 from .shares import Shares
-from .steps import FEWEST_HELD_BACK, KL, DistilOptions, Watch, by_domain, predicted, step_batches
-from .teacher import Targets, TeacherOutputs, logits_of, predicted_rows
-from .trained import EXPERTS, NORMS, ROLES, ROUTER, Trained, check_roles, raw, swapped, trained_of
+from .steps import Distilled, DistilOptions, Watch, by_domain, predicted, step_batches
+from .student import (
+    add_divergences,
+    calculating,
+    change,
+    check_gradients,
+    check_vocabularies,
+    layers_path,
+    loss_and_gradient,
+    masters_of,
+    notes_before,
+    rank_and_memory,
+)
+from .teacher import TeacherOutputs, logits_of, predicted_rows
+from .trained import ROLES, Trained, check_roles, raw, trained_of
 
-_OF_MEMORY = 0.8  # of what is free, that training may take
 _TOKENS = 8  # of a text, by which it is found what there is to train
-_SLICE_BYTES = 64 * 2**20  # of logits in float32, of which the loss is calculated at once
 _ACTIVATION_BYTES = 2**30  # kept for gradients at most; beyond it layers are run once more instead
 _KEPT_BYTES = 160  # for gradients, of a layer and token, for each of the hidden size
-_WHY = {
-    EXPERTS: "what its experts give is not linear in any matrix of theirs",
-    ROUTER: "there is no router",
-    NORMS: "no norm stands before its MoE blocks",
-}
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """What a distillation found.
-
-    Attributes:
-        tensors: The changed parameters by their name in the pruned model, in their own dtype, on the processor; none
-            where nothing was better than the unchanged model.
-        kl_before: Nats per predicted token of the held-back text, by domain and ``"all"``, of the unchanged model.
-        kl_after: With ``tensors``.
-        steps: Steps that were done.
-        best: The number of steps after which ``tensors`` were so.
-        looks: ``(steps, nats)`` of each look at the held-back text.
-        shares: By layer the largest share of the routing weight that one expert has, before and after.
-        rank: Of the changes of down projections; 0 for any.
-        numbers: How many numbers were trained, by role.
-        memory: Bytes that training was expected to take beside the model.
-        notes: What a person must know, as sentences.
-    """
-
-    tensors: Mapping[str, Tensor]
-    kl_before: KL
-    kl_after: KL
-    steps: int
-    best: int
-    looks: tuple[tuple[int, float], ...]
-    shares: Mapping[int, tuple[float, float]]
-    rank: int
-    numbers: Mapping[str, int]
-    memory: int
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def is_better(self) -> bool:
-        """Whether there is anything to take over."""
-        return bool(self.tensors)
 
 
 def distil(
@@ -123,8 +85,10 @@ def distil(
     with evaluating(model), _without_gradients(model), contextlib.ExitStack() as stack:
         trained = _found(model, fit, what)
         notes = notes_before(trained, what, held_back)
-        rank, memory = rank_and_memory(trained, lambda t: raw(model, t.name), options.rank, free_memory(model))
+        free = available_memory(str(input_device(model)))
+        rank, memory = rank_and_memory(trained, lambda t: raw(model, t.name), options.rank, free)
         stack.enter_context(widened(model, computing, in_pieces=False))
+        options = options.in_memory(fit)
         student = _Student(model, trained, options, rank, computing)
         stack.enter_context(student.in_place())
         return _train(student, fit, held_back, teacher, options, rank, memory, notes)
@@ -140,60 +104,6 @@ def _found(model: Any, fit: CalibrationSet, what: Sequence[str]) -> list[Trained
             logits_of(model, batch)
 
     return trained_of(model, moe_blocks(model), what, run)
-
-
-def check_vocabularies(model: Any, teacher: TeacherOutputs) -> None:
-    """Raise unless a model predicts what its teacher did.
-
-    Raises:
-        RequestError: With both numbers.
-    """
-    size = text_config(model.config).vocab_size
-    if size != teacher.vocab_size:
-        raise RequestError(f"the model has {size} output tokens and the original {teacher.vocab_size}.")
-
-
-def notes_before(trained: Sequence[Trained], what: Sequence[str], held_back: CalibrationSet) -> list[str]:
-    """What can be said before anything is trained.
-
-    Raises:
-        RequestError: If there is nothing to train.
-    """
-    missing = [role for role in what if not any(t.role == role for t in trained)]
-    if not trained:
-        raise RequestError(f"this model has nothing to train of recover_what: {', '.join(what)}.")
-    notes = [f"nothing of {role!r} is trained: {_WHY[role]}" for role in missing]
-    if len(held_back) < FEWEST_HELD_BACK:
-        notes.append(
-            f"only {len(held_back)} samples are held back to judge by; {FEWEST_HELD_BACK} or more (five times as many "
-            "in all) say more surely what is better"
-        )
-    return notes
-
-
-def free_memory(model: Any) -> int:
-    """Bytes that are free where a model is."""
-    return available_memory(str(input_device(model)))
-
-
-def rank_and_memory(
-    trained: Sequence[Trained], like: Callable[[Trained], Tensor], asked: int | None, free: int
-) -> tuple[int, int]:
-    """The rank of the changes of down projections (0 for any), and the bytes that training takes.
-
-    Args:
-        trained: What is trained.
-        like: Gives each parameter, or one of its shape and dtype.
-        asked: The rank that was asked for; None leaves it to what is free.
-        free: Bytes.
-    """
-
-    def memory(rank: int) -> int:
-        return sum(master_numbers(t, like(t).shape, rank) * BYTES + like(t).nbytes for t in trained)
-
-    if asked is None:
-        asked = 0 if memory(0) <= _OF_MEMORY * free else RANK
-    return asked, memory(asked)
 
 
 class _Student:
@@ -214,7 +124,7 @@ class _Student:
         self.blocks = moe_blocks(model)
         self._computing = computing
         self._start = layers_path(model)
-        self.masters = masters_of(trained, lambda t: raw(model, t.name), options, rank)
+        self.masters = masters_of(trained, lambda t: raw(model, t.name), options.rate, rank, options.seed)
         self._looks: Shares | None = None
         self._saves = _activations(model, options) > _ACTIVATION_BYTES
 
@@ -264,6 +174,13 @@ class _Student:
         """What the model would have in the end, on the processor."""
         return {master.trained.name: master.rounded().cpu() for master in self.masters}
 
+    def numbers(self) -> dict[str, int]:
+        """How many numbers are trained, by role."""
+        found: dict[str, int] = {}
+        for master in self.masters:
+            found[master.trained.role] = found.get(master.trained.role, 0) + sum(t.numel() for t in master.leaves)
+        return found
+
     def step(
         self, batches: Sequence[Batch], fit: CalibrationSet, teacher: TeacherOutputs, number: int, pace: float
     ) -> bool:
@@ -281,119 +198,6 @@ class _Student:
             rows.backward(gradient)
         change(self.masters, number, pace if math.isfinite(loss) else None)
         return math.isfinite(loss)
-
-
-def layers_path(model: Any) -> str:
-    """Path from a model to its decoder layers."""
-    return structure_of(model, architecture_of(model.config)).layers
-
-
-def masters_of(
-    trained: Sequence[Trained], start: Callable[[Trained], Tensor], options: DistilOptions, rank: int
-) -> list[Master]:
-    """Float32 copies of what is trained.
-
-    Args:
-        trained: What it is.
-        start: Gives each as it is in the model.
-        options: How it is trained.
-        rank: Of the changes of down projections.
-    """
-    found = []
-    for one in trained:
-        seed = int.from_bytes(hashlib.sha256(f"{options.seed} {one.name}".encode()).digest()[:6], "big")
-        found.append(Master(one, start(one), options.rates[one.role], rank, seed))
-    return found
-
-
-@contextlib.contextmanager
-def calculating(
-    block: MoEBlock, masters: Sequence[Master], start: str, computing: torch.dtype, looks: Shares | None = None
-) -> Iterator[None]:
-    """Have a decoder layer calculate with copies of what is trained of it, inside a ``with``.
-
-    Args:
-        block: Its block.
-        masters: The copies.
-        start: Path from the model to its layers.
-        computing: The precision to calculate in, where it is wider than a parameter's.
-        looks: Where the routing is counted; the copies are rounded then, as they would be in the end.
-    """
-
-    def wide(dtype: torch.dtype) -> torch.dtype:
-        return computing if dtype in NARROW and computing not in NARROW else dtype
-
-    layer, below = block.decoder_layer, f"{start}.{block.layer}."
-    values: dict[str, Tensor] = {}
-    if looks is None:
-        values = {m.trained.name.removeprefix(below): m.value().to(wide(m.dtype)) for m in masters}
-    else:
-        router = raw(layer, block.structure.logits_from).detach()
-        values = {block.structure.logits_from: router} | {
-            m.trained.name.removeprefix(below): m.rounded() for m in masters
-        }
-        # Who watches a router knows its matrix by what it is, so that it has to be there as it is multiplied. And
-        # where experts are run alone, their tensors are put back as parameters.
-        values = {p: nn.Parameter(v.to(wide(v.dtype)), requires_grad=False) for p, v in values.items()}
-    with swapped(layer, values), contextlib.nullcontext() if looks is None else looks.counting(block):
-        yield
-
-
-def check_gradients(logits: Tensor) -> None:
-    """Raise unless gradients flow from a model's logits.
-
-    Raises:
-        RequestError: Saying so.
-    """
-    if not logits.requires_grad:
-        raise RequestError(
-            "no gradient flows from what this model predicts to what is to be trained: its own code forbids it "
-            "(torch.no_grad). Recover it by refit, which needs none."
-        )
-
-
-def loss_and_gradient(logits: Tensor, targets: Targets, total: int) -> tuple[float, Tensor]:
-    """The divergence of some tokens, as their part of the mean of all, and its gradient for the logits.
-
-    Args:
-        logits: Of the tokens ``(N, V)``.
-        targets: What the original predicts for them.
-        total: All tokens of the step.
-    """
-    leaf = logits.detach().requires_grad_()
-    loss = torch.zeros((), dtype=torch.float64, device=logits.device)
-    rows = max(1, _SLICE_BYTES // (4 * logits.shape[1]))
-    for part, own in targets.to(logits.device).slices(rows):
-        found = own.kl(leaf[part]).sum() / total
-        found.backward()
-        loss += found.detach()
-    assert leaf.grad is not None
-    return float(loss), leaf.grad
-
-
-def add_divergences(sums: Tensor, batch: Batch, targets: Targets, logits: Tensor) -> None:
-    """Add the divergences of a batch's predicted tokens to the sums of their samples ``(S,)`` float64.
-
-    Args:
-        sums: By sample.
-        batch: The batch.
-        targets: What the original predicts for its tokens.
-        logits: What the model does ``(B, L, V)``.
-    """
-    rows = predicted_rows(batch, logits)
-    size = max(1, _SLICE_BYTES // (4 * rows.shape[1]))
-    parts = [own.kl(rows[part]).double() for part, own in targets.to(rows.device).slices(size)]
-    counts = batch.attention_mask[:, 1:].sum(1)
-    sums.index_add_(0, batch.samples.repeat_interleave(counts), torch.cat(parts).cpu())
-
-
-def change(masters: Sequence[Master], number: int, pace: float | None) -> None:
-    """Change copies by the gradients that have gathered; with no pace these are dropped."""
-    for master in masters:
-        if pace is not None:
-            master.step(number, pace)
-        else:
-            master.drop()
 
 
 def _activations(model: Any, options: DistilOptions) -> int:
@@ -427,7 +231,8 @@ def _train(
     memory: int,
     notes: list[str],
 ) -> Distilled:
-    steps = options.steps_for(fit)
+    steps, check_every = options.steps, options.check_every
+    assert steps is not None and check_every is not None
     judged = list(held_back.batches(batch_size_for(teacher.vocab_size, held_back, options.batch_size)))
     course = step_batches(fit, options)
     watch, shares = Watch(options.patience), Shares()
@@ -441,8 +246,7 @@ def _train(
             for batch in judged:
                 shares.of(batch)
                 add_divergences(sums, batch, teacher.of(held_back, batch), logits_of(student.model, batch))
-        shares.end()
-        fault = shares.fault()
+        fault = shares.take(shares.end())
         if fault is not None:
             notes.append(fault)
         elif watch.look(done, by_domain(held_back, sums)) and done:
@@ -458,26 +262,6 @@ def _train(
                 break
             done += 1
             work.update()
-            if done % options.check_every == 0 or done == steps:
+            if done % check_every == 0 or done == steps:
                 goes_on = look()
-    return Distilled(
-        best,
-        watch.before,
-        watch.after,
-        done,
-        watch.best,
-        tuple((step, found[ALL]) for step, found in watch.looks),
-        shares.changes,
-        rank,
-        numbers_of(student.masters),
-        memory,
-        tuple(notes),
-    )
-
-
-def numbers_of(masters: Sequence[Master]) -> dict[str, int]:
-    """How many numbers are trained, by role."""
-    found: dict[str, int] = {}
-    for master in masters:
-        found[master.trained.role] = found.get(master.trained.role, 0) + sum(leaf.numel() for leaf in master.leaves)
-    return found
+    return Distilled.of(watch, best, done, shares.changes, rank, student.numbers(), memory, notes)

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..storage.tensor_files import Shapes
 from .trained import EXPERTS, Trained
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-8  # beside the root mean square of gradients, whose scale falls away
 _TINY = 1e-12
+KINDS = VALUE, _MEAN, _SQUARE = "value", "mean", "square"
+"""What is kept of each between two steps."""
 RANK = 16
 """Of the change of a down projection where any change does not fit in memory."""
 BYTES = 4 * 4
@@ -30,9 +31,12 @@ class Master:
         rate: Its largest change in a step, relative to the root mean square of its numbers.
         rank: Of the change; 0 for any.
         seed: Of what a change of low rank starts with.
+        changes: Whether it will be changed, and not only calculated with.
     """
 
-    def __init__(self, trained: Trained, start: Tensor, rate: float, rank: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, trained: Trained, start: Tensor, rate: float, rank: int = 0, seed: int = 0, changes: bool = True
+    ) -> None:
         self.trained = trained
         self.dtype = start.dtype
         self.rank = rank_of(trained, start.shape, rank)
@@ -40,16 +44,15 @@ class Master:
         scale = rate * max(float((whole + trained.centre).square().mean().sqrt()), _TINY)
         if self.rank:
             self._start: Tensor | None = start.detach()
-            *stacked, out, into = start.shape
-            generator = torch.Generator().manual_seed(seed)
-            right = torch.randn(*stacked, self.rank, into, generator=generator) / math.sqrt(self.rank)
-            leaves = [start.new_zeros(*stacked, out, self.rank, dtype=torch.float32), right.to(start.device)]
+            left, right = leaf_shapes(trained, start.shape, rank)
+            drawn = torch.randn(right, generator=torch.Generator().manual_seed(seed)) / math.sqrt(self.rank)
+            leaves = [start.new_zeros(left, dtype=torch.float32), drawn.to(start.device)]
             self.rates = [scale, rate / math.sqrt(self.rank)]
         else:
             self._start = None
             leaves, self.rates = [whole.clone()], [scale]
         self.leaves = [leaf.requires_grad_() for leaf in leaves]
-        self.moments = [(torch.zeros_like(leaf), torch.zeros_like(leaf)) for leaf in leaves]
+        self.moments = [(torch.zeros_like(leaf), torch.zeros_like(leaf)) if changes else () for leaf in leaves]
 
     def value(self) -> Tensor:
         """The parameter in float32; gradients flow to what is trained."""
@@ -85,21 +88,16 @@ class Master:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that has to be kept between two steps, by name."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for number, (leaf, moments) in enumerate(zip(self.leaves, self.moments, strict=True)):
-            for kind, tensor in zip(("value", "mean", "square"), (leaf.detach(), *moments), strict=True):
-                found[f"{self.trained.name}|{number}|{kind}"] = tensor
+            for kind, tensor in zip(KINDS, (leaf.detach(), *moments), strict=False):
+                found[kept_name(self.trained, number, kind)] = tensor
         return found
 
     def set(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up what was kept (:attr:`tensors`)."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
-
-    @property
-    def shapes(self) -> Shapes:
-        """Of :attr:`tensors`."""
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
 
 
 def adam(value: Tensor, gradient: Tensor, moments: Sequence[Tensor], number: int, rate: float) -> None:
@@ -121,9 +119,14 @@ def rank_of(trained: Trained, shape: Sequence[int], rank: int) -> int:
     return rank if rank * (out + into) < out * into else 0
 
 
-def master_numbers(trained: Trained, shape: Sequence[int], rank: int) -> int:
-    """How many numbers of a parameter are trained."""
-    rank = rank_of(trained, shape, rank)
-    if not rank:
-        return math.prod(shape)
-    return math.prod(shape[:-2]) * rank * (shape[-2] + shape[-1])
+def leaf_shapes(trained: Trained, shape: Sequence[int], rank: int) -> list[tuple[int, ...]]:
+    """The shapes of what is trained of a parameter: itself, or the two factors of its change."""
+    if not (rank := rank_of(trained, shape, rank)):
+        return [tuple(shape)]
+    *stacked, out, into = shape
+    return [(*stacked, out, rank), (*stacked, rank, into)]
+
+
+def kept_name(trained: Trained, leaf: int, kind: str) -> str:
+    """The name of a tensor that is kept between two steps."""
+    return f"{trained.name}|{leaf}|{kind}"

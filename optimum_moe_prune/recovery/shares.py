@@ -43,26 +43,32 @@ class Shares:
         """What runs next."""
         self._real = batch.attention_mask.flatten().bool()
 
-    def end(self) -> None:
-        """All that there is was counted once."""
-        self._now = {layer: float(sums.max() / sums.sum()) for layer, sums in self._sums.items()}
+    def end(self) -> dict[int, float]:
+        """All that there is was counted once: the largest share of each layer."""
+        found = {layer: float(sums.max() / sums.sum()) for layer, sums in self._sums.items()}
         self._sums = {}
+        return found
+
+    def take(self, found: dict[int, float]) -> str | None:
+        """Take in the largest share of each layer; the first are those that others are compared with.
+
+        Returns:
+            A sentence where an expert has come to have too much.
+        """
+        self._now = found
         if not self.before:
-            self.before = self.kept = self._now
-
-    def keep(self) -> None:
-        """The state that was counted last is the one to be kept."""
-        self.kept = self._now
-
-    def fault(self) -> str | None:
-        """A sentence where an expert has come to have too much."""
-        for layer, share in self._now.items():
+            self.before = self.kept = found
+        for layer, share in found.items():
             if share > max(_MOST, _GROWTH * self.before[layer]):
                 return (
                     f"it was stopped where one expert of layer {layer} had {share:.0%} of the routing weight "
                     f"({self.before[layer]:.0%} before); what was best before is kept"
                 )
         return None
+
+    def keep(self) -> None:
+        """The state that was taken in last is the one to be kept."""
+        self.kept = self._now
 
     @property
     def changes(self) -> Mapping[int, tuple[float, float]]:

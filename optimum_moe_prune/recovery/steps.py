@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,19 +26,26 @@ WORSE = 0.05
 NOTHING = 1e-4
 """Nats that are no difference."""
 
-_LEAST, _MOST, _EPOCHS = 60, 240, 6.0
+_RATES = {EXPERTS: 1e-3, ROUTER: 3e-3, NORMS: 3e-3}
+_EPOCHS = 6.0
+_TOKENS, _LEAST, _MOST = 512, 60, 240  # of a step in memory; steps
+_STREAMED_STEPS = 16
+_LARGEST_STEP = 2**16  # tokens of a step that is streamed: their states wait in front of every layer
 
 
 @dataclass(frozen=True)
 class DistilOptions:
-    """How a distillation is done.
+    """How a distillation is done. What is None is left to the amount of text and to where the model is.
 
     Attributes:
-        steps: Changes of the weights; by default as many as go through the text six times, of 60 to 240.
-        tokens: Of each step, at least: whole samples are taken.
-        rates: By role the largest change of a step, relative to the numbers of a tensor (their root mean square).
-        warm_up: Steps in which the rate grows; afterwards it falls evenly to a tenth.
-        check_every: Steps between two looks at the held-back text.
+        steps: Changes of the weights: by default as many as go through the text six times, of 60 to 240; 16 of a
+            model that is streamed.
+        tokens: Of each step, at least: whole samples are taken. By default 512; of a model that is streamed as many
+            as go through the text six times, of 512 to 65,536.
+        rates: By role the largest change of a step, relative to the numbers of a tensor (their root mean square), of
+            steps of 512 tokens. Of larger ones it is larger, by the root of how much.
+        warm_up: Steps in which the rate grows, a quarter of all at most; afterwards it falls evenly to a tenth.
+        check_every: Steps between two looks at the held-back text: by default 15, and 1 where it is streamed.
         patience: Looks in a row that find nothing better, after which it stops.
         rank: Of the change of each down projection, 0 for any change; by default that where it fits in memory, else
             16.
@@ -47,29 +54,42 @@ class DistilOptions:
     """
 
     steps: int | None = None
-    tokens: int = 512
-    rates: Mapping[str, float] = field(default_factory=lambda: {EXPERTS: 1e-3, ROUTER: 3e-3, NORMS: 3e-3})
+    tokens: int | None = None
+    rates: Mapping[str, float] = field(default_factory=lambda: dict(_RATES))
     warm_up: int = 10
-    check_every: int = 15
+    check_every: int | None = None
     patience: int = 3
     rank: int | None = None
     batch_size: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"tokens": 1, "check_every": 1, "patience": 1, "batch_size": 1, "warm_up": 0}.items():
-            if getattr(self, name) < least:
-                raise RequestError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        for name in ("steps", "rank"):
+        least = {
+            "steps": 1, "tokens": 1, "check_every": 1, "patience": 1, "batch_size": 1, "warm_up": 0, "rank": 0,
+        }  # fmt: skip
+        for name, number in least.items():
             value = getattr(self, name)
-            if value is not None and value < (1 if name == "steps" else 0):
-                raise RequestError(f"{name} is {value}; it must be at least {1 if name == 'steps' else 0}.")
+            if value is not None and value < number:
+                raise RequestError(f"{name} is {value}; it must be at least {number}.")
 
-    def steps_for(self, fit: CalibrationSet) -> int:
-        """How many steps there are for some text."""
-        if self.steps is not None:
-            return self.steps
-        return max(_LEAST, min(_MOST, math.ceil(_EPOCHS * fit.num_tokens / self.tokens)))
+    def in_memory(self, fit: CalibrationSet) -> DistilOptions:
+        """The same with nothing left open, for a model in memory."""
+        tokens = self.tokens or _TOKENS
+        steps = self.steps or max(_LEAST, min(_MOST, math.ceil(_EPOCHS * fit.num_tokens / tokens)))
+        return self._settled(steps, tokens, self.check_every or 15)
+
+    def streamed(self, fit: CalibrationSet) -> DistilOptions:
+        """The same for one that is read twice for each step."""
+        steps = self.steps or _STREAMED_STEPS
+        each = math.ceil(_EPOCHS * fit.num_tokens / steps)
+        return self._settled(steps, self.tokens or max(_TOKENS, min(_LARGEST_STEP, each)), self.check_every or 1)
+
+    def _settled(self, steps: int, tokens: int, check_every: int) -> DistilOptions:
+        return replace(self, steps=steps, tokens=tokens, check_every=check_every)
+
+    def rate(self, role: str) -> float:
+        """The largest relative change of a step."""
+        return self.rates[role] * math.sqrt(max(1.0, (self.tokens or _TOKENS) / _TOKENS))
 
     def pace(self, step: int, steps: int) -> float:
         """The share of the largest rate that a step has, of 0 to ``steps - 1``."""
@@ -81,6 +101,7 @@ class DistilOptions:
 
 def step_batches(fit: CalibrationSet, options: DistilOptions) -> Iterator[list[Batch]]:
     """The batches of one step after another, without end: all samples in a drawn order, and then again in another."""
+    assert options.tokens is not None
     generator = torch.Generator().manual_seed(options.seed)
     chosen: list[int] = []
     while True:
@@ -181,3 +202,58 @@ class Watch:
     def after(self) -> KL:
         """Those of the best."""
         return dict(self.looks)[self.best]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a distillation found.
+
+    Attributes:
+        tensors: The changed parameters by their name in the pruned model, in their own dtype, on the processor; none
+            where nothing was better than the unchanged model.
+        kl_before: Nats per predicted token of the held-back text, by domain and ``"all"``, of the unchanged model.
+        kl_after: With ``tensors``.
+        steps: Steps that were done.
+        best: The number of steps after which ``tensors`` were so.
+        looks: ``(steps, nats)`` of each look at the held-back text.
+        shares: By layer the largest share of the routing weight that one expert has, before and after.
+        rank: Of the changes of down projections; 0 for any.
+        numbers: How many numbers were trained, by role.
+        memory: Bytes that training was expected to take beside the model.
+        notes: What a person must know, as sentences.
+    """
+
+    tensors: Mapping[str, Tensor]
+    kl_before: KL
+    kl_after: KL
+    steps: int
+    best: int
+    looks: tuple[tuple[int, float], ...]
+    shares: Mapping[int, tuple[float, float]]
+    rank: int
+    numbers: Mapping[str, int]
+    memory: int
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def is_better(self) -> bool:
+        """Whether there is anything to take over."""
+        return bool(self.tensors)
+
+    @classmethod
+    def of(
+        cls,
+        watch: Watch,
+        tensors: Mapping[str, Tensor],
+        steps: int,
+        shares: Mapping[int, tuple[float, float]],
+        rank: int,
+        numbers: Mapping[str, int],
+        memory: int,
+        notes: Sequence[str],
+    ) -> Distilled:
+        """What was watched until now."""
+        looks = tuple((step, found[ALL]) for step, found in watch.looks)
+        return cls(
+            tensors, watch.before, watch.after, steps, watch.best, looks, shares, rank, numbers, memory, tuple(notes)
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class Trained:
     layer: int
     rows: int | None = None
     centre: float = 0.0
+
+    def moved(self, name: str, layer: int) -> Trained:
+        """The same of another layer that is like its own."""
+        return replace(self, name=name, layer=layer)
 
 
 def check_roles(what: Sequence[str]) -> tuple[str, ...]:
