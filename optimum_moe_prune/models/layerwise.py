@@ -145,20 +145,40 @@ class LayerByLayer:
 
     def forward(self, index: int, batch: Batch, state: Tensor) -> Tensor:
         """The state that comes out of a loaded layer."""
-        if index > 0 and not self._is_layerwise:
-            self._check_layerwise(index, batch)
-        self._active = index
-        self._input, self._extra = self._unpacked(self._there(state), index)
-        self._extra_out = None
-        self._decoder(batch)
+        self._run_layer(index, batch, *self._unpacked(self._there(state), index))
         output = self._packed(self._output, self._extra_out)
         self._input, self._output, self._extra = torch.empty(0), torch.empty(0), None
         return output
 
+    def traced(self, index: int, batch: Batch, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states that go into a loaded layer, and those that come out, with the gradients between them."""
+        hidden, extra = self._unpacked(self._there(state), index)
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            self._run_layer(index, batch, leaf.clone(), extra)  # a layer may write into what it is given
+        output = self._output
+        self._input, self._output, self._extra = torch.empty(0), torch.empty(0), None
+        return leaf, output
+
+    def _run_layer(self, index: int, batch: Batch, hidden: Tensor, extra: Tensor | None) -> None:
+        if index > 0 and not self._is_layerwise:
+            self._check_layerwise(index, batch)
+        self._active = index
+        self._input, self._extra, self._extra_out = hidden, extra, None
+        self._decoder(batch)
+
     def logits(self, batch: Batch, state: Tensor) -> Tensor:
         """The model's logits ``(B, L, V)`` for what came out of the last layer, inside :meth:`head`."""
-        self._active = _HEAD
-        self._input, _ = self._unpacked(self._there(state))
+        return self._head(batch, self._unpacked(self._there(state))[0])
+
+    def traced_logits(self, batch: Batch, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states that came out of the last layer, and the logits, with the gradients between them."""
+        leaf = self._unpacked(self._there(state))[0].detach().requires_grad_()
+        with torch.enable_grad():
+            return leaf, self._head(batch, leaf.clone())
+
+    def _head(self, batch: Batch, hidden: Tensor) -> Tensor:
+        self._active, self._input = _HEAD, hidden
         has_routers = hasattr(text_config(self.model.config), "output_router_logits")
         options = {"output_router_logits": False} if has_routers else {}
         ids, mask = self._given(batch)

@@ -154,6 +154,10 @@ class Skeleton(LayerByLayer):
         finally:
             layer.to("meta")
 
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by their names in the model, which stays without them."""
+        return self._weights.made(names)
+
     @contextlib.contextmanager
     def embeddings(self) -> Iterator[None]:
         """The embeddings, inside a ``with``."""

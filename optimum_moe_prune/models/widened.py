@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -53,7 +54,7 @@ def precision_of(model: Any, asked: str = AUTO) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def widened(model: Any, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+def widened(model: Any, dtype: torch.dtype = torch.float32, in_pieces: bool = True) -> Iterator[None]:
     """Calculate in ``dtype`` inside a ``with``, whatever narrower precision a model's tensors are in.
 
     It stands outside what watches, restricts or replaces parts of the model inside it. The parameters themselves are
@@ -62,12 +63,13 @@ def widened(model: Any, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     Args:
         model: A causal language model in memory.
         dtype: The precision; where it is no wider than the model's, nothing changes.
+        in_pieces: Of experts and matrices; else gradients can go through them, which need the whole.
     """
     is_narrower = any(_is_narrower(tensor, dtype) for tensor in (*model.parameters(), *model.buffers()))
     if not is_narrower or any(WIDENING in module.__dict__ for module in model.modules()):  # once is enough
         yield
         return
-    widening = _Widening(dtype)
+    widening = _Widening(dtype, in_pieces)
     try:
         widening.begin(model)
         yield
@@ -108,8 +110,8 @@ def _can_be_widened(model: Any) -> bool:
 class _Widening:
     """What is widened while a model runs, and how it was before."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, in_pieces: bool) -> None:
+        self.dtype, self._in_pieces = dtype, in_pieces
         self._running = 0
         self._in_place_of: dict[tuple[nn.Module, str], Tensor] = {}
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -129,13 +131,15 @@ class _Widening:
             self._classes.append((module, type(module)))
             module.__dict__[WIDENING] = self
             module.__class__ = _widened_class(type(module))  # type: ignore[arg-type]  # a class has a hash
-            if not narrow:
-                continue
-            if module in experts:
+            if module in experts and narrow and self._in_pieces:
                 self._replace(module, self._run_experts(experts[module]))
+            elif not narrow or module in experts:
+                continue
             elif isinstance(module, nn.Embedding) and module.max_norm is None:
                 self._replace(module, self._looked_up(module, module.forward))
-            elif self._bytes(narrow) > PIECE_BYTES and type(module).__mro__[1] is nn.Linear and module not in routers:
+            elif not self._in_pieces or self._bytes(narrow) <= PIECE_BYTES or module in routers:
+                continue
+            elif type(module).__mro__[1] is nn.Linear:
                 self._replace(module, self._by_rows(module, module.forward))
         self._in_place_of |= _remade_buffers(model, self.dtype)
         for root in dict.fromkeys((model, decoder_of(model)) if blocks else (model,)):
@@ -286,7 +290,7 @@ class _Widening:
         """Some experts of tensors, widened; those that were asked for last are there still."""
         if self._last is not None:
             before, bounds, made = self._last
-            if bounds == (first, last) and len(before) == len(whole) and all(map(_same, before, whole)):
+            if bounds == (first, last) and len(before) == len(whole) and all(map(operator.is_, before, whole)):
                 return made
         parts = [
             tensor.narrow(axis.axis, first * axis.each, (last - first) * axis.each)
@@ -397,7 +401,3 @@ def _raw(module: nn.Module, path: str) -> Tensor:
     """A tensor by its path, as it is."""
     parent, _, name = path.rpartition(".")
     return _own(part(module, parent))[name]
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b
