@@ -33,6 +33,7 @@ from .publishing.card import write_card
 from .publishing.facts import CardFacts
 from .publishing.hub import push_folder
 from .publishing.outputs import apply_to_checkpoint, save_pruned
+from .recovery.recover import Recovery, given_texts
 from .statistics.samples import check_domain_weights
 from .statistics.stats import CalibrationStats
 from .storage.folders import check_target
@@ -204,17 +205,20 @@ class MoEPruner:
 
     # -- the verbs
 
-    def samples(self, calibration: CalibrationInput, model_config: ModelConfig = None) -> CalibrationSet:
+    def samples(
+        self, calibration: CalibrationInput, model_config: ModelConfig = None, recovers: bool = False
+    ) -> CalibrationSet:
         """The calibration samples that the recipe's settings make of a calibration.
 
         Args:
             calibration: Texts, files, records, a dataset or token tensors.
             model_config: Of the model they are for; by default of the bound one.
+            recovers: Whether they are for the recipe's recovery.
         """
         config = self.model_config if model_config is None else model_config
         if config is None:
             raise RequestError("this pruner is bound to no model; pass the config of the one that samples are for.")
-        return CalibrationSet.for_recipe(calibration, self._recipe(), self._tokenizer or self.source, config)
+        return CalibrationSet.for_recipe(calibration, self._recipe(), self._tokenizer or self.source, config, recovers)
 
     def calibrate(
         self,
@@ -312,14 +316,18 @@ class MoEPruner:
         model: PreTrainedModel,
         calibration: Calibration | None = None,
         domain_weights: Mapping[str, float] | None = None,
+        recovery: CalibrationInput | None = None,
     ) -> PreTrainedModel:
         """Prune a model in memory: calibrate, plan, and remove experts; or apply the plan there is.
+
+        Where the recipe says so (``recover``) some of what that costs is given back.
 
         Args:
             model: A causal language model with real parameters on any device; also compiled or in a ``DataParallel``.
             calibration: Texts, files, records, a dataset, token tensors, or statistics of this model. Not needed by
                 methods that need none, nor where a plan was loaded or made before.
             domain_weights: A share for each domain of the calibration; by default every token counts once.
+            recovery: Texts to recover with; by default those of the calibration, all of them.
 
         Returns:
             The same model, now smaller, as it was given.
@@ -334,8 +342,12 @@ class MoEPruner:
             blocks = moe_blocks(model)
             recipe, _ = fitted(self._recipe(), model)
             budget_for(recipe, {b.layer: b.num_experts for b in blocks}, blocks[0].rule)
+        texts = self._to_recover_with(model, calibration, recovery)
+        if calibration is not None or domain_weights is not None or plan is None:
             plan = self._plan(model, calibration, domain_weights, Workspace(), Compute())
-        pruned, self.model, self._applied_plan = apply_plan(plan, given), model, plan
+        recovered = None if texts is None else Recovery.of_model(model, plan, texts, self._recipe())
+        pruned, self.model = apply_plan(plan, given), model
+        self.pruning_plan = self._applied_plan = plan if recovered is None else recovered.in_model(model)
         return pruned
 
     @shared
@@ -346,6 +358,7 @@ class MoEPruner:
         source: str | os.PathLike | None = None,
         calibration: Calibration | None = None,
         domain_weights: Mapping[str, float] | None = None,
+        recovery: CalibrationInput | None = None,
         max_shard_size: str | int = MAX_SHARD_SIZE,
         overwrite: bool = False,
         restart: bool = False,
@@ -364,6 +377,7 @@ class MoEPruner:
             source: The model's folder or Hub id; by default the bound one.
             calibration: As for :meth:`prune`.
             domain_weights: A share for each domain of the calibration; by default every token counts once.
+            recovery: As for :meth:`prune`.
             max_shard_size: The most bytes in a file, as a number or ``"5GB"``.
             overwrite: Replace an earlier output of this package.
             restart: Begin an interrupted calibration anew.
@@ -387,6 +401,7 @@ class MoEPruner:
         if plan is not None:
             check_plan_for_config(plan, read.config)
         layout = self.layout(source)
+        texts = self._to_recover_with(layout, calibration, recovery)
         mtp = mtp or (None if self.config is None else self.config.mtp)
         workspace = Workspace.beside(output_dir, restart)
         with held(way.together, output_dir):
@@ -396,15 +411,23 @@ class MoEPruner:
                 check_output(layout, budget, output_dir, standalone, mtp)
                 plan = self._plan(layout, calibration, domain_weights, workspace, way)
 
+            recovered = None
+            if texts is not None:
+                of_recovery = workspace.part("recovery")
+                recovered = Recovery.of_checkpoint(layout, plan, texts, self._recipe(), way, of_recovery)
+
             def write(made: PruningPlan = plan) -> None:
                 apply_to_checkpoint(
                     made, layout, output_dir, recipe=self._stored_recipe(), max_shard_size=max_shard_size,
                     overwrite=overwrite, standalone=standalone, mtp=mtp, card=card,
+                    finish=None if recovered is None else recovered.in_files,
                 )  # fmt: skip
-                for part in ("calibration", "sensitivity") if calibration is not None else ():
+                for part in ("calibration", "sensitivity", "recovery") if calibration is not None else ():
                     workspace.part(part).clear()
 
             way.together.once(write)
+            if recovered is not None and way.together.is_main:
+                self.pruning_plan = PruningPlan.load(output_dir)
         self.output_dir = Path(output_dir)
         return self.output_dir
 
@@ -491,12 +514,19 @@ class MoEPruner:
             raise RequestError("this pruner is not bound to a checkpoint; pass source=, or the model itself.")
         return Source.of(source)
 
-    def _samples_for(self, model: Model, calibration: CalibrationInput) -> CalibrationSet:
+    def _samples_for(self, model: Model, calibration: CalibrationInput, recovers: bool = False) -> CalibrationSet:
         """As :meth:`samples`, by the tokenizer of the model that they are for."""
         source = model.checkpoint.source if isinstance(model, Layout) else self.source
-        if source is None or source.name_or_path == self.name_or_path or self._tokenizer is not None:
-            return self.samples(calibration, model.config)
-        return CalibrationSet.for_recipe(calibration, self._recipe(), source, model.config)
+        return CalibrationSet.for_recipe(
+            calibration, self._recipe(), self._tokenizer or source, model.config, recovers
+        )
+
+    def _to_recover_with(
+        self, model: Model, calibration: Calibration | None, recovery: CalibrationInput | None
+    ) -> CalibrationSet | None:
+        """The texts of the recipe's recovery; None where there is none to do."""
+        texts = given_texts(self.config, self.pruning_plan, model, calibration, recovery)
+        return None if texts is None else self._samples_for(model, texts, recovers=True)
 
     def _plan(
         self,

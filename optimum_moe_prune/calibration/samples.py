@@ -209,6 +209,7 @@ class CalibrationSet:
         recipe: MoEPrunerConfig,
         tokenizer: PreTrainedTokenizerBase | Source | None,
         model_config: ModelConfig,
+        recovers: bool = False,
     ) -> CalibrationSet:
         """As :meth:`build`, by the settings of a recipe and for a model of this config.
 
@@ -217,21 +218,24 @@ class CalibrationSet:
             recipe: The recipe.
             tokenizer: The tokenizer, or the model that it comes with.
             model_config: Of the model.
+            recovers: Whether they are for the recipe's recovery, which takes all there are, or ``recovery_samples``.
 
         Raises:
             RequestError: As :meth:`build`, and if the model has no tokenizer where one is needed.
         """
         if isinstance(source, CalibrationSet):
-            return source
+            few = recovers and recipe.recovery_samples is not None
+            return source.take(recipe.recovery_samples, "recovery_samples") if few else source  # type: ignore[arg-type]
         if isinstance(tokenizer, Source):
             tokenizer = tokenizer.require_tokenizer() if needs_tokenizer(source) else None
+        by_clusters = recipe.sample_selection == "kmeans"  # which would be of all samples there are
         return cls.build(
             source,
             tokenizer,
-            num_samples=recipe.num_samples,
+            num_samples=recipe.recovery_samples if recovers else recipe.num_samples,
             max_length=sample_length(recipe.max_length, model_config),
-            sample_selection=recipe.sample_selection,
-            num_clusters=recipe.num_clusters,
+            sample_selection="first" if recovers and by_clusters else recipe.sample_selection,
+            num_clusters=None if recovers else recipe.num_clusters,
             pack=recipe.pack,
             seed=recipe.seed,
             text_column=recipe.text_column,
@@ -288,11 +292,16 @@ class CalibrationSet:
         """What a person must know of how the samples came about, as sentences."""
         return self.counts.notes()
 
-    def take(self, num_samples: int) -> CalibrationSet:
-        """At most so many of the samples, in equal shares of the domains; their hashes decide which."""
+    def take(self, num_samples: int, setting: str = "sensitivity_samples") -> CalibrationSet:
+        """At most so many of the samples, in equal shares of the domains; their hashes decide which.
+
+        Args:
+            num_samples: How many.
+            setting: The one that says so.
+        """
         order = sorted(range(len(self)), key=lambda i: self.samples[i].domain)
         dealt = equal_shares([self.samples[i].domain for i in order], num_samples)
-        return self.of(sorted(order[i] for i in dealt), {"sensitivity_samples": num_samples})
+        return self.of(sorted(order[i] for i in dealt), {setting: num_samples})
 
     def of(self, numbers: Sequence[int], settings: Values | None = None) -> CalibrationSet:
         """The samples of these numbers, in rising order; ``settings`` say how they were chosen."""

@@ -101,7 +101,9 @@ class Skeleton(LayerByLayer):
 
     def placed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the checkpoint that make values of parameters (:meth:`Weights.placed`)."""
-        return {name: part for key, value in weights.items() for name, part in self._weights.placed(key, value).items()}
+        return {
+            name: part for key, value in weights.items() for name, part in self._weights.placed(key, value).items()
+        }
 
     def dtype_in_files(self, parameter: str) -> torch.dtype:
         """The precision in which the checkpoint holds a parameter."""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +21,39 @@ if TYPE_CHECKING:
 
 
 def apply_to_checkpoint(
-    plan: PruningPlan, layout: Layout, target: str | os.PathLike, *, card: CardFacts | None = None, **options: Any
+    plan: PruningPlan,
+    layout: Layout,
+    target: str | os.PathLike,
+    *,
+    card: CardFacts | None = None,
+    finish: Callable[[Path], PruningPlan] | None = None,
+    **options: Any,
 ) -> Path:
-    """Write a pruned copy of a checkpoint, with its card (``surgery.files.pruned_checkpoint``)."""
+    """Write a pruned copy of a checkpoint, with its card (``surgery.files.pruned_checkpoint``).
+
+    Args:
+        plan: The plan.
+        layout: The checkpoint.
+        target: The folder to write.
+        card: What the card says of the original.
+        finish: Called with the folder before it is renamed; changes weights there, and returns the plan that
+            remembers it.
+        options: Of ``pruned_checkpoint``.
+    """
     plan = to_publish(with_parent(plan, layout.checkpoint.source.stored_plan()), card)
     with pruned_checkpoint(plan, layout, target, **options) as folder:
+        if finish is not None:
+            there = PruningPlan.load(folder)  # with what became of heads
+            done = finish(folder).provenance
+            more = {"recovery": done["recovery"], "notes": _joined(there.provenance.get("notes"), done.get("notes"))}
+            replace(there, provenance={**there.provenance, **more}).save(folder)
         write_card(folder, Path(target).resolve().name)
     return Path(target)
+
+
+def _joined(*notes: Sequence[str] | None) -> list[str]:
+    """Notes, each once."""
+    return list(dict.fromkeys(note for some in notes for note in some or ()))
 
 
 def save_pruned(

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a recovery helped: ``KL(original || pruned)`` on text that was held back, before and after, by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from ..calibration.samples import CalibrationSet
+from ..planning.sensitivity import ALL
+from ..storage.values import Json
+from .steps import KL, NOTHING, by_domain, worse_domains
+
+FEWEST = 8
+"""Samples from which an interval can be told."""
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured of a step of a recovery, or of all.
+
+    Attributes:
+        kl_before: Nats per predicted token, by domain and ``"all"``.
+        kl_after: Of the recovered model.
+        interval: 95% interval of the share of the divergence that is left; None of few samples.
+    """
+
+    kl_before: KL
+    kl_after: KL
+    interval: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, samples: CalibrationSet, before: Tensor, after: Tensor, seed: int = 0) -> Verdict:
+        """From what was summed over the predicted tokens of each sample ``(S,)``.
+
+        Args:
+            samples: The samples held back.
+            before: Divergences of the pruned model.
+            after: Of the recovered one.
+            seed: Of the resamples.
+        """
+        interval = _interval(before.numpy(), after.numpy(), seed)
+        return cls(by_domain(samples, before), by_domain(samples, after), interval)
+
+    @property
+    def reason(self) -> str:
+        """Why the recovered weights are not kept; empty where they are."""
+        before, after = self.kl_before[ALL], self.kl_after[ALL]
+        if after >= before - NOTHING * min(1.0, before):
+            return f"on text held back it left {after:.4f} of {before:.4f} nats per token"
+        worse = worse_domains(self.kl_before, self.kl_after)
+        if worse:
+            shown = ", ".join(f"{name} {self.kl_before[name]:.4f} to {self.kl_after[name]:.4f}" for name in worse)
+            return f"it made text held back worse by more than 5% ({shown} nats per token)"
+        return ""
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the recovered weights are kept."""
+        return not self.reason
+
+    def to_dict(self) -> Json:
+        """As plain JSON values."""
+        values: Json = {"kl_before": self.kl_before, "kl_after": self.kl_after}
+        if self.interval is not None:
+            values["left_interval"] = list(self.interval)
+        return values
+
+
+def _interval(before: np.ndarray, after: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """Of the share that is left, by a paired bootstrap over samples."""
+    if len(before) < FEWEST or not before.sum() > 0:
+        return None
+
+    def left(before: np.ndarray, after: np.ndarray, axis: int) -> np.ndarray:
+        return after.sum(axis) / np.maximum(before.sum(axis), 1e-12)
+
+    found = bootstrap(
+        (before, after),
+        left,
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=max(1, 2**20 // len(before)),
+        method="percentile",
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def table_of(recovery: Mapping[str, Any]) -> list[list[str]]:
+    """What the cut cost each domain and what is left of it, as rows of text; the first names the columns.
+
+    Args:
+        recovery: What a plan remembers of its recovery.
+    """
+    before, after = recovery["kl_before"], recovery["kl_after"]
+    rows = [["held-back text", "lost by the cut", "after recovery", "left"]]
+    for name in sorted(before, key=lambda name: (name == ALL, name)):
+        left = f"{after[name] / before[name]:.0%}" if before[name] > NOTHING else "-"
+        rows.append([name, f"{before[name]:.3f}", f"{after[name]:.3f}", left])
+    return rows
+
+
+def sentence_of(recovery: Mapping[str, Any]) -> str:
+    """What a recovery came to, in a sentence.
+
+    Args:
+        recovery: What a plan remembers of it.
+    """
+    steps, samples = " and ".join(recovery["steps"]), recovery["samples"]
+    judged = f"{samples['held_back']} samples that were held back"
+    if not recovery["accepted"]:
+        return f"Recovery by {steps} is not kept: {recovery['reason']}. The weights are those of the original."
+    before, after = recovery["kl_before"][ALL], recovery["kl_after"][ALL]
+    sure = recovery.get("left_interval")
+    sure = f" (95% interval {sure[0]:.0%} to {sure[1]:.0%})" if sure else ""
+    return (
+        f"Recovery by {steps} left {after / before:.0%}{sure} of the divergence from the original, {after:.3f} of "
+        f"{before:.3f} nats per token, on {judged}."
+    )
+
+
+def domains_of(samples: CalibrationSet) -> dict[str, int]:
+    """Samples by domain."""
+    found: dict[str, int] = {}
+    for sample in samples.samples:
+        found[sample.domain] = found.get(sample.domain, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def one_domain(domains: Sequence[str]) -> str:
+    """What is to be said of text of one domain alone; empty of more."""
+    if len(set(domains)) != 1:
+        return ""
+    return (
+        f"the recovery was fitted to and judged by text of one domain alone ({domains[0]}): what it did to other "
+        "abilities was not watched"
+    )
