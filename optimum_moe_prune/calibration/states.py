@@ -58,11 +58,11 @@ class States:
         """The file with what goes into a layer."""
         return [self._file(index % len(self._files))]
 
-    def turn(self, index: int) -> None:
-        """Go on to a layer."""
+    def turn(self, index: int, first: int = 0) -> None:
+        """Go on to a layer, from one of the batches on."""
         self._from, self._to = index % len(self._files), (index + 1) % len(self._files)
         held = self._files[self._from]
-        self._coming = self._carrier.each(held[f"hidden_{number}"] for number in range(self._last + 1))
+        self._coming = self._carrier.each(held[f"hidden_{number}"] for number in range(first, self._last + 1))
 
     def hidden(self) -> Tensor:
         """The state that goes into the layer, where the layer is; asked for one after another."""
@@ -81,6 +81,13 @@ class States:
             )
         if number == self._last:
             self._carrier.finish()
+
+    def change(self, number: int, change: Callable[[Tensor], Tensor]) -> None:
+        """Store something else than what came out of the layer for a batch, made of that."""
+        self._carrier.finish()
+        held = self._files[self._to][f"hidden_{number}"]
+        self._carrier.put(change(held.clone()), held)
+        self._carrier.finish()
 
     def _file(self, copy: int) -> str:
         return f"{self._name}_{copy}.safetensors"

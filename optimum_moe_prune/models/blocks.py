@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,6 @@ from .numbered import ObservingModules, keep_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-Seen = Callable[[Tensor, Tensor, Tensor, Tensor], None]
-"""Takes hidden states ``(T, H)``, ids and weights ``(T, K)``, and the experts' output ``(T, H)``."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ class MoEBlock:
             yield
 
     @contextlib.contextmanager
-    def restricted(self, retained: Sequence[int], seen: Seen | None = None) -> Iterator[None]:
+    def restricted(self, retained: Sequence[int], instead: StandIn | None = None) -> Iterator[None]:
         """Calculate as if only these experts were left, inside a ``with``; no expert is copied.
 
         The router has the rows it would have in the pruned model; the ids it chooses are put back into the numbering
@@ -141,7 +138,7 @@ class MoEBlock:
 
         Args:
             retained: Ids of the experts, in rising order.
-            seen: Called after the experts with what went in and came out.
+            instead: Called in place of the experts, as by :meth:`observed`, with the ids that they have in this block.
         """
         layer, structure, count = self.decoder_layer, self.structure, self.num_experts
         lists: Any = self.experts if structure.numbered else ()
@@ -166,13 +163,10 @@ class MoEBlock:
         ids = torch.tensor([*retained, *range(count, count + extra)], device=part(layer, structure.logits_from).device)
 
         def forward(experts: ExpertsForward, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            hidden, original = experts.renumbered(hidden, ids), ids[index]
-            output = experts(hidden, index if self.calls_modules else original, weights)
-            if seen is not None:
-                seen(hidden, original, weights, output)
-            return output
+            run = experts if instead is None else functools.partial(instead, experts)
+            return run(experts.renumbered(hidden, ids), ids[index], weights)
 
-        plain = self.calls_modules and seen is None
+        plain = self.calls_modules and instead is None
         try:
             with contextlib.nullcontext() if plain else self.observed(lambda logits: None, forward):
                 yield

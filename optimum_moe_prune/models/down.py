@@ -103,14 +103,14 @@ class SingleExpert:
         weights[:, 0] = 1
         return self.module(x, ids, weights)
 
-    def features(self, x: Tensor, down: Down) -> Tensor:
-        """What goes into its down projection ``(n, I)``."""
+    def features(self, x: Tensor, down: Down) -> tuple[Tensor, Tensor]:
+        """What goes into its down projection ``(n, I)``, and its output ``(n, H)``."""
         with _Watching({id(self.tensors[down.path]): down.path}) as watching:
-            self(x)
+            output = self(x)
         rows = watching.inputs[-1].reshape(-1, down.width)
         if down.repeats > 1:
             rows = rows[:: down.repeats] if down.alternates else rows[: len(x)]
-        return rows
+        return rows, output
 
 
 def down_projection(block: MoEBlock) -> Down | None:

@@ -167,6 +167,28 @@ class LayerByLayer:
         self._input, self._extra, self._extra_out = hidden, extra, None
         self._decoder(batch)
 
+    def hidden_of(self, state: Tensor) -> Tensor:
+        """The hidden states ``(B, L, ...)`` of a state."""
+        return self._unpacked(state)[0]
+
+    def part_of(self, state: Tensor, length: int) -> Tensor:
+        """The state of the first sample's first positions."""
+        if not self._hands_on:
+            return state[:1, :length]
+        hidden, size = self._unpacked(state)[0][:1, :length], 4 * self._positions(length)
+        places = state[:1, :length, -4 * self._positions(state.shape[1]) :].contiguous()[..., :size]
+        packed = hidden.reshape(*hidden.shape[:2], -1).contiguous().view(torch.uint8)
+        return torch.cat([packed, places], dim=-1)
+
+    def moved(self, state: Tensor, change: Tensor) -> Tensor:
+        """A state whose hidden states are changed by something of their shape."""
+        if not self._hands_on:
+            return (state.float() + change).to(state.dtype)
+        hidden, _ = self._unpacked(state)
+        size = 4 * self._positions(state.shape[1])
+        moved = (hidden.float() + change).to(hidden.dtype).reshape(*state.shape[:2], -1).contiguous()
+        return torch.cat([moved.view(torch.uint8), state[..., -size:]], dim=-1)
+
     def logits(self, batch: Batch, state: Tensor) -> Tensor:
         """The model's logits ``(B, L, V)`` for what came out of the last layer, inside :meth:`head`."""
         return self._head(batch, self._unpacked(self._there(state))[0])

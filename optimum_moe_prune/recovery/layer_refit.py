@@ -14,10 +14,10 @@ from torch import Tensor
 from ..architectures.structure import owner, part
 from ..models.blocks import MoEBlock, replace_tensor
 from ..models.down import Down, SingleExpert
-from ..models.experts import ExpertsForward
+from ..models.experts import ExpertsForward, StandIn
 from ..processes import ALONE, Processes
 from ..storage.tensor_files import Shapes
-from .least_squares import SWEEPS, Sums, added, best_change, grouped, precision
+from .least_squares import SWEEPS, Sums, added, best_change, energy_of, grouped, precision
 
 _FEATURE_BYTES = 512 * 2**20  # of a group, that are there at once
 
@@ -48,7 +48,7 @@ class LayerResult:
 
 
 class LayerTokens:
-    """What went into the experts of a pruned layer, and what the cut takes from their output, of every token.
+    """What goes into the experts of a pruned layer, and what the cut takes from their output, of every token.
 
     Args:
         block: The block.
@@ -56,6 +56,7 @@ class LayerTokens:
         num_tokens: Tokens, of all batches.
         num_fit: The first so many are fitted to; the others are held back.
         allocate: Makes the tensors of a layer.
+        device: Where to calculate.
     """
 
     def __init__(
@@ -65,70 +66,73 @@ class LayerTokens:
         num_tokens: int,
         num_fit: int,
         allocate: Callable[[Shapes], Mapping[str, Tensor]],
+        device: torch.device,
     ) -> None:
-        self.block = block
-        self.retained = tuple(retained)
+        self.block, self.retained, self.device = block, tuple(retained), device
         self.num_tokens, self.num_fit = num_tokens, num_fit
+        self.tensors: Mapping[str, Tensor] = {}
         self._allocate = allocate
-        self._tensors: Mapping[str, Tensor] = {}
         self._filled = 0
-        self._whole: Tensor | None = None  # of the batch at work: the output of all experts
+        self._routed: tuple[Tensor, Tensor, Tensor] | None = None  # of the batch at work
+        self._features: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def seen(self, real: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-        """What takes a batch's run with the retained experts, after the one with all of them.
+    # -- called by the block
+
+    def left(self, own: ExpertsForward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Stands in for the retained experts, whose outputs are not needed yet."""
+        self._routed = hidden, ids, weights
+        return hidden.new_zeros(*hidden.shape[:-1], hidden.shape[-1] - own.scores)
+
+    def taker(self, real: Tensor) -> StandIn:
+        """What stands in for all experts in a batch, after :meth:`left`.
 
         Args:
             real: Rows of tokens among all rows of the batch.
         """
 
-        def take(hidden: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> None:
+        def take(own: ExpertsForward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            output = own(hidden, ids, weights)
+            assert self._routed is not None
+            (x, chosen, applied), self._routed = self._routed, None
             rows = real.to(hidden.device)
-            assert self._whole is not None
-            x, output = hidden.reshape(-1, hidden.shape[-1])[rows], output.reshape(-1, output.shape[-1])[rows]
-            whole, self._whole = self._whole[rows], None
-            values = {
-                "x": x,
-                "ids": ids.reshape(-1, ids.shape[-1])[rows],
-                "weights": weights.reshape(-1, weights.shape[-1])[rows],
-                "residual": whole.float() - output.float(),
-            }
-            if not self._tensors:
+            parts = {"x": x, "ids": chosen, "weights": applied, "residual": output}
+            values = {name: value.reshape(-1, value.shape[-1])[rows] for name, value in parts.items()}
+            if not self.tensors:
                 dtypes = {"x": x.dtype, "ids": torch.int64}
-                shapes: Shapes = {
-                    name: ((self.num_tokens, value.shape[1]), dtypes.get(name, torch.float32))
-                    for name, value in values.items()
-                }
-                self._tensors = self._allocate(shapes)
+                self.tensors = self._allocate(
+                    {
+                        name: ((self.num_tokens, value.shape[1]), dtypes.get(name, torch.float32))
+                        for name, value in values.items()
+                    }
+                )
+            places = slice(self._filled, self._filled + len(rows))
             for name, value in values.items():
-                self._tensors[name][self._filled : self._filled + len(value)] = value.cpu()
-            self._filled += len(x)
+                self.tensors[name][places] = value.cpu()
+            self._filled += len(rows)
+            return output
 
         return take
 
-    def all_experts(self, own: ExpertsForward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Stands in for the experts in the run with all of them."""
-        output = own(hidden, ids, weights)
-        self._whole = output.reshape(-1, output.shape[-1])
-        return output
+    # -- the refit
 
-    def refit(self, down: Down, device: torch.device, processes: Processes = ALONE) -> Refitted:
+    def refit(self, down: Down, processes: Processes = ALONE) -> Refitted:
         """Solve for what the retained experts' down projections change by.
+
+        Afterwards ``residual`` is what the refitted layer lacks of the whole one.
 
         Args:
             down: Where they are.
-            device: Where to calculate.
             processes: Those that share the tokens; all have the whole result.
         """
-        width, experts = down.width, len(self.retained)
-        outputs = self._width(processes)
-        counts = torch.stack(processes.meet(self._routed())).sum(0)
-        able = [place for place, count in enumerate(counts.tolist()) if count >= width]
-        groups = [_Group(self, down, [able[i] for i in group], device) for group in grouped(len(able), width)]
+        width, experts = down.width, range(len(self.retained))
+        outputs = max(processes.meet(self.tensors["residual"].shape[1] if self.tensors else 0))
+        self._take_off_outputs(down)
+        counts = torch.stack(processes.meet(self._counts())).sum(0).tolist()
+        able = [place for place in experts if counts[place] >= width]
+        groups = [_Group(self, down, [able[i] for i in group]) for group in grouped(len(able), width)]
         changes = [group.unchanged(outputs) for group in groups]
         ridges: list[float | None] = [None] * len(groups)
-        residual = self.tensors.get("residual", torch.zeros(0, outputs))
-        before = sum(processes.meet(_energy(residual[self.num_fit :])))
-        after = before
+        before = after = sum(processes.meet(self._energy()))
         for sweep in range(SWEEPS if len(groups) > 1 else 1):
             for number, group in enumerate(groups):
                 now = changes[number]
@@ -138,24 +142,17 @@ class LayerTokens:
                 changes[number], ridge = best_change(fit, held_back, now)
                 after = held_back.error(changes[number])
                 ridges[number] = ridge if ridge is not None or sweep == 0 else ridges[number]
-                if len(groups) > 1:
-                    group.take_off(changes[number] - now, residual)
-        each: list[Tensor | None] = [None] * experts
+                group.take_off(changes[number] - now)
+        self._features.clear()
+        each: list[Tensor | None] = [None for _ in experts]
         for group, change, ridge in zip(groups, changes, ridges, strict=True):
             for i, place in enumerate(group.places):
                 each[place] = change[i * width : (i + 1) * width] if ridge is not None else None
-        held = sum(processes.meet(self.num_tokens - self.num_fit)) or 1
-        fewest = min((float(counts[place]) / width for place in able), default=0.0)
-        left_out = tuple(self.retained[place] for place in range(experts) if place not in able)
-        return Refitted(
-            tuple(each),
-            LayerResult(self.block.layer, tuple(ridges), before / held, after / held, left_out, fewest),
-        )
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """What was seen of every token, by name."""
-        return self._tensors
+        held = sum(processes.meet(len(self.held))) or 1
+        fewest = min((counts[place] / width for place in able), default=0.0)
+        left_out = tuple(self.retained[place] for place in experts if place not in able)
+        result = LayerResult(self.block.layer, tuple(ridges), before / held, after / held, left_out, fewest)
+        return Refitted(tuple(each), result)
 
     @property
     def fit(self) -> range:
@@ -170,22 +167,55 @@ class LayerTokens:
     @functools.cached_property
     def places(self) -> Tensor:
         """Of each token's choices ``(T, K)`` the place among the retained, or -1 where that is no expert."""
-        ids = self._tensors["ids"]
+        ids = self.tensors["ids"]
         places = torch.full((max([int(ids.max()), *self.retained]) + 1,), -1)
         places[list(self.retained)] = torch.arange(len(self.retained))
         return places[ids]
 
-    def _routed(self) -> Tensor:
+    def chunks(self, tokens: range, down: Down) -> list[range]:
+        """Tokens whose features are there at once."""
+        routed = self.tensors["ids"].shape[1] if self.tensors else 1
+        size = max(1, _FEATURE_BYTES // (4 * down.width * routed))
+        return [range(first, min(first + size, tokens.stop)) for first in range(tokens.start, tokens.stop, size)]
+
+    def features(self, place: int, chunk: range, down: Down) -> tuple[Tensor, Tensor]:
+        """Weighted features of an expert's tokens ``(t, I)``, and which of a chunk these are ``(t,)``."""
+        if (kept := self._features.get((place, chunk.start))) is not None:
+            return kept
+        phi, rows, _ = self._run(place, chunk, down)
+        return phi, rows
+
+    def _run(self, place: int, chunk: range, down: Down) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with the expert's weighted outputs ``(t, H)``."""
+        of_chunk = slice(chunk.start, chunk.stop)
+        rows, slots = (self.places[of_chunk] == place).nonzero().unbind(1)
+        x, weight = (self.tensors[name][of_chunk] for name in ("x", "weights"))
+        x, weight = x[rows].to(self.device), weight[rows, slots, None].to(self.device)
+        phi, output = SingleExpert(self.block, self.retained[place]).features(x, down)
+        return phi.mul_(weight), rows.to(self.device), output.mul_(weight)
+
+    def _take_off_outputs(self, down: Down) -> None:
+        """Take what the retained experts give off what all gave; features are kept where all of them fit."""
+        every = [*self.chunks(self.fit, down), *self.chunks(self.held, down)]
+        keeps = len(every) <= 2
+        for chunk in every:
+            residual = self.tensors["residual"][chunk.start : chunk.stop]
+            for place in range(len(self.retained)):
+                phi, rows, output = self._run(place, chunk, down)
+                residual.index_add_(0, rows.cpu(), output.cpu(), alpha=-1)
+                if keeps:
+                    self._features[place, chunk.start] = phi, rows
+
+    def _counts(self) -> Tensor:
         """Tokens to fit to of each retained expert."""
         count = len(self.retained)
         if not self.num_fit:
             return torch.zeros(count, dtype=torch.int64)
         return torch.bincount(self.places[: self.num_fit].flatten() + 1, minlength=count + 1)[1:]
 
-    def _width(self, processes: Processes) -> int:
-        """H, which a process without tokens learns from the others."""
-        own = self._tensors["residual"].shape[1] if self._tensors else 0
-        return max(processes.meet(own))
+    def _energy(self) -> float:
+        """The squared error on tokens held back."""
+        return float(energy_of(self.tensors["residual"][self.num_fit :])) if len(self.held) else 0.0
 
 
 @dataclass(frozen=True)
@@ -208,65 +238,35 @@ class _Group:
         layer: The tokens of the layer.
         down: Where the down projections are.
         places: Of the experts, among the retained.
-        device: Where to calculate.
     """
 
-    def __init__(self, layer: LayerTokens, down: Down, places: Sequence[int], device: torch.device) -> None:
-        self.layer, self.down, self.places, self.device = layer, down, tuple(places), device
-        self._kept: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+    def __init__(self, layer: LayerTokens, down: Down, places: Sequence[int]) -> None:
+        self.layer, self.down, self.places = layer, down, tuple(places)
 
     def unchanged(self, outputs: int) -> Tensor:
         """A change of the weights by nothing."""
         features = len(self.places) * self.down.width
-        return torch.zeros(features, outputs, dtype=precision(features), device=self.device)
+        return torch.zeros(features, outputs, dtype=precision(features), device=self.layer.device)
 
     def sums(self, tokens: range, outputs: int) -> Sums:
         """Sums over some of the tokens."""
-        total = Sums.zeros(len(self.places) * self.down.width, outputs, self.device)
-        chunks = self._chunks(tokens)
-        for chunk in chunks:
-            phi, rows = self._features(chunk)
-            if len(chunks) == 1:
-                self._kept[chunk.start] = (phi, rows)
-            total.add(phi, rows, self.layer.tensors["residual"][chunk.start : chunk.stop].to(self.device))
+        total = Sums.zeros(len(self.places) * self.down.width, outputs, self.layer.device)
+        for chunk in self.layer.chunks(tokens, self.down):
+            found = [self.layer.features(place, chunk, self.down) for place in self.places]
+            residual = self.layer.tensors["residual"][chunk.start : chunk.stop].to(self.layer.device)
+            total.add([phi for phi, _ in found], [rows for _, rows in found], residual)
         return total
 
-    def take_off(self, change: Tensor, residual: Tensor) -> None:
+    def take_off(self, change: Tensor) -> None:
         """Take what a change of the weights gives off the residuals of all tokens."""
-        width = self.down.width
-        change = change.float()
+        width, change = self.down.width, change.float()
         for tokens in (self.layer.fit, self.layer.held):
-            for chunk in self._chunks(tokens):
-                phi, rows = self._kept.pop(chunk.start, None) or self._features(chunk)
-                for i, (a, of_a) in enumerate(zip(phi, rows, strict=True)):
-                    residual[chunk.start + of_a.cpu()] -= (a @ change[i * width : (i + 1) * width]).cpu()
-
-    def _chunks(self, tokens: range) -> list[range]:
-        """Tokens whose features are there at once."""
-        routed = self.layer.tensors["ids"].shape[1] if self.layer.tensors else 1
-        size = max(1, _FEATURE_BYTES // (4 * self.down.width * min(routed, max(1, len(self.places)))))
-        return [range(first, min(first + size, tokens.stop)) for first in range(tokens.start, tokens.stop, size)]
-
-    def _features(self, chunk: range) -> tuple[list[Tensor], list[Tensor]]:
-        """Weighted features of each expert's tokens ``(t, I)``, and which tokens of the chunk these are ``(t,)``."""
-        tensors, phi, rows = self.layer.tensors, [], []
-        of_chunk = slice(chunk.start, chunk.stop)
-        places = self.layer.places[of_chunk]
-        x, weights = (tensors[name][of_chunk].to(self.device) for name in ("x", "weights"))
-        for place in self.places:
-            at, slots = (places == place).nonzero().unbind(1)
-            at, slots = at.to(self.device), slots.to(self.device)
-            if len(at):
-                single = SingleExpert(self.layer.block, self.layer.retained[place])
-                phi.append(single.features(x[at], self.down) * weights[at, slots, None])
-            else:
-                phi.append(x.new_zeros(0, self.down.width, dtype=torch.float32))
-            rows.append(at)
-        return phi, rows
-
-
-def _energy(residual: Tensor) -> float:
-    return float(residual.double().square().sum())
+            for chunk in self.layer.chunks(tokens, self.down):
+                residual = self.layer.tensors["residual"][chunk.start : chunk.stop]
+                for i, place in enumerate(self.places):
+                    phi, rows = self.layer.features(place, chunk, self.down)
+                    given = phi @ change[i * width : (i + 1) * width]
+                    residual.index_add_(0, rows.cpu(), given.cpu(), alpha=-1)
 
 
 def with_changes(

@@ -69,7 +69,7 @@ class Sums:
             rows: Which tokens these are ``(t_e,)``, in rising order.
             residual: Of all tokens ``(T, H)``.
         """
-        self.energy.add_(residual.double().square().sum())
+        self.energy.add_(energy_of(residual))
         width = self.gram.shape[0] // max(1, len(phi))
         place = torch.full((len(residual),), -1, dtype=torch.int64, device=residual.device)
         for i, (a, of_a) in enumerate(zip(phi, rows, strict=True)):
@@ -84,7 +84,8 @@ class Sums:
                 found = place[rows[j]]
                 both = (found >= 0).nonzero().flatten()
                 if len(both):
-                    block = a[found[both]].T @ phi[j][both]
+                    alike = len(both) == len(of_a) == len(rows[j])  # as where as many are left as a token uses
+                    block = a.T @ phi[j] if alike else a[found[both]].T @ phi[j][both]
                     other = slice(j * width, (j + 1) * width)
                     self.gram[own, other] += block
                     self.gram[other, own] += block.T
@@ -99,6 +100,11 @@ class Sums:
         """What a change ``(n, H)`` of the weights leaves of the energy."""
         moved = (change * (self.gram @ change - 2 * self.products)).sum(dtype=torch.float64)
         return float(self.energy + moved)
+
+
+def energy_of(residual: Tensor) -> Tensor:
+    """The sum of squares, ``()`` float64."""
+    return torch.linalg.vector_norm(residual, dtype=torch.float64).square()
 
 
 def added(sums: Sequence[Sums]) -> Sums:

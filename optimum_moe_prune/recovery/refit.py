@@ -10,9 +10,11 @@ weights, rounded as they will be kept. What comes out of the last layer says wha
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from ..evaluation.divergence import batch_size_for, kl_per_token
 from ..models.batches import Batch
 from ..models.blocks import MoEBlock
 from ..models.down import Down, down_projection
+from ..models.experts import ExpertsForward
 from ..models.layerwise import LayerByLayer
 from ..models.transfers import Carrier, lane_of, rows_of
 from ..processes import ALONE, Processes
@@ -45,6 +48,8 @@ Dtypes = Callable[[int, torch.dtype], torch.dtype]
 
 _ORIGINAL, _PRUNED, _RECOVERED = "original", "pruned", "recovered"
 _RESULT = "result"
+_TRIED = 32  # tokens on which it is tried how a layer takes what its experts give
+_ROUNDING = 0.02
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,6 @@ class _Pass:
         if store.finished == steps:
             return self._result(store.tensors("divergences.safetensors", None)["kl"])
         runner.prepare()
-        sizes = [batch.input_ids.numel() for batch in self.every]
         with (
             runner.running(),
             runner.reading_ahead() as ahead,
@@ -159,8 +163,7 @@ class _Pass:
             for index in range(store.finished, runner.num_layers):
                 with runner.loaded(index):
                     ahead(index + 1)
-                    with working("batches", len(sizes), "batch", costs=sizes):
-                        self._layer(index)
+                    self._layer(index)
                 whole = [name for states, _ in self.streams.values() for name in states.whole(index + 1)]
                 files = [_file(layer) for layer in self.cut if layer <= index]
                 store.commit(index + 1, [*files, *whole])
@@ -198,50 +201,98 @@ class _Pass:
         with block.restricted(retained):
             self._forward(_PRUNED, index)
         down = down_projection(block)
-        undo = None
-        if down is not None:
-            tokens = self._seen(index, block)
-            refitted = tokens.refit(down, self.runner.device, self.processes)
-            dtype = self.dtypes(index, matrix_of(block, down, retained[0]).dtype)
-            values = with_changes(block, retained, down, refitted.changes, dtype)
-            self._keep(index, block, down, values, refitted.result)
-            undo = replace_down(block, retained, down, values)
-            self.store.remove(_tokens_file(index))
-        else:
-            self._keep(index, block, None, torch.zeros(0), LayerResult(index, (), 0.0, 0.0, tuple(retained), 0.0))
-        try:
+        if down is None:
             with block.restricted(retained):
                 self._forward(_RECOVERED, index)
+            self._keep(index, block, None, torch.zeros(0), LayerResult(index, (), 0.0, 0.0, tuple(retained), 0.0))
+            return
+        tokens, share = self._seen(index, block)
+        refitted = tokens.refit(down, self.processes)
+        dtype = self.dtypes(index, matrix_of(block, down, retained[0]).dtype)
+        values = with_changes(block, retained, down, refitted.changes, dtype)
+        self._keep(index, block, down, values, refitted.result)
+        if share:
+            self._lack(tokens, share)
+        undo = replace_down(block, retained, down, values)
+        try:
+            with block.restricted(retained):
+                self._forward(_RECOVERED, index, len(self.fit) if share else 0)
         finally:
-            if undo is not None:
-                undo()
+            undo()
+        self.store.remove(_tokens_file(index))
 
-    def _forward(self, stream: str, index: int) -> None:
+    def _forward(self, stream: str, index: int, first: int = 0) -> None:
+        """Run a stream through the layer as it is, from one of the batches on."""
         states, batches = self.streams[stream]
-        states.turn(index)
-        for number, batch in enumerate(batches):
-            states.put(number, self.runner.forward(index, batch, states.hidden()), None)
+        states.turn(index, first)
+        for number in range(first, len(batches)):
+            states.put(number, self.runner.forward(index, batches[number], states.hidden()), None)
 
-    def _seen(self, index: int, block: MoEBlock) -> LayerTokens:
-        """What goes through the layer in the recovered stream."""
-        retained = self.retained[index]
+    def _seen(self, index: int, block: MoEBlock) -> tuple[LayerTokens, float]:
+        """What goes through the layer in the recovered stream, and by which share its experts add to that.
+
+        Where they do, what comes out of the whole layer stands in the stream for what comes out of the refitted one.
+        """
         tokens = LayerTokens(
             block,
-            retained,
+            self.retained[index],
             self.num_tokens,
             self.num_fit,
             lambda shapes: self.store.tensors(_tokens_file(index), shapes),
+            self.runner.device,
         )
         states, batches = self.streams[_RECOVERED]
         states.turn(index)
-        for batch in progress(batches, "batches", unit="batch", costs=[b.input_ids.numel() for b in batches]):
+        share = 0.0
+        for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=_sizes(batches))):
             hidden = states.hidden()
+            if number == 0:
+                share = added_share(self.runner, block, batch, hidden)
+                share = min(self.processes.meet(share), key=abs)
+            output = self._run(block, batch, hidden, tokens)
+            if share and number < len(self.fit):
+                states.put(number, output, None)
+        return tokens, share
+
+    def _run(self, block: MoEBlock, batch: Batch, hidden: Tensor, tokens: LayerTokens) -> Tensor:
+        """A batch through the whole layer, watched: where its tokens would go in the pruned one, and what they get."""
+        real = batch.attention_mask.flatten().nonzero().flatten()
+        retained, run = tokens.retained, functools.partial(self.runner.forward, block.layer, batch)
+        if not block.structure.block or block.calls_modules:
+            with block.restricted(retained, tokens.left):
+                run(hidden.clone())
+            with block.observed(_unheard, tokens.taker(real)):
+                return run(hidden)
+        module = block.module
+        before, forward = module.__dict__.get("forward"), module.forward
+
+        def twice(*args: Any, **kwargs: Any) -> Any:
+            with block.restricted(retained, tokens.left):
+                forward(*args, **kwargs)
+            with block.observed(_unheard, tokens.taker(real)):
+                return forward(*args, **kwargs)
+
+        try:
+            module.forward = twice
+            return run(hidden)
+        finally:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+
+    def _lack(self, tokens: LayerTokens, share: float) -> None:
+        """Take what the refitted layer lacks off what comes out of the whole one, of the text that is fitted to."""
+        states, _ = self.streams[_RECOVERED]
+        begin = 0
+        for number, batch in enumerate(self.fit):
             real = batch.attention_mask.flatten().nonzero().flatten()
-            with block.observed(lambda logits: None, tokens.all_experts):
-                self.runner.forward(index, batch, hidden.clone())
-            with block.restricted(retained, tokens.seen(real)):
-                self.runner.forward(index, batch, hidden)
-        return tokens
+            residual = tokens.tensors["residual"][begin : begin + len(real)]
+            begin += len(real)
+            lacks = torch.zeros(batch.input_ids.numel(), residual.shape[1])
+            lacks[real] = -share * residual
+            shaped = lacks.view(*batch.input_ids.shape, -1)
+            states.change(number, lambda state, shaped=shaped: self.runner.moved(state, shaped))  # type: ignore[misc]
 
     # -- what is kept of a layer
 
@@ -314,3 +365,43 @@ def _file(layer: int) -> str:
 
 def _tokens_file(layer: int) -> str:
     return f"tokens_{layer:05d}.safetensors"
+
+
+def added_share(runner: LayerByLayer, block: MoEBlock, batch: Batch, state: Tensor) -> float:
+    """The share of what a layer's experts give that is added to its hidden states; 0 where it is not added as it is.
+
+    It is tried out, inside ``running``: on a few tokens with something random more.
+
+    Args:
+        runner: The model, with the layer loaded.
+        block: Its block.
+        batch: A batch.
+        state: What goes into the layer of it.
+    """
+    few = Batch(batch.input_ids[:1, :_TRIED], batch.attention_mask[:1, :_TRIED], batch.samples[:1])
+    begin = runner.part_of(state, _TRIED)
+    noise: list[Tensor] = []
+
+    def more(own: ExpertsForward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        output = own(hidden, ids, weights)
+        size = output.float().square().mean().sqrt().clamp(min=1e-6)
+        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.device) * size
+        noise.append(drawn.to(output.dtype))
+        return output + noise[-1]
+
+    plain = runner.hidden_of(runner.forward(block.layer, few, begin.clone())).float()
+    with block.observed(_unheard, more):
+        moved = runner.hidden_of(runner.forward(block.layer, few, begin.clone())).float()
+    change, given = (moved - plain).flatten(), noise[-1].float().flatten().to(plain.device)
+    if len(change) != len(given):
+        return 0.0
+    share = float(change @ given / (given @ given))
+    return share if float((change - share * given).norm()) <= _ROUNDING * abs(share) * float(given.norm()) else 0.0
+
+
+def _unheard(logits: Tensor) -> None:
+    """For logits that nobody asks for."""
+
+
+def _sizes(batches: Sequence[Batch]) -> list[int]:
+    return [batch.input_ids.numel() for batch in batches]
