@@ -149,12 +149,15 @@ class MoEPruner:
         return pruner
 
     @classmethod
-    def from_plan(cls, plan: PruningPlan, name_or_path: str | os.PathLike, **settings: Any) -> MoEPruner:
+    def from_plan(
+        cls, plan: PruningPlan, name_or_path: str | os.PathLike, config: MoEPrunerConfig | None = None, **settings: Any
+    ) -> MoEPruner:
         """A pruner that applies a plan to the model it was made for.
 
         Args:
             plan: The plan.
             name_or_path: That model's folder or Hub id.
+            config: A recipe, for the recovery that it names.
             settings: ``revision``, ``token``, ``cache_dir``, ``trust_remote_code``.
 
         Raises:
@@ -162,7 +165,7 @@ class MoEPruner:
         """
         source = Source.of(name_or_path, **settings)
         source.config  # noqa: B018  # refuses what is no model
-        return cls(plan=with_parent(plan, source.stored_plan()), source=source)
+        return cls(config, plan=with_parent(plan, source.stored_plan()), source=source)
 
     # -- what it is bound to
 
@@ -416,18 +419,22 @@ class MoEPruner:
                 of_recovery = workspace.part("recovery")
                 recovered = Recovery.of_checkpoint(layout, plan, texts, self._recipe(), way, of_recovery)
 
+            anew = calibration is not None
+            parts = {"calibration": anew, "sensitivity": anew, "recovery": recovered is not None}
+
             def write(made: PruningPlan = plan) -> None:
                 apply_to_checkpoint(
                     made, layout, output_dir, recipe=self._stored_recipe(), max_shard_size=max_shard_size,
                     overwrite=overwrite, standalone=standalone, mtp=mtp, card=card,
                     finish=None if recovered is None else recovered.in_files,
                 )  # fmt: skip
-                for part in ("calibration", "sensitivity", "recovery") if calibration is not None else ():
-                    workspace.part(part).clear()
+                for part, is_done in parts.items():
+                    if is_done:
+                        workspace.part(part).clear()
 
             way.together.once(write)
             if recovered is not None and way.together.is_main:
-                self.pruning_plan = PruningPlan.load(output_dir)
+                self.pruning_plan = PruningPlan.load(Path(output_dir))
         self.output_dir = Path(output_dir)
         return self.output_dir
 

@@ -301,9 +301,9 @@ class CalibrationSet:
         """
         order = sorted(range(len(self)), key=lambda i: self.samples[i].domain)
         dealt = equal_shares([self.samples[i].domain for i in order], num_samples)
-        return self.of(sorted(order[i] for i in dealt), {setting: num_samples})
+        return self.picked(sorted(order[i] for i in dealt), {setting: num_samples})
 
-    def of(self, numbers: Sequence[int], settings: Values | None = None) -> CalibrationSet:
+    def picked(self, numbers: Sequence[int], settings: Values | None = None) -> CalibrationSet:
         """The samples of these numbers, in rising order; ``settings`` say how they were chosen."""
         samples, token_ids = tuple(self.samples[i] for i in numbers), tuple(self.token_ids[i] for i in numbers)
         return CalibrationSet(samples, token_ids, sources=self.sources, settings={**self.settings, **(settings or {})})

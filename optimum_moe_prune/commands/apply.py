@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from typing import TYPE_CHECKING
 
 from optimum.commands.base import CommandInfo
 
+from ..config import MoEPrunerConfig
 from ..errors import RequestError
 from . import flags, publishing, screen
 from .base import Command, Result
 from .work import add_dry_run, check_apply, shown
+
+if TYPE_CHECKING:
+    from ..plan import PruningPlan
 
 
 class ApplyCommand(Command):
@@ -22,11 +27,20 @@ class ApplyCommand(Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         flags.add_model(parser)
         parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
-        flags.add_compute(parser, "the evaluation", stream=False)
+        flags.add_compute(parser, "the recovery and the evaluation")
         flags.add_writing(parser)
         flags.add_settings(parser, ["mtp"])
+        group = parser.add_argument_group("recovery")
+        flags.add_settings(group, flags.RECOVERY)
+        group.add_argument(
+            "--calibration",
+            action="append",
+            metavar="FILE",
+            help="texts to recover with; may be repeated",
+        )
+        flags.add_settings(group, ["max_length", "batch_size", "seed"])
         publishing.add_publishing(parser)
-        flags.add_settings(parser.add_argument_group("how --evaluate is read"), flags.READING)
+        flags.add_settings(parser.add_argument_group("how texts are read"), flags.READING)
         add_dry_run(parser)
         flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
 
@@ -41,31 +55,57 @@ class ApplyCommand(Command):
 
         from ..planning.work import plan_work
         from ..pruner import MoEPruner
+        from .inputs import recovery_samples
 
+        recipe = _recipe(args, plan)
         _check_reading(args)
         publishing.check_publishing(args)
-        flags.compute_of(args, says=bool(args.evaluate or args.speed))
+        compute = flags.compute_of(args, says=bool(args.evaluate or args.speed or recipe is not None))
         source = flags.source_of(args)
-        pruner = MoEPruner.from_plan(plan, source.name_or_path, **source.for_transformers)
+        pruner = MoEPruner.from_plan(plan, source.name_or_path, recipe, **source.for_transformers)
         layout = pruner.layout()
         check_apply(args, plan, layout)
         publishing.check_memory(args, layout)
         texts = publishing.texts_to_judge(args)
         publishing.say_overlap(texts, pruner.pruning_plan)
-        work = partial(plan_work, layout, plan=plan, mtp=args.mtp, output=args.output)
+        recovery = recovery_samples(args, pruner)
+        publishing.say_overlap(texts, recovery)
+        settings = {"mtp": args.mtp, "output": args.output, "compute": compute, "recovery": recovery}
+        work = partial(plan_work, layout, recipe, plan=plan, **settings)
         if (result := shown(args, work)) is not None:
             return result
         with screen.notes_kept(args.json) as printed:
             pruner.prune_checkpoint(
                 args.output,
+                recovery=recovery,
+                restart=args.restart,
                 max_shard_size=args.max_shard_size,
                 overwrite=args.overwrite,
                 standalone=args.standalone,
                 mtp=args.mtp,
-                processes=getattr(args, "processes", None),
                 **publishing.for_card(args),
+                **vars(compute),
             )
         return publishing.result_of_checkpoint(args, pruner, texts, printed)
+
+
+def _recipe(args: argparse.Namespace, plan: PruningPlan) -> MoEPrunerConfig | None:
+    """The plan's recipe with the recovery that is asked for; None where none is.
+
+    Raises:
+        RequestError: If flags of a recovery stand without it, or it has no texts.
+    """
+    names = (*flags.RECOVERY, "max_length", "batch_size", "seed")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.recover is None:
+        idle = [f"--{name.replace('_', '-')}" for name in given] + ["--calibration"] * bool(args.calibration)
+        if idle:
+            raise RequestError(f"{idle[0]} is for --recover, and nothing is to be recovered.")
+        return None
+    if not args.calibration:
+        raise RequestError("--recover needs texts; name a file (--calibration FILE).")
+    given |= {"text_column": args.text_column, "template_args": flags.template_args(args.template_args)}
+    return MoEPrunerConfig.from_dict(plan.config, **given, skip_bad=bool(args.skip_bad))
 
 
 def _check_reading(args: argparse.Namespace) -> None:
@@ -74,5 +114,5 @@ def _check_reading(args: argparse.Namespace) -> None:
     Raises:
         RequestError: Naming one.
     """
-    if not args.evaluate and (idle := flags.given_reading(args)):
-        raise RequestError(f"{idle[0]} is for --evaluate, and none is named.")
+    if not args.evaluate and not args.recover and (idle := flags.given_reading(args)):
+        raise RequestError(f"{idle[0]} is for --evaluate and --recover, and neither is named.")

@@ -172,7 +172,7 @@ def add_compute(parser: argparse.ArgumentParser, what: str, stream: bool = True)
             help="hold one decoder layer in memory at a time (default: where the model does not fit)",
         )
         group.add_argument(
-            "--restart", action="store_true", help="begin an interrupted calibration anew; by default it is continued"
+            "--restart", action="store_true", help="begin interrupted work anew; by default it is continued"
         )
 
 

@@ -30,6 +30,24 @@ def calibration_samples(args: argparse.Namespace, pruner: MoEPruner) -> Calibrat
     return _named(samples, args.calibration)
 
 
+def recovery_samples(args: argparse.Namespace, pruner: MoEPruner) -> CalibrationSet | None:
+    """What the recipe's recovery is done with of the texts that the arguments name; None where there is none.
+
+    Raises:
+        RequestError: If there is too little, or the checkpoint cannot be recovered.
+    """
+    from ..recovery.recover import given_texts
+    from ..recovery.split import split_samples
+
+    texts = None if pruner.config is None or not pruner.config.recover else _input(args.calibration, "--calibration")
+    if texts is None or given_texts(pruner.config, None, pruner.layout(), texts, None) is None:
+        return None
+    samples = pruner.samples(texts, recovers=True)
+    samples.check_vocabulary(text_config(pruner.model_config).vocab_size)
+    split_samples(samples)
+    return _named(samples, args.calibration)
+
+
 def held_out_samples(
     args: argparse.Namespace, model: Source, data: Sequence[str], flag: str, max_length: int = 2048
 ) -> CalibrationSet:

@@ -49,7 +49,7 @@ class RunCommand(Command):
         config = flags.recipe(args)
         config.require_budget()
         weights = flags.domain_weights(args)
-        if config.needs or (config.allocates == BY_SENSITIVITY and args.sensitivity is None):
+        if config.needs or config.recover or (config.allocates == BY_SENSITIVITY and args.sensitivity is None):
             require_calibration(args)
         flags.check_sensitivity(args, config, args.report)
         publishing.check_publishing(args)
@@ -58,7 +58,7 @@ class RunCommand(Command):
         from ..planning.work import plan_work
         from ..pruner import MoEPruner
         from ..statistics.samples import check_domain_weights
-        from .inputs import calibration_samples
+        from .inputs import calibration_samples, recovery_samples
 
         compute = flags.compute_of(args)
         source = flags.source_of(args)
@@ -75,16 +75,19 @@ class RunCommand(Command):
         with screen.notes_kept(args.json) as printed:
             with held_back():
                 samples = calibration_samples(args, pruner) if measures or config.needs else None
+                recovery = recovery_samples(args, pruner)
                 if weights is not None and samples is not None:
                     check_domain_weights(samples.samples, weights)
             publishing.say_overlap(texts, samples)
-            work = partial(plan_work, layout, config, samples, output=args.output, compute=compute, measures=measures)
+            settings = {"output": args.output, "compute": compute, "measures": measures, "recovery": recovery}
+            work = partial(plan_work, layout, config, samples, **settings)
             if (result := shown(args, work)) is not None:
                 return result
             pruner.prune_checkpoint(
                 args.output,
                 calibration=samples,
                 domain_weights=weights,
+                recovery=recovery,
                 restart=args.restart,
                 max_shard_size=args.max_shard_size,
                 overwrite=args.overwrite,

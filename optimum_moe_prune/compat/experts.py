@@ -41,5 +41,6 @@ def run_plainly(experts: nn.Module) -> None:
     """
     config: Any = getattr(experts, "config", None)
     if hasattr(config, "_experts_implementation_internal"):
-        experts.config = copy.copy(config)
-        experts.config._experts_implementation_internal = "eager"  # no setter: that would reach parts of the config
+        own = copy.copy(config)
+        own._experts_implementation_internal = "eager"  # not by its setter, which reaches parts of the config as well
+        experts.config = own

@@ -191,7 +191,7 @@ def _copied(source: nn.Module, cut: dict[int, Any], expert: int, count: int, dty
         module.__dict__.pop("forward", None)  # what stands in for it in the source
         if WIDENING in module.__dict__:
             del module.__dict__[WIDENING]
-            module.__class__ = type(module).__mro__[1]  # type: ignore[assignment]  # its own
+            module.__class__ = type(module).__mro__[1]  # its own
         run_plainly(module)
     return made
 

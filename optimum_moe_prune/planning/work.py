@@ -32,7 +32,8 @@ from ..storage.paths import nearest_existing, real_path
 from ..storage.values import Json
 from .build import budget_for
 from .fit import Fit, fitted, gigabytes, weights_after
-from .probe import probe
+from .probe import Speed, probe
+from .recovery_work import RecoveryWork, recovery_work
 
 if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
@@ -98,6 +99,7 @@ class WorkPlan:
         weights_dtype: The precision of the weights that are read for it.
         streamed: Whether one layer at a time is in memory.
         seconds: How long running the model takes, roughly; None where that cannot be told.
+        recovery: What the recovery takes, where there is one; it is part of the other numbers.
     """
 
     model: Json
@@ -115,10 +117,12 @@ class WorkPlan:
     weights_dtype: str = ""
     streamed: bool | None = None
     seconds: float | None = None
+    recovery: RecoveryWork | None = None
 
     def to_dict(self) -> Json:
         """As plain values."""
-        values = {name: value for name, value in vars(self).items() if name not in ("choice", "fit")}
+        values = {name: value for name, value in vars(self).items() if name not in ("choice", "fit", "recovery")}
+        values["recovery"] = None if self.recovery is None else vars(self.recovery)
         if self.choice is not None:
             per_layer, neighbours = self.choice.per_layer, self.choice.neighbours
             values["choice"] = {
@@ -139,6 +143,8 @@ class WorkPlan:
         if self.texts:
             domains = ", ".join(f"{name} {count}" for name, count in sorted(self.texts["tokens_by_domain"].items()))
             lines["text"] = f"{self.texts['samples']} samples, {self.texts['tokens']} tokens ({domains})"
+        if self.recovery is not None:
+            lines["recovers"] = self.recovery.sentence()
         lines["reads"] = gigabytes(self.reads)
         if self.writes or self.unfinished:
             unfinished = f"{gigabytes(self.unfinished)} until it is done" if self.unfinished else ""
@@ -153,7 +159,8 @@ class WorkPlan:
             quick = self.seconds is not None and self.seconds < 60
             known = "about a minute at most" if quick else f"about {duration(self.seconds or 0)}"
             lines["time"] = "cannot be told" if self.seconds is None else known
-        return "\n".join(f"{name:<7} {text}" for name, text in lines.items() if text)
+        width = max(7, *map(len, lines))
+        return "\n".join(f"{name:<{width}} {text}" for name, text in lines.items() if text)
 
     def _model(self) -> str:
         model, counts = self.model, self.model["num_experts"].values()
@@ -195,6 +202,7 @@ def plan_work(
     measures: bool | None = None,
     saves_statistics: bool = False,
     judged_tokens: int = 0,
+    recovery: CalibrationSet | None = None,
 ) -> WorkPlan:
     """What calibrating, choosing and writing will take. Nothing is written; one layer is run on a few tokens.
 
@@ -210,6 +218,7 @@ def plan_work(
         measures: Whether the sensitivity is measured; by default where the recipe allocates by it.
         saves_statistics: Whether the statistics are what is written.
         judged_tokens: Tokens that go through the model beside, for all plans that are judged together.
+        recovery: What the recipe's recovery is done with.
 
     Raises:
         RequestError: If the budget cannot be kept to, or the device is not there.
@@ -250,7 +259,8 @@ def plan_work(
     )
     measures = measures if measures is not None else recipe is not None and recipe.allocates == BY_SENSITIVITY
     needs = needs if needs is not None else frozenset() if recipe is None else recipe.needs
-    if recipe is None or samples is None or not (needs or measures or judged_tokens):
+    samples = recovery if samples is None else samples
+    if recipe is None or samples is None or not (needs or measures or judged_tokens or recovery):
         return work
     compute = compute.settled(layout)
     dtype = compute.computing_dtype(layout)
@@ -263,19 +273,35 @@ def plan_work(
         held += max(expert.parameters for expert in sizes.experts.values()) * dtype.itemsize + PIECE_BYTES
     batch = max(int(batch.input_ids.numel()) for batch in samples.batches(recipe.batch_size))
     running = _STATES_AT_ONCE * batch * width + (_CHUNKS if needs & DENSE else 0)
+    tokens = samples.num_tokens
+    measured = samples.take(recipe.sensitivity_samples).num_tokens if measures else 0
+    recovered = 0 if recovery is None else recovery.num_tokens
+    speed, of_recovery = None, None
+    seconds: float | None = 0.0
+    if sizes.whole.parameters * (tokens + judged_tokens + measured * len(counts) + 6 * recovered) >= _WORTH_PROBING:
+        speed = _speed(layout, samples, needs, compute, recipe)
+        seconds = None if speed is None else _seconds(layout, speed, tokens, measured, judged_tokens, needs, compute)
+    if recovery is not None:
+        total = sum(counts.values()) if choice is None else choice.total
+        of_recovery = recovery_work(layout, sizes, recipe, recovery, compute, total, speed)
+        seconds = None if seconds is None else seconds + (of_recovery.seconds or 0.0)
+    beside = running + max(min(statistics, IN_MEMORY_BYTES), 0 if of_recovery is None else of_recovery.memory)
+    waits = 0 if of_recovery is None else of_recovery.unfinished  # when what a calibration keeps is of no use any more
+    unfinished = (0 if saves_statistics else statistics) + max(states, waits)
     return replace(
         work,
-        texts={"samples": len(samples), "tokens": samples.num_tokens, "tokens_by_domain": _by_domain(samples)},
-        reads=sizes.whole.nbytes + writes,
+        texts={"samples": len(samples), "tokens": tokens, "tokens_by_domain": _by_domain(samples)},
+        reads=sizes.whole.nbytes + writes + (0 if of_recovery is None else of_recovery.reads),
         writes=statistics if saves_statistics else writes,
-        unfinished=(0 if saves_statistics else statistics) + states if output is not None else 0,
-        memory=_LIBRARIES + _KERNELS + held + min(statistics, IN_MEMORY_BYTES) + running,
+        unfinished=unfinished if output is not None else 0,
+        memory=_LIBRARIES + _KERNELS + held + beside,
         free_memory=available_memory(compute.device),
         device=compute.device if compute.device != AUTO else "all cards",
         dtype=dtype_text(dtype),
         weights_dtype=dtype_text(own),
         streamed=bool(compute.stream),
-        seconds=_seconds(layout, sizes, recipe, samples, needs, compute, measures, judged_tokens),
+        seconds=seconds,
+        recovery=of_recovery,
     )
 
 
@@ -318,27 +344,19 @@ def _by_domain(samples: CalibrationSet) -> dict[str, int]:
     return tokens
 
 
+def _speed(
+    layout: Layout, samples: CalibrationSet, needs: frozenset[Need], compute: Compute, recipe: MoEPrunerConfig
+) -> Speed | None:
+    """How fast a layer is read and run; None where it cannot be told."""
+    if not layout.checkpoint.is_local:  # of a model on the Hub nothing is downloaded before the work
+        return None
+    return probe(layout, samples, needs, compute, recipe.batch_size, recipe.max_tokens)
+
+
 def _seconds(
-    layout: Layout,
-    sizes: Sizes,
-    recipe: MoEPrunerConfig,
-    samples: CalibrationSet,
-    needs: frozenset[Need],
-    compute: Compute,
-    measures: bool,
-    judged: int,
-) -> float | None:
+    layout: Layout, speed: Speed, tokens: int, measured: int, judged: int, needs: frozenset[Need], compute: Compute
+) -> float:
     """How long the model will run, roughly: to calibrate, to measure the sensitivity, and to judge plans."""
-    tokens = samples.num_tokens
-    measured = samples.take(recipe.sensitivity_samples).num_tokens if measures else 0
-    if sizes.whole.parameters * (tokens + judged + measured * len(layout.num_experts)) < _WORTH_PROBING:
-        return 0.0
-    # Of a model on the Hub nothing is downloaded before the work.
-    if not layout.checkpoint.is_local:
-        return None
-    speed = probe(layout, samples, needs, compute, recipe.batch_size, recipe.max_tokens)
-    if speed is None:
-        return None
     layers = text_config(layout.config).num_hidden_layers
     at_once = bool(compute.stream) and copies_aside(torch.device(compute.runs_on))  # one is read while one runs
 
@@ -347,7 +365,7 @@ def _seconds(
 
     total = layers * layer(tokens * speed.watched) if needs else 0.0
     total += layers * layer(judged * speed.plain) if judged else 0.0
-    if measures:
+    if measured:
         alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2
         total += layers * speed.reading + (alone + _WHOLE_MODELS * layers) * measured * speed.plain
     return total

@@ -294,7 +294,7 @@ class Recovery:
         )
 
     def _of_refit(self, found: Refit) -> tuple[Verdict, Json]:
-        verdict = Verdict.of(self.split.held_back, *found.divergences, seed=self.recipe.seed)
+        verdict = Verdict.of(self.split.held_back, found.divergences[0], found.divergences[1], self.recipe.seed)
         layers: Json = {
             str(result.layer): {
                 "ridges": list(result.ridges),

@@ -112,7 +112,7 @@ def refit(
     }
     store = Store(own.folder, identity, own.restart, "refit", settings, processes.look)
     try:
-        return _Pass(runner, *parts, retained, store, dtypes, processes, split.held_back).run()
+        return _Pass(runner, parts[0], parts[1], retained, store, dtypes, processes, split.held_back).run()
     finally:
         store.close()
 

@@ -45,4 +45,4 @@ def split_samples(samples: CalibrationSet) -> Split:
         held_back += numbers[: max(1, round(HELD_BACK * len(numbers)))]
     judged = set(held_back)
     fit = [number for number in range(len(samples)) if number not in judged]
-    return Split(samples.of(fit), samples.of(sorted(held_back)))
+    return Split(samples.picked(fit), samples.picked(sorted(held_back)))

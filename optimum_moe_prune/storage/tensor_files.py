@@ -57,7 +57,7 @@ ALL_DTYPES = {
     },
 }
 """All dtypes of the format that can be read."""
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in ALL_DTYPES.items()}
 _HEADER_ALIGNMENT = 64
 _READ_BYTES = 2**30  # at once; the system takes no more than 2 GiB
 
@@ -205,7 +205,7 @@ def map_tensor(path: str | os.PathLike, name: str) -> Tensor:
     """
     entries, _ = read_header(path)
     entry = entries.get(name)
-    dtype = None if entry is None else TORCH_DTYPES.get(entry.dtype)
+    dtype = None if entry is None else ALL_DTYPES.get(entry.dtype)
     if entry is None or dtype is None or not entry.nbytes or entry.begin % dtype.itemsize:
         return read_tensors(path, [name])[name]
     try:
@@ -260,7 +260,7 @@ class MappedTensors(Mapping[str, Tensor]):
         with open(path, "r+b") as file:
             memory = mmap.mmap(file.fileno(), 0)  # the tensors keep it alive
         for name, entry in entries.items():
-            dtype, count = TORCH_DTYPES[entry.dtype], math.prod(entry.shape)
+            dtype, count = ALL_DTYPES[entry.dtype], math.prod(entry.shape)
             flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=entry.begin) if count else torch.empty(0)
             self._tensors[name] = flat.to(dtype).view(entry.shape)
 
@@ -294,7 +294,7 @@ class MappedTensors(Mapping[str, Tensor]):
             RequestError: If the file is missing or damaged.
         """
         entries, _ = read_header(path)
-        unknown = {entry.dtype for entry in entries.values()} - set(TORCH_DTYPES)
+        unknown = {entry.dtype for entry in entries.values()} - set(ALL_DTYPES)
         if unknown:
             raise RequestError(f"{path} is damaged: it holds {min(unknown)}.")
         return cls(Path(path), entries)

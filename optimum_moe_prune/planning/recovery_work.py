@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recovery takes, before it begins: time, memory, and what it reads of a model that does not fit in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..calibration.samples import CalibrationSet
+from ..checkpoints.layout import Layout
+from ..checkpoints.sizes import Sizes
+from ..compat import text_config
+from ..models.memory import Compute
+from ..names import DISTIL, REFIT
+from .fit import gigabytes
+from .probe import Speed
+
+if TYPE_CHECKING:
+    from ..config import MoEPrunerConfig
+
+HELD_BACK = 0.2
+_REFIT = 2.5  # passes over the text, of which a layer takes one
+_EPOCHS, _TRAINING = 6, 4  # over the text; forward and backward are so many forward passes
+_STREAMED_STEPS = 16  # of a distillation that reads the checkpoint twice for each
+_TRAINED = 16  # bytes of a number that is trained: its copy, its gradient and two moments
+_DOWN = 1 / 3  # of an expert's numbers
+
+
+@dataclass(frozen=True)
+class RecoveryWork:
+    """What it takes.
+
+    Attributes:
+        steps: What is done.
+        samples: Samples it is done with, those held back among them.
+        tokens: Their tokens.
+        memory: Bytes beside the model.
+        unfinished: Bytes that wait on disk until it is done, of a model that is streamed.
+        reads: Bytes of the checkpoint that are read for it.
+        seconds: Roughly; None where it cannot be told.
+    """
+
+    steps: tuple[str, ...]
+    samples: int
+    tokens: int
+    memory: int
+    unfinished: int
+    reads: int
+    seconds: float | None
+
+    def sentence(self) -> str:
+        """In words."""
+        more = f", reads {gigabytes(self.reads)} for it" if self.reads else ""
+        return f"{', '.join(self.steps)} with {self.samples} samples, {self.tokens} tokens, a fifth held back{more}"
+
+
+def recovery_work(
+    layout: Layout,
+    sizes: Sizes,
+    recipe: MoEPrunerConfig,
+    samples: CalibrationSet,
+    compute: Compute,
+    retained: int,
+    speed: Speed | None,
+) -> RecoveryWork:
+    """What the recovery of a recipe takes.
+
+    Args:
+        layout: The checkpoint.
+        sizes: Its sizes.
+        recipe: The recipe.
+        samples: What it is recovered with.
+        compute: How models are run, settled.
+        retained: Experts that are kept, in all layers.
+        speed: How fast a layer is read and run; None where it is not known.
+    """
+    config = text_config(layout.config)
+    layers, hidden, tokens = config.num_hidden_layers, config.hidden_size, samples.num_tokens
+    itemsize = compute.computing_dtype(layout).itemsize
+    expert = max(size.parameters for size in sizes.experts.values())
+    part = retained / sum(sizes.num_experts.values())  # of the experts that the pruned model still has
+    kept = int(
+        sizes.whole.nbytes - (1 - part) * sum(s.nbytes * sizes.num_experts[n] for n, s in sizes.experts.items())
+    )
+    memory = reads = 0
+    seconds = 0.0
+    if REFIT in recipe.recover:
+        memory = tokens * hidden * (itemsize + 4) + 2 * expert * 4
+        reads += sizes.whole.nbytes if compute.stream else 0
+        if speed is not None:
+            seconds += layers * (speed.reading + _REFIT * tokens * speed.plain)
+    if DISTIL in recipe.recover:
+        trained = retained * expert * _DOWN
+        memory = max(memory, int(trained * _TRAINED))
+        passes = 2 * _STREAMED_STEPS + 1
+        reads += sizes.whole.nbytes + passes * kept if compute.stream else 0
+        if speed is not None:
+            run = (1 + (1 - HELD_BACK) * _EPOCHS * _TRAINING) * tokens * speed.plain
+            seconds += layers * (run + (passes + 1) * (speed.reading if compute.stream else 0.0))
+    waits = int(2 * (1 + 2 * HELD_BACK) * tokens * hidden * itemsize) if compute.stream else 0
+    known = None if speed is None else seconds
+    return RecoveryWork(recipe.recover, len(samples), tokens, memory, waits, reads, known)
