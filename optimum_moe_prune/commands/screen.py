@@ -134,9 +134,12 @@ def checkpoint_in_words(
         lost: What was measured of it.
         printed: Messages that were printed before.
     """
+    from ..evaluation.tables import aligned
     from ..plan import PruningPlan
     from ..publishing.card import loader_of_card
     from ..publishing.sizes import sizes_of
+    from ..recovery.verdict import recovery_of, sentence_of, table_of
+    from ..statistics.passages import without_passages
 
     plan = PruningPlan.load(folder)  # with what became of heads
     lines = plan_in_words(plan, str(Path(folder, PLAN_NAME)))
@@ -144,6 +147,9 @@ def checkpoint_in_words(
     if sizes := sizes_of(plan, folder):
         lines.append(f"size: {sizes.in_words()}")
         values |= sizes.to_dict()
+    if (recovery := recovery_of(plan)) is not None:
+        lines += ["", sentence_of(recovery), *aligned(table_of(recovery))]
+        values["recovery"] = without_passages(recovery)
     if lost:
         lines += ["", lost]
     lines += to_know(plan, printed)

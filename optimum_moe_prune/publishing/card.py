@@ -113,6 +113,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
         sizes=card_parts.sizes_table(plan, folder, comparison),
         notes=card_parts.notes(plan),
         pictures=card_parts.pictures(folder),
+        **card_parts.recovery(plan),
         **card_parts.results(comparison),
         **card_parts.calibration(plan),
         apply_command=shlex.join(again),

@@ -11,6 +11,7 @@ from ..checkpoints.sizes import bytes_in_words, parameters_in_words
 from ..evaluation.comparison import Comparison, markdown_table
 from ..evaluation.speed import speed_in_words
 from ..plan import PruningPlan
+from ..recovery.verdict import recovery_of, sentence_of, table_of
 from ..storage.values import Json
 from .front_matter import text_kind
 from .plain import mapping, pairs, plain, sentence, texts
@@ -79,6 +80,20 @@ def results(comparison: Comparison | None) -> Json:
         "text_kind": plain(text_kind(comparison)),
         "measured_with": plain(settings),
         **shown,
+    }
+
+
+def recovery(plan: PruningPlan) -> Json:
+    """What a recovery gave back, as a sentence and a table."""
+    found = recovery_of(plan)
+    if found is None:
+        return {"recovered": False, "recovery": ""}
+    table = [[plain(cell) for cell in row] for row in table_of(found)]
+    return {
+        "recovered": found["accepted"],
+        "recovery": plain(sentence_of(found)),
+        "recovery_table": markdown_table(table),
+        "recovery_steps": [step for step in found["steps"] if step in (names.REFIT, names.DISTIL)],
     }
 
 

@@ -312,7 +312,8 @@ class Recovery:
             )
         out = sum(len(result.left_out) for result in found.layers)
         if out:
-            notes.append(f"{out} retained experts were not refitted: too few tokens reach them, or nothing can be")
+            experts = "1 retained expert was" if out == 1 else f"{out} retained experts were"
+            notes.append(f"{experts} not refitted: too few tokens reach them")
         return verdict, {"layers": layers, "notes": notes}
 
     def _remembered(self, verdicts: Mapping[str, Verdict], details: Json) -> PruningPlan:

@@ -29,9 +29,9 @@ from ..evaluation.divergence import batch_size_for, kl_per_token
 from ..models.batches import Batch
 from ..models.blocks import MoEBlock
 from ..models.down import Down, down_projection
-from ..models.experts import ExpertsForward
 from ..models.layerwise import LayerByLayer
 from ..models.transfers import Carrier, lane_of, rows_of
+from ..models.widened import WIDENING
 from ..processes import ALONE, Processes
 from ..processes.folders import own_workspace
 from ..progress import progress, working
@@ -39,6 +39,7 @@ from ..storage.growing import Store
 from ..storage.tensor_files import Shapes
 from ..storage.values import Values
 from ..storage.workspace import Workspace
+from .added import added_share
 from .layer_refit import LayerResult, LayerTokens, matrix_of, replace_down, with_changes
 from .split import Split
 
@@ -48,8 +49,6 @@ Dtypes = Callable[[int, torch.dtype], torch.dtype]
 
 _ORIGINAL, _PRUNED, _RECOVERED = "original", "pruned", "recovered"
 _RESULT = "result"
-_TRIED = 32  # tokens on which it is tried how a layer takes what its experts give
-_ROUNDING = 0.02
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,8 @@ class _Pass:
         """A batch through the whole layer, watched: where its tokens would go in the pruned one, and what they get."""
         real = batch.attention_mask.flatten().nonzero().flatten()
         retained, run = tokens.retained, functools.partial(self.runner.forward, block.layer, batch)
-        if not block.structure.block or block.calls_modules:
+        is_fixed = WIDENING in block.router.__dict__  # while the model runs it finds copies of its tensors
+        if not block.structure.block or block.calls_modules or is_fixed:
             with block.restricted(retained, tokens.left):
                 run(hidden.clone())
             with block.observed(_unheard, tokens.taker(real)):
@@ -365,38 +365,6 @@ def _file(layer: int) -> str:
 
 def _tokens_file(layer: int) -> str:
     return f"tokens_{layer:05d}.safetensors"
-
-
-def added_share(runner: LayerByLayer, block: MoEBlock, batch: Batch, state: Tensor) -> float:
-    """The share of what a layer's experts give that is added to its hidden states; 0 where it is not added as it is.
-
-    It is tried out, inside ``running``: on a few tokens with something random more.
-
-    Args:
-        runner: The model, with the layer loaded.
-        block: Its block.
-        batch: A batch.
-        state: What goes into the layer of it.
-    """
-    few = Batch(batch.input_ids[:1, :_TRIED], batch.attention_mask[:1, :_TRIED], batch.samples[:1])
-    begin = runner.part_of(state, _TRIED)
-    noise: list[Tensor] = []
-
-    def more(own: ExpertsForward, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        output = own(hidden, ids, weights)
-        size = output.float().square().mean().sqrt().clamp(min=1e-6)
-        drawn = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.device) * size
-        noise.append(drawn.to(output.dtype))
-        return output + noise[-1]
-
-    plain = runner.hidden_of(runner.forward(block.layer, few, begin.clone())).float()
-    with block.observed(_unheard, more):
-        moved = runner.hidden_of(runner.forward(block.layer, few, begin.clone())).float()
-    change, given = (moved - plain).flatten(), noise[-1].float().flatten().to(plain.device)
-    if len(change) != len(given):
-        return 0.0
-    share = float(change @ given / (given @ given))
-    return share if float((change - share * given).norm()) <= _ROUNDING * abs(share) * float(given.norm()) else 0.0
 
 
 def _unheard(logits: Tensor) -> None:

@@ -12,6 +12,7 @@ from scipy.stats import bootstrap
 from torch import Tensor
 
 from ..calibration.samples import CalibrationSet
+from ..plan import PruningPlan
 from ..planning.sensitivity import ALL
 from ..storage.values import Json
 from .steps import KL, NOTHING, by_domain, worse_domains
@@ -92,6 +93,23 @@ def _interval(before: np.ndarray, after: np.ndarray, seed: int) -> tuple[float, 
         random_state=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def recovery_of(plan: PruningPlan) -> Json | None:
+    """What a plan remembers of its recovery; None where there was none, or it was edited past reading."""
+    found = plan.provenance.get("recovery")
+    if not isinstance(found, dict):
+        return None
+    try:
+        before, after = found["kl_before"], found["kl_after"]
+        numbers = [*before.values(), *(after[name] for name in before), *found.get("left_interval", (0, 0))]
+        samples = [found["samples"][part] for part in ("fit", "held_back")]
+        known = ALL in before and all(isinstance(step, str) for step in found["steps"]) and found["steps"]
+        if not known or not np.isfinite(np.asarray([*numbers, *samples], dtype=float)).all():
+            return None
+        return {**found, "accepted": bool(found["accepted"]), "reason": str(found["reason"])}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def table_of(recovery: Mapping[str, Any]) -> list[list[str]]:

@@ -110,6 +110,7 @@ def write_report(
             overview=origin.overview(stats, chosen, costs, results),
             remarks=origin.remarks(stats, given),
             quality=measured.quality(results, gallery),
+            recovery=origin.recovered(chosen),
             sensitivity=measured.sensitivity(costs, gallery),
             retained=sections.retained(chosen, gallery),
             sizes=measured.sizes(results, given, family),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...evaluation.comparison import Comparison, ModelResult
 from ...planning.sensitivity import ALL, Sensitivity
+from ...recovery.verdict import recovery_of, sentence_of, table_of
 from ...statistics.passages import without_passages
 from ...statistics.stats import CalibrationStats
 from ...storage.values import Values
@@ -74,9 +75,27 @@ def overview(
     if measured is not None and measured.tokens_by_domain:
         rows.append(["sensitivity", _tokens(measured.tokens_by_domain)])
     rows += [["plan", f"{name}: {in_words(plan)}"] for name, plan in plans.items()]
+    rows += [["recovery", f"{name}: {words}"] for name, words in recoveries(plans).items()]
     if comparison is not None:
         rows += [["result", words] for words in (_result(*item) for item in comparison.compared.items()) if words]
     return Table("At a glance", [], rows) if rows else None
+
+
+def recoveries(plans: Plans) -> dict[str, str]:
+    """What recovery gave back, in a sentence for each plan that had one."""
+    found = {name: recovery_of(plan) for name, plan in plans.items()}
+    return {name: sentence_of(recovery) for name, recovery in found.items() if recovery is not None}
+
+
+def recovered(plans: Plans) -> list[Table]:
+    """What the cut cost each domain and what is left of it, for each plan that was recovered."""
+    found = ((name, recovery_of(plan)) for name, plan in plans.items())
+    tables = (
+        Table.of(f"{name}: KL from the original on text held back, nats per token", table_of(recovery))
+        for name, recovery in found
+        if recovery is not None
+    )
+    return [table for table in tables if table is not None]
 
 
 def _shape(num_experts: Mapping[int, int], top_k: int, dense: Any) -> str:
