@@ -128,6 +128,20 @@ class PruningPlan:
         return counts.pop() if len(counts) == 1 else None
 
     @property
+    def notes(self) -> list[str]:
+        """What a person must know of it and of what was recovered, each once; of what was edited, what can be read."""
+        recovery = self.provenance.get("recovery")
+        parts = [self.provenance.get("notes"), recovery.get("notes") if isinstance(recovery, dict) else None]
+        return list(dict.fromkeys(str(note) for part in parts if isinstance(part, (list, tuple)) for note in part))
+
+    @property
+    def without_recovery(self) -> PruningPlan:
+        """The plan of the cut alone: what recovered weights were worth is not true of a model that lacks them."""
+        if "recovery" not in self.provenance:
+            return self
+        return replace(self, provenance={k: v for k, v in self.provenance.items() if k != "recovery"})
+
+    @property
     def without_heads(self) -> PruningPlan:
         """The plan of the model's own layers."""
         if not self.heads:

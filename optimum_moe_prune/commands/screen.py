@@ -85,9 +85,7 @@ def plan_in_words(plan: PruningPlan, where: str) -> list[str]:
 
 def notes_of(plan: PruningPlan) -> list[str]:
     """What a person must know of a plan, each once."""
-    notes = plan.provenance.get("notes")
-    found = [str(note) for note in notes] if isinstance(notes, (list, tuple)) else []
-    return list(dict.fromkeys(" ".join(note.split()) for note in found if note.strip()))
+    return list(dict.fromkeys(" ".join(note.split()) for note in plan.notes if note.strip()))
 
 
 def to_know(plan: PruningPlan, printed: Collection[str] = ()) -> list[str]:

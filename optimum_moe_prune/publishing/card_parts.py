@@ -100,7 +100,7 @@ def recovery(plan: PruningPlan) -> Json:
 def notes(plan: PruningPlan) -> list[str]:
     """What a person must know of this choice, as sentences; what became of heads is said elsewhere."""
     of_heads = mapping(plan.provenance.get("heads")).get("note")
-    found = texts(plan.provenance.get("notes"))
+    found = texts(plan.notes)
     return [sentence(plain(note)) for note in dict.fromkeys(found) if note.strip() and note != of_heads]
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,20 +40,14 @@ def apply_to_checkpoint(
             remembers it.
         options: Of ``pruned_checkpoint``.
     """
-    plan = to_publish(with_parent(plan, layout.checkpoint.source.stored_plan()), card)
+    plan = to_publish(with_parent(plan.without_recovery, layout.checkpoint.source.stored_plan()), card)
     with pruned_checkpoint(plan, layout, target, **options) as folder:
         if finish is not None:
             there = PruningPlan.load(folder)  # with what became of heads
-            done = finish(folder).provenance
-            more = {"recovery": done["recovery"], "notes": _joined(there.provenance.get("notes"), done.get("notes"))}
-            replace(there, provenance={**there.provenance, **more}).save(folder)
+            more = finish(folder).provenance["recovery"]
+            replace(there, provenance={**there.provenance, "recovery": more}).save(folder)
         write_card(folder, Path(target).resolve().name)
     return Path(target)
-
-
-def _joined(*notes: Sequence[str] | None) -> list[str]:
-    """Notes, each once."""
-    return list(dict.fromkeys(note for some in notes for note in some or ()))
 
 
 def save_pruned(

@@ -216,7 +216,7 @@ class Recovery:
                 workspace=workspace.part(REFIT),
                 processes=processes,
             )
-        if DISTIL in recipe.recover and processes.is_main:
+        if DISTIL in recipe.recover and (layout is None or processes.is_main):  # who writes files
             teacher = teacher_outputs(
                 runner,
                 samples,
@@ -343,17 +343,13 @@ class Recovery:
                 [sample.hash for sample in (*fit.samples, *judged.samples)], (*fit.token_ids, *judged.token_ids)
             ).to_dict(),
         }
-        before = self.plan.provenance
         found = [note for note in notes if note]
         if kept and len(kept) < len(verdicts):
             refused = next(step for step in verdicts if step not in kept)
             found.append(f"what the {refused} gave is not kept: {verdicts[refused].reason}")
         if not kept:
             found.append(f"recovery changed nothing: {reason}")
-        return replace(
-            self.plan,
-            provenance={**before, "recovery": said, "notes": [*before.get("notes", ()), *found]},
-        )
+        return replace(self.plan, provenance={**self.plan.provenance, "recovery": {**said, "notes": found}})
 
 
 def _of_distillation(found: Distilled) -> tuple[Verdict, Json]:

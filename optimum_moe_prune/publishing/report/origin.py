@@ -41,9 +41,8 @@ def remarks(stats: CalibrationStats | None, plans: Plans) -> list[str]:
     """What was noted when statistics and plans were made, that of several plans once."""
     by_note: dict[str, list[str]] = {}
     for name, plan in plans.items():
-        notes = plan.provenance.get("notes")
-        for note in notes if isinstance(notes, list) else ():
-            by_note.setdefault(str(note), []).append(name)
+        for note in plan.notes:
+            by_note.setdefault(note, []).append(name)
         if plan.heads:
             kept = ", ".join(
                 f"layer {head}: {len(plan.retained[head])} of {plan.original_num_experts[head]} experts"

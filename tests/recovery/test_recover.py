@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recovery as a part of pruning: in memory and from files alike, never worse, and remembered by the plan."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_equal_states, load, make_model, make_texts, make_tokenizer, save_checkpoint
+from oracles import call
+from safetensors.torch import load_file
+from torch import Tensor
+
+from optimum_moe_prune import CalibrationSet, MoEPruner, MoEPrunerConfig, PruningPlan, RequestError
+from optimum_moe_prune.planning.sensitivity import ALL
+from optimum_moe_prune.recovery import recover as recovering
+from optimum_moe_prune.recovery.refit import Refit
+from optimum_moe_prune.recovery.steps import DistilOptions
+from optimum_moe_prune.recovery.verdict import Verdict, recovery_of, sentence_of, table_of
+
+TEXTS = make_texts(80, length=(12, 24))
+REFIT = MoEPrunerConfig(method="reap", num_experts=4, recover="refit")
+DOWN = "down_proj"
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distillations of a few steps."""
+    monkeypatch.setattr(recovering, "DistilOptions", partial(DistilOptions, steps=8, check_every=4))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny float32 Mixtral and calibration texts."""
+    place = tmp_path_factory.mktemp("recovered")
+    save_checkpoint("mixtral", place / "model", make_tokenizer(), torch.float32)
+    (place / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in TEXTS))
+    return place
+
+
+def files(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_files_and_memory_alike_and_nothing_else_changes(place: Path, tmp_path: Path) -> None:
+    pruner = MoEPruner.from_pretrained(place / "model", REFIT)
+    pruner.prune_checkpoint(tmp_path / "out", calibration=TEXTS, stream=True)
+    plan = PruningPlan.load(tmp_path / "out")
+    assert pruner.pruning_plan is not None and pruner.pruning_plan.to_dict() == plan.to_dict()
+    recovery = recovery_of(plan)
+    assert recovery is not None and recovery["accepted"] and recovery["steps"] == ["refit"]
+    assert recovery["kl_after"][ALL] < recovery["kl_before"][ALL]
+    assert recovery["samples"] == {"fit": 64, "held_back": 16}
+    plan.apply_to_checkpoint(place / "model", tmp_path / "cut")
+    recovered, cut = files(tmp_path / "out"), files(tmp_path / "cut")
+    changed = {name for name in cut if not torch.equal(cut[name], recovered[name])}
+    assert changed and all(".w2." in name or DOWN in name for name in changed), changed
+
+    other = MoEPruner.from_pretrained(place / "model", REFIT)
+    model = other.prune(load(place / "model"), TEXTS)
+    loaded = load(tmp_path / "out")
+    for (name, mine), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4), name
+        assert DOWN in name or torch.equal(mine, theirs), name
+    assert other.pruning_plan is not None
+    found = recovery_of(other.pruning_plan)
+    assert found is not None and found["kl_after"][ALL] == pytest.approx(recovery["kl_after"][ALL], rel=1e-4)
+    other.save_pretrained(tmp_path / "saved")
+    assert_equal_states(load(tmp_path / "saved"), model)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## What the cut cost, and what recovery gave back" in card and "nothing was trained" not in card
+    assert "gives the cut without the recovery" in card
+    assert sentence_of(recovery) in card.replace("\\", "")
+
+
+def test_a_plan_alone_gives_the_cut(place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    MoEPruner.from_pretrained(place / "model", REFIT).prune_checkpoint(tmp_path / "out", calibration=TEXTS)
+    again = MoEPruner.from_pretrained(tmp_path / "out")
+    with caplog.at_level(logging.WARNING):
+        model = again.prune(load(place / "model"))
+    assert "the plan's cut alone is repeated" in caplog.text
+    expected = PruningPlan.load(tmp_path / "out").apply(load(place / "model"))
+    assert_equal_states(model, expected)
+    again.save_pretrained(tmp_path / "cut")  # and nobody says that it was recovered
+    assert recovery_of(PruningPlan.load(tmp_path / "cut")) is None
+    assert "nothing was trained afterwards" in (tmp_path / "cut" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("worse", ["all", "low"])
+def test_what_is_no_better_is_not_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worse: str
+) -> None:
+    """In all, or in one domain by more than a twentieth."""
+    real: Callable[..., Refit] = recovering.refit
+
+    def spoiled(runner: object, split: recovering.Split, *args: object, **settings: object) -> Refit:
+        found = real(runner, split, *args, **settings)
+        before, after = found.divergences.clone()
+        for row, sample in enumerate(split.held_back.samples):
+            after[row] = before[row] * (1.06 if worse in ("all", sample.domain) else 0.5)
+        return replace(found, divergences=torch.stack([before, after]))
+
+    monkeypatch.setattr(recovering, "refit", spoiled)
+    pruner = MoEPruner.from_pretrained(place / "model", REFIT)
+    pruner.prune_checkpoint(tmp_path / "out", calibration=TEXTS)
+    plan = PruningPlan.load(tmp_path / "out")
+    recovery = recovery_of(plan)
+    assert recovery is not None and not recovery["accepted"]
+    assert recovery["kl_after"] == recovery["kl_before"]
+    assert any(note.startswith("recovery changed nothing: refit: ") for note in plan.notes)
+    plan.apply_to_checkpoint(place / "model", tmp_path / "cut")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "cut" / "model.safetensors"
+    ).read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "is not kept" in card and "nothing was trained afterwards" in card
+
+
+def test_both_steps_in_memory(place: Path) -> None:
+    recipe = MoEPrunerConfig(method="reap", num_experts=4, recover="refit,distil", recover_what="router,norms")
+    pruner = MoEPruner.from_pretrained(place / "model", recipe)
+    pruner.prune(load(place / "model"), TEXTS)
+    assert pruner.pruning_plan is not None
+    recovery = recovery_of(pruner.pruning_plan)
+    assert recovery is not None and recovery["steps"] == ["refit", "distil"]
+    assert recovery["distil"]["kl_before"][ALL] == pytest.approx(recovery["refit"]["kl_after"][ALL], rel=2e-3)
+    assert recovery["kl_after"][ALL] < recovery["refit"]["kl_after"][ALL] < recovery["kl_before"][ALL]
+    assert recovery["distil"]["numbers"].keys() == {"router", "norms"}
+
+
+def test_files_recovered_by_both_steps_load_as_what_was_judged(place: Path, tmp_path: Path) -> None:
+    recipe = MoEPrunerConfig(method="random", num_experts=4, recover="distil", recovery_samples=40)
+    pruner = MoEPruner.from_pretrained(place / "model", recipe)
+    pruner.prune_checkpoint(tmp_path / "out", calibration=TEXTS)
+    plan = PruningPlan.load(tmp_path / "out")
+    recovery = recovery_of(plan)
+    assert recovery is not None and recovery["accepted"]
+    assert sum(recovery["samples"].values()) == 40
+    samples = CalibrationSet.for_recipe(TEXTS, recipe, make_tokenizer(), load(place / "model").config, recovers=True)
+    held_back = recovering.split_samples(samples).held_back
+    original, pruned = load(place / "model"), load(tmp_path / "out")
+    total = 0.0
+    with torch.no_grad():
+        for ids in held_back.token_ids:
+            p, q = (model(ids[None]).logits[0, :-1].log_softmax(-1) for model in (original, pruned))
+            total += float((p.exp() * (p - q)).sum())
+    tokens = held_back.num_tokens - len(held_back)
+    assert recovery["kl_after"][ALL] == pytest.approx(total / tokens, rel=1e-3)
+
+
+def test_the_commands(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, texts = place / "model", place / "texts.jsonl"
+    run = ("--model", model, "--calibration", texts, "--method", "reap", "--num-experts", 4)
+    code, out, err = call(capsys, "run", *run, "--recover", "refit", "--dry-run", tmp_path / "none")
+    assert code == 0 and "recovers refit with 80 samples" in out and not (tmp_path / "none").exists()
+    code, out, err = call(capsys, "run", *run, "--recover", "refit", tmp_path / "out")
+    assert code == 0, err
+    recovery = recovery_of(PruningPlan.load(tmp_path / "out"))
+    assert recovery is not None
+    assert sentence_of(recovery) in out
+    assert all(cell in out for row in table_of(recovery) for cell in row)
+    plan = ("--model", model, "--plan", tmp_path / "out" / "moe_pruning_plan.json")
+    code, out, err = call(capsys, "apply", *plan, "--recover", "refit", "--calibration", texts, tmp_path / "again")
+    assert code == 0, err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "again" / "model.safetensors"
+    ).read_bytes()
+    code, out, err = call(capsys, "apply", *plan, tmp_path / "cut")
+    assert code == 0 and not out.count("Recovery by"), out
+
+
+WRONG = {
+    "steps": ({"recover": "refitt"}, TEXTS, "recover 'refitt' is not known. Known: refit"),
+    "what": ({"recover": "refit", "recover_what": "router"}, TEXTS, "recover_what is for recover='distil'"),
+    "number": ({"recovery_samples": 4}, TEXTS, "recovery_samples is for recover"),
+    "no text": ({"recover": "refit", "method": "random"}, None, "recover='refit' needs texts, and none are given"),
+    "one": ({"recover": "refit"}, [*TEXTS, {"text": "w1 w2 w3", "domain": "rare"}], "domain 'rare' has 1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_requests(place: Path, case: str) -> None:
+    settings, texts, message = WRONG[case]
+    with pytest.raises(RequestError, match=message.replace("(", r"\(")):
+        recipe = MoEPrunerConfig.from_dict({"method": "reap", "num_experts": 4}, **settings)
+        MoEPruner.from_pretrained(place / "model", recipe).prune(make_model(), texts)
+
+
+def test_statistics_hold_no_text(place: Path) -> None:
+    pruner = MoEPruner.from_pretrained(place / "model", REFIT)
+    stats = pruner.calibrate(make_model(), TEXTS)
+    with pytest.raises(RequestError, match="needs texts, and statistics hold none"):
+        pruner.prune(make_model(), stats)
+
+
+def test_an_interval_and_what_a_damaged_plan_says() -> None:
+    samples = CalibrationSet.build(TEXTS, make_tokenizer())
+    before = torch.rand(len(samples), dtype=torch.float64) + 1
+    verdict = Verdict.of(samples, before, before / 2)
+    assert verdict.is_better and verdict.interval == (0.5, 0.5)
+    plan = PruningPlan("mixtral", 2, "reap", {0: (0, 1)}, {0: 4})
+    assert recovery_of(plan) is None
+    for damaged in ("no", {}, {"kl_before": {}, "kl_after": 3}, {"kl_before": {"all": "x"}, "kl_after": {"all": 1}}):
+        assert recovery_of(replace(plan, provenance={"recovery": damaged})) is None
