@@ -350,9 +350,8 @@ class MoEPruner:
             plan = self._plan(model, calibration, domain_weights, Workspace(), Compute())
         recovered = None if texts is None else Recovery.of_model(model, plan, texts, self._recipe())
         pruned, self.model = apply_plan(plan, given), model
-        self.pruning_plan = self._applied_plan = (
-            plan.without_recovery if recovered is None else recovered.in_model(model)
-        )
+        plan = plan.without_recovery if recovered is None else recovered.in_model(model)
+        self.pruning_plan = self._applied_plan = plan
         return pruned
 
     @shared
