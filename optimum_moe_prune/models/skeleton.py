@@ -334,11 +334,13 @@ class Weights:
             ((pattern, names),) = source.tensors.items()
             if source.by_expert:
                 return dict(zip(names, value, strict=True))
-            places = torch.arange(30, dtype=torch.float32).view(2, 3, 5)
-            made = self._names.converted(name, source.converter, {pattern: [places]}, source.first)
-            for turned in (value, value.mT) if len(names) == 1 and value.ndim == 3 else ():
-                if torch.equal(made, places if turned is value else places.mT):
-                    return {names[0]: turned}
+            shape = self._plain.tensors[names[0]].shape
+            if len(names) == 1 and value.ndim == len(shape) == 3:  # by where its rows go: some turn what does not fit
+                rows = torch.arange(shape[1]).remainder(251).to(torch.uint8).view(1, -1, 1).expand(shape)
+                made = self._names.converted(name, source.converter, {pattern: [rows]}, source.first)
+                for turned in (value, value.mT):
+                    if torch.equal(made, rows if turned is value else rows.mT):
+                        return {names[0]: turned}
         raise RequestError(
             f"{name} is made of {', '.join(source.names[:2])}{' ...' if len(source.names) > 2 else ''} in a way that "
             "cannot be written back; load the model and recover it in memory."
