@@ -401,6 +401,7 @@ def test_methods_ask_for_what_they_read_and_no_more() -> None:
         *((name, {}, {Need.ROUTING}) for name in ("frequency", "soft_frequency", "variability")),
         *((name, {}, routed) for name in ("ean", "man", "msan", "reap")),
         ("random", {}, set()),
+        ("aimer", {}, {Need.WEIGHTS}),
         ("enumeration", {}, {Need.ROUTING, Need.GRAM}),
         ("variability", {"num_generalists": 1}, {Need.ROUTING, Need.SINGLE_ERROR}),
         ("variability", {"num_generalists": 2}, {Need.ROUTING, Need.GRAM}),
