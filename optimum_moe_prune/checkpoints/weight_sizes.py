@@ -18,7 +18,7 @@ from .layout import Layout
 from .moe_layer import MoELayer
 
 WeightSizes = dict[str, Tensor]
-"""``weight_magnitude`` and ``weight_square``: the means of ``|w|`` and ``w^2`` over the weights of each expert ``(E,)``."""
+"""``weight_magnitude`` and ``weight_square``: means of ``|w|`` and ``w^2`` over each expert's weights ``(E,)``."""
 
 
 @dataclass
