@@ -42,6 +42,7 @@ from optimum_moe_prune.planning.build import build_plan
 from optimum_moe_prune.statistics.stats import LayerStats
 
 ALL = [
+    "aimer",
     "ean",
     "enumeration",
     "frequency",
