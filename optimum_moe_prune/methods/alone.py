@@ -3,10 +3,10 @@ r"""The importance of experts for Pathfinder: how well each stands in for its la
 
 Three readings of it, all of one sample; the first is the default, the last the paper's:
 
-- ``"explained"``: :math:`e_i \propto s_i^{1/\tau}`, where :math:`s_i` is the share of the output's energy that the best
-  positive multiple of expert i's output accounts for, token by token: :math:`s_i = \sum_t \max(0, f_i \cdot
-  F_{all})^2 / \|f_i\|^2 \,/ \sum_t \|F_{all}\|^2`. It depends neither on how large outputs are nor on the weight that
-  the router gives to an expert alone; so one temperature, 1, serves routers that renormalise and those that do not;
+- ``"explained"``: :math:`e_i = s_i / \sum_j s_j`, where :math:`s_i` is the share of the output's energy that the best
+  positive multiple of expert i's output accounts for, token by token:
+  :math:`s_i = \sum_t \max(0, f_i \cdot F_{all})^2 / \|f_i\|^2 \,/ \sum_t \|F_{all}\|^2`. It depends neither on how
+  large outputs are nor on the weight that the router gives to an expert alone, and has no temperature;
 - ``"relative"``: :math:`e_i = \mathrm{softmax}_i(-L_i / (\tau \|F_{all}\|_F))`, by default with :math:`\tau = 0.2`;
 - ``"published"``: :math:`e_i = \mathrm{softmax}_i(-L_i / \tau)`, by default with :math:`\tau = 1`; :math:`L_i` is the
   norm over a whole sample, so that a temperature is of one model and length of samples.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..statistics.stats import CalibrationStats, LayerStats
 
 Error = Literal["explained", "relative", "published"]
-TAU: dict[Error, float] = {"explained": 1.0, "relative": 0.2, "published": 1.0}
+TAU: dict[Error, float] = {"relative": 0.2, "published": 1.0}
 """The default temperatures."""
 
 _ROWS = 8192  # tokens at once
@@ -34,20 +34,32 @@ _LEAST_WEIGHT = 1e-3  # an expert that the router would give less alone explains
 _OF_TOKENS = ("token_dense_norm", "token_single_error", "token_output_energy")
 
 
-def log_importance(stats: CalibrationStats, error: Error, tau: float | None) -> list[np.ndarray]:
-    """Logarithms of the importance of each expert for each sample ``(S, E)``, by MoE layer."""
+def error_of(error: Error | None, tau: float | None) -> Error:
+    """The reading that is meant: by default the one without a temperature, where none is given."""
+    return error or ("explained" if tau is None else "relative")
+
+
+def log_importance(stats: CalibrationStats, tau: float | None = None, error: Error | None = None) -> list[np.ndarray]:
+    """Logarithms of the importance of each expert for each sample ``(S, E)``, by MoE layer.
+
+    Args:
+        stats: The statistics; where they are of a format that lacks what ``"explained"`` reads, that is
+            ``"relative"``.
+        tau: The temperature of the reading; by default its own.
+        error: The reading (:func:`error_of`).
+    """
     from scipy.special import log_softmax
 
+    error = error_of(error, tau)
     if error == "explained" and not holds_tokens(stats):
-        error, tau = "relative", None
-    tau = TAU[error] if tau is None else tau
+        error = "relative"
     importance = []
     for _, layer in sorted(stats.layers.items()):
         if error == "explained":
             weights = np.log(np.maximum(explained(layer, len(stats.samples)), _LEAST_SHARE))
         else:
-            weights = -_errors(layer, relative=error == "relative")
-        importance.append(log_softmax(weights / tau, axis=1))
+            weights = -_errors(layer, relative=error == "relative") / (TAU[error] if tau is None else tau)
+        importance.append(log_softmax(weights, axis=1))
     return importance
 
 

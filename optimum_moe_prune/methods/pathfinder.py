@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..statistics.needs import Need
-from .alone import Error, holds_tokens, log_importance
+from .alone import Error, error_of, holds_tokens, log_importance
 from .budget import Budget
 from .path_selection import Importance, Outliers, find_outliers, node_weights, on_best_paths, sample_weights
 from .path_selection import Transitions as LogTransitions
@@ -97,18 +97,20 @@ class ImportanceOptions(PathOptions):
 
     Attributes:
         error: What an expert alone is judged by: ``"explained"``, ``"relative"``, or, as in the paper,
-            ``"published"``; see ``alone``.
+            ``"published"``; see ``alone``. ``none`` is ``"explained"``, or ``"relative"`` where there is a ``tau``.
         tau: The temperature: small, and only the expert with the least error counts; large, and all count the same.
-            ``none`` is 1, and 0.2 for ``"relative"``.
+            ``none`` is 0.2 for ``"relative"`` and 1 for ``"published"``; ``"explained"`` has none.
     """
 
-    error: Error = "explained"
+    error: Error | None = None
     tau: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tau is not None and not 1e-6 <= self.tau <= 1e6:
             raise ValueError(f"tau is {self.tau}; it must be between 1e-6 and 1e6.")
+        if self.tau is not None and self.error == "explained":
+            raise ValueError(f"tau is {self.tau}; what an expert explains has no temperature (error='explained').")
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class PathWeights:
 
 def importance_needs(options: Any) -> frozenset[Need]:
     """What the importance is made of."""
-    norms = {Need.ROUTING, Need.DENSE_NORMS} if options.error == "explained" else set()
+    explained = error_of(options.error, options.tau) == "explained"
+    norms = {Need.ROUTING, Need.DENSE_NORMS} if explained else set()
     return frozenset({Need.SINGLE_ERROR} | norms)
 
 
@@ -201,7 +204,8 @@ def selected(stats: CalibrationStats, budget: Budget, options: PathOptions) -> S
         ends=weights.ends,
         outliers=weights.outliers,
     )
-    if isinstance(options, ImportanceOptions) and options.error == "explained" and not holds_tokens(stats):
+    explains = isinstance(options, ImportanceOptions) and error_of(options.error, options.tau) == "explained"
+    if explains and not holds_tokens(stats):
         return replace(selection, notes=(*selection.notes, OF_AN_EARLIER_VERSION))
     return selection
 
@@ -211,7 +215,7 @@ def path_weights(stats: CalibrationStats, options: PathOptions) -> PathWeights:
     importance = transitions = ends = outliers = None
     factors: list[Importance] = []
     if isinstance(options, ImportanceOptions):
-        importance = log_importance(stats, options.error, options.tau)
+        importance = log_importance(stats, options.tau, options.error)
         factors.append(importance)
     if isinstance(options, TransitionOptions):
         transitions = log_transitions(stats, options.transitions)
