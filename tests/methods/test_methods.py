@@ -415,7 +415,8 @@ def test_methods_ask_for_what_they_read_and_no_more() -> None:
         ("pathfinder", {"transitions": "conditional"}, {*paths, Need.COACTIVATION}),
         ("transition", {}, dense),
         ("transition", {"transitions": "conditional"}, {*dense, Need.COACTIVATION}),
-        ("importance", {}, {Need.SINGLE_ERROR}),
+        ("importance", {}, paths),
+        ("importance", {"tau": 1.0}, {Need.SINGLE_ERROR}),
     ]
     assert {name for name, _, _ in expected} == set(ALL)
     for name, options, needs in expected:
