@@ -27,7 +27,7 @@ DRAWS = 3
 TUNE_SAMPLES = 12  # of each domain
 TRIES = {
     "mosaic": ["num_generalists=0,1,2", "num_domains=none,16"],
-    "pathfinder": ["tau=0.05,0.1,0.2,0.3,1.0", "transitions=mean,conditional"],
+    "pathfinder": ["tau=none,0.2,1,5", "ends=inner,all", "outliers=none,3"],
 }
 
 

@@ -210,6 +210,13 @@ class MoEPrunerConfig:
         needs = get_method(self.method).needs(self.options())
         return needs | {Need.ROUTING, Need.ROUTED_NORMS} if self.protect_super_experts else needs
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether planning with this recipe takes a calibration, and not the model alone."""
+        from .statistics.needs import WITHOUT_TEXT
+
+        return bool(self.needs - WITHOUT_TEXT)
+
     def options(self) -> Any:
         """The options of the method, with its defaults filled in."""
         from .methods import get_method, make_options

@@ -550,12 +550,12 @@ class MoEPruner:
         compute = compute if texts is not None else replace(compute, processes=ALONE)  # there is nothing to share
         sensitivity = self.sensitivity if self._sensitivity_is_given or texts is None else None
         measures = recipe.allocates == BY_SENSITIVITY and sensitivity is None
-        samples = None if texts is None or not (measures or recipe.needs) else self._samples_for(model, texts)
+        samples = None if texts is None or not (measures or recipe.needs_text) else self._samples_for(model, texts)
         if samples is not None and domain_weights is not None:
             check_domain_weights(samples.samples, domain_weights)
         if isinstance(calibration, CalibrationStats):
             self.stats = calibration
-        elif texts is not None or self.stats is None or not recipe.needs:
+        elif texts is not None or self.stats is None or not recipe.needs_text:
             stats = statistics_for([recipe], model, samples, compute, workspace.part("calibration"))
             self.stats = self._with_commit(stats)
         plan, sensitivity = choose_experts(

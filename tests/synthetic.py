@@ -140,6 +140,8 @@ def statistics_of(samples: Sequence[tuple[str, Tokens]], rule: RoutingRule) -> C
                 "token_single_error": single.float(),
                 "gram": (y @ y.transpose(1, 2))[:, rows, columns].float(),
                 "inputs": torch.cat([t.inputs[layer] for _, t in samples]),
+                "weight_magnitude": y.abs().mean((0, 2)).double(),
+                "weight_square": y.square().mean((0, 2)).double(),
             },
             torch.ones(len(entries), dtype=torch.float64),
             token_sample,

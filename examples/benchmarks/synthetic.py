@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from optimum_moe_prune import CalibrationStats
 from optimum_moe_prune.architectures.routers import SoftmaxTopK
-from optimum_moe_prune.statistics.needs import PER_SAMPLE, PER_TOKEN, Need
+from optimum_moe_prune.statistics.needs import PER_EXPERT, PER_SAMPLE, PER_TOKEN, Need
 from optimum_moe_prune.statistics.samples import Sample, keep_tokens
 from optimum_moe_prune.statistics.stats import LayerStats
 from optimum_moe_prune.storage.files import sync
@@ -143,8 +143,9 @@ def random_stats(
     entries = tuple(Sample(f"{n:064x}", "all", max(512, -(-kept // samples))) for n in range(samples))
     token_sample, token_position = keep_tokens(entries, kept, seed=0)
     weights = torch.ones(samples, dtype=torch.float64)
-    per_sample, per_token = (
-        [name for need in sorted(needs) for name in table.get(need, ())] for table in (PER_SAMPLE, PER_TOKEN)
+    per_sample, per_token, of_experts = (
+        [name for need in sorted(needs) for name in table.get(need, ())]
+        for table in (PER_SAMPLE, PER_TOKEN, PER_EXPERT)
     )
     made = {}
     for layer in range(layers):
@@ -153,6 +154,8 @@ def random_stats(
             tensors[name] = 1 + 99 * torch.rand(samples, experts, dtype=torch.float64, generator=random)
         if Need.COACTIVATION in needs:
             tensors["coactivation"] = torch.rand(samples, experts if layer else 0, experts, generator=random)
+        for name in of_experts:
+            tensors[name] = 1 + torch.rand(experts, dtype=torch.float64, generator=random)
         for name in per_token:
             tensors[name] = _per_token(name, kept, experts, hidden, random)
         made[layer] = LayerStats(experts, SoftmaxTopK(top_k, True, False), tensors, weights, token_sample)

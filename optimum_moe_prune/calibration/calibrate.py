@@ -16,6 +16,7 @@ from ..architectures.own_code import OwnCode
 from ..architectures.routers import RoutingRule
 from ..checkpoints.layout import Layout, identity, model_dtype, open_layout
 from ..checkpoints.source import Source
+from ..checkpoints.weight_sizes import weight_sizes
 from ..config import MoEPrunerConfig
 from ..errors import RequestError, RunError, faults_of
 from ..methods import get_method, make_options
@@ -24,13 +25,14 @@ from ..models.checks import usable_model
 from ..models.heads import Heads, open_heads
 from ..models.memory import Compute, begun_with, load_model, open_skeleton
 from ..models.precision import dtype_of_weights
+from ..models.weight_sizes import weight_sizes_of
 from ..models.widened import widened
 from ..names import dtype_text
 from ..processes import shared
 from ..processes.folders import own_workspace
 from ..progress import working
 from ..provenance import versions
-from ..statistics.needs import WITHOUT_RULE
+from ..statistics.needs import WITHOUT_RULE, WITHOUT_TEXT
 from ..statistics.samples import MaxTokens
 from ..statistics.stats import CalibrationStats, Need
 from ..storage.growing import Store, process_folder, unfinished
@@ -216,8 +218,8 @@ def statistics_for(
         RequestError: If samples are needed and there are none.
     """
     first = recipes[0]
-    if not any(recipe.needs for recipe in recipes):
-        return no_calibration(model, first.seed)
+    if not any(recipe.needs_text for recipe in recipes):
+        return no_calibration(model, first.seed, frozenset[Need]().union(*(recipe.needs for recipe in recipes)))
     if samples is None:
         raise RequestError(f"method {first.method!r} needs a calibration; pass calibration=texts.")
     return calibrate(
@@ -232,21 +234,26 @@ def statistics_for(
     )
 
 
-def no_calibration(model: Model, seed: int = 0) -> CalibrationStats:
-    """Statistics of no calibration at all, for methods that need none.
+def no_calibration(model: Model, seed: int = 0, needs: Iterable[Need] = ()) -> CalibrationStats:
+    """Statistics of no calibration at all, for methods that need none; of a model's weights at most.
 
     Args:
         model: As for :func:`calibrate`.
         seed: Carried along.
+        needs: What these read (``WITHOUT_TEXT``). Of a checkpoint the weights are read from its files, one tensor at
+            a time.
     """
-    layout = layout_of(model)
+    layout, reads = layout_of(model), Need.WEIGHTS in frozenset(needs)
     model = usable_model(model if layout is None else layout)
     if layout is None:
         blocks = moe_blocks(model)
         counts = {block.layer: block.num_experts for block in blocks}
-        return empty_stats(model_facts(model), counts, blocks[0].rule, seed=seed)  # type: ignore[arg-type]
+        found = {block.layer: weight_sizes_of(block) for block in blocks} if reads else None
+        return empty_stats(model_facts(model), counts, blocks[0].rule, seed=seed, weights=found)  # type: ignore[arg-type]
     open_skeleton(layout, Compute("float32", "cpu"))  # looks whether all tensors are there
-    return empty_stats(layout.facts(), layout.num_experts, layout.spec.routing(layout.config), seed=seed)
+    found = weight_sizes(layout) if reads else None
+    rule = layout.spec.routing(layout.config)
+    return empty_stats(layout.facts(), layout.num_experts, rule, seed=seed, weights=found)
 
 
 def needs_of(needs: Needs) -> frozenset[Need]:
@@ -271,10 +278,9 @@ def needs_of(needs: Needs) -> frozenset[Need]:
             method = get_method(need)
             names.append(method.name)
             found |= method.needs(make_options(method, {}))
-    if not found:
-        raise RequestError(
-            f"method {' or '.join(map(repr, names))} needs no calibration, so there is nothing to score."
-        )
+    if not found - WITHOUT_TEXT:
+        what = f"method {' or '.join(map(repr, names))}" if names else "the statistic weights"
+        raise RequestError(f"{what} needs no calibration, so there is nothing to score.")
     return frozenset(found)
 
 

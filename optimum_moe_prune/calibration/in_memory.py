@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..architectures.routers import RoutingRule
+from ..checkpoints.weight_sizes import WeightSizes
 from ..compat import ModelConfig, text_config
 from ..models.blocks import decoder_of, model_facts, moe_blocks
 from ..models.checks import check_finite, evaluating, input_device, usable_model, vocabulary
@@ -23,7 +24,7 @@ from ..progress import working
 from ..provenance import now, versions
 from ..statistics import passages
 from ..statistics.files import layer_file
-from ..statistics.needs import DENSE, PER_SAMPLE, SUMS_OF_KEPT, Need, layer_shapes, tensor_names
+from ..statistics.needs import DENSE, PER_SAMPLE, SUMS_OF_KEPT, WITHOUT_TEXT, Need, layer_shapes, tensor_names
 from ..statistics.samples import MaxTokens, most_tokens
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
@@ -90,7 +91,8 @@ def collect(
     def finished_in(tensors: Mapping[str, Tensor], step: int) -> Iterator[Tensor]:
         """What a batch gave, in the order of names: rows of its samples, and of their tokens that are kept."""
         per_sample = tensor_names(needs, PER_SAMPLE)
-        for name in sorted(tensors.keys() - SUMS_OF_KEPT.keys()):  # these follow in the end
+        by_no_batch = {*SUMS_OF_KEPT, *tensor_names(WITHOUT_TEXT)}
+        for name in sorted(tensors.keys() - by_no_batch):
             yield tensors[name][batches[step].samples if name in per_sample else kept_of(step)]
 
     def allocate(layer: int, shapes: Shapes) -> Mapping[str, Tensor]:
@@ -199,7 +201,12 @@ def statistics_bytes(
 
 
 def empty_stats(
-    facts: Json, num_experts: Mapping[int, int], routing: RoutingRule, *, seed: int = 0
+    facts: Json,
+    num_experts: Mapping[int, int],
+    routing: RoutingRule,
+    *,
+    seed: int = 0,
+    weights: Mapping[int, WeightSizes] | None = None,
 ) -> CalibrationStats:
     """Statistics of no calibration at all, for methods that need none.
 
@@ -208,11 +215,15 @@ def empty_stats(
         num_experts: Experts of each MoE layer.
         routing: The rule of its routers.
         seed: Carried along.
+        weights: How large the weights of each layer's experts are, for methods that read them.
     """
     nothing = torch.zeros(0, dtype=torch.int64)
     layers = {
-        index: LayerStats(count, routing, {}, torch.zeros(0, dtype=torch.float64), nothing)
+        index: LayerStats(
+            count, routing, {} if weights is None else weights[index], torch.zeros(0, dtype=torch.float64), nothing
+        )
         for index, count in num_experts.items()
     }
     provenance = {"made": now(), "versions": versions()}
-    return CalibrationStats(facts, (), layers, frozenset(), nothing, nothing, 0, seed, provenance)
+    needs = frozenset() if weights is None else frozenset({Need.WEIGHTS})
+    return CalibrationStats(facts, (), layers, needs, nothing, nothing, 0, seed, provenance)

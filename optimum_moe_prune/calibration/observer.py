@@ -30,6 +30,7 @@ from torch import Tensor
 from ..errors import RunError
 from ..models.blocks import MoEBlock
 from ..models.experts import ExpertsForward
+from ..models.weight_sizes import weight_sizes_of
 from ..statistics.needs import DENSE, Need, layer_shapes
 from ..statistics.samples import fill_sums_of_kept
 from ..statistics.stats import LayerStats
@@ -150,6 +151,9 @@ class LayerObserver:
                 x.shape[1] - own.scores, logits.dtype, x.dtype, self.rule,
             )  # fmt: skip
             self.tensors = self.allocate(self.block.layer, shapes)
+            if Need.WEIGHTS in self.needs:  # now, as they may be there only while the layer runs
+                for name, values in weight_sizes_of(self.block).items():
+                    self.tensors[name].copy_(values)
         self._slots_of = None
         p = self._routing(logits, chosen)
         if Need.INPUTS in self.needs:

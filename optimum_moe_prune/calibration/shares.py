@@ -27,8 +27,7 @@ from ..errors import RequestError, RunError
 from ..models.batches import Batch
 from ..processes import Processes
 from ..statistics.files import layer_file
-from ..statistics.merging import merged_tensors
-from ..statistics.needs import PER_TOKEN, tensor_names
+from ..statistics.merging import merged_tensors, rows_by_name
 from ..statistics.passages import Passages
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.files import write_text
@@ -214,12 +213,11 @@ def merged(
     busy = [rank for rank, share in enumerate(shares) if len(share)]
     by_sample = _inverse([shares[rank].numbers for rank in busy])
     kept = _inverse([torch.isin(token_sample, shares[rank].numbers).nonzero().flatten() for rank in busy])
-    per_token = tensor_names(stats.needs, PER_TOKEN)
     weights = torch.ones(len(whole), dtype=torch.float64)
     found = {}
     for index, layer in of_layer.items():
         files = [MappedTensors.open(process_folder(folder, rank) / layer_file(index)) for rank in busy]
-        rows = {name: kept if name in per_token else by_sample for name in files[0]}
+        rows = rows_by_name(files[0], stats.needs, by_sample, kept)
         tensors = merged_tensors(files, rows, token_sample, whole.samples)
         found[index] = replace(layer, tensors=tensors, sample_weights=weights, token_sample=token_sample)
     dense = {"dense_tokens": len(token_sample)} if "dense_tokens" in stats.provenance else {}

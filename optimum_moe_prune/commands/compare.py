@@ -91,7 +91,7 @@ class CompareCommand(Command):
         if stats is not None:
             check_model_of(stats, layout.fingerprints())
         weights = flags.domain_weights(args)
-        needs_text = stats is None and any(recipe.needs for recipe in recipes)
+        needs_text = stats is None and any(recipe.needs_text for recipe in recipes)
         with held_back():
             samples = calibration_samples(args, pruner) if args.calibration or needs_text else None
             heldout = held_out_samples(args, flags.source_of(args), args.data, "--data")

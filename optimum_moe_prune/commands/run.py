@@ -49,7 +49,7 @@ class RunCommand(Command):
         config = flags.recipe(args)
         config.require_budget()
         weights = flags.domain_weights(args)
-        if config.needs or config.recover or (config.allocates == BY_SENSITIVITY and args.sensitivity is None):
+        if config.needs_text or config.recover or (config.allocates == BY_SENSITIVITY and args.sensitivity is None):
             require_calibration(args)
         flags.check_sensitivity(args, config, args.report)
         publishing.check_publishing(args)
@@ -74,7 +74,7 @@ class RunCommand(Command):
         measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
         with screen.notes_kept(args.json) as printed:
             with held_back():
-                samples = calibration_samples(args, pruner) if measures or config.needs else None
+                samples = calibration_samples(args, pruner) if measures or config.needs_text else None
                 recovery = recovery_samples(args, pruner)
                 if weights is not None and samples is not None:
                     check_domain_weights(samples.samples, weights)

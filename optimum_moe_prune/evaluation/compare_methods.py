@@ -146,7 +146,8 @@ def compare_methods(
         logger.warning("%s", sentence)  # before any work
     meant = model if layout is None else layout
     if stats is None:
-        needed = [item.recipe for item in possible]
+        by_text = [i.recipe for i in possible if i.recipe.needs_text or i.allocation == BY_SENSITIVITY]
+        needed = by_text or [possible[0].recipe]
         stats = statistics_for(needed, meant, samples, compute, workspace.part("calibration"))
     check_model_of(stats, fingerprint(blocks) if layout is None else layout.fingerprints())
     by_sensitivity = [item.recipe for item in possible if item.allocation == BY_SENSITIVITY]
@@ -239,11 +240,12 @@ def _planned(
     """The plans, by name; and what is left out, with what turns out to be impossible."""
     judged, plans, left_out = {}, {}, dict(left_out)
     parent = source.stored_plan() if isinstance(model, Layout) else None
+    needs = {need for item in possible if not item.recipe.needs_text for need in item.recipe.needs}
     empty: CalibrationStats | None = None
     for item in progress(possible, "choosing experts", len(possible), unit="plan"):
         statistics = stats
-        if not item.recipe.needs and stats.samples:  # a plan that no text had a part in says so
-            empty = empty or no_calibration(model, item.recipe.seed)
+        if not item.recipe.needs_text and stats.samples:  # a plan that no text had a part in says so
+            empty = empty or no_calibration(model, item.recipe.seed, needs)
             statistics = stats if item.allocation == BY_SENSITIVITY else empty
         weights = domain_weights if statistics.samples else None
         measured = sensitivity if item.allocation == BY_SENSITIVITY else None

@@ -30,7 +30,7 @@ def layer_sets(
 ) -> dict[int, dict[int, tuple[int, ...]]]:
     """The sets of experts to measure, by layer and number of experts, fewest first."""
     method, options = get_method(config.method), config.options()
-    if config.needs and not stats.samples:
+    if config.needs_text and not stats.samples:
         raise RequestError(f"method {method.name!r} needs a calibration; give calibration texts.")
     stats.require(config.needs, method.name)
     protect, _ = protected_experts(stats, config)

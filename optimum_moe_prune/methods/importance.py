@@ -2,17 +2,15 @@
 r"""Importance: Pathfinder's best paths by the importance of experts alone, without transitions.
 
 An ablation of MoE Pathfinder, arXiv 2512.18425 ("IS"): the weight of a path is the product of
-:math:`e_i = \mathrm{softmax}_i(-L_i / (\tau \|F_{all}\|_F))` along it. Everything else is as in ``pathfinder``.
+the importances :math:`e_i` along it (``alone``). Everything else is as in ``pathfinder``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..statistics.needs import Need
 from .budget import Budget
-from .path_selection import on_best_paths
-from .pathfinder import GLOBAL_FIRST, ImportanceOptions, log_importance
+from .pathfinder import GLOBAL_FIRST, ImportanceOptions, importance_needs, selected
 from .registry import register_method
 from .selection import Selection
 
@@ -26,13 +24,13 @@ if TYPE_CHECKING:
     summary="the experts on the best paths by reconstruction loss",
     source="ablation of MoE Pathfinder, arXiv 2512.18425",
     formula=(
-        "As MoE Pathfinder, with the importance of the experts alone: a softmax of minus each expert's error when "
-        "it stands in for its layer."
+        "As MoE Pathfinder, with the importance of the experts alone: how well each stands in for its layer, against "
+        "the others."
     ),
-    needs={Need.SINGLE_ERROR},
+    needs=importance_needs,
     options=ImportanceOptions,
     allocations=GLOBAL_FIRST,
 )
 def importance(stats: CalibrationStats, budget: Budget, options: ImportanceOptions) -> Selection:
     """The retained experts."""
-    return on_best_paths(stats, budget, log_importance(stats, options.tau), None, options.num_paths)
+    return selected(stats, budget, options)

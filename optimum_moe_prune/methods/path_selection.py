@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,12 +34,28 @@ Transitions = Callable[[int], list[np.ndarray]]
 """The number of a sample -> log weights ``(E_l, E_{l+1})`` between adjacent MoE layers."""
 
 
+@dataclass(frozen=True)
+class Outliers:
+    """Experts that are kept before any others, and such that are kept after all others.
+
+    Attributes:
+        first: The former by layer.
+        last: The latter by layer.
+    """
+
+    first: Mapping[int, tuple[int, ...]]
+    last: Mapping[int, tuple[int, ...]]
+
+
 def on_best_paths(
     stats: CalibrationStats,
     budget: Budget,
     importance: Importance | None,
     transitions: Transitions | None,
     num_paths: int,
+    *,
+    ends: Importance | None = None,
+    outliers: Outliers | None = None,
 ) -> Selection:
     """The experts on the best paths of each sample, as many as the budget keeps.
 
@@ -48,15 +65,23 @@ def on_best_paths(
         importance: None where paths weigh nothing but their transitions.
         transitions: None where paths weigh nothing but the importance of their experts.
         num_paths: The most paths of a sample.
+        ends: Further weights of experts, which the first and the last layer have.
+        outliers: Experts that come first, and some that come last, whatever paths they are on.
 
     Returns:
         Its findings tell how the paths fitted into the budget.
     """
+    entropies = importance
+    importance = node_weights(stats, importance, ends, outliers)
     layers = sorted(stats.layers)
     counts = [stats.num_experts[layer] for layer in layers]
     weights = sample_weights(stats)
     paths, best, total = _explored(stats, importance, transitions, weights, num_paths)
     rank = {layer: first_path(paths, column, counts[column]) for column, layer in enumerate(layers)}
+    by_paths = {layer: rank[layer].copy() for layer in layers}
+    if outliers is not None:
+        for layer, experts in outliers.first.items():
+            rank[layer][list(experts)] = -1
     fitting = most_paths(rank, budget, num_paths)
     counted = min(fitting + 1, num_paths)
     keys = {
@@ -68,7 +93,7 @@ def on_best_paths(
         )
         for column, layer in enumerate(layers)
     }
-    on_paths = sum(int((rank[layer] < max(fitting, 1)).sum()) for layer in budget.original)
+    on_paths = sum(int((by_paths[layer] < max(fitting, 1)).sum()) for layer in budget.original)
     notes = []
     if without := sum(len(p) == 0 for p in paths):
         notes.append(
@@ -79,8 +104,10 @@ def on_best_paths(
             f"the single best paths of {len(paths)} samples use {on_paths} experts, more than the budget of "
             f"{budget.total} holds: the experts on the most of them are kept"
         )
-    findings: Json = {} if importance is None else {"importance_entropy": entropy_shares(layers, importance)}
+    findings: Json = {} if entropies is None else {"importance_entropy": entropy_shares(layers, entropies)}
     findings |= {"paths_per_sample": fitting, "experts_on_paths": on_paths, "samples": len(paths)}
+    if outliers is not None:
+        findings |= {"outliers_kept": _by_layer(outliers.first), "outliers_left_out": _by_layer(outliers.last)}
     retained = choose_ranked(keys, budget)
     ties = {layer: set(experts) for layer, experts in tied_by_keys(keys, budget, retained).items()}
     for layer in layers:
@@ -88,6 +115,42 @@ def on_best_paths(
             through = [key[2:] for key in keys[layer]]
             ties.setdefault(layer, set()).update(tied_in_layer(through, budget, layer, retained[layer]))
     return Selection(retained, notes=tuple(notes), findings=findings, ties=sorted_ties(ties))
+
+
+def node_weights(
+    stats: CalibrationStats, importance: Importance | None, ends: Importance | None, outliers: Outliers | None
+) -> Importance | None:
+    """The weights of experts: their importance and what the ends add; outliers that come last are on no path."""
+    given = [weights for weights in (importance, ends) if weights is not None]
+    if outliers is None and len(given) < 2:
+        return given[0] if given else None
+    nodes = [np.zeros((len(stats.samples), count)) for _, count in sorted(stats.num_experts.items())]
+    for weights in given:
+        nodes = [node + weight for node, weight in zip(nodes, weights, strict=True)]
+    if outliers is not None:
+        for node, layer in zip(nodes, sorted(stats.layers), strict=True):
+            node[:, list(outliers.last[layer])] = -np.inf
+    return nodes
+
+
+def find_outliers(scores: Mapping[int, np.ndarray], ranges: float) -> Outliers:
+    """Experts whose score stands far out in its layer.
+
+    Args:
+        scores: Of each layer's experts ``(E_l,)``.
+        ranges: How many interquartile ranges above the third quartile, or below the first, are far.
+    """
+    first, last = {}, {}
+    for layer, values in scores.items():
+        low, high = np.quantile(values, [0.25, 0.75])
+        far = ranges * (high - low)
+        first[layer] = tuple(np.flatnonzero(values > high + far).tolist())
+        last[layer] = tuple(np.flatnonzero(values < low - far).tolist())
+    return Outliers(first, last)
+
+
+def _by_layer(experts: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+    return {str(layer): list(those) for layer, those in sorted(experts.items()) if those}
 
 
 def sample_graphs(

@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .budget import Budget
-from .path_selection import on_best_paths
-from .pathfinder import GLOBAL_FIRST, TransitionOptions, log_transitions, transition_needs
+from .pathfinder import GLOBAL_FIRST, TransitionOptions, selected, transition_needs
 from .registry import register_method
 from .selection import Selection
 
@@ -34,4 +33,4 @@ if TYPE_CHECKING:
 )
 def transition(stats: CalibrationStats, budget: Budget, options: TransitionOptions) -> Selection:
     """The retained experts."""
-    return on_best_paths(stats, budget, None, log_transitions(stats, options.transitions), options.num_paths)
+    return selected(stats, budget, options)

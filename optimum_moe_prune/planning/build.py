@@ -116,7 +116,7 @@ def quiet_plan(
 ) -> PruningPlan:
     """As :func:`build_plan`, its notes in the plan only: for plans that are one of many."""
     method, options = get_method(config.method), config.options()
-    if config.needs and not stats.samples:
+    if config.needs_text and not stats.samples:
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
     stats.require(config.needs, config.method)
     stats = stats.with_domain_weights(domain_weights)
@@ -179,7 +179,7 @@ def _findings(
     """What was found of a choice, and what is to be said of it: of ties, and of the calibration where it was read."""
     layers = set(budget.original) | set(ties)
     findings, notes = said_of.of_ties(ties, len(layers), get_method(config.method).tie_advice)
-    if not config.needs:
+    if not config.needs_text:
         return findings, notes
     reach, of_reach = said_of.of_reach(stats, retained)
     return {**findings, **reach}, (*notes, *of_reach, *said_of.of_calibration(stats.provenance))
@@ -217,7 +217,7 @@ def _selected_by_sensitivity(
             "sensitivity), and give the result (--sensitivity FILE)."
         )
     measured = sensitivity.for_recipe(config, stats.model, stats.domain_weights)
-    if sensitivity.provenance.get("calibration") != stats.fingerprint and config.needs:
+    if sensitivity.provenance.get("calibration") != stats.fingerprint and config.needs_text:
         raise RequestError(
             "the sensitivity was measured with experts chosen by another calibration than these statistics are of; "
             "measure it with the same (sensitivity --stats), or plan with those it was measured with."

@@ -26,7 +26,7 @@ from ..models.widened import PIECE_BYTES
 from ..names import AUTO, BY_SENSITIVITY, DROP, dtype_text
 from ..plan import PruningPlan
 from ..progress.pace import duration
-from ..statistics.needs import DENSE, Need
+from ..statistics.needs import DENSE, WITHOUT_TEXT, Need
 from ..storage.growing import IN_MEMORY_BYTES
 from ..storage.paths import nearest_existing, real_path
 from ..storage.values import Json
@@ -259,6 +259,7 @@ def plan_work(
     )
     measures = measures if measures is not None else recipe is not None and recipe.allocates == BY_SENSITIVITY
     needs = needs if needs is not None else frozenset() if recipe is None else recipe.needs
+    needs -= WITHOUT_TEXT
     samples = recovery if samples is None else samples
     if recipe is None or samples is None or not (needs or measures or judged_tokens or recovery):
         return work

@@ -64,6 +64,6 @@ def _name(source: str) -> str:
 def _needs_text(plan: PruningPlan) -> bool:
     """Whether a plan's method reads a calibration; one that is not known here is taken to."""
     try:
-        return plan.method not in list_methods() or bool(MoEPrunerConfig.from_dict(plan.config).needs)
+        return plan.method not in list_methods() or MoEPrunerConfig.from_dict(plan.config).needs_text
     except (TypeError, ValueError):
         return True

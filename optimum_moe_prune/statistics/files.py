@@ -68,14 +68,15 @@ class MergedTensors(Mapping[str, Tensor]):
 
     Args:
         parts: The tensors of each.
-        rows: For each name the rows to take, ``(rows,)`` int64, counted through the parts.
+        rows: For each name the rows to take, ``(rows,)`` int64, counted through the parts; None where every part
+            holds the same, and one is taken.
         sums: For names of which nothing is taken, as it follows from another tensor: that one's name, and how.
     """
 
     def __init__(
         self,
         parts: Sequence[Mapping[str, Tensor]],
-        rows: Mapping[str, Tensor],
+        rows: Mapping[str, Tensor | None],
         sums: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] = {},
     ) -> None:
         self.parts = parts
@@ -88,6 +89,8 @@ class MergedTensors(Mapping[str, Tensor]):
             values = made(self[source])
             return values.expand(-1, *tensor_shapes(self.parts[0])[name][0][1:]).contiguous()
         rows, merged, first = self._rows[name], None, 0
+        if rows is None:
+            return self.parts[0][name]
         for part in self.parts:
             tensor = part[name]
             if merged is None:
@@ -107,7 +110,10 @@ class MergedTensors(Mapping[str, Tensor]):
     def shapes(self) -> Shapes:
         """Shape and dtype of each tensor, without reading them."""
         first = tensor_shapes(self.parts[0])
-        return {name: ((len(rows), *first[name][0][1:]), first[name][1]) for name, rows in self._rows.items()}
+        return {
+            name: first[name] if rows is None else ((len(rows), *first[name][0][1:]), first[name][1])
+            for name, rows in self._rows.items()
+        }
 
     def files(self) -> set[Path]:
         """The files that are read."""

@@ -14,7 +14,7 @@ from ..architectures.routers import RoutingRule
 from ..errors import RequestError
 from ..storage.values import Json
 from .files import MergedTensors, tensor_shapes
-from .needs import SINCE_FORMAT_3, SUMS_OF_KEPT, Need
+from .needs import PER_TOKEN, SINCE_FORMAT_3, SUMS_OF_KEPT, WITHOUT_TEXT, Need, tensor_names
 from .samples import Sample, asked_tokens, sums_of_kept
 
 
@@ -61,9 +61,24 @@ def check_mergeable(parts: Sequence[Part]) -> None:
         hashes.update(sample.hash for sample in part.samples)
 
 
+def rows_by_name(
+    names: Iterable[str], needs: Iterable[Need], by_sample: Tensor, kept: Tensor
+) -> dict[str, Tensor | None]:
+    """The rows that merged tensors are made of, as :class:`MergedTensors` takes them.
+
+    Args:
+        names: Of the tensors.
+        needs: What was gathered.
+        by_sample: The rows of tensors with a row for each sample.
+        kept: Of those with one for each kept token.
+    """
+    per_token, of_experts = tensor_names(needs, PER_TOKEN), tensor_names(WITHOUT_TEXT)
+    return {name: None if name in of_experts else kept if name in per_token else by_sample for name in names}
+
+
 def merged_tensors(
     parts: Sequence[Mapping[str, Tensor]],
-    rows: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor | None],
     token_sample: Tensor,
     samples: Collection[Sample],
 ) -> MergedTensors:

@@ -28,6 +28,7 @@ class Need(str, enum.Enum):
     GRAM = "gram"
     INPUTS = "inputs"
     COACTIVATION = "coactivation"
+    WEIGHTS = "weights"
 
     def __str__(self) -> str:
         return self.value
@@ -70,6 +71,15 @@ PER_TOKEN: dict[Need, tuple[str, ...]] = {
 }
 """Tensors of the kept tokens, by need."""
 
+PER_EXPERT: dict[Need, tuple[str, ...]] = {
+    # means over the weights of all of an expert's matrices, biases left out: of |w|, and of w^2
+    Need.WEIGHTS: ("weight_magnitude", "weight_square"),
+}
+"""Tensors ``(E,)`` in float64 of the experts themselves, which no token has a part in, by need."""
+
+WITHOUT_TEXT = frozenset(PER_EXPERT)
+"""The needs for which nothing is calibrated: a model's weights are enough."""
+
 
 SUMS_OF_KEPT = {
     "dense_norm": "token_dense_norm",
@@ -85,7 +95,7 @@ SINCE_FORMAT_3 = frozenset({"token_dense_norm", "token_output_energy"})
 DENSE = frozenset({Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.GRAM})
 """The needs for which every expert runs on every kept token."""
 
-WITHOUT_RULE = frozenset({Need.ROUTING, Need.ROUTED_NORMS, Need.DENSE_NORMS, Need.INPUTS})
+WITHOUT_RULE = WITHOUT_TEXT | {Need.ROUTING, Need.ROUTED_NORMS, Need.DENSE_NORMS, Need.INPUTS}
 """The needs for which nothing has to be known of how routers choose: but for :data:`OF_RULE`."""
 
 OF_RULE = frozenset({"routed_probability", "probability", "probability_log2", "norm_probability", "norm_renormalised"})
@@ -93,11 +103,9 @@ OF_RULE = frozenset({"routed_probability", "probability", "probability_log2", "n
 
 
 def tensor_names(needs: Iterable[Need], *tables: dict[Need, tuple[str, ...]]) -> tuple[str, ...]:
-    """Names of the tensors that ``needs`` stand for, of ``PER_SAMPLE``, ``PER_TOKEN`` or (by default) both."""
-    wanted = set(needs)
-    return tuple(
-        name for table in tables or (PER_SAMPLE, PER_TOKEN) for need in table if need in wanted for name in table[need]
-    )
+    """Names of the tensors that ``needs`` stand for, of some of the three tables above, or (by default) of all."""
+    wanted, every = set(needs), (PER_SAMPLE, PER_TOKEN, PER_EXPERT)
+    return tuple(name for table in tables or every for need in table if need in wanted for name in table[need])
 
 
 def names_of_format(version: int, needs: Iterable[Need]) -> tuple[str, ...]:
@@ -148,5 +156,6 @@ def layer_shapes(
         "token_output_energy": ((num_tokens, 1), torch.float32),
         "gram": ((num_tokens, outputs * (outputs + 1) // 2), torch.float32),
         "inputs": ((num_tokens, hidden_size), inputs_dtype),
+        **dict.fromkeys(tensor_names(WITHOUT_TEXT), ((num_experts,), torch.float64)),
     }
     return {name: others.get(name, ((num_samples, num_experts), torch.float64)) for name in tensor_names(needs)}

@@ -32,8 +32,8 @@ from ..storage.tensor_files import read_tensors
 from ..storage.values import Json, check_version, read_json
 from .files import LayerFile, MergedTensors, layer_file, names_of_format_1, save_layer, tensor_shapes
 from .folder import header_of
-from .merging import check_mergeable, kept_rows, merged_tensors
-from .needs import IN_FORMAT_1, OF_RULE, PER_TOKEN, Need, layer_shapes, names_in, names_of_format, tensor_names
+from .merging import check_mergeable, kept_rows, merged_tensors, rows_by_name
+from .needs import IN_FORMAT_1, OF_RULE, Need, layer_shapes, names_in, names_of_format
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
 from .weights import sample_weights
 
@@ -49,7 +49,7 @@ class LayerStats:
     Attributes:
         num_experts: Routed experts in the layer.
         routing: How its router turns logits into weights.
-        tensors: The statistics by name (``PER_SAMPLE``, ``PER_TOKEN``); read from disk when asked for, if loaded.
+        tensors: The statistics by name (``statistics.needs``); read from disk when asked for, if loaded.
         sample_weights: The weight of each sample in sums over its tokens ``(S,)`` float64.
         token_sample: The sample of each kept token ``(N,)``.
         kept_weights: The weight of each sample in sums over its kept tokens ``(S,)``; None for ``sample_weights``.
@@ -358,9 +358,8 @@ class CalibrationStats:
         token_sample, token_position = keep_tokens(samples, self.max_tokens, self.seed)
         by_sample = torch.tensor(order, dtype=torch.int64)
         kept = kept_rows(parts, token_sample, token_position, order)
-        per_token = tensor_names(self.needs, PER_TOKEN)
         everywhere = [name for name in self.names if all(name in part.names for part in parts)]
-        rows = {name: kept if name in per_token else by_sample for name in everywhere}
+        rows = rows_by_name(everywhere, self.needs, by_sample, kept)
         weights = torch.ones(len(samples), dtype=torch.float64)
         layers = {}
         for index, layer in self.layers.items():

@@ -42,6 +42,7 @@ from optimum_moe_prune.planning.build import build_plan
 from optimum_moe_prune.statistics.stats import LayerStats
 
 ALL = [
+    "aimer",
     "ean",
     "enumeration",
     "frequency",
@@ -401,6 +402,7 @@ def test_methods_ask_for_what_they_read_and_no_more() -> None:
         *((name, {}, {Need.ROUTING}) for name in ("frequency", "soft_frequency", "variability")),
         *((name, {}, routed) for name in ("ean", "man", "msan", "reap")),
         ("random", {}, set()),
+        ("aimer", {}, {Need.WEIGHTS}),
         ("enumeration", {}, {Need.ROUTING, Need.GRAM}),
         ("variability", {"num_generalists": 1}, {Need.ROUTING, Need.SINGLE_ERROR}),
         ("variability", {"num_generalists": 2}, {Need.ROUTING, Need.GRAM}),
@@ -413,7 +415,8 @@ def test_methods_ask_for_what_they_read_and_no_more() -> None:
         ("pathfinder", {"transitions": "conditional"}, {*paths, Need.COACTIVATION}),
         ("transition", {}, dense),
         ("transition", {"transitions": "conditional"}, {*dense, Need.COACTIVATION}),
-        ("importance", {}, {Need.SINGLE_ERROR}),
+        ("importance", {}, paths),
+        ("importance", {"tau": 1.0}, {Need.SINGLE_ERROR}),
     ]
     assert {name for name, _, _ in expected} == set(ALL)
     for name, options, needs in expected:

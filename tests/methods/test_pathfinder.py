@@ -139,7 +139,7 @@ def test_the_choice_is_that_of_listing_all_paths(
         method, options["transitions"] = "pathfinder", "conditional"
     plan = build_plan(stats, MoEPrunerConfig(method=method, sparsity=sparsity, method_options=options))
     budget = global_budget(stats.num_experts, stats.routing, sparsity=sparsity)
-    nodes = log_importance(stats, tau=0.2)
+    nodes = log_importance(stats)
     edges = log_transitions(stats, options.get("transitions", "mean"))
     weights = []
     for sample in range(len(stats.samples)):
@@ -237,7 +237,7 @@ def test_domains_count_with_their_weights() -> None:
     config = MoEPrunerConfig(method="pathfinder", sparsity=0.5, method_options={"num_paths": 1})
     for domain in ("low", "high"):
         weights = {"low": 1e-6, "high": 1e-6} | {domain: 1.0}
-        nodes = log_importance(stats, tau=0.2)
+        nodes = log_importance(stats)
         edges = log_transitions(stats, "mean")
         budget = global_budget(stats.num_experts, stats.routing, sparsity=0.5)
         weighted = on_best_paths(stats.with_domain_weights(weights), budget, nodes, edges, 1).retained

@@ -17,7 +17,7 @@ from optimum_moe_prune.evaluation.comparison import Comparison, ModelResult
 from optimum_moe_prune.evaluation.losses import DomainResult
 from optimum_moe_prune.evaluation.speed import Generation
 from optimum_moe_prune.planning.sensitivity import MethodSensitivity, Sensitivity
-from optimum_moe_prune.statistics.needs import PER_SAMPLE, PER_TOKEN, tensor_names
+from optimum_moe_prune.statistics.needs import tensor_names
 from optimum_moe_prune.storage.outputs import MARKERS
 
 TEXT = (Path(optimum_moe_prune.__file__).parent / "storage" / "FORMATS.md").read_text(encoding="utf-8")
@@ -39,7 +39,7 @@ def written() -> dict[str, Iterable[str]]:
         "routing": header["layers"]["0"]["routing"],
         "made": header["provenance"],
         "needs": map(str, Need),
-        "tensors": tensor_names(Need, PER_SAMPLE, PER_TOKEN),
+        "tensors": tensor_names(Need),
         "plan": [*values, *values["layers"]["0"]],
         "recipe": MoEPrunerConfig(method="reap", sparsity=0.5).to_dict(),
         "sensitivity": [*sensitivity, *sensitivity["methods"]["reap"]],

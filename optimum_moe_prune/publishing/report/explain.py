@@ -206,11 +206,8 @@ def path_graph(plan: PruningPlan, recipe: Recipe) -> PathGraph:
     grown = grown if type(grown) is int and 0 <= grown <= options.num_paths else 1
     nodes = [np.zeros(count, dtype=np.int64) for count in counts]
     edges = [np.zeros(pair, dtype=np.int64) for pair in itertools.pairwise(counts)]
-    importance = pathfinder.log_importance(recipe.stats, options.tau) if hasattr(options, "tau") else None
-    transitions = None
-    if hasattr(options, "transitions"):
-        transitions = pathfinder.log_transitions(recipe.stats, options.transitions)
-    for paths in best_paths(recipe.stats, importance, transitions, max(1, grown)):
+    weights = pathfinder.path_weights(recipe.stats, options)
+    for paths in best_paths(recipe.stats, weights.nodes(recipe.stats), weights.transitions, max(1, grown)):
         for column, node in enumerate(nodes):
             node[np.unique(paths[:, column])] += 1
         for column, edge in enumerate(edges):
