@@ -135,12 +135,16 @@ class LayerByLayer:
         hidden = self.dtype.itemsize * int(torch.tensor(self._inner).prod())
         return (*shape, hidden + 4 * self._positions(shape[1])), torch.uint8
 
-    def random_state(self, batch: Batch) -> Tensor:
-        """A state of normal hidden states; inside :meth:`running`, after :meth:`prepare`."""
+    def hidden_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Shape of the hidden states in a batch's state, likewise."""
         self.state_shape(batch)
         assert self._inner is not None
+        return (*batch.input_ids.shape, *self._inner)
+
+    def random_state(self, batch: Batch) -> Tensor:
+        """A state of normal hidden states; inside :meth:`running`, after :meth:`prepare`."""
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(*batch.input_ids.shape, *self._inner, generator=generator)
+        hidden = torch.randn(self.hidden_shape(batch), generator=generator)
         return self._packed(hidden.to(self.dtype), None)
 
     def forward(self, index: int, batch: Batch, state: Tensor) -> Tensor:
@@ -155,10 +159,37 @@ class LayerByLayer:
         self._input, self._output, self._extra = torch.empty(0), torch.empty(0), None
         return output
 
+    def with_graph(self, index: int, batch: Batch, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states that go into a loaded layer and those that come out, by which torch can differentiate.
+
+        Args:
+            index: The layer, which has run on states before.
+            batch: The batch.
+            state: What goes into it.
+        """
+        self._active = index
+        hidden, self._extra = self._unpacked(self._there(state), index)
+        given = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            self._input = given.clone()  # a layer may add to what it is given in place
+            self._decoder(batch)
+        output = self._output
+        self._input, self._output, self._extra = torch.empty(0), torch.empty(0), None
+        return given, output
+
+    def logits_with_graph(self, batch: Batch, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The hidden states that came out of the last layer and the logits of :meth:`logits`, likewise."""
+        hidden, _ = self._unpacked(self._there(state))
+        given = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            return given, self._logits(batch, given.clone())
+
     def logits(self, batch: Batch, state: Tensor) -> Tensor:
         """The model's logits ``(B, L, V)`` for what came out of the last layer, inside :meth:`head`."""
-        self._active = _HEAD
-        self._input, _ = self._unpacked(self._there(state))
+        return self._logits(batch, self._unpacked(self._there(state))[0])
+
+    def _logits(self, batch: Batch, hidden: Tensor) -> Tensor:
+        self._active, self._input = _HEAD, hidden
         has_routers = hasattr(text_config(self.model.config), "output_router_logits")
         options = {"output_router_logits": False} if has_routers else {}
         ids, mask = self._given(batch)
