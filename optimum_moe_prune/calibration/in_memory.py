@@ -143,7 +143,7 @@ def collect(
     if Need.FISHER in gathered:
         runner = LayerByLayer(model)
         found = gather_fisher(runner, calibration, current, batch_size=batch_size, seed=seed, store=store)
-        layers = with_fisher(layers, found, current)
+        layers = with_fisher(layers, found)
     return assemble(
         model_facts(model),
         calibration,

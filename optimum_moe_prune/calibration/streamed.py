@@ -169,7 +169,7 @@ def collect_streamed(
         found = gather_fisher(
             skeleton, calibration, current, batch_size=batch_size, seed=seed, store=store, read_ahead=read_ahead
         )
-        layers = with_fisher(layers, found, current)
+        layers = with_fisher(layers, found)
     return assemble(
         facts or layout.facts(),
         calibration,

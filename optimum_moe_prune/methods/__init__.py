@@ -4,6 +4,7 @@
 from . import (
     ean,
     enumeration,
+    fisher,
     frequency,
     importance,
     man,
@@ -22,6 +23,7 @@ __all__ = [
     "Method",
     "ean",
     "enumeration",
+    "fisher",
     "frequency",
     "get_method",
     "importance",
