@@ -24,13 +24,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import RequestError
 from ..models.batches import Batch
 from ..models.blocks import MoEBlock
 from ..models.layerwise import LayerByLayer
@@ -51,6 +52,19 @@ _GROUP_SECONDS = 10.0  # in which batches are finished together, of a model in m
 
 FOLDER = "fisher"
 """In the folder of a calibration that can be continued."""
+
+
+def check_predicts(model: Any, needs: Collection[Need]) -> None:
+    """Raise where gradients of predictions are asked for of a model that predicts nothing.
+
+    Raises:
+        RequestError: Naming what it lacks.
+    """
+    if Need.FISHER in needs and model.get_output_embeddings() is None:
+        raise RequestError(
+            f"gathering gradients (fisher) needs what a model predicts, and a {type(model).__name__} has no head that "
+            "predicts tokens; calibrate the whole model."
+        )
 
 
 def gather_fisher(

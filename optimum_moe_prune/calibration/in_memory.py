@@ -31,7 +31,7 @@ from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
 from ..storage.values import Json
 from .current import Current
-from .fisher import gather_fisher, with_fisher
+from .fisher import check_predicts, gather_fisher, with_fisher
 from .observer import observers_of
 from .outbox import Outbox
 from .samples import CalibrationSet
@@ -78,6 +78,7 @@ def collect(
     needs = gathered - {Need.FISHER}  # which follows in a pass of its own
     store = Store() if store is None else store
     model = usable_model(model)
+    check_predicts(model, gathered)
     check_finite(model)
     blocks = [*moe_blocks(model), *(heads.blocks if heads is not None else ())]
     calibration.check_vocabulary(vocabulary(model))

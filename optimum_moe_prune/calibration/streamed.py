@@ -26,7 +26,7 @@ from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes
 from .current import Current
-from .fisher import gather_fisher, with_fisher
+from .fisher import check_predicts, gather_fisher, with_fisher
 from .in_memory import assemble, statistics_bytes
 from .observer import LayerObserver, Routed, observers_of
 from .outbox import Outbox
@@ -75,6 +75,7 @@ def collect_streamed(
     store = Store() if store is None else store
     layout = skeleton.layout
     config = layout.config
+    check_predicts(skeleton.model, gathered)
     calibration.check_vocabulary(text_config(config).vocab_size)
     steps = skeleton.num_layers + (heads is not None)
     store.check_steps(steps, "layer")

@@ -31,6 +31,11 @@ _HEAD = -1  # in place of a layer's index: only what comes after the layers is r
 _HANDED_ON = "prev_topk_indices"  # what layers with sparse attention take of the one before
 
 
+_NEEDS_NO_LAYERS = (
+    "layer at a time, which measuring and gathering gradients do; choose by a method that needs neither."
+)
+
+
 class _LayerRan(Exception):
     """The layer at work has run: what comes after it in the model's forward is not needed."""
 
@@ -278,7 +283,7 @@ class LayerByLayer:
         if len(given[0]) != len(given[1]) or not all(map(torch.equal, *given)):
             raise RequestError(
                 f"a {type(self.model).__name__} hands what several layers gave on to later ones; it cannot be run one "
-                "layer at a time. Calibrate it in memory (stream=False)."
+                + ("layer at a time. Calibrate it in memory (stream=False)." if self.streams else _NEEDS_NO_LAYERS)
             )
         self._is_layerwise = True
 

@@ -21,7 +21,7 @@ from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from . import notes as said_of
 from .allocation import allocate
-from .estimate import selected_by_estimate
+from .estimate import check_estimates, selected_by_estimate
 from .heads import selected_in_heads
 from .layer_sets import protected_experts
 from .sensitivity import Sensitivity
@@ -106,6 +106,8 @@ def quiet_plan(
     method, options = get_method(config.method), config.options()
     if config.needs and not stats.samples:
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
+    if config.allocates == ESTIMATED:
+        check_estimates(stats)
     stats.require(config.needs, config.method)
     stats = stats.with_domain_weights(domain_weights)
     calibrated, stats, heads = stats, stats.without_heads, stats.of_heads

@@ -14,7 +14,9 @@ from ..methods import get_method
 from ..methods.budget import Budget
 from ..methods.fisher_replay import FisherLoss
 from ..methods.selection import Selection
+from ..names import ESTIMATED
 from ..progress import working
+from ..statistics.needs import Need
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from .allocation import allocate
@@ -46,6 +48,21 @@ def estimated_sensitivity(stats: CalibrationStats, config: MoEPrunerConfig) -> M
             kl = {count: {ALL: loss(retained)} for count, retained in by_count.items()}
             layers[index] = LayerSensitivity(stats.num_experts[index], by_count, kl)
     return MethodSensitivity(decisive(config), layers)
+
+
+def check_estimates(stats: CalibrationStats) -> None:
+    """Raise unless statistics hold what estimates follow from.
+
+    Raises:
+        RequestError: With the way to gather it.
+    """
+    missing = sorted(map(str, {Need.ROUTING, Need.FISHER} - stats.needs))
+    if missing:
+        have = ", ".join(sorted(map(str, stats.needs))) or "nothing"
+        raise RequestError(
+            f"allocation {ESTIMATED!r} needs the statistics {' and '.join(missing)}, and these hold {have}. Calibrate "
+            "again and gather them (score --fisher)."
+        )
 
 
 def selected_by_estimate(stats: CalibrationStats, config: MoEPrunerConfig, budget: Budget) -> Selection:

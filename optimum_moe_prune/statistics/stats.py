@@ -178,8 +178,8 @@ class CalibrationStats:
                 " that a forward pass gives, with --fisher gradients as well" if str(Need.FISHER) in missing else ""
             )
             raise RequestError(
-                f"method {method!r} needs the statistics {', '.join(missing)}, and these hold {have}. Calibrate again and gather "
-                f"them ({how})."
+                f"method {method!r} needs the statistics {', '.join(missing)}, and these hold {have}. Calibrate again "
+                f"and gather them ({how})."
             )
 
     def with_domain_weights(self, domain_weights: Mapping[str, float] | None) -> CalibrationStats:
