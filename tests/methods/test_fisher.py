@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,6 @@ def test_heads_keep_the_most_routed(tmp_path: Path, samples: CalibrationSet) -> 
 def test_what_is_wrong_is_said(stats: CalibrationStats) -> None:
     with pytest.raises(RequestError, match="damping is -1"):
         MoEPrunerConfig("fisher", num_experts=4, method_options={"damping": -1})
-    lean = CalibrationStats(**{**vars(stats), "needs": frozenset({Need.ROUTING})})
+    lean = replace(stats, needs=frozenset({Need.ROUTING}))
     with pytest.raises(RequestError, match=r"'fisher' needs the statistics fisher, .* with --fisher gradients"):
         build_plan(lean, MoEPrunerConfig("fisher", num_experts=4))

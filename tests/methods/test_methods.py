@@ -44,6 +44,7 @@ from optimum_moe_prune.statistics.stats import LayerStats
 ALL = [
     "ean",
     "enumeration",
+    "fisher",
     "frequency",
     "importance",
     "man",
@@ -402,6 +403,7 @@ def test_methods_ask_for_what_they_read_and_no_more() -> None:
         *((name, {}, routed) for name in ("ean", "man", "msan", "reap")),
         ("random", {}, set()),
         ("enumeration", {}, {Need.ROUTING, Need.GRAM}),
+        ("fisher", {}, {Need.ROUTING, Need.FISHER}),
         ("variability", {"num_generalists": 1}, {Need.ROUTING, Need.SINGLE_ERROR}),
         ("variability", {"num_generalists": 2}, {Need.ROUTING, Need.GRAM}),
         ("mosaic", {}, domains),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_every_method_that_is_measured_can_be_estimated() -> None:
 
 
 def test_what_is_missing_is_named(stats: CalibrationStats) -> None:
-    lean = CalibrationStats(**{**vars(stats), "needs": frozenset({Need.ROUTING, Need.ROUTED_NORMS})})
+    lean = replace(stats, needs=frozenset({Need.ROUTING, Need.ROUTED_NORMS}))
     with pytest.raises(RequestError, match=r"'estimated' needs the statistics fisher, .*\(score --fisher\)"):
         build_plan(lean, MoEPrunerConfig("reap", sparsity=0.5, allocation=ESTIMATED))
 
