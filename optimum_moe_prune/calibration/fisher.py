@@ -203,7 +203,7 @@ def _there_and_back(
     state = next(runner.embedded([batch]))
     for index in range(runner.num_layers):
         kept.append(torch.empty(state.shape, dtype=state.dtype))
-        carrier.put(state, kept[-1])
+        carrier.put(state.to(runner.device), kept[-1])  # where the carrier waits for it; layers may be on other cards
         state = runner.forward(index, batch, state.clone())
     carrier.finish()
     found = gradients.at_logits(batch, state)
