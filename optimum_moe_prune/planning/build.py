@@ -68,7 +68,8 @@ def budget_for(
         budget: Budget = uniform_budget(original, rule, **settings)
     else:
         budget = global_budget(original, rule, total_experts=config.total_experts, **settings)
-    if method.check is not None and config.allocates not in (BY_SENSITIVITY, ESTIMATED):  # there it is not looked at
+    # Where numbers follow from divergences what is refused has none.
+    if method.check is not None and config.allocates not in (BY_SENSITIVITY, ESTIMATED):
         method.check(budget, config.options())
     return budget
 
