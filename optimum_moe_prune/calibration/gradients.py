@@ -76,7 +76,7 @@ class Gradients:
             with torch.enable_grad():
                 log_p = torch.log_softmax(rows_of(logits[:, :-1], mask).float(), dim=-1)
             labels = draw_labels(log_p.detach(), sent(quantiles, log_p.device))
-            gradients = []
+            gradients: list[Tensor] = []
             for draw in range(LABEL_DRAWS):
                 with torch.enable_grad():
                     total = self._scale * log_p.gather(1, labels[:, draw, None]).sum()

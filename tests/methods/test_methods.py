@@ -437,7 +437,7 @@ def test_how_methods_can_spread_a_budget(monkeypatch: pytest.MonkeyPatch) -> Non
             assert method.allocations == ("global", "uniform")
         else:
             assert method.allocations == (("uniform", "global") if name in both else ("uniform",))
-        assert method.takes == (*method.allocations, "sensitivity")
+        assert method.takes == (*method.allocations, "sensitivity", "estimated")
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     registry.register_method("whole", kind="set", summary="", source="", needs=set(), allocations=("global",))(len)
     assert get_method("whole").takes == ("global",)
