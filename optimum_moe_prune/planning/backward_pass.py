@@ -33,4 +33,6 @@ def memory_of(tokens: int, longest: int, config: ModelConfig, top_k: int, expert
     hidden_size = config.hidden_size
     inside = top_k * (expert // hidden_size + 2 * hidden_size)  # of a token: what its experts calculate
     layer = tokens * itemsize * (_OF_ATTENTION * hidden_size + inside)
-    return max(layer, _OF_LOGITS * max(LOGIT_BYTES, 4 * longest * config.vocab_size))
+    of_token = 4 * config.vocab_size
+    logits = min(tokens * of_token, max(LOGIT_BYTES, longest * of_token))
+    return max(layer, _OF_LOGITS * logits)
