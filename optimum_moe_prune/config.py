@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .config_checks import BUDGETS, MOST, check_numbers, check_words, one_budget, parts_of, steps_of
 from .environment import PACKAGE, is_newer, package_version
 from .errors import RequestError, nearest_first
-from .names import CONFIG_NAME, UNIFORM
+from .names import CONFIG_NAME, ESTIMATED, UNIFORM
 from .storage.files import write_text
 from .storage.kinds import RECIPE, reading
 from .storage.paths import check_name
@@ -55,7 +55,8 @@ class MoEPrunerConfig:
         context: With ``fit``: tokens of one sequence whose keys and values are counted.
         allocation: How the budget is spread over layers: ``"uniform"``, the same in each; ``"global"``, one number for
             the whole model, so that layers keep different numbers; ``"sensitivity"``, one number for the whole model,
-            spread so that measured divergences of the final output add up to the least; None for the method's own way.
+            spread so that measured divergences of the final output add up to the least; ``"estimated"``, the same with
+            estimates from gradients in place of what is measured; None for the method's own way.
         count_multiple_of: Layers that are pruned keep a multiple of it, for servers that spread experts evenly over
             devices; where the router has groups, a multiple of their number as well. A request that lies between two
             such numbers is refused, naming them. Layers that are left whole keep their number.
@@ -108,7 +109,8 @@ class MoEPrunerConfig:
     allocation: str | None = _setting(
         None,
         "uniform: the same count in each layer; global: one for the whole model; sensitivity: one for the whole "
-        "model, spread by measured divergences (default: the method's own way)",
+        "model, spread by measured divergences; estimated: by estimates of these, from gradients, where measuring is "
+        "out of reach (default: the method's own way)",
         "A",
     )
     count_multiple_of: int = _setting(1, "retain a multiple of N experts in each layer that is pruned", "N", least=1)
@@ -178,8 +180,8 @@ class MoEPrunerConfig:
             )
         if self.total_experts is not None and self.allocates == UNIFORM:
             raise RequestError(
-                "total_experts is for allocations 'global' and 'sensitivity', and the allocation is 'uniform'; give "
-                "num_experts or sparsity."
+                "total_experts is for allocations 'global', 'sensitivity' and 'estimated', and the allocation is "
+                "'uniform'; give num_experts or sparsity."
             )
         self.template_args = dict(self.template_args)
         try:  # JSON has no integer keys
@@ -208,6 +210,8 @@ class MoEPrunerConfig:
         from .statistics.needs import Need
 
         needs = get_method(self.method).needs(self.options())
+        if self.allocates == ESTIMATED:
+            needs |= {Need.ROUTING, Need.FISHER}
         return needs | {Need.ROUTING, Need.ROUTED_NORMS} if self.protect_super_experts else needs
 
     @property

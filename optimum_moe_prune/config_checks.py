@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from .errors import RequestError, nearest_first
-from .names import BY_SENSITIVITY, DISTIL, DROP, EXPERTS, GLOBAL, KEEP, NORMS, PRUNE, REFIT, ROUTER, UNIFORM
+from .names import BY_SENSITIVITY, DISTIL, DROP, ESTIMATED, EXPERTS, GLOBAL, KEEP, NORMS, PRUNE, REFIT, ROUTER, UNIFORM
 from .storage.values import is_integer, size_bytes
 
 BUDGETS = ("num_experts", "sparsity", "total_experts", "fit")
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 SAMPLE_SELECTIONS = ("first", "random", "kmeans")
-ALLOCATIONS = (UNIFORM, GLOBAL, BY_SENSITIVITY)
+ALLOCATIONS = (UNIFORM, GLOBAL, BY_SENSITIVITY, ESTIMATED)
 MTP = (PRUNE, KEEP, DROP)
 RECOVER = (REFIT, DISTIL)
 RECOVER_WHAT = (EXPERTS, ROUTER, NORMS)

@@ -30,6 +30,7 @@ since it travels."""
 UNIFORM = "uniform"
 GLOBAL = "global"
 BY_SENSITIVITY = "sensitivity"
+ESTIMATED = "estimated"
 
 # What is done after the cut, and with what.
 REFIT = "refit"

@@ -125,6 +125,8 @@ def statistics_of(samples: Sequence[tuple[str, Tokens]], rule: RoutingRule) -> C
             empty = torch.zeros(len(entries), *values.shape[1:], dtype=torch.float64)
             return empty.index_add_(0, token_sample, values)
 
+        inputs = torch.cat([t.inputs[layer] for _, t in samples])
+        gradients = torch.stack([inputs, inputs.flip(1)], dim=1).double()  # (T, J, H), of as many numbers
         before = torch.zeros(len(z), 0, dtype=torch.float64) if routed_before is None else routed_before
         rows, columns = torch.triu_indices(experts, experts)
         largest = torch.zeros(len(entries), experts, dtype=torch.float64)
@@ -139,9 +141,11 @@ def statistics_of(samples: Sequence[tuple[str, Tokens]], rule: RoutingRule) -> C
                 "logits": z,
                 "token_single_error": single.float(),
                 "gram": (y @ y.transpose(1, 2))[:, rows, columns].float(),
-                "inputs": torch.cat([t.inputs[layer] for _, t in samples]),
+                "inputs": inputs,
                 "weight_magnitude": y.abs().mean((0, 2)).double(),
                 "weight_square": y.square().mean((0, 2)).double(),
+                "fisher": torch.einsum("teh,tjh->tje", y, gradients).float(),
+                "gradient_energy": gradients.square().sum(-1).float(),
             },
             torch.ones(len(entries), dtype=torch.float64),
             token_sample,

@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from optimum_moe_prune import CalibrationSet, Need, calibrate
 from optimum_moe_prune.models.blocks import MoEBlock, moe_blocks
+from optimum_moe_prune.statistics.needs import OF_A_FORWARD_PASS
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ SHAPES = {
 NEEDS = {
     "routing": {Need.ROUTING},
     "routed": {Need.ROUTING, Need.ROUTED_NORMS},
-    "all needs": set(Need),
+    "all needs": set(OF_A_FORWARD_PASS),
 }
 
 

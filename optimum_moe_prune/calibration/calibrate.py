@@ -32,7 +32,7 @@ from ..processes import shared
 from ..processes.folders import own_workspace
 from ..progress import working
 from ..provenance import versions
-from ..statistics.needs import WITHOUT_RULE, WITHOUT_TEXT
+from ..statistics.needs import OF_A_FORWARD_PASS, WITHOUT_RULE, WITHOUT_TEXT
 from ..statistics.samples import MaxTokens
 from ..statistics.stats import CalibrationStats, Need
 from ..storage.growing import Store, process_folder, unfinished
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 Model = Union["PreTrainedModel", Layout, Source, str, os.PathLike]
 """A model in memory, wrapped (``models.wrappers``) or not; or the folder, Hub id or ``Source`` of one."""
 Needs = str | Need | MoEPrunerConfig | Iterable[str | Need | MoEPrunerConfig]
-"""``"all"``, methods by name, recipes, or single needs."""
+"""``"all"``, methods by name, recipes, single needs, or several of these."""
 
 
 @shared
@@ -75,7 +75,8 @@ def calibrate(
         model: A causal language model with real parameters, on any device or ``device_map``; or the folder, Hub id or
             ``Source`` of one, which is held in memory for it, or one layer at a time.
         samples: Texts, files, records, a dataset, token tensors, or a ``CalibrationSet`` (which selects and packs).
-        needs: What to gather: ``"all"``, what methods (by name) or recipes read, or single needs.
+        needs: What to gather: ``"all"`` that a forward pass gives, what methods (by name) or recipes read, or single
+            needs. Gradients (``Need.FISHER``) take another pass forward and one back, and are named beside.
         tokenizer: For texts; by default the one in the model's folder.
         max_length: Tokens of a sample at most; less if the model was made for less.
         batch_size: Samples in a forward pass.
@@ -98,7 +99,7 @@ def calibrate(
     processes = compute.together
     layout = layout_of(model)
     model = usable_model(model if layout is None else layout)
-    gathered = _possible(needs_of(needs), needs == "all", rule_of(model if layout is None else layout))
+    gathered = _possible(needs_of(needs), "all" in _each(needs), rule_of(model if layout is None else layout))
     config = model.config if layout is None else layout.config  # type: ignore[union-attr]
     if tokenizer is None and layout is not None and needs_tokenizer(samples):
         tokenizer = layout.checkpoint.source.require_tokenizer()
@@ -257,19 +258,17 @@ def no_calibration(model: Model, seed: int = 0, needs: Iterable[Need] = ()) -> C
 
 
 def needs_of(needs: Needs) -> frozenset[Need]:
-    """The statistics that are meant by ``"all"``, by methods, recipes, or single needs.
+    """The statistics that are meant by ``"all"`` (of a forward pass), by methods, recipes, or single needs.
 
     Raises:
         RequestError: If a method is not known, or nothing is needed.
     """
-    if isinstance(needs, str) and needs == "all":
-        return frozenset(Need)
-    if isinstance(needs, (str, Need, MoEPrunerConfig)):
-        needs = [needs]
     found: set[Need] = set()
     names = []
-    for need in needs:
-        if isinstance(need, Need):
+    for need in _each(needs):
+        if need == "all":
+            found |= OF_A_FORWARD_PASS
+        elif isinstance(need, Need):
             found.add(need)
         elif isinstance(need, MoEPrunerConfig):
             names.append(need.method)
@@ -284,11 +283,13 @@ def needs_of(needs: Needs) -> frozenset[Need]:
     return frozenset(found)
 
 
+def _each(needs: Needs) -> list[str | Need | MoEPrunerConfig]:
+    return [needs] if isinstance(needs, (str, MoEPrunerConfig)) else list(needs)  # a need is a string as well
+
+
 def _asked(needs: Needs) -> Json:
     """What was asked for, as settings that a person gave."""
-    if isinstance(needs, (str, Need, MoEPrunerConfig)):
-        needs = [needs]
-    asked = list(needs)
+    asked = _each(needs)
     if any(isinstance(need, Need) for need in asked):
         return {}  # they say it themselves
     recipes = [need for need in asked if isinstance(need, MoEPrunerConfig)]

@@ -18,19 +18,30 @@ from ..compat import ModelConfig, text_config
 from ..models.blocks import decoder_of, model_facts, moe_blocks
 from ..models.checks import check_finite, evaluating, input_device, usable_model, vocabulary
 from ..models.heads import Heads
+from ..models.layerwise import LayerByLayer
 from ..models.transfers import sent
 from ..names import dtype_text
 from ..progress import working
 from ..provenance import now, versions
 from ..statistics import passages
 from ..statistics.files import layer_file
-from ..statistics.needs import DENSE, PER_SAMPLE, SUMS_OF_KEPT, WITHOUT_TEXT, Need, layer_shapes, tensor_names
+from ..statistics.needs import (
+    DENSE,
+    LABEL_DRAWS,
+    PER_SAMPLE,
+    SUMS_OF_KEPT,
+    WITHOUT_TEXT,
+    Need,
+    layer_shapes,
+    tensor_names,
+)
 from ..statistics.samples import MaxTokens, most_tokens
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes, shapes_bytes
 from ..storage.values import Json
 from .current import Current
+from .fisher import check_predicts, gather_fisher, with_fisher
 from .observer import observers_of
 from .outbox import Outbox
 from .samples import CalibrationSet
@@ -73,9 +84,11 @@ def collect(
         RequestError: If the model cannot be observed, or a token id is outside its vocabulary.
         RunError: If a router gives NaN or infinite logits, or an expert such outputs.
     """
-    needs = frozenset(needs)
+    gathered = frozenset(needs)
+    needs = gathered - {Need.FISHER}  # which follows in a pass of its own
     store = Store() if store is None else store
     model = usable_model(model)
+    check_predicts(model, gathered)
     check_finite(model)
     blocks = [*moe_blocks(model), *(heads.blocks if heads is not None else ())]
     calibration.check_vocabulary(vocabulary(model))
@@ -100,7 +113,7 @@ def collect(
 
     outbox = Outbox()
     observers = observers_of(blocks, needs, current, allocate, None, outbox)
-    store.check_space(statistics_bytes({b.layer: b.num_experts for b in blocks}, needs, current, model.config))
+    store.check_space(statistics_bytes({b.layer: b.num_experts for b in blocks}, gathered, current, model.config))
     if resumed == len(batches):  # it was interrupted after the last one: nothing will run
         for observer in observers:
             observer.tensors = store.tensors(layer_file(observer.block.layer), None, part=finished_in)
@@ -138,12 +151,17 @@ def collect(
             work.update()
 
     weights = torch.ones(len(calibration), dtype=torch.float64)
+    layers = {observer.block.layer: observer.statistics(weights) for observer in observers}
+    if Need.FISHER in gathered:
+        runner = LayerByLayer(model)
+        found = gather_fisher(runner, calibration, current, batch_size=batch_size, seed=seed, store=store)
+        layers = with_fisher(layers, found)
     return assemble(
         model_facts(model),
         calibration,
         current,
-        {observer.block.layer: observer.statistics(weights) for observer in observers},
-        needs,
+        layers,
+        gathered,
         max_tokens,
         seed,
         {"dtype": dtype_text(model.dtype)},
@@ -180,6 +198,7 @@ def assemble(
             "calibration_notes": list(calibration.notes()),
             passages.KEY: calibration.passages.to_dict(),
             **({"dense_tokens": len(current.token_sample)} if needs & DENSE else {}),
+            **({"label_draws": LABEL_DRAWS} if Need.FISHER in needs else {}),
             **provenance,
         },
     )

@@ -28,12 +28,15 @@ from ..models.batches import Batch
 from ..processes import Processes
 from ..statistics.files import layer_file
 from ..statistics.merging import merged_tensors, rows_by_name
+from ..statistics.needs import Need
 from ..statistics.passages import Passages
 from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.files import write_text
 from ..storage.growing import process_folder
 from ..storage.tensor_files import MappedTensors
 from ..storage.workspace import Workspace
+from .fisher import FOLDER, of_head
+from .gradients import fisher_file
 from .samples import CalibrationSet
 
 _SEEN_SECONDS = 10.0
@@ -216,10 +219,12 @@ def merged(
     weights = torch.ones(len(whole), dtype=torch.float64)
     found = {}
     for index, layer in of_layer.items():
-        files = [MappedTensors.open(process_folder(folder, rank) / layer_file(index)) for rank in busy]
+        files = [_gathered(process_folder(folder, rank), index) for rank in busy]
         rows = rows_by_name(files[0], stats.needs, by_sample, kept)
         tensors = merged_tensors(files, rows, token_sample, whole.samples)
         found[index] = replace(layer, tensors=tensors, sample_weights=weights, token_sample=token_sample)
+        if Need.FISHER in stats.needs and layer.is_head:
+            found[index] = of_head(found[index])
     dense = {"dense_tokens": len(token_sample)} if "dense_tokens" in stats.provenance else {}
     return replace(
         stats,
@@ -229,6 +234,14 @@ def merged(
         token_position=token_position,
         provenance={**stats.provenance, **dense},
     )
+
+
+def _gathered(folder: Path, index: int) -> dict[str, Tensor]:
+    """What one process gathered of a layer, of gradients as well where it did."""
+    tensors = dict(MappedTensors.open(folder / layer_file(index)))
+    if (path := folder / FOLDER / fisher_file(index)).is_file():
+        tensors |= MappedTensors.open(path)
+    return tensors
 
 
 def _plain(stats: CalibrationStats) -> tuple[CalibrationStats, dict[int, tuple[int, dict[str, object], bool]]]:

@@ -26,6 +26,7 @@ from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.growing import Store
 from ..storage.tensor_files import Shapes
 from .current import Current
+from .fisher import check_predicts, gather_fisher, with_fisher
 from .in_memory import assemble, statistics_bytes
 from .observer import LayerObserver, Routed, observers_of
 from .outbox import Outbox
@@ -69,10 +70,12 @@ def collect_streamed(
             token id is outside its vocabulary.
         RunError: If a weight, a router's logits or an expert's output is NaN or infinite.
     """
-    needs = frozenset(needs)
+    gathered = frozenset(needs)
+    needs = gathered - {Need.FISHER}  # which follows in a pass of its own
     store = Store() if store is None else store
     layout = skeleton.layout
     config = layout.config
+    check_predicts(skeleton.model, gathered)
     calibration.check_vocabulary(text_config(config).vocab_size)
     steps = skeleton.num_layers + (heads is not None)
     store.check_steps(steps, "layer")
@@ -112,7 +115,7 @@ def collect_streamed(
     with skeleton.running(), skeleton.reading_ahead() as ahead, contextlib.ExitStack() as stack:
         states = States(store, state_shapes(batches, skeleton.state_shape, top_k), Carrier(lane_of(skeleton.device)))
         counts = {block.layer: block.num_experts for block in (*skeleton.blocks, *of_heads)}
-        store.check_space(statistics_bytes(counts, needs, current, config) + 2 * states.nbytes)
+        store.check_space(statistics_bytes(counts, gathered, current, config) + 2 * states.nbytes)
         if store.finished:
             states.open()
         else:
@@ -163,12 +166,17 @@ def collect_streamed(
             done = [*blocks, *(block.layer for block in of_heads)]
             store.commit(steps, [*map(layer_file, done), *states.whole(skeleton.num_layers)])
             work.update()
+    if Need.FISHER in gathered:
+        found = gather_fisher(
+            skeleton, calibration, current, batch_size=batch_size, seed=seed, store=store, read_ahead=read_ahead
+        )
+        layers = with_fisher(layers, found)
     return assemble(
         facts or layout.facts(),
         calibration,
         current,
         layers,
-        needs,
+        gathered,
         max_tokens,
         seed,
         {"dtype": dtype_text(skeleton.dtype)},

@@ -51,7 +51,7 @@ class CompareCommand(Command):
             "--allocation",
             action="append",
             metavar="A",
-            help="uniform, global or sensitivity; may be repeated (default: each method's own way)",
+            help="uniform, global, sensitivity or estimated; may be repeated (default: each method's own way)",
         )
         group.add_argument(
             "--sensitivity", metavar="FILE", help="what the command sensitivity wrote (default: measured here)"

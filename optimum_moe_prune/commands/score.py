@@ -27,8 +27,16 @@ class ScoreCommand(Command):
         flags.add_model(parser)
         flags.add_calibration(parser)
         group = parser.add_argument_group("method")
-        group.add_argument("--method", metavar="NAME", help="gather what it needs, or all (default all)")
+        group.add_argument(
+            "--method", metavar="NAME", help="gather what it needs, or all that a forward pass gives (default all)"
+        )
         flags.add_settings(group, flags.METHOD[1:])
+        group.add_argument(
+            "--fisher",
+            action="store_true",
+            help="gather gradients as well, for --method fisher and --allocation estimated: another pass forward and "
+            "one back",
+        )
         flags.add_config(group)
         flags.add_settings(group, ["seed"])
         flags.add_compute(parser, "the calibration")
@@ -50,10 +58,11 @@ class ScoreCommand(Command):
         from ..planning.work import plan_work
         from ..processes.folders import held
         from ..pruner import MoEPruner
+        from ..statistics.needs import Need
         from ..storage.workspace import Workspace
         from .inputs import calibration_samples
 
-        asked: Needs = "all" if every else config
+        asked: Needs = ["all" if every else config, *([Need.ROUTING, Need.FISHER] if args.fisher else [])]
         needs = needs_of(asked)
         compute = flags.compute_of(args)
         pruner = MoEPruner(config, source=flags.source_of(args))

@@ -90,7 +90,8 @@ def compare_methods(
         data: Held-out texts, as :func:`~optimum_moe_prune.evaluation.losses.evaluate` takes them.
         methods: ``"all"``, names, or recipes; the first one's settings are those of the calibration.
         sparsities: Fractions of the experts to remove, as ``0.25`` or ``"25%"``, or one.
-        allocations: ``"uniform"``, ``"global"``, ``"sensitivity"``; by default each method's own (of a recipe, its).
+        allocations: ``"uniform"``, ``"global"``, ``"sensitivity"``, ``"estimated"``; by default each
+            method's own (of a recipe, its).
         stats: Of the same model, from which the methods choose; the calibration is then read for
             ``allocation="sensitivity"`` alone.
         sensitivity: What was measured of the model, for that allocation; without one it is measured on the

@@ -13,7 +13,7 @@ elimination. Where the router has groups, a set holds as many experts of each: n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +28,7 @@ from .sets import num_sets
 if TYPE_CHECKING:
     from ..statistics.stats import CalibrationStats, LayerStats
     from .replay_leaders import Found
+    from .replay_search import Replay
 
 Search = Literal["auto", "exhaustive", "greedy"]
 
@@ -107,11 +108,25 @@ def best_set(
     return search_set(layer, index, size, budget, options).retained
 
 
-def search_set(layer: LayerStats, index: int, size: int, budget: UniformBudget, options: SearchOptions) -> Found:
-    """As :func:`best_set`, with the experts between which only their numbers decided."""
+def reconstruction(layer: LayerStats) -> Replay:
+    """The losses of sets of a layer by what its output differs."""
     from ..statistics.mapped import mapped  # they need torch
-    from .replay_leaders import Found
     from .replay_search import Replay
+
+    tensors = layer.tensors
+    return Replay(tensors["logits"], mapped(tensors, "gram"), layer.routing, layer.token_sample, layer.loss_weights)
+
+
+def search_set(
+    layer: LayerStats,
+    index: int,
+    size: int,
+    budget: UniformBudget,
+    options: SearchOptions,
+    replay_of: Callable[[LayerStats], Replay] = reconstruction,
+) -> Found:
+    """As :func:`best_set`, by whatever losses, with the experts between which only their numbers decided."""
+    from .replay_leaders import Found  # it needs torch
 
     required = budget.protected[index]
     if size == len(required):
@@ -122,8 +137,7 @@ def search_set(layer: LayerStats, index: int, size: int, budget: UniformBudget, 
             f"search='exhaustive' would try {sets} sets of {size} experts in layer {index}; the most is {MOST_SETS}. "
             "Use search='greedy'."
         )
-    tensors = layer.tensors
-    replay = Replay(tensors["logits"], mapped(tensors, "gram"), layer.routing, layer.token_sample, layer.loss_weights)
+    replay = replay_of(layer)
     if options.search == "exhaustive" or (options.search == "auto" and sets <= options.max_sets):
         return replay.search_all(size, required)
     return replay.search_greedily(size, required)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import RequestError, RunError, nearest_first
-from ..names import BY_SENSITIVITY, GLOBAL, UNIFORM
+from ..names import BY_SENSITIVITY, ESTIMATED, GLOBAL, UNIFORM
 from ..statistics.needs import Need
 from ..storage.values import Values
 from .budget import Budget, UniformBudget, choose_ranked, keys_of
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 ENTRY_POINTS = "optimum_moe_prune.methods"
 
 ALLOCATIONS = (UNIFORM, GLOBAL)
-"""What a method does itself; by measured divergences goes every method that takes a number for each layer."""
+"""What a method does itself; by measured or estimated divergences goes every method that takes a number for each
+layer."""
 
 
 TIE_ADVICE = "more calibration text, or another method, may tell them apart"
@@ -80,7 +81,8 @@ class Method:
     @property
     def takes(self) -> tuple[str, ...]:
         """The allocations that can be asked for."""
-        return (*self.allocations, BY_SENSITIVITY) if "uniform" in self.allocations else self.allocations
+        more = (BY_SENSITIVITY, ESTIMATED) if "uniform" in self.allocations else ()
+        return (*self.allocations, *more)
 
     def select(self, stats: CalibrationStats, budget: Budget, options: Any) -> Selection:
         """The method's answer.

@@ -86,6 +86,19 @@ def squared_errors(
     return torch.cat(errors).clamp_(min=0)
 
 
+def squared_changes(logits: Tensor, products: Tensor, routing: RoutingRule, retained: Sequence[int]) -> Tensor:
+    """``(c_t . a_tj)^2``, the mean over draws, of the change c of each token's routing weights: ``(T,)`` float64.
+
+    Args:
+        logits: Router logits ``(T, E)``.
+        products: What each expert's output comes to ``(T, J, E)``, float64.
+        routing: The rule.
+        retained: Ids of the retained experts.
+    """
+    change = routing.weights(logits, sorted(retained)) - routing.weights(logits)
+    return torch.einsum("te,tje->tj", change, products).square().mean(1)
+
+
 def gram_entries(gram: Tensor, tokens: Tensor, entries: Tensor) -> Tensor:
     """Of some tokens ``(n,)`` entries ``(n, ...)`` of their Gram matrices, in float64.
 

@@ -31,6 +31,11 @@ _HEAD = -1  # in place of a layer's index: only what comes after the layers is r
 _HANDED_ON = "prev_topk_indices"  # what layers with sparse attention take of the one before
 
 
+_NEEDS_NO_LAYERS = (
+    "layer at a time, which measuring and gathering gradients do; choose by a method that needs neither."
+)
+
+
 class _LayerRan(Exception):
     """The layer at work has run: what comes after it in the model's forward is not needed."""
 
@@ -135,12 +140,16 @@ class LayerByLayer:
         hidden = self.dtype.itemsize * int(torch.tensor(self._inner).prod())
         return (*shape, hidden + 4 * self._positions(shape[1])), torch.uint8
 
-    def random_state(self, batch: Batch) -> Tensor:
-        """A state of normal hidden states; inside :meth:`running`, after :meth:`prepare`."""
+    def hidden_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Shape of the hidden states in a batch's state, likewise."""
         self.state_shape(batch)
         assert self._inner is not None
+        return (*batch.input_ids.shape, *self._inner)
+
+    def random_state(self, batch: Batch) -> Tensor:
+        """A state of normal hidden states; inside :meth:`running`, after :meth:`prepare`."""
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(*batch.input_ids.shape, *self._inner, generator=generator)
+        hidden = torch.randn(self.hidden_shape(batch), generator=generator)
         return self._packed(hidden.to(self.dtype), None)
 
     def forward(self, index: int, batch: Batch, state: Tensor) -> Tensor:
@@ -289,7 +298,7 @@ class LayerByLayer:
         if len(given[0]) != len(given[1]) or not all(map(torch.equal, *given)):
             raise RequestError(
                 f"a {type(self.model).__name__} hands what several layers gave on to later ones; it cannot be run one "
-                "layer at a time. Calibrate it in memory (stream=False)."
+                + ("layer at a time. Calibrate it in memory (stream=False)." if self.streams else _NEEDS_NO_LAYERS)
             )
         self._is_layerwise = True
 

@@ -97,7 +97,7 @@ class ObservingModules:
             raise RunError(
                 f"a {type(self.block).__name__} multiplies nothing by its router's matrix; it cannot be observed."
             )
-        logits = product.value.detach().reshape(-1, product.value.shape[-1])
+        logits = product.value.reshape(-1, product.value.shape[-1])
         plain = first_of(output)
         measures = not self.is_proven or not self.rule.formula
         ids, weights = self._measured(plain, args, kwargs, logits) if measures else self.rule.choose(logits)

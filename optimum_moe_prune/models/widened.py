@@ -296,6 +296,8 @@ class _Widening:
             tensor.narrow(axis.axis, first * axis.each, (last - first) * axis.each)
             for tensor, axis in zip(whole, axes, strict=True)
         ]
+        if torch.is_grad_enabled():  # what is differentiated holds what it was calculated with
+            return [part.to(self.dtype) for part in parts]
         made = [self._room(number, part).copy_(part) for number, part in enumerate(parts)]
         self._last = whole, (first, last), made
         return made

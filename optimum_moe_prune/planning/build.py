@@ -13,8 +13,7 @@ from ..methods import get_method
 from ..methods.budget import Budget, UniformBudget, global_budget, rounding_note, uniform_budget
 from ..methods.limits import check_retained
 from ..methods.selection import Retained, Selection, Ties
-from ..methods.super_experts import super_experts
-from ..names import BY_SENSITIVITY, NOTES_LOGGER
+from ..names import BY_SENSITIVITY, ESTIMATED, NOTES_LOGGER
 from ..plan import PruningPlan
 from ..provenance import now, without_folders
 from ..statistics import passages
@@ -22,7 +21,9 @@ from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from . import notes as said_of
 from .allocation import allocate
+from .estimate import check_estimates, selected_by_estimate
 from .heads import selected_in_heads
+from .layer_sets import protected_experts
 from .sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -67,22 +68,10 @@ def budget_for(
         budget: Budget = uniform_budget(original, rule, **settings)
     else:
         budget = global_budget(original, rule, total_experts=config.total_experts, **settings)
-    if method.check is not None and config.allocates != BY_SENSITIVITY:  # there what is refused was not measured
+    # Where numbers follow from divergences what is refused has none.
+    if method.check is not None and config.allocates not in (BY_SENSITIVITY, ESTIMATED):
         method.check(budget, config.options())
     return budget
-
-
-def protected_experts(stats: CalibrationStats, config: MoEPrunerConfig) -> tuple[dict[int, set[int]], str | None]:
-    """The experts that a recipe retains in any case, by layer, and what is to be said of super experts among them."""
-    protect = {layer: set(experts) for layer, experts in config.protect.items()}
-    if not config.protect_super_experts:
-        return protect, None
-    found = super_experts(stats)
-    for layer, experts in found.items():
-        if layer not in config.skip_layers:
-            protect.setdefault(layer, set()).update(experts)
-    named = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in found.items() if experts)
-    return protect, f"super experts protected: {named or 'none found'}"
 
 
 def build_plan(
@@ -118,6 +107,8 @@ def quiet_plan(
     method, options = get_method(config.method), config.options()
     if config.needs_text and not stats.samples:
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
+    if config.allocates == ESTIMATED:
+        check_estimates(stats)
     stats.require(config.needs, config.method)
     stats = stats.with_domain_weights(domain_weights)
     calibrated, stats, heads = stats, stats.without_heads, stats.of_heads
@@ -131,6 +122,8 @@ def quiet_plan(
         notes.append(found)
     if config.allocates == BY_SENSITIVITY:
         selection = _selected_by_sensitivity(stats, config, budget, sensitivity)
+    elif config.allocates == ESTIMATED:
+        selection = selected_by_estimate(stats, config, budget)
     else:
         selection = method.select(stats, budget, options)
     chosen, scores = selection.retained, selection.scores

@@ -107,7 +107,8 @@ def _measured(layout: Layout, few: CalibrationSet, needs: frozenset[Need], compu
                 return min(taken)  # whatever else the machine does only adds to it
 
             plain = seconds(None)
-            watched = seconds(LayerObserver(block, needs, current, allocate, None, outbox)) if needs else plain
+            forward = needs - {Need.FISHER}
+            watched = seconds(LayerObserver(block, forward, current, allocate, None, outbox)) if forward else plain
     return Speed(reading, plain / few.num_tokens, watched / few.num_tokens)
 
 

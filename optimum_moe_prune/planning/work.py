@@ -30,6 +30,7 @@ from ..statistics.needs import DENSE, WITHOUT_TEXT, Need
 from ..storage.growing import IN_MEMORY_BYTES
 from ..storage.paths import nearest_existing, real_path
 from ..storage.values import Json
+from . import backward_pass
 from .build import budget_for
 from .fit import Fit, fitted, gigabytes, weights_after
 from .probe import Speed, probe
@@ -268,12 +269,20 @@ def plan_work(
     own = model_dtype(config, layout.checkpoint, compute.dtype)
     statistics = statistics_bytes(counts, needs, Current(samples, recipe.max_tokens, recipe.seed), config)
     width = text_config(config).hidden_size * dtype.itemsize  # bytes of a token's hidden states
-    states = 2 * samples.num_tokens * width if compute.stream else 0
+    layers, backward = text_config(config).num_hidden_layers, Need.FISHER in needs
+    copies = backward_pass.states_of_tokens(layers) if backward else 2
+    states = copies * samples.num_tokens * width if compute.stream else 0
     held = _largest_layer(sizes) * dtype.itemsize if compute.stream else model_bytes(layout, compute.dtype)
     if own != dtype:
         held += max(expert.parameters for expert in sizes.experts.values()) * dtype.itemsize + PIECE_BYTES
     batch = max(int(batch.input_ids.numel()) for batch in samples.batches(recipe.batch_size))
-    running = _STATES_AT_ONCE * batch * width + (_CHUNKS if needs & DENSE else 0)
+    running = _STATES_AT_ONCE * batch * width + (_CHUNKS if needs & (DENSE | {Need.FISHER}) else 0)
+    if backward:
+        longest = max(sample.num_tokens for sample in samples.samples)
+        expert = max(expert.parameters for expert in sizes.experts.values())
+        running += backward_pass.memory_of(batch, longest, text_config(config), rule.top_k, expert, dtype.itemsize)
+        running += 0 if compute.stream else layers * batch * width
+        running += _largest_layer(sizes) * dtype.itemsize if own != dtype else 0  # of which no piece is let go
     tokens = samples.num_tokens
     measured = samples.take(recipe.sensitivity_samples).num_tokens if measures else 0
     recovered = 0 if recovery is None else recovery.num_tokens
@@ -365,6 +374,9 @@ def _seconds(
         return max(speed.reading, running) if at_once else speed.reading + running
 
     total = layers * layer(tokens * speed.watched) if needs else 0.0
+    if Need.FISHER in needs:
+        alone = tokens * speed.plain
+        total += layers * (layer(alone) + layer((backward_pass.FORWARD_PASSES - 1) * alone))
     total += layers * layer(judged * speed.plain) if judged else 0.0
     if measured:
         alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2

@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 from ..config import MoEPrunerConfig
 from ..methods import list_methods
+from ..names import BY_SENSITIVITY, ESTIMATED
 from ..plan import PruningPlan
 from .plain import mapping
 
@@ -22,9 +23,9 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
         extra: Further arguments.
     """
     calibration = mapping(plan.provenance.get("calibration"))
-    by_sensitivity = plan.config.get("allocation") == "sensitivity"
+    by_sensitivity = plan.config.get("allocation") == BY_SENSITIVITY
     command = ["optimum-cli", "moe-prune", "run", "--model", model, *extra]
-    if _needs_text(plan) or by_sensitivity:
+    if _needs_text(plan) or by_sensitivity or plan.config.get("allocation") == ESTIMATED:
         sources = calibration.get("sources")
         if not sources and by_sensitivity:
             sources = mapping(plan.provenance.get("sensitivity")).get("sources")

@@ -25,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 RESULTS_NAME, TABLE_NAME, PICTURE_NAME, PLANS_NAME = "results.json", "table.md", "picture.png", "plans"
 
-_LINES: Json = {"uniform": "-", "global": (0, (5, 2)), "sensitivity": (0, (1.2, 1.2))}
+_LINES: Json = {
+    "uniform": "-",
+    "global": (0, (5, 2)),
+    "sensitivity": (0, (1.2, 1.2)),
+    "estimated": (0, (4, 1, 1, 1, 1, 1)),
+}
 _TICKS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)  # nats
 _STRAIGHT = 0.05  # nats, up to which the scale is linear
 _MOST = 50.0  # nats; what is beyond is drawn there

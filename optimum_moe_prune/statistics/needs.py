@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a calibration can gather, and the tensors that it leaves: names, shapes, dtypes.
 
-Shapes: S samples, N kept tokens, E experts, P experts of the MoE layer before, H hidden size.
+Shapes: S samples, N kept tokens, E experts, P experts of the MoE layer before, H hidden size, J draws of labels.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Need(str, enum.Enum):
     INPUTS = "inputs"
     COACTIVATION = "coactivation"
     WEIGHTS = "weights"
+    FISHER = "fisher"
 
     def __str__(self) -> str:
         return self.value
@@ -68,6 +69,9 @@ PER_TOKEN: dict[Need, tuple[str, ...]] = {
     Need.SINGLE_ERROR: ("token_single_error", "token_output_energy"),
     Need.GRAM: ("gram",),  # (N, E (E + 1) / 2) float32, upper triangles
     Need.INPUTS: ("inputs",),  # (N, H), dtype of the block's input
+    # (N, J, E) and (N, J) float32: products of each expert's output and the gradient, at the experts' output, of the
+    # log-probabilities of labels in J draws; and the gradient's squared norm
+    Need.FISHER: ("fisher", "gradient_energy"),
 }
 """Tensors of the kept tokens, by need."""
 
@@ -91,6 +95,13 @@ tensor of the tokens. In statistics of formats 1 and 2 they are sums over all to
 
 SINCE_FORMAT_3 = frozenset({"token_dense_norm", "token_output_energy"})
 """What folders of formats 1 and 2 lack."""
+
+LABEL_DRAWS = 2
+"""J: how many times labels are drawn for ``Need.FISHER``."""
+
+OF_A_FORWARD_PASS = frozenset(Need) - {Need.FISHER}
+"""What ``"all"`` stands for; gradients take another pass forward and one back, and are gathered where they are asked
+for."""
 
 DENSE = frozenset({Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.GRAM})
 """The needs for which every expert runs on every kept token."""
@@ -157,5 +168,7 @@ def layer_shapes(
         "gram": ((num_tokens, outputs * (outputs + 1) // 2), torch.float32),
         "inputs": ((num_tokens, hidden_size), inputs_dtype),
         **dict.fromkeys(tensor_names(WITHOUT_TEXT), ((num_experts,), torch.float64)),
+        "fisher": ((num_tokens, LABEL_DRAWS, outputs), torch.float32),
+        "gradient_energy": ((num_tokens, LABEL_DRAWS), torch.float32),
     }
     return {name: others.get(name, ((num_samples, num_experts), torch.float64)) for name in tensor_names(needs)}

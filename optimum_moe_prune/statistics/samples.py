@@ -21,6 +21,7 @@ MaxTokens = int | Literal["all"]
 """The most tokens for which statistics per token are kept."""
 
 _ALL = 2**63 - 1  # as most tokens: no bound
+_LABELS = 0x4C4142454C  # so that labels have nothing to do with which tokens are kept
 _A_FEW = 8  # tokens of each sample that are kept before any sample's share
 
 
@@ -119,6 +120,23 @@ def keep_tokens(samples: Sequence[Sample], max_tokens: int, seed: int) -> tuple[
         kept = np.sort(np.lexsort((of_token, place))[:max_tokens])
         sample, position = sample[kept], position[kept]
     return torch.from_numpy(sample.astype(np.int64)), torch.from_numpy(position.astype(np.int64))
+
+
+def label_quantiles(sample: Sample, seed: int, draws: int) -> Tensor:
+    """Where in the model's distribution the labels of a sample's positions are drawn: ``(tokens - 1, J)`` float64.
+
+    They follow from the seed, the sample and the position alone. The draws of a position are evenly spread, which
+    leaves each of them as likely anywhere.
+
+    Args:
+        sample: The sample; after its last token nothing is predicted.
+        seed: Another seed draws others.
+        draws: J.
+    """
+    of_sample = np.array([int(sample.hash[:16], 16) ^ _LABELS], dtype=np.uint64) + np.uint64(seed % 2**64)
+    positions = np.arange(sample.num_tokens - 1, dtype=np.uint64)
+    first = _mix(_mix(of_sample) + positions) / 2.0**64
+    return torch.from_numpy((first[:, None] + np.arange(draws) / draws) % 1.0)
 
 
 def sums_of_kept(values: Tensor, token_sample: Tensor, lengths: Tensor) -> Tensor:

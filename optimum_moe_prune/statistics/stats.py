@@ -174,9 +174,12 @@ class CalibrationStats:
             raise self.routing.refusal(f"method {method!r}")
         if missing:
             have = ", ".join(sorted(map(str, self.needs))) or "nothing"
+            how = "score --method all gathers everything" + (
+                " that a forward pass gives, with --fisher gradients as well" if str(Need.FISHER) in missing else ""
+            )
             raise RequestError(
                 f"method {method!r} needs the statistics {', '.join(missing)}, and these hold {have}. Calibrate again "
-                "and gather them (score --method all gathers everything)."
+                f"and gather them ({how})."
             )
 
     def with_domain_weights(self, domain_weights: Mapping[str, float] | None) -> CalibrationStats:

@@ -109,6 +109,16 @@ class Store:
         except OSError as error:
             raise RunError(f"{folder} cannot be written: {error}.") from error
 
+    def inner(self, name: str, what: str) -> Store:
+        """One for work that follows this, in a folder inside this one's, and for nothing else.
+
+        Args:
+            name: Of the folder.
+            what: What the work is called in messages.
+        """
+        folder = None if self.folder is None else self.folder / name
+        return Store(folder, self._of, what=what, settings=self._settings, look=self._look)
+
     def check_steps(self, steps: int, unit: str = "step") -> None:
         """Raise if more was finished than there is to do, and say from where it goes on.
 

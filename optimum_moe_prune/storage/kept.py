@@ -55,8 +55,9 @@ class Kept:
 
 def kept_beside(target: str | os.PathLike) -> list[Kept]:
     """What is kept beside a target; what cannot be read is not named."""
-    found: dict[Path, Kept] = {}
-    for path in sorted(partial_folder(target).rglob(PROGRESS_NAME)):
+    found: dict[tuple[str, ...], Kept] = {}
+    folder = partial_folder(target)
+    for path in sorted(folder.rglob(PROGRESS_NAME)):
         try:
             values = read_json(path)
         except RequestError:
@@ -65,10 +66,10 @@ def kept_beside(target: str | os.PathLike) -> list[Kept]:
         steps: Any = values.get("steps")
         if is_integer(finished) and is_integer(steps) and finished > 0:
             kept = Kept(str(values.get("what")), finished, steps, str(values.get("unit")))
-            place = path.parent
-            if place.name.startswith(PROCESS):  # a part of one of several processes
-                place = place.parent
-                kept = found[place].joined(kept) if place in found else kept
+            parts = path.parent.relative_to(folder).parts
+            place = tuple(part for part in parts if not part.startswith(PROCESS))
+            if len(place) < len(parts) and place in found:  # a part of one of several processes
+                kept = found[place].joined(kept)
             found[place] = kept
     return list(found.values())
 

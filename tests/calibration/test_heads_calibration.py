@@ -22,7 +22,7 @@ from heads import (
 from oracles import assert_identical, assert_same, calibrated
 from transformers import PreTrainedTokenizerFast
 
-from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPruner, MoEPrunerConfig, PruningPlan
+from optimum_moe_prune import CalibrationSet, CalibrationStats, MoEPruner, MoEPrunerConfig, Need, PruningPlan
 from optimum_moe_prune.calibration.calibrate import calibrate
 from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.evaluation.measure_sensitivity import measure_sensitivity
@@ -149,7 +149,7 @@ def test_files_and_merging(folder: Path, tmp_path: Path, tokenizer: PreTrainedTo
 
 @pytest.mark.parametrize("method", sorted(set(list_methods()) - {"random"}))
 def test_every_method_plans_a_head_by_itself(method: str, folder: Path, samples: CalibrationSet) -> None:
-    stats = calibrated(open_layout(folder), samples, "all", stream=False)
+    stats = calibrated(open_layout(folder), samples, ["all", Need.FISHER], stream=False)
     config = MoEPrunerConfig(method=method, num_experts=8, allocation="uniform")
     plan = build_plan(stats, config)
     assert plan.heads == (LAYERS,) and len(plan.retained[LAYERS]) == 8

@@ -74,7 +74,8 @@ def test_run_equals_score_plan_apply(place: Path, tmp_path: Path, capsys: pytest
 
 
 def test_one_calibration_serves_every_method(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    score = ("score", "--model", place / "model", "--calibration", place / "texts.jsonl", "--method", "all")
+    texts = ("--calibration", place / "texts.jsonl")
+    score = ("score", "--model", place / "model", *texts, "--method", "all", "--fisher")
     recipe = MoEPrunerConfig(method="reap", num_experts=4).save_pretrained(tmp_path)
     assert call(capsys, *score, "--config", recipe, tmp_path / "stats")[0] == 0
     for method in list_methods():

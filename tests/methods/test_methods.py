@@ -45,6 +45,7 @@ ALL = [
     "aimer",
     "ean",
     "enumeration",
+    "fisher",
     "frequency",
     "importance",
     "man",
@@ -404,6 +405,7 @@ def test_methods_ask_for_what_they_read_and_no_more() -> None:
         ("random", {}, set()),
         ("aimer", {}, {Need.WEIGHTS}),
         ("enumeration", {}, {Need.ROUTING, Need.GRAM}),
+        ("fisher", {}, {Need.ROUTING, Need.FISHER}),
         ("variability", {"num_generalists": 1}, {Need.ROUTING, Need.SINGLE_ERROR}),
         ("variability", {"num_generalists": 2}, {Need.ROUTING, Need.GRAM}),
         ("mosaic", {}, domains),
@@ -438,7 +440,7 @@ def test_how_methods_can_spread_a_budget(monkeypatch: pytest.MonkeyPatch) -> Non
             assert method.allocations == ("global", "uniform")
         else:
             assert method.allocations == (("uniform", "global") if name in both else ("uniform",))
-        assert method.takes == (*method.allocations, "sensitivity")
+        assert method.takes == (*method.allocations, "sensitivity", "estimated")
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     registry.register_method("whole", kind="set", summary="", source="", needs=set(), allocations=("global",))(len)
     assert get_method("whole").takes == ("global",)

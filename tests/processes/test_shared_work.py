@@ -21,6 +21,7 @@ from optimum_moe_prune import (
     Compute,
     MoEPruner,
     MoEPrunerConfig,
+    Need,
     RequestError,
     RunError,
     Workspace,
@@ -65,7 +66,7 @@ def without_origin(values: dict[str, Any]) -> dict[str, Any]:
 def everything(folder: Path, samples: CalibrationSet, stream: bool, out: Path) -> None:
     """All that is shared, saved where it is compared."""
     compute = Compute(stream=stream)
-    stats = calibrate(folder, samples, compute=compute, **SETTINGS)
+    stats = calibrate(folder, samples, ["all", Need.FISHER], compute=compute, **SETTINGS)
     stats.save(out / "stats")
     one_of_each = {"counts": [3], "sparsities": [0.25], "compute": compute, "batch_size": 2}
     measured = measure_sensitivity(folder, samples, [RECIPE], stats, **one_of_each)

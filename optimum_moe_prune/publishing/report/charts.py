@@ -38,7 +38,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DASHES: Json = {"uniform": "-", "global": (0, (5, 2)), "sensitivity": (0, (1.2, 1.2))}
+_DASHES: Json = {
+    "uniform": "-",
+    "global": (0, (5, 2)),
+    "sensitivity": (0, (1.2, 1.2)),
+    "estimated": (0, (4, 1, 1, 1, 1, 1)),
+}
 _OTHER_DASHES: Any = (0, (5, 1.5, 1, 1.5))
 
 

@@ -22,9 +22,10 @@ from ...methods.clustering import silhouette
 from ...methods.generalists import generalists
 from ...methods.mosaic import Clusters, cluster_layer
 from ...methods.path_selection import best_paths
-from ...names import BY_SENSITIVITY
+from ...names import BY_SENSITIVITY, ESTIMATED
 from ...plan import PruningPlan
-from ...planning.build import budget_for, protected_experts
+from ...planning.build import budget_for
+from ...planning.layer_sets import protected_experts
 from ...progress import progress
 from ...statistics.mapped import mapped
 from ...statistics.stats import CalibrationStats
@@ -169,7 +170,7 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
     except (AttributeError, TypeError) as error:
         raise RequestError("the domain weights in the plan cannot be read.") from error
     budget = budget_for(config, weighted.num_experts, weighted.routing, protected_experts(weighted, config)[0])
-    if config.allocates == BY_SENSITIVITY:  # whose sets were measured layer by layer: the numbers that it retains
+    if config.allocates in (BY_SENSITIVITY, ESTIMATED):  # by what layers lose one by one: the numbers that it retains
         budget = budget.exactly({layer: len(plan.retained[layer]) for layer in budget.original})
     return Recipe(config.options(), weighted, budget)
 

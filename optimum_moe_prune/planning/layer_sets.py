@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method would retain in each layer, by number of experts: the sets that are measured, or estimated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..architectures.routers import RoutingRule
+from ..errors import RequestError
+from ..methods import get_method
+from ..methods.budget import Budget, checked_layers
+from ..methods.limits import MOST_COUNTS, allowed_counts, least_kept
+from ..methods.super_experts import super_experts
+from ..names import BY_SENSITIVITY
+from ..progress import working
+from ..statistics.stats import CalibrationStats
+
+if TYPE_CHECKING:
+    from ..config import MoEPrunerConfig
+
+logger = logging.getLogger(__name__)
+
+
+def protected_experts(stats: CalibrationStats, config: MoEPrunerConfig) -> tuple[dict[int, set[int]], str | None]:
+    """The experts that a recipe retains in any case, by layer, and what is to be said of super experts among them."""
+    protect = {layer: set(experts) for layer, experts in config.protect.items()}
+    if not config.protect_super_experts:
+        return protect, None
+    found = super_experts(stats)
+    for layer, experts in found.items():
+        if layer not in config.skip_layers:
+            protect.setdefault(layer, set()).update(experts)
+    named = "; ".join(f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in found.items() if experts)
+    return protect, f"super experts protected: {named or 'none found'}"
+
+
+def layer_sets(
+    stats: CalibrationStats, config: MoEPrunerConfig, counts: Sequence[int] | None
+) -> dict[int, dict[int, tuple[int, ...]]]:
+    """The sets of experts to measure, by layer and number of experts, fewest first."""
+    method, options = get_method(config.method), config.options()
+    if config.needs_text and not stats.samples:
+        raise RequestError(f"method {method.name!r} needs a calibration; give calibration texts.")
+    stats.require(config.needs, method.name)
+    protect, _ = protected_experts(stats, config)
+    grid = check_grid(config, stats.num_experts, stats.routing, counts, protect)
+    layers = {layer: stats.num_experts[layer] for layer in grid}
+    protected = {layer: tuple(sorted(protect.get(layer, ()))) for layer in layers}
+    whole = Budget(layers, sum(layers.values()), stats.routing, protected, config.seed, config.count_multiple_of)
+    sets: dict[int, dict[int, tuple[int, ...]]] = {layer: {} for layer in layers}
+    measured = sorted({count for values in grid.values() for count in values})
+    doing = f"choosing experts of every number ({method.name})"
+    with working(doing, len(measured), "number", "chose experts for") as work:
+        for count in work.over(measured):
+            numbers = {layer: count if count in grid[layer] else total for layer, total in layers.items()}
+            budget = whole.exactly(numbers)
+            try:
+                if method.check is not None:
+                    method.check(budget, options)
+            except RequestError as error:
+                logger.warning("%s: %d experts a layer are not measured: %s", method.name, count, error)
+                continue
+            retained = method.select(stats, budget, options).retained
+            for layer in layers:
+                if count in grid[layer]:
+                    sets[layer][count] = retained[layer]
+    return sets
+
+
+def check_grid(
+    config: MoEPrunerConfig,
+    num_experts: Mapping[int, int],
+    rule: RoutingRule,
+    counts: Sequence[int] | None = None,
+    protect: Mapping[int, Iterable[int]] | None = None,
+) -> dict[int, list[int]]:
+    """Numbers of experts to measure, by layer.
+
+    Args:
+        config: The recipe.
+        num_experts: Experts in each MoE layer.
+        rule: How the routers choose.
+        counts: Those asked for; by default all, or twelve of them.
+        protect: In place of the recipe's own.
+
+    Raises:
+        RequestError: If the method takes no number for each layer, the recipe names a layer or expert that is not
+            there, or none can be measured.
+    """
+    if BY_SENSITIVITY not in get_method(config.method).takes:
+        raise RequestError(f"method {config.method!r} takes no number of experts for each layer; it is not measured.")
+    protect = config.protect if protect is None else protect
+    layers, protected = checked_layers(
+        num_experts, {layer: tuple(experts) for layer, experts in protect.items()}, config.skip_layers
+    )
+    grid = {}
+    for layer, total in layers.items():
+        allowed = allowed_counts(rule, total, rule.least_with(protected[layer], total), config.count_multiple_of)
+        grid[layer] = _grid([count for count in allowed if count < total], counts)
+    measurable = {count for values in grid.values() for count in values}
+    if not measurable:
+        raise RequestError(
+            "no number of experts can be measured"
+            + (f" of {', '.join(map(str, counts))}" if counts else "")
+            + f"; each layer keeps at least {least_kept(rule, config.count_multiple_of)}, and at most one less than "
+            "it has."
+        )
+    if left_out := sorted(set(counts or ()) - measurable):
+        logger.warning("%s experts in a layer cannot be measured and are left out.", ", ".join(map(str, left_out)))
+    return grid
+
+
+def _grid(allowed: Sequence[int], counts: Sequence[int] | None) -> list[int]:
+    """Numbers of experts to measure in a layer: of those allowed the ones asked for, or evenly spaced ones.
+
+    Evenly from above, so that they add up to round budgets.
+    """
+    if counts is not None:
+        return sorted(set(counts) & set(allowed))
+    step = max(1, -(-len(allowed) // MOST_COUNTS))
+    return sorted({*allowed[-step::-step], *allowed[:1]})
