@@ -19,6 +19,7 @@ from .config import MoEPrunerConfig
 from .errors import RequestError, check_type
 from .evaluation.choosing import choose_experts
 from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
+from .evaluation.progressive import statistics_to_plan
 from .models.blocks import moe_blocks, moe_layers
 from .models.checks import usable_model
 from .models.memory import Compute
@@ -401,7 +402,7 @@ class MoEPruner:
                     made, layout, output_dir, recipe=self._stored_recipe(), max_shard_size=max_shard_size,
                     overwrite=overwrite, standalone=standalone, mtp=mtp, card=card,
                 )  # fmt: skip
-                for part in ("calibration", "sensitivity") if calibration is not None else ():
+                for part in ("calibration", "sensitivity", "progressive") if calibration is not None else ():
                     workspace.part(part).clear()
 
             way.together.once(write)
@@ -518,7 +519,8 @@ class MoEPruner:
         if isinstance(calibration, CalibrationStats):
             self.stats = calibration
         elif texts is not None or self.stats is None or not recipe.needs:
-            stats = statistics_for([recipe], model, samples, compute, workspace.part("calibration"))
+            given = (recipe, model, samples, sensitivity, domain_weights)
+            stats, sensitivity = statistics_to_plan(*given, compute=compute, workspace=workspace)
             self.stats = self._with_commit(stats)
         plan, sensitivity = choose_experts(
             model,

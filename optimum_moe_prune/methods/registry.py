@@ -61,6 +61,9 @@ class Method:
         formula: What it calculates, in words, for model cards.
         check: ``(budget, options) -> None``: raises what can be refused before any work.
         tie_advice: What tells experts apart that are equally good by it (``Selection.ties``), in words.
+        by_layer: Whether its answer for a layer, of a given number of experts, follows from the statistics of that
+            layer alone. Where it does not, choosing layer by layer (``MoEPrunerConfig.progressive``) needs statistics
+            of the later layers as well, and takes those of the unpruned model.
         scores: ``(stats, options) -> {layer: (E,)}``, higher = keep; or
         retained: ``(stats, budget, options) -> {layer: experts}``, or a ``Selection``.
     """
@@ -74,6 +77,7 @@ class Method:
     formula: str = ""
     check: Callable[[Any, Any], None] | None = None
     tie_advice: str = TIE_ADVICE
+    by_layer: bool = False
     scores: Callable[[CalibrationStats, Any], Scores] | None = None
     retained: Callable[[CalibrationStats, Any, Any], Retained | Selection] | None = None
 
@@ -132,6 +136,7 @@ def register_method(
     formula: str = "",
     check: Callable[[Any, Any], None] | None = None,
     tie_advice: str = TIE_ADVICE,
+    by_layer: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the function of a method and make it known.
 
@@ -147,6 +152,7 @@ def register_method(
         formula: What it calculates, in words, for model cards.
         check: Raises what can be refused before any work.
         tie_advice: See ``Method.tie_advice``.
+        by_layer: See ``Method.by_layer``.
 
     Raises:
         RequestError: If the name is taken or the kind unknown.
@@ -177,6 +183,7 @@ def register_method(
             formula,
             check,
             tie_advice,
+            by_layer,
             scores=function if kind == "scores" else None,
             retained=function if kind == "set" else None,
         )

@@ -18,6 +18,7 @@ from ..checkpoints.plain import Plain
 from ..compat import WeightNames, build_on_meta, initialise, keep_from_initialising, text_config
 from ..errors import RequestError
 from ..storage.tensor_files import read_tensor as read_in_memory
+from ..storage.values import Json
 from .ahead import LayersAhead
 from .ahead import ReadAhead as _ReadAhead
 from .batches import Batch
@@ -97,6 +98,15 @@ class Skeleton(LayerByLayer):
         """As of any model; the embeddings are dropped afterwards."""
         with self.embeddings():
             yield from super().embedded(batches)
+
+    @property
+    def is_at_hand(self) -> bool:
+        """As of any model; of one on the Hub all files would be fetched first."""
+        return self.checkpoint.is_local
+
+    def facts(self) -> Json:
+        """As of any model."""
+        return self.layout.facts()
 
     # -- loading
 
