@@ -33,6 +33,7 @@ from ..storage.values import Json
 from .build import budget_for
 from .fit import Fit, fitted, gigabytes, weights_after
 from .probe import probe
+from .progressive import needs_unpruned
 
 if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
@@ -257,7 +258,10 @@ def plan_work(
     own = model_dtype(config, layout.checkpoint, compute.dtype)
     statistics = statistics_bytes(counts, needs, Current(samples, recipe.max_tokens, recipe.seed), config)
     width = text_config(config).hidden_size * dtype.itemsize  # bytes of a token's hidden states
-    states = 2 * samples.num_tokens * width if compute.stream else 0
+    progressive = recipe.progressive and bool(recipe.needs)
+    states = 2 * samples.num_tokens * width if compute.stream or progressive else 0
+    calibrations = 2 if progressive and needs_unpruned(recipe) else 1  # each keeps its own until the work is done
+    statistics *= calibrations
     held = _largest_layer(sizes) * dtype.itemsize if compute.stream else model_bytes(layout, compute.dtype)
     if own != dtype:
         held += max(expert.parameters for expert in sizes.experts.values()) * dtype.itemsize + PIECE_BYTES
@@ -266,10 +270,10 @@ def plan_work(
     return replace(
         work,
         texts={"samples": len(samples), "tokens": samples.num_tokens, "tokens_by_domain": _by_domain(samples)},
-        reads=sizes.whole.nbytes + writes,
+        reads=calibrations * sizes.whole.nbytes + writes,
         writes=statistics if saves_statistics else writes,
         unfinished=(0 if saves_statistics else statistics) + states if output is not None else 0,
-        memory=_LIBRARIES + _KERNELS + held + min(statistics, IN_MEMORY_BYTES) + running,
+        memory=_LIBRARIES + _KERNELS + held + min(statistics, calibrations * IN_MEMORY_BYTES) + running,
         free_memory=available_memory(compute.device),
         device=compute.device if compute.device != AUTO else "all cards",
         dtype=dtype_text(dtype),
@@ -346,6 +350,9 @@ def _seconds(
         return max(speed.reading, running) if at_once else speed.reading + running
 
     total = layers * layer(tokens * speed.watched) if needs else 0.0
+    if recipe.progressive and recipe.needs:  # each layer runs again without what was removed
+        again = 2 if needs_unpruned(recipe) else 1
+        total = again * total + layers * tokens * speed.plain
     total += layers * layer(judged * speed.plain) if judged else 0.0
     if measures:
         alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2
