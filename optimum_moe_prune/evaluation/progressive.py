@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ..calibration.calibrate import Model, calibrate, layers_of, layout_of, rule_of, statistics_for
@@ -71,7 +71,8 @@ def calibrate_progressively(
     """
     layout = layout_of(model)
     model = usable_model(model) if layout is None else layout
-    protect, planned, unpruned, notes = recipe.protect, None, None, []
+    protect: Mapping[int, Iterable[int]] = recipe.protect
+    planned, unpruned, notes = None, None, []
     if needs_unpruned(recipe):
         plain = replace(recipe, progressive=False)
         unpruned = statistics_for([plain], model, samples, compute, workspace.part("calibration"))

@@ -100,10 +100,16 @@ class ProgressiveChoice:
             stats = stats.with_domain_weights(self._domain_weights)
             self._weights = next(iter(stats.layers.values()))
             return stats
-        of = self._weights
-        weights = (of.sample_weights, of.kept_weights, of.root_weights)
-        names = ("sample_weights", "kept_weights", "root_weights")
-        layers = {i: replace(found, **dict(zip(names, weights, strict=True))) for i, found in stats.layers.items()}
+        known = self._weights
+        layers = {
+            index: replace(
+                layer,
+                sample_weights=known.sample_weights,
+                kept_weights=known.kept_weights,
+                root_weights=known.root_weights,
+            )
+            for index, layer in stats.layers.items()
+        }
         return replace(stats, layers=layers)
 
 

@@ -27,6 +27,7 @@ from ...plan import PruningPlan
 from ...planning.build import budget_for, protected_experts
 from ...progress import progress
 from ...statistics.mapped import mapped
+from ...statistics.progressive import PROGRESSIVE
 from ...statistics.stats import CalibrationStats
 from .data import mismatch
 
@@ -162,6 +163,12 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
     if config.method != plan.method:
         raise RequestError(f"the recipe in the plan is one for method {config.method!r}.")
     stats.require(config.needs, config.method)
+    progressive = config.progressive and bool(config.needs)
+    if progressive != (PROGRESSIVE in stats.provenance):
+        raise RequestError(
+            "the plan and the statistics are not of one calibration: layers were pruned meanwhile (progressive=True) "
+            f"in that of the {'plan' if progressive else 'statistics'} alone."
+        )
     calibration = plan.provenance.get("calibration")
     weights = calibration.get("domain_weights") if isinstance(calibration, dict) else None
     try:
@@ -169,7 +176,7 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
     except (AttributeError, TypeError) as error:
         raise RequestError("the domain weights in the plan cannot be read.") from error
     budget = budget_for(config, weighted.num_experts, weighted.routing, protected_experts(weighted, config)[0])
-    if config.allocates == BY_SENSITIVITY:  # whose sets were measured layer by layer: the numbers that it retains
+    if config.allocates == BY_SENSITIVITY or progressive:  # chosen layer by layer: the numbers that it retains
         budget = budget.exactly({layer: len(plan.retained[layer]) for layer in budget.original})
     return Recipe(config.options(), weighted, budget)
 
