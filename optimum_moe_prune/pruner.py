@@ -523,15 +523,9 @@ class MoEPruner:
             stats, sensitivity = statistics_to_plan(*given, compute=compute, workspace=workspace)
             self.stats = self._with_commit(stats)
         plan, sensitivity = choose_experts(
-            model,
-            recipe,
-            self.stats,
-            samples,
-            sensitivity,
-            domain_weights=domain_weights,
-            compute=compute,
+            model, recipe, self.stats, samples, sensitivity, domain_weights=domain_weights, compute=compute,
             workspace=workspace.part("sensitivity"),
-        )
+        )  # fmt: skip
         if measures:
             self._sensitivity = sensitivity  # other texts are measured anew
         parent = model.checkpoint.source.stored_plan() if isinstance(model, Layout) else self._parent

@@ -205,10 +205,13 @@ def _of_checkpoint(
     if not len(calibration):
         return None
     asked = {"calibration": calibration.settings, "needs": _asked(needs), "computing_dtype": {"dtype": compute.dtype}}
+    if choice is not None:
+        asked["progressive"] = choice.provenance["recipe"]
     skeleton = open_skeleton(layout, compute)  # checks all tensors
     found = open_heads(layout, skeleton)
     heads = found if isinstance(found, Heads) else None
-    store = Store(own.folder, work, own.restart, settings=asked, look=processes.look)
+    what = "calibration" if choice is None else "progressive calibration"
+    store = Store(own.folder, work, own.restart, what, asked, processes.look)
     runs = faults_of(f"config.json of {layout.checkpoint.name_or_path}", RunError)
     try:
         if compute.stream:

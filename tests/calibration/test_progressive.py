@@ -224,7 +224,7 @@ def test_an_interrupted_one_goes_on(
             work(kept)
         progress = json.loads((tmp_path / "kept" / "progressive" / "progress.json").read_text())
         assert progress["finished"] == 2
-    with pytest.raises(RequestError, match="unfinished calibration of something else"):
+    with pytest.raises(RequestError, match=r"calibration of something else: sparsity is 0\.4 there and 0\.2 now"):
         calibrate_progressively(replace(recipe, sparsity=0.2), layout, samples, workspace=kept)
     assert_identical(work(kept), expected)
     for index in expected.layers:
