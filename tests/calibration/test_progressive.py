@@ -34,7 +34,9 @@ from optimum_moe_prune import (
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.evaluation.progressive import calibrate_progressively
-from optimum_moe_prune.methods import get_method, list_methods
+from optimum_moe_prune.methods import get_method, list_methods, registry
+from optimum_moe_prune.methods.budget import UniformBudget
+from optimum_moe_prune.methods.registry import NoOptions
 from optimum_moe_prune.models.blocks import MoEBlock, moe_blocks
 from optimum_moe_prune.planning.build import budget_for, build_plan, quiet_plan
 from optimum_moe_prune.planning.work import plan_work
@@ -112,7 +114,6 @@ def assert_pruned_in_turn(
         ("mixtral", "mosaic", {}),
         ("mixtral", "frequency", {"allocation": "global"}),
         ("qwen2_moe", "pathfinder", {}),
-        ("mixtral", "importance", {"allocation": "uniform"}),
     ],
 )
 def test_each_layer_sees_what_the_ones_before_it_became(
@@ -128,7 +129,6 @@ def test_skipped_protected_and_weighted(samples: CalibrationSet) -> None:
 
 def test_other_experts_are_chosen(samples: CalibrationSet) -> None:
     assert assert_pruned_in_turn(make_model(), recipe_for("reap", num_experts=3), samples)
-    assert assert_pruned_in_turn(make_model(), recipe_for("pathfinder", num_experts=3), samples)
 
 
 def test_the_choice_of_a_layer_is_made_from_that_layer_alone(samples: CalibrationSet) -> None:
@@ -145,6 +145,28 @@ def test_the_choice_of_a_layer_is_made_from_that_layer_alone(samples: Calibratio
         for layer, found in stats.layers.items():
             alone, exactly = replace(stats, layers={layer: found}), budget.exactly({layer: budget.num_experts[layer]})
             assert method.select(alone, exactly, recipe.options()).retained == {layer: together[layer]}, name
+
+
+def test_who_looks_at_all_layers_sees_those_before_as_they_became(
+    samples: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[int, torch.Tensor]] = []
+
+    def first_ones(stats: CalibrationStats, budget: UniformBudget, options: NoOptions) -> dict[int, tuple[int, ...]]:
+        seen.append({index: layer.total("probability") for index, layer in stats.layers.items()})
+        return {layer: tuple(range(count)) for layer, count in budget.num_experts.items()}
+
+    method = replace(get_method("frequency"), name="first", by_layer=False, scores=None, retained=first_ones)
+    monkeypatch.setitem(registry._METHODS, "first", method)
+    recipe = recipe_for("first", allocation="uniform")
+    found, _ = calibrate_progressively(recipe, make_model(), samples)
+    unpruned = collect(make_model(), samples, recipe.needs, **SETTINGS)
+    assert len(seen) == 3
+    for now, layers in enumerate(seen):
+        for layer, total in layers.items():
+            as_left, as_it_was = (stats.layers[layer].total("probability") for stats in (found, unpruned))
+            assert torch.allclose(total, as_left) == (layer <= now)
+            assert torch.allclose(total, as_it_was) == (layer > now or layer == 0)
 
 
 # ------------------------------------------------------------------------------------------- memory and files
