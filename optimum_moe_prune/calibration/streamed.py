@@ -128,7 +128,9 @@ def collect_streamed(
         else:
             states.begin(skeleton.embedded(batches))
         outbox = stack.enter_context(Outbox())
-        work = stack.enter_context(working("calibrating", steps, "layer", "calibrated", begun=store.finished))
+        doing = "calibrating" if choice is None else "calibrating and pruning"
+        did = "calibrated" if choice is None else "calibrated and pruned"
+        work = stack.enter_context(working(doing, steps, "layer", did, begun=store.finished))
         for index in range(store.finished, skeleton.num_layers):
             with skeleton.loaded(index):
                 if read_ahead:

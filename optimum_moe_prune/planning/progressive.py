@@ -154,7 +154,7 @@ def check_recipe(stats: CalibrationStats, config: MoEPrunerConfig, domain_weight
     if PROGRESSIVE not in stats.provenance:
         raise RequestError(
             "progressive=True chooses experts while it calibrates, and these statistics are of the unpruned model; "
-            "give calibration texts (run), or plan with progressive=False."
+            "give calibration texts (run), or plan without progressive."
         )
     made = stats.provenance[PROGRESSIVE].get("recipe") or {}
     for name, value in recipe_values(config, domain_weights).items():
