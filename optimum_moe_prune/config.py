@@ -183,6 +183,11 @@ class MoEPrunerConfig:
                 "total_experts is for allocations 'global', 'sensitivity' and 'estimated', and the allocation is "
                 "'uniform'; give num_experts or sparsity."
             )
+        if self.progressive and any(str(need) == "fisher" for need in self.needs):
+            raise RequestError(
+                "progressive does not go with method 'fisher' or allocation 'estimated': gradients are those of the "
+                "unpruned model, which has no layers that were pruned before."
+            )
         self.template_args = dict(self.template_args)
         try:  # JSON has no integer keys
             self.protect = {int(layer): tuple(experts) for layer, experts in self.protect.items()}

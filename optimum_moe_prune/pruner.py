@@ -19,6 +19,7 @@ from .config import MoEPrunerConfig
 from .errors import RequestError, check_type
 from .evaluation.choosing import choose_experts
 from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
+from .evaluation.progressive import statistics_to_plan
 from .models.blocks import moe_blocks, moe_layers
 from .models.checks import usable_model
 from .models.memory import Compute
@@ -556,18 +557,13 @@ class MoEPruner:
         if isinstance(calibration, CalibrationStats):
             self.stats = calibration
         elif texts is not None or self.stats is None or not recipe.needs_text:
-            stats = statistics_for([recipe], model, samples, compute, workspace.part("calibration"))
+            given = (recipe, model, samples, sensitivity, domain_weights)
+            stats, sensitivity = statistics_to_plan(*given, compute=compute, workspace=workspace)
             self.stats = self._with_commit(stats)
         plan, sensitivity = choose_experts(
-            model,
-            recipe,
-            self.stats,
-            samples,
-            sensitivity,
-            domain_weights=domain_weights,
-            compute=compute,
+            model, recipe, self.stats, samples, sensitivity, domain_weights=domain_weights, compute=compute,
             workspace=workspace.part("sensitivity"),
-        )
+        )  # fmt: skip
         if measures:
             self._sensitivity = sensitivity  # other texts are measured anew
         parent = model.checkpoint.source.stored_plan() if isinstance(model, Layout) else self._parent

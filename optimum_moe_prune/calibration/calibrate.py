@@ -14,6 +14,7 @@ import torch
 
 from ..architectures.own_code import OwnCode
 from ..architectures.routers import RoutingRule
+from ..architectures.table import architecture_of
 from ..checkpoints.layout import Layout, identity, model_dtype, open_layout
 from ..checkpoints.source import Source
 from ..checkpoints.weight_sizes import weight_sizes
@@ -21,8 +22,9 @@ from ..config import MoEPrunerConfig
 from ..errors import RequestError, RunError, faults_of
 from ..methods import get_method, make_options
 from ..models.blocks import model_facts, moe_blocks
-from ..models.checks import usable_model
+from ..models.checks import check_finite, usable_model
 from ..models.heads import Heads, open_heads
+from ..models.layerwise import LayerByLayer
 from ..models.memory import Compute, begun_with, load_model, open_skeleton
 from ..models.precision import dtype_of_weights
 from ..models.weight_sizes import weight_sizes_of
@@ -39,8 +41,9 @@ from ..storage.growing import Store, process_folder, unfinished
 from ..storage.values import Json
 from ..storage.workspace import Workspace
 from .in_memory import collect, empty_stats
+from .progressive import LayerChoice
 from .samples import CalibrationInput, CalibrationSet, sample_length
-from .shares import check_same_samples, merged, shared_folder, shares_of
+from .shares import SharedChoice, check_same_samples, merged, shared_folder, shares_of
 from .streamed import collect_streamed
 from .texts import needs_tokenizer
 
@@ -68,6 +71,7 @@ def calibrate(
     seed: int = 0,
     compute: Compute = Compute(),
     workspace: Workspace = Workspace(),
+    choice: LayerChoice | None = None,
 ) -> CalibrationStats:
     """Run a model over calibration samples once and gather statistics of its MoE layers.
 
@@ -89,6 +93,8 @@ def calibrate(
             faster.
         workspace: Where unfinished work on a checkpoint is kept, and continued by a later call for the same. Several
             processes have to share its disk, or that of temporary files.
+        choice: Prune each layer as soon as its statistics are gathered, to the experts that this chooses: those of
+            the next layers are then of what the pruned ones leave (``progressive``).
 
     Raises:
         RequestError: If the request is wrong, a tensor is missing or has another shape than the config says, or the
@@ -104,11 +110,16 @@ def calibrate(
     if tokenizer is None and layout is not None and needs_tokenizer(samples):
         tokenizer = layout.checkpoint.source.require_tokenizer()
     calibration = CalibrationSet.build(samples, tokenizer, max_length=sample_length(max_length, config))
+    if choice is not None and not (architecture := architecture_of(config)).streams:
+        raise RequestError(
+            f"a {architecture.model_type} cannot be run one layer at a time, so its layers cannot be pruned one after "
+            "another while they are calibrated; calibrate it as it is (progressive=False)."
+        )
     precision = None if layout is not None else compute.precision_of(model)
     if processes.is_alone:
         if layout is None:
-            return _of_model(model, calibration, gathered, settings, precision)
-        found = _of_checkpoint(layout, calibration, calibration, gathered, settings, needs, compute, workspace)
+            return _of_model(model, calibration, gathered, settings, precision, choice=choice)
+        found = _of_checkpoint(layout, calibration, calibration, gathered, settings, needs, compute, workspace, choice)
         assert found is not None
         return found
     check_same_samples(processes, calibration)
@@ -116,12 +127,15 @@ def calibrate(
     share = shares[processes.rank]
     with shared_folder(processes, workspace, temporary=layout is None) as folder:
         stats = None
+        together = None if choice is None else SharedChoice(choice, calibration, shares, folder, processes)
         if layout is not None:
             inside = replace(workspace, folder=folder)
-            stats = _of_checkpoint(layout, calibration, share, gathered, settings, needs, compute, inside)
+            stats = _of_checkpoint(layout, calibration, share, gathered, settings, needs, compute, inside, together)
         elif len(share):
             store = Store(process_folder(folder, processes.rank), look=processes.look)
-            stats = _of_model(model, share, gathered, settings, precision, store)
+            stats = _of_model(model, share, gathered, settings, precision, store, together)
+        if together is not None and not len(share):
+            together.stand_by(layers_of(model if layout is None else layout))
         return merged(calibration, shares, stats, folder, processes)
 
 
@@ -132,12 +146,32 @@ def _of_model(
     settings: Json,
     precision: torch.dtype | None,
     store: Store | None = None,
+    choice: LayerChoice | None = None,
 ) -> CalibrationStats:
     """What a model in memory gives of a calibration, calculated in a precision."""
-    with widened(model, precision or dtype_of_weights(model)):  # type: ignore[arg-type]
-        stats = collect(model, calibration, gathered, **settings, store=store)  # type: ignore[arg-type]
+    dtype = precision or dtype_of_weights(model)  # type: ignore[arg-type]
+    stats = _in_memory(model, calibration, gathered, settings, dtype, store, choice=choice)  # type: ignore[arg-type]
     held = {"checkpoint_dtype": dtype_text(dtype_of_weights(model))}  # type: ignore[arg-type]
     return replace(stats, provenance={**stats.provenance, **held})
+
+
+def _in_memory(
+    model: PreTrainedModel,
+    calibration: CalibrationSet,
+    gathered: frozenset[Need],
+    settings: Json,
+    dtype: torch.dtype,
+    store: Store | None,
+    heads: Heads | None = None,
+    choice: LayerChoice | None = None,
+) -> CalibrationStats:
+    """As :func:`collect`, calculated in a precision; layer by layer, where layers are pruned meanwhile."""
+    if choice is not None:
+        check_finite(model)
+        runner = LayerByLayer(model, dtype=dtype)
+        return collect_streamed(runner, calibration, gathered, **settings, store=store, heads=heads, choice=choice)
+    with contextlib.nullcontext() if heads is None else heads.loaded(model), widened(model, dtype):
+        return collect(model, calibration, gathered, **settings, store=store, heads=heads)
 
 
 def _of_checkpoint(
@@ -149,6 +183,7 @@ def _of_checkpoint(
     needs: Needs,
     compute: Compute,
     workspace: Workspace,
+    choice: LayerChoice | None = None,
 ) -> CalibrationStats | None:
     """What a checkpoint gives of a calibration, or of a share of the whole one; None where that is empty."""
     processes = compute.together
@@ -166,27 +201,33 @@ def _of_checkpoint(
         "stream": compute.stream,
         "versions": versions(),
     }
+    if choice is not None:
+        work["progressive"] = choice.provenance
     if not processes.is_alone:
         work["processes"] = processes.count
     if not len(calibration):
         return None
     asked = {"calibration": calibration.settings, "needs": _asked(needs), "computing_dtype": {"dtype": compute.dtype}}
+    if choice is not None:
+        asked["progressive"] = choice.provenance["recipe"]
     skeleton = open_skeleton(layout, compute)  # checks all tensors
     found = open_heads(layout, skeleton)
     heads = found if isinstance(found, Heads) else None
-    store = Store(own.folder, work, own.restart, settings=asked, look=processes.look)
+    what = "calibration" if choice is None else "progressive calibration"
+    store = Store(own.folder, work, own.restart, what, asked, processes.look)
     runs = faults_of(f"config.json of {layout.checkpoint.name_or_path}", RunError)
     try:
         if compute.stream:
             with runs:
-                stats = collect_streamed(skeleton, calibration, gathered, **settings, store=store, heads=heads)
+                stats = collect_streamed(
+                    skeleton, calibration, gathered, **settings, store=store, heads=heads, choice=choice
+                )
         else:
             try:
                 with working("loading the model", None, did="loaded the model"):
                     loaded = load_model(layout, compute)
-                of_heads = contextlib.nullcontext() if heads is None else heads.loaded(loaded)
-                with runs, of_heads, widened(loaded, skeleton.dtype):
-                    stats = collect(loaded, calibration, gathered, **settings, store=store, heads=heads)
+                with runs:
+                    stats = _in_memory(loaded, calibration, gathered, settings, skeleton.dtype, store, heads, choice)
             except RunError:
                 layout.checkpoint.check_finite()  # names the file and the tensor, where it is one
                 raise
@@ -298,6 +339,13 @@ def _asked(needs: Needs) -> Json:
         "method_options": {name: value for recipe in recipes for name, value in recipe.method_options.items()},
         "protect_super_experts": any(recipe.protect_super_experts for recipe in recipes),
     }
+
+
+def layers_of(model: Model) -> dict[int, int]:
+    """Experts of each MoE layer of a model."""
+    if isinstance(model, Layout):
+        return model.num_experts
+    return {block.layer: block.num_experts for block in moe_blocks(model)}
 
 
 def rule_of(model: Model) -> RoutingRule:

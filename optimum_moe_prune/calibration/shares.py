@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -34,9 +34,11 @@ from ..statistics.stats import CalibrationStats, LayerStats
 from ..storage.files import write_text
 from ..storage.growing import process_folder
 from ..storage.tensor_files import MappedTensors
+from ..storage.values import Json
 from ..storage.workspace import Workspace
 from .fisher import FOLDER, of_head
 from .gradients import fisher_file
+from .progressive import LayerChoice
 from .samples import CalibrationSet
 
 _SEEN_SECONDS = 10.0
@@ -213,18 +215,8 @@ def merged(
     else:
         of_layer = own.layers
     token_sample, token_position = whole.kept_tokens(stats.max_tokens, stats.seed)
-    busy = [rank for rank, share in enumerate(shares) if len(share)]
-    by_sample = _inverse([shares[rank].numbers for rank in busy])
-    kept = _inverse([torch.isin(token_sample, shares[rank].numbers).nonzero().flatten() for rank in busy])
-    weights = torch.ones(len(whole), dtype=torch.float64)
-    found = {}
-    for index, layer in of_layer.items():
-        files = [_gathered(process_folder(folder, rank), index) for rank in busy]
-        rows = rows_by_name(files[0], stats.needs, by_sample, kept)
-        tensors = merged_tensors(files, rows, token_sample, whole.samples)
-        found[index] = replace(layer, tensors=tensors, sample_weights=weights, token_sample=token_sample)
-        if Need.FISHER in stats.needs and layer.is_head:
-            found[index] = of_head(found[index])
+    parts = _Parts(whole, shares, folder, token_sample, stats.needs)
+    found = {index: parts.merged(index, layer) for index, layer in of_layer.items()}
     dense = {"dense_tokens": len(token_sample)} if "dense_tokens" in stats.provenance else {}
     return replace(
         stats,
@@ -242,6 +234,107 @@ def _gathered(folder: Path, index: int) -> dict[str, Tensor]:
     if (path := folder / FOLDER / fisher_file(index)).is_file():
         tensors |= MappedTensors.open(path)
     return tensors
+
+
+class SharedChoice:
+    """A ``LayerChoice`` by what all processes gathered of a layer: the main one chooses when all have it, for all.
+
+    Every process asks for every layer in turn, those too that it had finished before it was interrupted, so that all
+    speak of the same one.
+
+    Args:
+        choice: Chooses from statistics of the whole calibration.
+        whole: The calibration.
+        shares: What each process takes.
+        folder: Where the files are, each process's in one of its own.
+        processes: Which of them this is.
+    """
+
+    def __init__(
+        self,
+        choice: LayerChoice,
+        whole: CalibrationSet,
+        shares: Sequence[Share],
+        folder: Path,
+        processes: Processes,
+    ) -> None:
+        self._choice = choice
+        self._whole = whole
+        self._shares = shares
+        self._folder = folder
+        self._processes = processes
+
+    @property
+    def provenance(self) -> Json:
+        """As of the choice."""
+        return self._choice.provenance
+
+    def prunes(self, layer: int) -> bool:
+        """As of the choice."""
+        return self._choice.prunes(layer)
+
+    def choose(self, layer: int, stats: CalibrationStats) -> tuple[int, ...]:
+        """As of the choice, from what all have gathered."""
+        tensors = stats.layers[layer].tensors
+        if isinstance(tensors, MappedTensors):
+            tensors.sync()  # others read them
+        self._processes.meet(None)
+        return self._processes.from_main(lambda: self._choice.choose(layer, self._merged(layer, stats)))
+
+    def stand_by(self, layers: Iterable[int]) -> None:
+        """Wait, with nothing to gather, for what the others choose in all layers."""
+        for _ in layers:
+            self._processes.meet(None)
+            self._processes.meet(None)
+
+    def _merged(self, layer: int, stats: CalibrationStats) -> CalibrationStats:
+        token_sample, token_position = self._whole.kept_tokens(stats.max_tokens, stats.seed)
+        parts = _Parts(self._whole, self._shares, self._folder, token_sample, stats.needs)
+        return replace(
+            stats,
+            samples=self._whole.samples,
+            layers={layer: parts.merged(layer, stats.layers[layer])},
+            token_sample=token_sample,
+            token_position=token_position,
+        )
+
+
+class _Parts:
+    """The files of all processes, and where the rows of one process alone are in them.
+
+    Args:
+        whole: The calibration.
+        shares: What each process takes.
+        folder: Where the files are, each process's in one of its own.
+        token_sample: The sample of each kept token of the whole ``(N,)``.
+        needs: What was gathered.
+    """
+
+    def __init__(
+        self,
+        whole: CalibrationSet,
+        shares: Sequence[Share],
+        folder: Path,
+        token_sample: Tensor,
+        needs: frozenset[Need],
+    ) -> None:
+        busy = [rank for rank, share in enumerate(shares) if len(share)]
+        self._samples = whole.samples
+        self._folders = [process_folder(folder, rank) for rank in busy]
+        self._token_sample = token_sample
+        self._needs = needs
+        self._by_sample = _inverse([shares[rank].numbers for rank in busy])
+        kept = [torch.isin(token_sample, shares[rank].numbers).nonzero().flatten() for rank in busy]
+        self._kept = _inverse(kept)
+
+    def merged(self, index: int, layer: LayerStats) -> LayerStats:
+        """Statistics of one layer, given what is no tensor of them."""
+        files = [_gathered(folder, index) for folder in self._folders]
+        rows = rows_by_name(files[0], self._needs, self._by_sample, self._kept)
+        tensors = merged_tensors(files, rows, self._token_sample, self._samples)
+        weights = torch.ones(len(self._samples), dtype=torch.float64)
+        found = replace(layer, tensors=tensors, sample_weights=weights, token_sample=self._token_sample)
+        return of_head(found) if Need.FISHER in self._needs and layer.is_head else found
 
 
 def _plain(stats: CalibrationStats) -> tuple[CalibrationStats, dict[int, tuple[int, dict[str, object], bool]]]:

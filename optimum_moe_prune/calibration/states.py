@@ -72,13 +72,12 @@ class States:
         """The experts chosen in the MoE layer before ``(T, K)``."""
         return self._files[self._from].get(f"chosen_{number}", torch.zeros(0))
 
-    def put(self, number: int, hidden: Tensor, chosen: Tensor | None) -> None:
-        """Store what came out of the layer; with the last batch all of it is there."""
-        self._carrier.put(hidden, self._files[self._to][f"hidden_{number}"])
-        if f"chosen_{number}" in self._shapes:
-            self._carrier.put(
-                self.chosen(number) if chosen is None else chosen, self._files[self._to][f"chosen_{number}"]
-            )
+    def put(self, number: int, hidden: Tensor | None = None, chosen: Tensor | None = None) -> None:
+        """Store what came out of the layer, what it chose, or both; with the last batch all of it is there."""
+        if hidden is not None:
+            self._carrier.put(hidden, self._files[self._to][f"hidden_{number}"])
+        if chosen is not None and f"chosen_{number}" in self._shapes:
+            self._carrier.put(chosen, self._files[self._to][f"chosen_{number}"])
         if number == self._last:
             self._carrier.finish()
 

@@ -51,22 +51,61 @@ def choose_experts(
         RequestError: If the recipe needs texts and there are none, or the budget cannot be kept to.
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
-    if recipe.allocates == BY_SENSITIVITY and sensitivity is None:
-        if samples is None:
-            raise RequestError(
-                "allocation 'sensitivity' needs texts to measure on; pass calibration=texts, or what was measured "
-                "before (sensitivity)."
-            )
-        sensitivity = measure_sensitivity(
-            model,
-            samples,
-            [recipe],
-            stats,
-            domain_weights=domain_weights,
-            sparsities=(),
-            batch_size=recipe.batch_size,
-            compute=compute,
-            workspace=workspace,
-        )
+    sensitivity = sensitivity_for(
+        model,
+        recipe,
+        stats,
+        samples,
+        sensitivity,
+        domain_weights=domain_weights,
+        compute=compute,
+        workspace=workspace,
+    )
     plan = compute.together.from_main(lambda: build_plan(stats, recipe, domain_weights, sensitivity))
     return plan, sensitivity
+
+
+def sensitivity_for(
+    model: Model,
+    recipe: MoEPrunerConfig,
+    stats: CalibrationStats,
+    samples: CalibrationSet | None = None,
+    sensitivity: Sensitivity | None = None,
+    *,
+    domain_weights: Mapping[str, float] | None = None,
+    compute: Compute = Compute(),
+    workspace: Workspace = Workspace(),
+) -> Sensitivity | None:
+    """What was measured before, or is measured now where a recipe's allocation asks for it.
+
+    Args:
+        model: As for :func:`choose_experts`, as all else.
+        recipe: Likewise.
+        stats: Likewise.
+        samples: Likewise.
+        sensitivity: Likewise.
+        domain_weights: Likewise.
+        compute: Likewise.
+        workspace: Likewise.
+
+    Raises:
+        RequestError: If the recipe needs texts and there are none.
+    """
+    if recipe.allocates != BY_SENSITIVITY or sensitivity is not None:
+        return sensitivity
+    if samples is None:
+        raise RequestError(
+            "allocation 'sensitivity' needs texts to measure on; pass calibration=texts, or what was measured before "
+            "(sensitivity)."
+        )
+    return measure_sensitivity(
+        model,
+        samples,
+        [recipe],
+        stats,
+        domain_weights=domain_weights,
+        sparsities=(),
+        batch_size=recipe.batch_size,
+        compute=compute,
+        workspace=workspace,
+    )

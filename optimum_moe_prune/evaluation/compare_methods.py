@@ -35,6 +35,7 @@ from ..processes.folders import own_folder
 from ..progress import progress
 from ..provenance import versions
 from ..statistics.passages import remembered
+from ..statistics.progressive import check_unpruned
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
@@ -115,6 +116,13 @@ def compare_methods(
     if isinstance(calibration, CalibrationStats):
         calibration, stats = None, calibration
     recipes = _recipes(methods)
+    if stats is not None:
+        check_unpruned(stats.provenance, "a comparison of methods")
+    if any(recipe.progressive for recipe in recipes):
+        raise RequestError(
+            "methods are compared from one calibration of the unpruned model, and progressive=True calibrates for "
+            "each plan; compare without it, or prune with it (run) and judge what comes out (evaluate)."
+        )
     one_or_more = [sparsities] if isinstance(sparsities, (int, float, str)) else sparsities
     allocations = [allocations] if isinstance(allocations, str) else list(allocations)
     fractions = [fraction(sparsity) if isinstance(sparsity, str) else sparsity for sparsity in one_or_more]

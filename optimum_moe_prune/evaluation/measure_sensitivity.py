@@ -38,6 +38,7 @@ from ..processes.folders import own_folder
 from ..progress import working
 from ..provenance import now, versions
 from ..statistics import passages
+from ..statistics.progressive import check_unpruned
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
@@ -105,6 +106,7 @@ def measure_sensitivity(
     if stats is None:
         meant = model if layout is None else layout
         stats = statistics_for(recipes, meant, samples, compute, workspace.part("calibration"))
+    check_unpruned(stats.provenance, "a sensitivity")
     check_same_samples(processes, samples)
     samples = samples.take(recipes[0].sensitivity_samples)
     settings = (stats, recipes, domain_weights, counts, sparsities)

@@ -17,6 +17,7 @@ from ..planning.layer_sets import layer_sets as layer_sets
 from ..planning.sensitivity import Retained, Sensitivity
 from ..progress import working
 from ..statistics.stats import CalibrationStats
+from ..storage.values import Json
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ def whole_plans(
     budgets = [(allocation, sparsity) for allocation in allocations for sparsity in sparsities]
     with working(f"planning whole models ({config.method})", len(budgets), "plan", "made") as work:
         for allocation, sparsity in work.over(budgets):
-            recipe = replace(config, num_experts=None, total_experts=None, sparsity=sparsity, allocation=allocation)
+            budget: Json = {"num_experts": None, "total_experts": None, "sparsity": sparsity}
+            recipe = replace(config, allocation=allocation, progressive=False, **budget)
             try:
                 plan = quiet_plan(stats, recipe, domain_weights, sensitivity)
             except RequestError as error:

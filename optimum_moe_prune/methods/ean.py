@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     source="baseline of REAP, arXiv 2510.13999",
     formula="An expert's score is the norm of its output summed over the tokens routed to it.",
     needs={Need.ROUTING, Need.ROUTED_NORMS},
+    by_layer=True,
 )
 def ean(stats: CalibrationStats, options: NoOptions) -> Scores:
     """Scores ``{layer: (E,)}``."""

@@ -65,6 +65,7 @@ class SearchOptions:
     ),
     needs={Need.ROUTING, Need.GRAM},
     options=SearchOptions,
+    by_layer=True,
 )
 def enumeration(stats: CalibrationStats, budget: UniformBudget, options: SearchOptions) -> Selection:
     """The retained experts."""

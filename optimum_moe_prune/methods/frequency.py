@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     source="baseline of Mosaic Pruning and MoE Pathfinder",
     formula="An expert's score is the number of tokens routed to it.",
     needs={Need.ROUTING},
+    by_layer=True,
 )
 def frequency(stats: CalibrationStats, options: NoOptions) -> Scores:
     """Scores ``{layer: (E,)}``."""

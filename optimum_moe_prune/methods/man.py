@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     source="arXiv 2606.15716",
     formula="An expert's score is the mean norm of its output over the tokens routed to it.",
     needs={Need.ROUTING, Need.ROUTED_NORMS},
+    by_layer=True,
 )
 def man(stats: CalibrationStats, options: NoOptions) -> Scores:
     """Scores ``{layer: (E,)}``."""

@@ -104,6 +104,7 @@ def needs(options: Options) -> frozenset[Need]:
     options=Options,
     check=check,
     tie_advice="more domains (num_domains) tell more experts apart",
+    by_layer=True,
 )
 def mosaic(stats: CalibrationStats, budget: UniformBudget, options: Options) -> Selection:
     """The retained experts."""

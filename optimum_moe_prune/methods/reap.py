@@ -45,6 +45,7 @@ class Options:
     ),
     needs={Need.ROUTING, Need.ROUTED_NORMS},
     options=Options,
+    by_layer=True,
 )
 def reap(stats: CalibrationStats, options: Options) -> Scores:
     """Scores ``{layer: (E,)}``."""

@@ -62,6 +62,9 @@ class Method:
         formula: What it calculates, in words, for model cards.
         check: ``(budget, options) -> None``: raises what can be refused before any work.
         tie_advice: What tells experts apart that are equally good by it (``Selection.ties``), in words.
+        by_layer: Whether its answer for a layer, of a given number of experts, follows from the statistics of that
+            layer alone. Where it does not, choosing layer by layer (``MoEPrunerConfig.progressive``) needs statistics
+            of the later layers as well, and takes those of the unpruned model.
         scores: ``(stats, options) -> {layer: (E,)}``, higher = keep; or
         retained: ``(stats, budget, options) -> {layer: experts}``, or a ``Selection``.
     """
@@ -75,6 +78,7 @@ class Method:
     formula: str = ""
     check: Callable[[Any, Any], None] | None = None
     tie_advice: str = TIE_ADVICE
+    by_layer: bool = False
     scores: Callable[[CalibrationStats, Any], Scores] | None = None
     retained: Callable[[CalibrationStats, Any, Any], Retained | Selection] | None = None
 
@@ -134,6 +138,7 @@ def register_method(
     formula: str = "",
     check: Callable[[Any, Any], None] | None = None,
     tie_advice: str = TIE_ADVICE,
+    by_layer: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the function of a method and make it known.
 
@@ -149,6 +154,7 @@ def register_method(
         formula: What it calculates, in words, for model cards.
         check: Raises what can be refused before any work.
         tie_advice: See ``Method.tie_advice``.
+        by_layer: See ``Method.by_layer``.
 
     Raises:
         RequestError: If the name is taken or the kind unknown.
@@ -179,6 +185,7 @@ def register_method(
             formula,
             check,
             tie_advice,
+            by_layer,
             scores=function if kind == "scores" else None,
             retained=function if kind == "set" else None,
         )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     source="SEER-MoE, arXiv 2404.05089",
     formula="An expert's score is the router's probability of it, summed over the tokens routed to it.",
     needs={Need.ROUTING},
+    by_layer=True,
 )
 def soft_frequency(stats: CalibrationStats, options: NoOptions) -> Scores:
     """Scores ``{layer: (E,)}``."""

@@ -53,6 +53,7 @@ def variability_scores(layer: LayerStats) -> np.ndarray:
     needs=needs,
     options=GeneralistOptions,
     check=check,
+    by_layer=True,
 )
 def variability(stats: CalibrationStats, budget: UniformBudget, options: GeneralistOptions) -> Selection:
     """The retained experts."""

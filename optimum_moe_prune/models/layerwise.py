@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ..compat import text_config
 from ..errors import RequestError
+from ..storage.values import Json
 from .batches import Batch
-from .blocks import decoder_layers, decoder_of, moe_blocks
+from .blocks import decoder_layers, decoder_of, model_facts, moe_blocks
 from .checks import evaluating, input_device
 from .precision import dtype_of_weights
 from .transfers import sent
@@ -108,9 +109,23 @@ class LayerByLayer:
         """A function that begins to read a layer that will be loaded soon, inside a ``with``."""
         yield lambda index: None
 
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether all of it can be looked at before any layer runs."""
+        return True
+
+    def facts(self) -> Json:
+        """What statistics and plans remember of it."""
+        return model_facts(self.model)
+
     @contextlib.contextmanager
     def loaded(self, index: int) -> Iterator[None]:
         """A decoder layer with its parameters, inside a ``with``."""
+        yield
+
+    @contextlib.contextmanager
+    def embeddings(self) -> Iterator[None]:
+        """The embeddings, inside a ``with``."""
         yield
 
     @contextlib.contextmanager

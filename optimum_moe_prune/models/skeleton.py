@@ -19,6 +19,7 @@ from ..compat import WeightNames, build_on_meta, initialise, keep_from_initialis
 from ..errors import RequestError
 from ..storage.tensor_files import TORCH_DTYPES
 from ..storage.tensor_files import read_tensor as read_in_memory
+from ..storage.values import Json
 from .ahead import LayersAhead
 from .ahead import ReadAhead as _ReadAhead
 from .batches import Batch
@@ -108,6 +109,15 @@ class Skeleton(LayerByLayer):
     def dtype_in_files(self, parameter: str) -> torch.dtype:
         """The precision in which the checkpoint holds a parameter."""
         return TORCH_DTYPES[self.checkpoint.tensors[self._sources[parameter].names[0]].dtype]
+
+    @property
+    def is_at_hand(self) -> bool:
+        """As of any model; of one on the Hub all files would be fetched first."""
+        return self.checkpoint.is_local
+
+    def facts(self) -> Json:
+        """As of any model."""
+        return self.layout.facts()
 
     # -- loading
 

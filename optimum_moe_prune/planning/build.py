@@ -17,6 +17,7 @@ from ..names import BY_SENSITIVITY, ESTIMATED, NOTES_LOGGER
 from ..plan import PruningPlan
 from ..provenance import now, without_folders
 from ..statistics import passages
+from ..statistics.progressive import PROGRESSIVE
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from . import notes as said_of
@@ -24,6 +25,7 @@ from .allocation import allocate
 from .estimate import check_estimates, selected_by_estimate
 from .heads import selected_in_heads
 from .layer_sets import protected_experts
+from .progressive import check_recipe, selected_then
 from .sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -104,13 +106,13 @@ def quiet_plan(
     sensitivity: Sensitivity | None = None,
 ) -> PruningPlan:
     """As :func:`build_plan`, its notes in the plan only: for plans that are one of many."""
-    method, options = get_method(config.method), config.options()
     if config.needs_text and not stats.samples:
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
     if config.allocates == ESTIMATED:
         check_estimates(stats)
     stats.require(config.needs, config.method)
     stats = stats.with_domain_weights(domain_weights)
+    check_recipe(stats, config, domain_weights)
     calibrated, stats, heads = stats, stats.without_heads, stats.of_heads
     protect, said = protected_experts(stats, config)
     original = stats.num_experts
@@ -120,12 +122,9 @@ def quiet_plan(
         notes.append(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
     if found := stats.model.get("routing"):
         notes.append(found)
-    if config.allocates == BY_SENSITIVITY:
-        selection = _selected_by_sensitivity(stats, config, budget, sensitivity)
-    elif config.allocates == ESTIMATED:
-        selection = selected_by_estimate(stats, config, budget)
-    else:
-        selection = method.select(stats, budget, options)
+    if config.progressive and not config.needs:
+        notes.append("the method reads no statistics, so that progressive changes nothing")
+    selection = _selected(stats, config, budget, sensitivity)
     chosen, scores = selection.retained, selection.scores
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
     in_heads = Selection({}) if heads is None else selected_in_heads(heads, config, retained)
@@ -147,6 +146,7 @@ def quiet_plan(
             "kept_tokens": len(stats.token_sample),
             passages.KEY: passages.Passages.of([sample.hash for sample in stats.samples]).to_dict(),
             **stats.provenance,  # where they are not of an earlier version, it knows the passages as well
+            **({PROGRESSIVE: True} if PROGRESSIVE in stats.provenance else {}),  # how is said by recipe and layers
         },
         "notes": list(dict.fromkeys(filter(None, (*notes, *selection.notes, *in_heads.notes, *more)))),  # each once
         "findings": {**selection.findings, **findings},
@@ -194,6 +194,19 @@ def _odd_note(counts: Sequence[tuple[int, int]]) -> str | None:
         f"{what} cannot be spread evenly over {devices}{' or ' if devices else ''}2 devices; count_multiple_of (2, 4, "
         "8 ...) keeps numbers that can"
     )
+
+
+def _selected(
+    stats: CalibrationStats, config: MoEPrunerConfig, budget: Budget, sensitivity: Sensitivity | None
+) -> Selection:
+    """What a recipe chooses in the layers of a budget."""
+    if PROGRESSIVE in stats.provenance:
+        return selected_then(stats, config, budget)
+    if config.allocates == BY_SENSITIVITY:
+        return _selected_by_sensitivity(stats, config, budget, sensitivity)
+    if config.allocates == ESTIMATED:
+        return selected_by_estimate(stats, config, budget)
+    return get_method(config.method).select(stats, budget, config.options())
 
 
 def _selected_by_sensitivity(

@@ -15,7 +15,9 @@ from ..methods.limits import MOST_COUNTS, allowed_counts, least_kept
 from ..methods.super_experts import super_experts
 from ..names import BY_SENSITIVITY
 from ..progress import working
+from ..statistics.progressive import PROGRESSIVE
 from ..statistics.stats import CalibrationStats
+from .progressive import protected_then
 
 if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 def protected_experts(stats: CalibrationStats, config: MoEPrunerConfig) -> tuple[dict[int, set[int]], str | None]:
     """The experts that a recipe retains in any case, by layer, and what is to be said of super experts among them."""
     protect = {layer: set(experts) for layer, experts in config.protect.items()}
+    if PROGRESSIVE in stats.provenance:
+        return protected_then(stats), None
     if not config.protect_super_experts:
         return protect, None
     found = super_experts(stats)

@@ -34,6 +34,7 @@ from . import backward_pass
 from .build import budget_for
 from .fit import Fit, fitted, gigabytes, weights_after
 from .probe import Speed, probe
+from .progressive import needs_unpruned
 from .recovery_work import RecoveryWork, recovery_work
 
 if TYPE_CHECKING:
@@ -270,8 +271,11 @@ def plan_work(
     statistics = statistics_bytes(counts, needs, Current(samples, recipe.max_tokens, recipe.seed), config)
     width = text_config(config).hidden_size * dtype.itemsize  # bytes of a token's hidden states
     layers, backward = text_config(config).num_hidden_layers, Need.FISHER in needs
+    progressive = recipe.progressive and bool(recipe.needs)
     copies = backward_pass.states_of_tokens(layers) if backward else 2
-    states = copies * samples.num_tokens * width if compute.stream else 0
+    states = copies * samples.num_tokens * width if compute.stream or progressive else 0
+    calibrations = 2 if progressive and needs_unpruned(recipe) else 1  # each keeps its own until the work is done
+    statistics *= calibrations
     held = _largest_layer(sizes) * dtype.itemsize if compute.stream else model_bytes(layout, compute.dtype)
     if own != dtype:
         held += max(expert.parameters for expert in sizes.experts.values()) * dtype.itemsize + PIECE_BYTES
@@ -290,7 +294,11 @@ def plan_work(
     seconds: float | None = 0.0
     if sizes.whole.parameters * (tokens + judged_tokens + measured * len(counts) + 6 * recovered) >= _WORTH_PROBING:
         speed = _speed(layout, samples, needs, compute, recipe)
-        seconds = None if speed is None else _seconds(layout, speed, tokens, measured, judged_tokens, needs, compute)
+        seconds = (
+            None
+            if speed is None
+            else _seconds(layout, speed, recipe, (tokens, measured, judged_tokens), needs, compute)
+        )
     if recovery is not None:
         total = sum(counts.values()) if choice is None else choice.total
         of_recovery = recovery_work(layout, sizes, recipe, recovery, compute, total, speed)
@@ -301,7 +309,7 @@ def plan_work(
     return replace(
         work,
         texts={"samples": len(samples), "tokens": tokens, "tokens_by_domain": _by_domain(samples)},
-        reads=sizes.whole.nbytes + writes + (0 if of_recovery is None else of_recovery.reads),
+        reads=calibrations * sizes.whole.nbytes + writes + (0 if of_recovery is None else of_recovery.reads),
         writes=statistics if saves_statistics else writes,
         unfinished=unfinished if output is not None else 0,
         memory=_LIBRARIES + _KERNELS + held + beside,
@@ -364,9 +372,15 @@ def _speed(
 
 
 def _seconds(
-    layout: Layout, speed: Speed, tokens: int, measured: int, judged: int, needs: frozenset[Need], compute: Compute
+    layout: Layout,
+    speed: Speed,
+    recipe: MoEPrunerConfig,
+    texts: tuple[int, int, int],
+    needs: frozenset[Need],
+    compute: Compute,
 ) -> float:
-    """How long the model will run, roughly: to calibrate, to measure the sensitivity, and to judge plans."""
+    """How long the model will run, roughly, for tokens to calibrate with, to measure on, and to judge plans by."""
+    tokens, measured, judged = texts
     layers = text_config(layout.config).num_hidden_layers
     at_once = bool(compute.stream) and copies_aside(torch.device(compute.runs_on))  # one is read while one runs
 
@@ -377,6 +391,9 @@ def _seconds(
     if Need.FISHER in needs:
         alone = tokens * speed.plain
         total += layers * (layer(alone) + layer((backward_pass.FORWARD_PASSES - 1) * alone))
+    if recipe.progressive and recipe.needs:  # each layer runs again without what was removed
+        again = 2 if needs_unpruned(recipe) else 1
+        total = again * total + layers * tokens * speed.plain
     total += layers * layer(judged * speed.plain) if judged else 0.0
     if measured:
         alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2

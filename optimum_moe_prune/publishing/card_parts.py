@@ -12,6 +12,7 @@ from ..evaluation.comparison import Comparison, markdown_table
 from ..evaluation.speed import speed_in_words
 from ..plan import PruningPlan
 from ..recovery.verdict import recovery_of, sentence_of, table_of
+from ..statistics.progressive import PROGRESSIVE
 from ..storage.values import Json
 from .front_matter import text_kind
 from .plain import mapping, pairs, plain, sentence, texts
@@ -117,6 +118,7 @@ def calibration(plan: PruningPlan) -> Json:
         "samples": plain(made.get("samples")),
         "sources": sources,
         "precision": plain(made["dtype"]) if isinstance(made.get("dtype"), str) else "",
+        "progressive": made.get(PROGRESSIVE) is True,
         "weights": pairs(made.get("domain_weights")),
         "versions": pairs(made.get("versions")),
     }

@@ -34,6 +34,7 @@ from .files import LayerFile, MergedTensors, layer_file, names_of_format_1, save
 from .folder import header_of
 from .merging import check_mergeable, kept_rows, merged_tensors, rows_by_name
 from .needs import IN_FORMAT_1, OF_RULE, Need, layer_shapes, names_in, names_of_format
+from .progressive import check_unpruned, fingerprint_with
 from .samples import Sample, check_domain_weights, keep_tokens, samples_fingerprint
 from .weights import sample_weights
 
@@ -160,8 +161,9 @@ class CalibrationStats:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the calibration samples and their domains."""
-        return samples_fingerprint(self.samples)
+        """A hash of the calibration samples and their domains; and of the experts that layers kept meanwhile, if any
+        lost some (``statistics.progressive``)."""
+        return fingerprint_with(samples_fingerprint(self.samples), self.provenance)
 
     def require(self, needs: Iterable[Need], method: str) -> None:
         """Raise unless everything in ``needs`` was gathered.
@@ -349,11 +351,14 @@ class CalibrationStats:
         ``CalibrationStats.load(a).merge(CalibrationStats.load(b), CalibrationStats.load(c)).save(d)``.
 
         Raises:
-            RequestError: If they come from different models or settings, or share samples.
+            RequestError: If they come from different models or settings, share samples, or layers were pruned while
+                they were gathered.
         """
         for given in others:
             check_type(given, CalibrationStats, "a CalibrationStats (CalibrationStats.load reads a folder)")
         parts = (self, *others)
+        for part in parts:
+            check_unpruned(part.provenance, "merging")
         check_mergeable(parts)
         every = [sample for part in parts for sample in part.samples]
         order = sorted(range(len(every)), key=lambda i: every[i].hash)

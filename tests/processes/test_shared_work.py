@@ -33,6 +33,7 @@ from optimum_moe_prune.calibration import calibrate as calibrating
 from optimum_moe_prune.calibration.shares import shares_of
 from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.commands import main
+from optimum_moe_prune.evaluation.progressive import calibrate_progressively
 from optimum_moe_prune.models import memory
 from optimum_moe_prune.models.memory import model_bytes
 from optimum_moe_prune.processes import ALONE, Processes
@@ -246,3 +247,34 @@ def test_a_model_spread_over_devices_gives_the_same(samples: CalibrationSet) -> 
     losses = [evaluate(each, samples).to_dict() for each in (spread, make_model("qwen2_moe"))]
     assert losses[0] == losses[1]
     assert spread.model.layers[1].forward is before
+
+
+def test_layers_that_are_pruned_in_turn(
+    folder: Path, samples: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes, of which one has no batch, choose each layer by what all gathered; interrupted, they go on."""
+    recipe = MoEPrunerConfig(method="reap", num_experts=4, batch_size=5, progressive=True)
+    assert [len(share) for share in shares_of(samples, 5, Processes(0, 3))] == [5, 4, 0]
+    commit = Store.commit
+
+    def failing(store: Store, finished: int, *args: Any) -> None:
+        commit(store, finished, *args)
+        if finished == 1 and os.environ.get("RANK") == "1":
+            raise RunError("enough")
+
+    def work(rank: int, out: Path) -> None:
+        given: Any = (recipe, folder, samples)
+        compute, kept = Compute(stream=True), Workspace(tmp_path / "kept")
+        stats, _ = calibrate_progressively(*given, compute=compute, workspace=kept)
+        stats.save(out / str(rank))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "commit", failing)
+        assert all(process.code for process in launch(3, tmp_path / "first", work, tmp_path / "none"))
+    again = launch(3, tmp_path / "second", work, tmp_path)
+    assert [process.code for process in again] == [0, 0, 0], again
+    expected, _ = calibrate_progressively(recipe, folder, samples, compute=Compute(stream=True))
+    for rank in range(3):
+        found = CalibrationStats.load(tmp_path / str(rank))
+        assert_identical(found, expected)
+        assert found.provenance["progressive"] == expected.provenance["progressive"]

@@ -28,6 +28,7 @@ from ...planning.build import budget_for
 from ...planning.layer_sets import protected_experts
 from ...progress import progress
 from ...statistics.mapped import mapped
+from ...statistics.progressive import PROGRESSIVE
 from ...statistics.stats import CalibrationStats
 from .data import mismatch
 
@@ -163,6 +164,12 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
     if config.method != plan.method:
         raise RequestError(f"the recipe in the plan is one for method {config.method!r}.")
     stats.require(config.needs, config.method)
+    progressive = config.progressive and bool(config.needs)
+    if progressive != (PROGRESSIVE in stats.provenance):
+        raise RequestError(
+            "the plan and the statistics are not of one calibration: layers were pruned meanwhile (progressive=True) "
+            f"in that of the {'plan' if progressive else 'statistics'} alone."
+        )
     calibration = plan.provenance.get("calibration")
     weights = calibration.get("domain_weights") if isinstance(calibration, dict) else None
     try:
@@ -170,7 +177,7 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
     except (AttributeError, TypeError) as error:
         raise RequestError("the domain weights in the plan cannot be read.") from error
     budget = budget_for(config, weighted.num_experts, weighted.routing, protected_experts(weighted, config)[0])
-    if config.allocates in (BY_SENSITIVITY, ESTIMATED):  # by what layers lose one by one: the numbers that it retains
+    if config.allocates in (BY_SENSITIVITY, ESTIMATED) or progressive:  # layer by layer: the numbers that it retains
         budget = budget.exactly({layer: len(plan.retained[layer]) for layer in budget.original})
     return Recipe(config.options(), weighted, budget)
 
