@@ -2,6 +2,7 @@
 """The methods: one file each, named as the method. Importing this package makes them known."""
 
 from . import (
+    auto,
     ean,
     enumeration,
     frequency,
@@ -20,6 +21,7 @@ from .registry import Method, get_method, list_methods, make_options, register_m
 
 __all__ = [
     "Method",
+    "auto",
     "ean",
     "enumeration",
     "frequency",

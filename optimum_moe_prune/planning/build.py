@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
 from ..methods import get_method
-from ..methods.budget import Budget, UniformBudget, global_budget, rounding_note, uniform_budget
+from ..methods.budget import Budget, global_budget, rounding_note, uniform_budget
 from ..methods.limits import check_retained
 from ..methods.selection import Retained, Selection, Ties
 from ..methods.super_experts import super_experts
@@ -21,8 +21,8 @@ from ..statistics import passages
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from . import notes as said_of
-from .allocation import allocate
 from .heads import selected_in_heads
+from .measured import selected_by_measuring, selected_by_sensitivity
 from .sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -97,15 +97,20 @@ def build_plan(
         stats: What the calibration gathered.
         config: Method and budget.
         domain_weights: A share for each domain of the calibration; by default every token counts once.
-        sensitivity: What was measured of the model, for ``allocation="sensitivity"``.
+        sensitivity: What was measured of the model, for ``allocation="sensitivity"`` and methods that measure.
 
     Raises:
         RequestError: If the budget cannot be kept to, or the statistics or the sensitivity lack what is needed.
     """
     plan = quiet_plan(stats, config, domain_weights, sensitivity)
-    for note in plan.provenance["notes"]:
-        logger.warning("%s: %s", config.method, note)
+    say_notes(plan)
     return plan
+
+
+def say_notes(plan: PruningPlan) -> None:
+    """Say what a person must know of a plan."""
+    for note in plan.provenance["notes"]:
+        logger.warning("%s: %s", plan.method, note)
 
 
 def quiet_plan(
@@ -118,7 +123,8 @@ def quiet_plan(
     method, options = get_method(config.method), config.options()
     if config.needs and not stats.samples:
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
-    stats.require(config.needs, config.method)
+    if not method.measures:  # else what can be served is taken
+        stats.require(config.needs, config.method)
     stats = stats.with_domain_weights(domain_weights)
     calibrated, stats, heads = stats, stats.without_heads, stats.of_heads
     protect, said = protected_experts(stats, config)
@@ -127,15 +133,20 @@ def quiet_plan(
     notes = [rounding_note(budget, config.sparsity), said]
     if dense := stats.model.get("dense_layers"):
         notes.append(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
-    if found := stats.model.get("routing"):
-        notes.append(found)
-    if config.allocates == BY_SENSITIVITY:
-        selection = _selected_by_sensitivity(stats, config, budget, sensitivity)
+    if routing := stats.model.get("routing"):
+        notes.append(routing)
+    choice: Json = {}
+    in_heads_by = config
+    if method.measures:
+        found = selected_by_measuring(stats, config, budget, sensitivity)
+        selection, choice, in_heads_by = found.selection, found.to_dict(), found.leading
+    elif config.allocates == BY_SENSITIVITY:
+        selection = selected_by_sensitivity(stats, config, budget, sensitivity)
     else:
         selection = method.select(stats, budget, options)
     chosen, scores = selection.retained, selection.scores
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
-    in_heads = Selection({}) if heads is None else selected_in_heads(heads, config, retained)
+    in_heads = Selection({}) if heads is None else selected_in_heads(heads, in_heads_by, retained)
     if heads is not None and in_heads.retained:
         retained |= in_heads.retained
         original = {**original, **heads.num_experts}
@@ -158,7 +169,9 @@ def quiet_plan(
         "notes": list(dict.fromkeys(filter(None, (*notes, *selection.notes, *in_heads.notes, *more)))),  # each once
         "findings": {**selection.findings, **findings},
     }
-    if sensitivity is not None and config.allocates == BY_SENSITIVITY:
+    if choice:
+        provenance["choice"] = choice
+    if sensitivity is not None and (method.measures or config.allocates == BY_SENSITIVITY):
         provenance["sensitivity"] = {"tokens_by_domain": sensitivity.tokens_by_domain, **sensitivity.provenance}
     return PruningPlan(
         model_type=stats.model["model_type"],
@@ -201,57 +214,3 @@ def _odd_note(counts: Sequence[tuple[int, int]]) -> str | None:
         f"{what} cannot be spread evenly over {devices}{' or ' if devices else ''}2 devices; count_multiple_of (2, 4, "
         "8 ...) keeps numbers that can"
     )
-
-
-def _selected_by_sensitivity(
-    stats: CalibrationStats, config: MoEPrunerConfig, budget: Budget, sensitivity: Sensitivity | None
-) -> Selection:
-    """The sets of a method for the numbers of experts that measured divergences give: those measured, else chosen now.
-
-    Raises:
-        RequestError: If nothing was measured, or it was measured otherwise.
-    """
-    if sensitivity is None:
-        raise RequestError(
-            "allocation 'sensitivity' needs what was measured of the model; measure it first (optimum-cli moe-prune "
-            "sensitivity), and give the result (--sensitivity FILE)."
-        )
-    measured = sensitivity.for_recipe(config, stats.model, stats.domain_weights)
-    if sensitivity.provenance.get("calibration") != stats.fingerprint and config.needs:
-        raise RequestError(
-            "the sensitivity was measured with experts chosen by another calibration than these statistics are of; "
-            "measure it with the same (sensitivity --stats), or plan with those it was measured with."
-        )
-    method, options = get_method(config.method), config.options()
-
-    def check(budget: UniformBudget) -> UniformBudget:
-        if method.check is not None:
-            method.check(budget, options)
-        return budget
-
-    def accepts(layer: int, count: int) -> bool:
-        try:
-            check(budget.exactly({layer: count}))
-        except RequestError:
-            return False
-        return True
-
-    allocation = allocate(measured, budget, stats.domain_weights, accepts)
-    counts, interpolated = allocation.num_experts, allocation.interpolated
-    retained = {
-        layer: measured.layers[layer].retained.get(count, tuple(range(count))) for layer, count in counts.items()
-    }
-    findings: Json = {"sum of divergences": round(allocation.divergence, 6)}
-    exactly = budget.exactly(counts)
-    selection = method.select(stats, check(exactly) if interpolated else exactly, options)
-    retained |= {layer: selection.retained[layer] for layer in interpolated}
-    notes = selection.notes
-    if interpolated:
-        findings["layers with interpolated divergences"] = len(interpolated)
-        notes += (
-            f"the sum of divergences is an estimate: in {len(interpolated)} of {len(counts)} layers the number of "
-            "experts lies between measured ones",
-        )
-    # A set that was measured stays; what is to be said of the one that would be chosen now is not of it.
-    ties = {layer: tied for layer, tied in selection.ties.items() if retained[layer] == selection.retained[layer]}
-    return Selection(retained, notes=notes, findings=findings, ties=ties)
