@@ -29,7 +29,7 @@ from ..planning.allocation import cost_of
 from ..planning.build import budget_for, protected_experts, quiet_plan
 from ..planning.choice import NOT_WHOLE
 from ..planning.measured import candidates_of, measured_candidates
-from ..planning.sensitivity import LayerSensitivity, MethodSensitivity, Sensitivity
+from ..planning.sensitivity import ALL, LayerSensitivity, MethodSensitivity, Sensitivity
 from ..processes import shared
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
@@ -279,7 +279,10 @@ def _kept(
         notes.append(
             f"{', '.join(half.alone)}: one sample each, which decided; what is lost there was not measured on others"
         )
-    provenance: Json = {**kept.provenance, "notes": notes, "choice": choice}
+    findings: Json = dict(kept.provenance["findings"])
+    if judged[best]:
+        findings["nats lost per token, on samples that had no part in the choice"] = round(judged[best][ALL], 4)
+    provenance: Json = {**kept.provenance, "notes": notes, "findings": findings, "choice": choice}
     if "sensitivity" in plan.provenance:
         provenance["sensitivity"] = plan.provenance["sensitivity"]
     return replace(kept, method=recipe.method, config=plan.config, provenance=provenance)

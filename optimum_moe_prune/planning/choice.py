@@ -36,6 +36,24 @@ def losses(plan: PruningPlan) -> list[tuple[str, dict[str, float]]]:
     return sorted(rows, key=lambda row: row[0] != choice.get("kept"))
 
 
+def rows(plan: PruningPlan) -> list[list[str]]:
+    """What the kept plan and its alternatives lost as a table, by domain, the kept one first; empty where unknown."""
+    found = losses(plan)
+    if not found:
+        return []
+    domains = [domain for domain in found[0][1] if domain != ALL] if len(found[0][1]) > 2 else []
+    head = ["nats lost per token", *domains, ALL]
+    return [head, *([name, *(f"{kl[d]:.3f}" if d in kl else "" for d in head[1:])] for name, kl in found)]
+
+
+def judged_on(plan: PruningPlan) -> str:
+    """On what text that was measured, in words."""
+    samples = choice_of(plan).get("samples")
+    if is_judged(plan) and isinstance(samples, Mapping):
+        return f"{samples['judging']} samples that had no part in the choice"
+    return "the samples that it was chosen on, so it loses more elsewhere"
+
+
 def is_judged(plan: PruningPlan) -> bool:
     """Whether what is lost was measured on samples that had no part in the choice."""
     samples = choice_of(plan).get("samples")
@@ -53,11 +71,9 @@ def in_words(plan: PruningPlan) -> list[str]:
     if not rows:
         return lines
     name, kl = rows[0]
-    samples = choice["samples"]
-    where = f"{samples['judging']} samples that chose nothing" if is_judged(plan) else "the samples that chose it"
     domains = ", ".join(f"{domain} {value:.3f}" for domain, value in kl.items() if domain != ALL)
     by_domain = f" ({domains})" if len(kl) > 2 else ""
-    lines.append(f"lost: {kl[ALL]:.3f} nats per token of {where}{by_domain}; kept: {name}")
+    lines.append(f"lost: {kl[ALL]:.3f} nats per token{by_domain}, on {judged_on(plan)}; kept: {name}")
     if others := sorted(rows[1:], key=lambda row: row[1][ALL]):
         shown = ", ".join(f"{other} {lost[ALL]:.3f}" for other, lost in others[:3])
         lines.append(f"beside it: {shown}" + (f", and {len(others) - 3} more" if len(others) > 3 else ""))

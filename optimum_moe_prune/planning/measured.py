@@ -13,7 +13,7 @@ from ..methods.budget import Budget, UniformBudget
 from ..methods.selection import Selection
 from ..names import BY_SENSITIVITY
 from ..statistics.stats import CalibrationStats
-from ..storage.values import Json
+from ..storage.values import Json, Values
 from .allocation import allocate, cost_of, costs_of, spread
 from .choice import NOT_WHOLE
 from .sensitivity import LayerSensitivity, MethodSensitivity, Sensitivity
@@ -214,11 +214,8 @@ def selected_by_measuring(
     Raises:
         RequestError: If nothing was measured, or otherwise than the recipe says, or it says nothing of the budget.
     """
-    if sensitivity is None:
-        raise RequestError(
-            f"method {config.method!r} chooses by measuring the model, and here are statistics alone: name a method "
-            "that needs no more (method 'mosaic'), or give what was measured of the model (sensitivity)."
-        )
+    check_measured(config, sensitivity)
+    assert sensitivity is not None
     candidates = measured_candidates(config, sensitivity)
     measured = {}
     for recipe in candidates.recipes:
@@ -262,6 +259,35 @@ def selected_by_measuring(
             key=lambda recipe: list(by_layer.values()).count(recipe.method),
         ),
     )
+
+
+def check_measured(
+    config: MoEPrunerConfig,
+    sensitivity: Sensitivity | None,
+    model: Values | None = None,
+    domain_weights: Mapping[str, float] | None = None,
+) -> None:
+    """Raise where what was measured says nothing to a recipe that plans by it.
+
+    Args:
+        config: The recipe.
+        sensitivity: What was measured.
+        model: Facts of the model it is for; where they are not known, they are not compared.
+        domain_weights: The share of each domain.
+
+    Raises:
+        RequestError: With what to do.
+    """
+    measures = get_method(config.method).measures
+    if measures and sensitivity is None:
+        raise RequestError(
+            f"method {config.method!r} chooses by measuring the model, and here are statistics alone; choose one "
+            "that needs no more (method='mosaic'), or give what was measured of the model (sensitivity=...)."
+        )
+    if sensitivity is None or model is None or not config.measures:
+        return
+    for recipe in measured_candidates(config, sensitivity).recipes if measures else (config,):
+        sensitivity.for_recipe(recipe, model, domain_weights)
 
 
 def best_of(config: MoEPrunerConfig, sensitivity: Sensitivity) -> dict[int, LayerSensitivity]:

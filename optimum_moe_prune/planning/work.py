@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,11 @@ from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import check_type
 from ..methods.budget import Budget, UniformBudget
-from ..methods.limits import MOST_COUNTS, allowed_counts
+from ..methods.limits import allowed_counts
 from ..models.memory import Compute, available_memory, model_bytes
 from ..models.transfers import copies_aside
 from ..models.widened import PIECE_BYTES
-from ..names import AUTO, BY_SENSITIVITY, DROP, dtype_text
+from ..names import AUTO, DROP, dtype_text
 from ..plan import PruningPlan
 from ..progress.pace import duration
 from ..statistics.needs import DENSE, Need
@@ -32,6 +33,7 @@ from ..storage.paths import nearest_existing, real_path
 from ..storage.values import Json
 from .build import budget_for
 from .fit import Fit, fitted, gigabytes, weights_after
+from .measuring import Measuring, in_words
 from .probe import probe
 
 if TYPE_CHECKING:
@@ -43,7 +45,6 @@ _KERNELS = 3 * 10**8  # what torch takes for itself once anything runs, and its 
 _STATES_AT_ONCE = 12  # copies of a batch's hidden states while a layer runs
 _CHUNKS = 4 * 128 * 2**20  # outputs of all experts for some tokens
 _WORTH_PROBING = 10**11  # parameters times tokens: below, the work takes seconds
-_WHOLE_MODELS = 12  # that a sensitivity measures
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class WorkPlan:
         choice: What the budget keeps; None where nothing is chosen.
         fit: What it has to fit in, where that was asked for.
         texts: Samples and tokens, by domain as well; empty where no text is read.
+        measures: What is measured of the model: whose sets, how many at most, on what; empty where nothing is.
         reads: Read from the model's files.
         writes: Written to the output.
         unfinished: Kept on disk beside the output until the work is done.
@@ -104,6 +106,7 @@ class WorkPlan:
     choice: Choice | None = None
     fit: Fit | None = None
     texts: Json = field(default_factory=dict)
+    measures: Json = field(default_factory=dict)
     reads: int = 0
     writes: int = 0
     unfinished: int = 0
@@ -139,6 +142,8 @@ class WorkPlan:
         if self.texts:
             domains = ", ".join(f"{name} {count}" for name, count in sorted(self.texts["tokens_by_domain"].items()))
             lines["text"] = f"{self.texts['samples']} samples, {self.texts['tokens']} tokens ({domains})"
+        if self.measures:
+            lines["measures"] = in_words(self.measures)
         lines["reads"] = gigabytes(self.reads)
         if self.writes or self.unfinished:
             unfinished = f"{gigabytes(self.unfinished)} until it is done" if self.unfinished else ""
@@ -153,7 +158,8 @@ class WorkPlan:
             quick = self.seconds is not None and self.seconds < 60
             known = "about a minute at most" if quick else f"about {duration(self.seconds or 0)}"
             lines["time"] = "cannot be told" if self.seconds is None else known
-        return "\n".join(f"{name:<7} {text}" for name, text in lines.items() if text)
+        width = max(7, *map(len, lines))
+        return "\n".join(f"{name:<{width}} {text}" for name, text in lines.items() if text)
 
     def _model(self) -> str:
         model, counts = self.model, self.model["num_experts"].values()
@@ -192,7 +198,7 @@ def plan_work(
     mtp: str | None = None,
     output: str | os.PathLike | None = None,
     compute: Compute = Compute(),
-    measures: bool | None = None,
+    measures: Sequence[MoEPrunerConfig] | bool | None = None,
     saves_statistics: bool = False,
     judged_tokens: int = 0,
 ) -> WorkPlan:
@@ -207,7 +213,8 @@ def plan_work(
         mtp: With a plan, what becomes of heads in place of what it says.
         output: The folder or file to write.
         compute: How the checkpoint is run.
-        measures: Whether the sensitivity is measured; by default where the recipe allocates by it.
+        measures: Recipes whose sets are measured, or whether the recipe's are; by default where planning with it
+            measures.
         saves_statistics: Whether the statistics are what is written.
         judged_tokens: Tokens that go through the model beside, for all plans that are judged together.
 
@@ -248,11 +255,15 @@ def plan_work(
         memory=_COPYING,
         free_memory=available_memory("cpu"),
     )
-    measures = measures if measures is not None else recipe is not None and recipe.allocates == BY_SENSITIVITY
+    if measures is None:
+        measures = recipe is not None and recipe.measures
+    if isinstance(measures, bool):
+        measures = [recipe] if measures and recipe is not None else []
     needs = needs if needs is not None else frozenset() if recipe is None else recipe.needs
     if recipe is None or samples is None or not (needs or measures or judged_tokens):
         return work
     compute = compute.settled(layout)
+    measuring = Measuring.of(measures, counts, samples, rule)
     dtype = compute.computing_dtype(layout)
     own = model_dtype(config, layout.checkpoint, compute.dtype)
     statistics = statistics_bytes(counts, needs, Current(samples, recipe.max_tokens, recipe.seed), config)
@@ -275,7 +286,8 @@ def plan_work(
         dtype=dtype_text(dtype),
         weights_dtype=dtype_text(own),
         streamed=bool(compute.stream),
-        seconds=_seconds(layout, sizes, recipe, samples, needs, compute, measures, judged_tokens),
+        measures=measuring.to_dict() if measures else {},
+        seconds=_seconds(layout, sizes, recipe, samples, needs, compute, measuring, judged_tokens),
     )
 
 
@@ -325,13 +337,13 @@ def _seconds(
     samples: CalibrationSet,
     needs: frozenset[Need],
     compute: Compute,
-    measures: bool,
+    measuring: Measuring,
     judged: int,
 ) -> float | None:
     """How long the model will run, roughly: to calibrate, to measure the sensitivity, and to judge plans."""
     tokens = samples.num_tokens
-    measured = samples.take(recipe.sensitivity_samples).num_tokens if measures else 0
-    if sizes.whole.parameters * (tokens + judged + measured * len(layout.num_experts)) < _WORTH_PROBING:
+    ran = tokens + judged + sum(measuring.passes(text_config(layout.config).num_hidden_layers))
+    if sizes.whole.parameters * ran < _WORTH_PROBING:
         return 0.0
     # Of a model on the Hub nothing is downloaded before the work.
     if not layout.checkpoint.is_local:
@@ -347,7 +359,6 @@ def _seconds(
 
     total = layers * layer(tokens * speed.watched) if needs else 0.0
     total += layers * layer(judged * speed.plain) if judged else 0.0
-    if measures:
-        alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2
-        total += layers * speed.reading + (alone + _WHOLE_MODELS * layers) * measured * speed.plain
+    if measuring.recipes:
+        total += layers * (speed.reading + sum(measuring.passes(layers)) * speed.plain)
     return total

@@ -114,6 +114,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
         notes=card_parts.notes(plan),
         pictures=card_parts.pictures(folder),
         **card_parts.results(comparison),
+        **card_parts.choice(plan),
         **card_parts.calibration(plan),
         apply_command=shlex.join(again),
         run_command=shlex.join(run_command(plan, original, revision)),
