@@ -58,10 +58,10 @@ def _models(markdown: bool) -> Result:
 
 _FIRST = "auto"
 _WHY = (
-    "it measures the sets of several methods on the model and keeps those that lose least. Which single method is best "
-    "differs from model to model. It needs calibration texts and runs the model on some of them many times; where that "
-    "is too much, --method mosaic or reap choose from one calibration, and --allocation uniform keeps as many experts "
-    "in every layer, which plain transformers loads."
+    "it measures the sets of several methods on the model and keeps those that lose least; which method is best alone "
+    "differs from model to model. It needs calibration texts, and runs the model on some of them many times. Where "
+    "that is too much, --method mosaic chooses from one calibration. --allocation uniform keeps as many experts in "
+    "every layer, which plain transformers loads."
 )
 
 

@@ -28,13 +28,14 @@ class Halves:
 def halves(samples: CalibrationSet, number: int) -> Halves:
     """At most ``number`` samples that decide, in equal shares of the domains, and at most as many to judge on.
 
-    Their hashes say which, so samples that are the same are in the same half. A domain's only sample decides.
+    Fewer than there are domains are raised to one of each. Their hashes say which is which, so samples that are the
+    same are in the same half. A domain's only sample decides.
 
     Args:
         samples: Those there are.
         number: The most in each half.
     """
-    measured = samples.take(2 * number)
+    measured = samples.take(2 * max(number, len({sample.domain for sample in samples.samples})))
     hashes: dict[str, list[str]] = {}
     for sample in measured.samples:
         hashes.setdefault(sample.domain, []).append(sample.hash)

@@ -76,6 +76,8 @@ class Measuring:
         if all(recipe.allocation == UNIFORM for recipe in recipes):
             counts = min(counts, 1)
         number = first.sensitivity_samples
+        if several:
+            number = max(number, len({sample.domain for sample in samples.samples}))
         alone, whole = samples.take(number), samples.take(2 * number if several else number)
         if several:  # halves of what there is
             alone = samples.take(min(number, -(-len(whole) // 2)))

@@ -11,11 +11,12 @@ from ..config import MoEPrunerConfig
 from ..errors import RequestError
 from ..methods import get_method
 from ..models.blocks import moe_blocks
-from ..names import UNIFORM
+from ..names import PRUNE, UNIFORM
 from ..plan import PruningPlan
 from ..planning.fit import Fit, fitted, with_fit
 from ..planning.heads import way_with_heads
 from .checks import check_found, check_request, check_unequal
+from .heads import check_way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +89,13 @@ def _refusal(
     """Why the layers of a model cannot keep different numbers of experts; None where they can."""
     try:
         if isinstance(model, Layout):
-            check_request(model, False, standalone, way_with_heads(mtp or config.mtp, False))
+            way = way_with_heads(mtp or config.mtp, False)
+            if way == PRUNE and model.heads:
+                return "its head for further tokens is pruned as a layer is"
+            check_request(model, False, standalone, way)
+            counts = dict(model.num_experts)
+            counts[max(counts)] -= model.spec.routing(model.config).groups
+            check_way(model, counts, mtp or config.mtp)
         else:
             blocks = moe_blocks(model)
             check_found(blocks[0].spec, False)
