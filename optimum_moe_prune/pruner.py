@@ -18,8 +18,8 @@ from .compat import ModelConfig, commit_of_config
 from .config import MoEPrunerConfig
 from .errors import RequestError, check_type
 from .evaluation.choosing import choose_experts
-from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
-from .models.blocks import moe_blocks, moe_layers
+from .evaluation.measure_sensitivity import SPARSITIES, experts_of, measure_sensitivity
+from .models.blocks import moe_layers
 from .models.checks import usable_model
 from .models.memory import Compute
 from .names import PLAN_NAME
@@ -40,7 +40,7 @@ from .storage.workspace import Workspace
 from .surgery.checks import check_output, check_plan_for_config
 from .surgery.files import MAX_SHARD_SIZE, shard_bytes
 from .surgery.in_memory import apply_plan
-from .surgery.settled import Settled, follows_from_model, settled
+from .surgery.settled import Settled, asks_model, settled
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -302,8 +302,7 @@ class MoEPruner:
             raise RequestError("there are no statistics to plan with; calibrate first, or pass saved ones.")
         check_type(stats, CalibrationStats, "a CalibrationStats (CalibrationStats.load reads a folder)")
         recipe = self._recipe()
-        asks = recipe.fit is not None or (self.source is not None and follows_from_model(recipe))
-        made = settled(recipe, self.layout() if asks else None)
+        made = settled(recipe, self.layout() if asks_model(recipe, self.source is not None) else None)
         plan = made.remembered(build_plan(stats, made.recipe, domain_weights, self.sensitivity))
         self.pruning_plan = with_parent(plan, self._parent)
         return self.pruning_plan
@@ -332,9 +331,8 @@ class MoEPruner:
         given, model = model, usable_model(model, to_change=True)
         plan = self.pruning_plan
         if calibration is not None or domain_weights is not None or plan is None:
-            blocks = moe_blocks(model)
             made = settled(self._recipe(), model)
-            budget_for(made.recipe, {b.layer: b.num_experts for b in blocks}, blocks[0].rule)
+            budget_for(made.recipe, *experts_of(model))
             plan = self._plan(made, model, calibration, domain_weights, Workspace(), Compute())
         pruned, self.model, self._applied_plan = apply_plan(plan, given), model, plan
         return pruned
@@ -393,7 +391,7 @@ class MoEPruner:
         with held(way.together, output_dir):
             if plan is None:
                 made = settled(self._recipe(), layout, standalone, mtp)
-                budget = budget_for(made.recipe, layout.num_experts, layout.spec.routing(layout.config))
+                budget = budget_for(made.recipe, *experts_of(layout))
                 check_output(layout, budget, output_dir, standalone, mtp)
                 plan = self._plan(made, layout, calibration, domain_weights, workspace, way)
 

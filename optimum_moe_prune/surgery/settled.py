@@ -73,9 +73,9 @@ def settled(
     return Settled(recipe, fit, note)
 
 
-def follows_from_model(config: MoEPrunerConfig) -> bool:
-    """Whether anything of a recipe does."""
-    return config.fit is not None or _is_open(config)
+def asks_model(config: MoEPrunerConfig, is_there: bool) -> bool:
+    """Whether a recipe has to be settled with the model, or, where it is there, can be."""
+    return config.fit is not None or (is_there and _is_open(config))
 
 
 def _is_open(config: MoEPrunerConfig) -> bool:
