@@ -64,7 +64,7 @@ class CompareCommand(Command):
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..evaluation.compare_methods import check_comparison, compare_methods
-        from ..evaluation.measuring import check_model_of
+        from ..evaluation.measure_sensitivity import check_model_of
         from ..names import BY_SENSITIVITY
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work

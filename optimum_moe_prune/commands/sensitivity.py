@@ -70,8 +70,7 @@ class SensitivityCommand(Command):
                 f"--sparsities is {args.sparsities}; fractions of experts to remove lie between 0 and 1."
             )
 
-        from ..evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
-        from ..evaluation.measuring import check_model_of
+        from ..evaluation.measure_sensitivity import SPARSITIES, check_model_of, measure_sensitivity
         from ..evaluation.sensitivity_sets import check_grid
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work

@@ -36,7 +36,8 @@ from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from ..storage.workspace import Workspace
 from .halves import Halves, halves
-from .measuring import Divergences, Sets, measured_layers, opened, sensitivity_of
+from .measure_sensitivity import opened
+from .measuring import Divergences, Sets, measured_layers, sensitivity_of
 from .sensitivity_sets import layer_sets, sets_at
 
 logger = logging.getLogger(__name__)

@@ -45,8 +45,7 @@ from .best import choose_by_measuring
 from .comparison import Comparison, ModelResult, reference_of
 from .divergence import AGREEMENT, KL, LOSS, Retained, outcomes
 from .losses import evaluation_of
-from .measure_sensitivity import measure_sensitivity
-from .measuring import check_model_of
+from .measure_sensitivity import check_model_of, measure_sensitivity
 from .method_comparison import Judged, MethodComparison
 from .overlap import overlap_of, overlap_with
 

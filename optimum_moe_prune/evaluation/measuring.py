@@ -9,15 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..architectures.fingerprint import same_routers
-from ..calibration.calibrate import Model
 from ..calibration.samples import CalibrationSet
-from ..checkpoints.layout import Layout, identity
 from ..config import MoEPrunerConfig
-from ..errors import RequestError, RunError
-from ..models.blocks import fingerprint, moe_blocks
+from ..errors import RunError
 from ..models.layerwise import LayerByLayer
-from ..models.memory import Compute, begun_with, open_runner
 from ..names import dtype_text
 from ..planning.sensitivity import (
     ALL,
@@ -29,13 +24,10 @@ from ..planning.sensitivity import (
     decisive,
 )
 from ..processes import Processes
-from ..processes.folders import own_folder
-from ..progress import working
 from ..provenance import now, versions
 from ..statistics import passages
 from ..statistics.stats import CalibrationStats
-from ..storage.growing import unfinished
-from ..storage.values import Json, Values
+from ..storage.values import Json
 from ..storage.workspace import Workspace
 from .divergence import divergences as measure_divergences
 
@@ -64,65 +56,6 @@ class Subject:
     work: Json | None = None
     asked: Json = field(default_factory=dict)
     workspace: Workspace = Workspace()
-
-
-def opened(
-    model: Model,
-    stats: CalibrationStats,
-    batch_size: int,
-    compute: Compute,
-    workspace: Workspace,
-    parts: Sequence[str],
-    asked: Values,
-) -> Subject:
-    """Open a model to measure plans on it.
-
-    Args:
-        model: In memory, or a layout.
-        stats: Of the same model.
-        batch_size: Samples in a forward pass.
-        compute: How a checkpoint is run; of a model in memory, in which precision.
-        workspace: Where unfinished work on a checkpoint is kept.
-        parts: The names of the measurements that may be kept there.
-        asked: What decides which plans are measured, as settings that a person gave.
-
-    Raises:
-        RequestError: If the statistics are of another model.
-    """
-    if not isinstance(model, Layout):
-        check_model_of(stats, fingerprint(moe_blocks(model)))  # type: ignore[arg-type]
-        runner = LayerByLayer(model, dtype=compute.precision_of(model))  # type: ignore[arg-type]
-        return Subject(runner, batch_size, compute.together)
-    check_model_of(stats, model.fingerprints())
-    begun = []
-    if workspace.folder is not None and not workspace.restart:
-        begun = [unfinished(own_folder(compute.together, workspace.folder / part)) for part in parts]
-    compute = compute.agreed(model, *begun_with(*begun))
-    with working("loading the model", None, did="loaded the model"):
-        runner = open_runner(model, compute)
-    work = {
-        "model": identity(model),
-        "dtype": compute.dtype,
-        "computing_dtype": compute.computing,
-        "device": runner.device.type,
-        "stream": runner.streams,
-        "versions": versions(),
-    }
-    asked = {"batches": {"batch_size": batch_size}, "plans": asked, "computing_dtype": {"dtype": compute.dtype}}
-    return Subject(runner, batch_size, compute.together, work, asked, workspace)
-
-
-def check_model_of(stats: CalibrationStats, found: Json) -> None:
-    """Raise unless statistics are of the model with these fingerprints.
-
-    Raises:
-        RequestError: If they are of another one.
-    """
-    if not same_routers(stats.model, found):
-        raise RequestError(
-            f"the statistics are of another model: its routers have the fingerprint {stats.model['fingerprint'][:12]},"
-            f" and those of this model {found['fingerprint'][:12]}."
-        )
 
 
 class Divergences:
