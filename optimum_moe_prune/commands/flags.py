@@ -322,10 +322,10 @@ def recipes(args: argparse.Namespace, methods: list[str] | None, default: str, a
     Raises:
         RequestError: If they are.
     """
-    from ..methods import list_methods
+    from ..methods import every_method
 
     given: list[str | None] = [*methods] if methods else [None if args.config else default]
-    names = list(list_methods()) if "all" in given else list(dict.fromkeys(given))
+    names = every_method() if "all" in given else list(dict.fromkeys(given))
     if len(names) > 1 and args.method_options:
         raise RequestError(f"--option is for one method, and several are named; {advice}.")
     found = []

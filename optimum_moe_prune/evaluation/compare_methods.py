@@ -20,7 +20,7 @@ from ..checkpoints.source import Source
 from ..config import MoEPrunerConfig
 from ..config_checks import ALLOCATIONS
 from ..errors import RequestError, nearest_first
-from ..methods import get_method, list_methods
+from ..methods import every_method, get_method
 from ..models.blocks import fingerprint, moe_blocks
 from ..models.checks import check_model
 from ..models.layerwise import LayerByLayer
@@ -196,7 +196,7 @@ def _recipes(methods: Methods) -> list[MoEPrunerConfig]:
         raise RequestError("no method is named.")
     recipes: list[MoEPrunerConfig] = []
     for method in several:
-        names = list_methods() if method == "all" else [method]
+        names = every_method() if method == "all" else [method]
         for name in names:
             recipe = name if isinstance(name, MoEPrunerConfig) else MoEPrunerConfig(method=name)
             recipe = MoEPrunerConfig.from_dict(recipe.to_dict(), num_experts=None, sparsity=None, total_experts=None)

@@ -17,13 +17,14 @@ from . import (
     transition,
     variability,
 )
-from .registry import Method, get_method, list_methods, make_options, register_method
+from .registry import Method, every_method, get_method, list_methods, make_options, register_method
 
 __all__ = [
     "Method",
     "auto",
     "ean",
     "enumeration",
+    "every_method",
     "frequency",
     "get_method",
     "importance",
