@@ -123,8 +123,10 @@ def choose_by_measuring(
 def _asked(recipes: Sequence[MoEPrunerConfig], domain_weights: Weights) -> Json:
     """What decides which plans are measured, as settings that a person gave."""
     values = recipes[0].to_dict()
-    names = ("method", "method_options", "allocation", "num_experts", "sparsity", "total_experts", "protect")
-    names += ("skip_layers", "protect_super_experts", "count_multiple_of", "seed")
+    names = [
+        *("method", "method_options", "allocation", "num_experts", "sparsity", "total_experts", "protect"),
+        *("skip_layers", "protect_super_experts", "count_multiple_of", "seed"),
+    ]
     return {
         **{name: values[name] for name in names},
         "domain_weights": None if domain_weights is None else dict(domain_weights),

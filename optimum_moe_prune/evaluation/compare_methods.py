@@ -161,8 +161,8 @@ def compare_methods(
         )  # fmt: skip
     chosen_before: dict[str, PruningPlan] = {}
     if samples is not None:
-        settings = (stats, samples, sensitivity, domain_weights, compute, workspace.part("choice"))
-        chosen_before = _chosen_by_measuring(meant, possible, left_out, *settings)
+        by = (stats, samples, sensitivity, domain_weights, compute, workspace.part("choice"))
+        chosen_before = _chosen_by_measuring(meant, possible, left_out, *by)
         possible = [item for item in possible if item.name not in left_out]
     chosen = (possible, stats, sensitivity, domain_weights, left_out, meant, source, chosen_before)
     judged, plans, left_out = processes.from_main(lambda: _planned(*chosen))

@@ -98,7 +98,7 @@ def experts_of(model: Model) -> tuple[dict[int, int], RoutingRule]:
     """The experts of each MoE layer of a model in memory or of a layout, and how its routers choose."""
     if isinstance(model, Layout):
         return model.num_experts, model.spec.routing(model.config)
-    blocks = moe_blocks(model)  # type: ignore[arg-type]
+    blocks = moe_blocks(model)
     return {block.layer: block.num_experts for block in blocks}, blocks[0].rule
 
 
@@ -126,8 +126,8 @@ def opened(
         RequestError: If the statistics are of another model.
     """
     if not isinstance(model, Layout):
-        check_model_of(stats, fingerprint(moe_blocks(model)))  # type: ignore[arg-type]
-        runner = LayerByLayer(model, dtype=compute.precision_of(model))  # type: ignore[arg-type]
+        check_model_of(stats, fingerprint(moe_blocks(model)))
+        runner = LayerByLayer(model, dtype=compute.precision_of(model))
         return Subject(runner, batch_size, compute.together)
     check_model_of(stats, model.fingerprints())
     begun = []

@@ -89,7 +89,7 @@ def spread(costs: Mapping[int, Mapping[int, float]], total: int) -> tuple[dict[i
     if not np.isfinite(least[-1]):
         raise _not_met(total, costs)
     left, counts = total, {}
-    for layer in reversed(costs):
+    for layer in reversed([*costs]):
         counts[layer] = int(taken[layer][left])
         left -= counts[layer]
     return dict(sorted(counts.items())), float(least[-1])
@@ -98,8 +98,8 @@ def spread(costs: Mapping[int, Mapping[int, float]], total: int) -> tuple[dict[i
 def _not_met(total: int, costs: Mapping[int, Mapping[int, float]]) -> RequestError:
     """What is wrong with a total that no numbers of the layers add up to, and the nearest ones that some do."""
     sums = 1  # bit n: some numbers of the layers so far add up to n
-    for counts in costs.values():
-        sums = reduce(or_, (sums << count for count in counts))
+    for possible in costs.values():
+        sums = reduce(or_, (sums << count for count in possible))
     totals = [n for n in range(sums.bit_length()) if sums >> n & 1]
     if total < totals[0]:
         return RequestError(
