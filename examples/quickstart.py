@@ -46,6 +46,7 @@ from optimum_moe_prune import (
     measure_sensitivity,
 )
 from optimum_moe_prune import compare as compare_models
+from optimum_moe_prune.evaluation.choosing import choose_experts
 from optimum_moe_prune.evaluation.tables import filled
 from optimum_moe_prune.evaluation.verdict import EXPLAINED
 from optimum_moe_prune.methods import get_method
@@ -189,7 +190,11 @@ def compare(
             for number, (stats, seconds) in enumerate(calibrations):
                 began = time.perf_counter()
                 config = MoEPrunerConfig(method=method, sparsity=sparsity, allocation=allocation, seed=number)
-                plan = build_plan(stats, config, sensitivity=measured[number] if measured else None)
+                if get_method(method).measures:
+                    samples = CalibrationSet.build(texts[number], tokenizer, max_length=CONTEXT)
+                    plan, _ = choose_experts(model, config, stats, samples)
+                else:
+                    plan = build_plan(stats, config, sensitivity=measured[number] if measured else None)
                 row.plan_seconds.append(time.perf_counter() - began)
                 row.calibration_seconds.append(0.0 if method == "random" else seconds)
                 row.experts = row.experts or list(plan.num_experts.values())
@@ -290,7 +295,8 @@ def main() -> None:
         "--output", type=Path, help="keep the pruned checkpoints in this folder (default: a temporary one)"
     )
     parser.add_argument("--draws", type=int, default=1, help="disjoint calibration draws to average over (default 1)")
-    parser.add_argument("--methods", nargs="+", default=list_methods(), help="to compare (default all)")
+    every = [name for name in list_methods() if not get_method(name).measures]
+    parser.add_argument("--methods", nargs="+", default=every, help="to compare (default all that need no measuring)")
     parser.add_argument(
         "--dtype",
         default="auto",

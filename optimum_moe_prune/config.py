@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .config_checks import BUDGETS, MOST, check_numbers, check_words, one_budget, parts_of, steps_of
 from .environment import PACKAGE, is_newer, package_version
 from .errors import RequestError, nearest_first
-from .names import CONFIG_NAME, ESTIMATED, UNIFORM
+from .names import BY_SENSITIVITY, CONFIG_NAME, ESTIMATED, UNIFORM
 from .storage.files import write_text
 from .storage.kinds import RECIPE, reading
 from .storage.paths import check_name
@@ -44,7 +44,8 @@ class MoEPrunerConfig:
     """How to prune: method, budget and calibration. Checked when made.
 
     Attributes:
-        method: Name of a method (``list_methods()``).
+        method: Name of a method (``list_methods()``); by default ``"auto"``, which takes of several methods' sets
+            those that lose least when they are measured on the model.
         num_experts: Experts to retain in each layer (on average, where layers keep different numbers); or
         sparsity: the fraction of experts to remove, as 0.4 or ``"40%"``; or
         total_experts: the experts to retain in the whole model, for a global allocation; or
@@ -56,7 +57,8 @@ class MoEPrunerConfig:
         allocation: How the budget is spread over layers: ``"uniform"``, the same in each; ``"global"``, one number for
             the whole model, so that layers keep different numbers; ``"sensitivity"``, one number for the whole model,
             spread so that measured divergences of the final output add up to the least; ``"estimated"``, the same with
-            estimates from gradients in place of what is measured; None for the method's own way.
+            estimates from gradients in place of what is measured; None for the method's own way (of ``"auto"`` by
+            sensitivity, and uniform where a model's layers have to keep the same number).
         count_multiple_of: Layers that are pruned keep a multiple of it, for servers that spread experts evenly over
             devices; where the router has groups, a multiple of their number as well. A request that lies between two
             such numbers is refused, naming them. Layers that are left whole keep their number.
@@ -77,8 +79,8 @@ class MoEPrunerConfig:
         text_column: The column of records that holds the text, where it is none of the usual ones.
         template_args: Further arguments of the chat template, such as ``{"enable_thinking": False}``.
         skip_bad: Leave out and count records that cannot be used; by default they are refused.
-        sensitivity_samples: With ``allocation="sensitivity"``: samples to measure divergences on at most, in equal
-            shares of the domains.
+        sensitivity_samples: With ``allocation="sensitivity"`` and ``"auto"``: samples to measure divergences on at
+            most, in equal shares of the domains; ``"auto"`` takes as many again that decide nothing, to report on.
         progressive: Calibrate each layer on the hidden states that the pruned layers before it leave.
         recover: What is done after the cut to give back of what it cost: ``"refit"``, down projections of retained
             experts in closed form, ``"distil"``, training against the original's output, or ``"refit,distil"``.
@@ -93,7 +95,7 @@ class MoEPrunerConfig:
         version: The version of this package.
     """
 
-    method: str = _setting("mosaic", "see: list methods", "NAME")
+    method: str = _setting("auto", "see: list methods", "NAME")
     num_experts: int | None = _setting(None, "experts to retain in each layer (global: on average)", "N", least=1)
     sparsity: float | None = _setting(None, "or the fraction of experts to remove, as 0.4 or 40%%", "F")
     total_experts: int | None = _setting(
@@ -183,6 +185,11 @@ class MoEPrunerConfig:
                 "total_experts is for allocations 'global', 'sensitivity' and 'estimated', and the allocation is "
                 "'uniform'; give num_experts or sparsity."
             )
+        if self.progressive and method.measures:
+            raise RequestError(
+                f"progressive does not go with method {self.method!r}, which measures sets of the unpruned model; name "
+                "one of its candidates, as enumeration."
+            )
         if self.progressive and any(str(need) == "fisher" for need in self.needs):
             raise RequestError(
                 "progressive does not go with method 'fisher' or allocation 'estimated': gradients are those of the "
@@ -225,6 +232,13 @@ class MoEPrunerConfig:
         from .statistics.needs import WITHOUT_TEXT
 
         return bool(self.needs - WITHOUT_TEXT)
+
+    @property
+    def measures(self) -> bool:
+        """Whether planning with this recipe measures the model on texts: for its method or its allocation."""
+        from .methods import get_method
+
+        return self.allocates == BY_SENSITIVITY or get_method(self.method).measures
 
     def options(self) -> Any:
         """The options of the method, with its defaults filled in."""

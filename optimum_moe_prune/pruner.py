@@ -18,15 +18,14 @@ from .compat import ModelConfig, commit_of_config
 from .config import MoEPrunerConfig
 from .errors import RequestError, check_type
 from .evaluation.choosing import choose_experts
-from .evaluation.measure_sensitivity import SPARSITIES, measure_sensitivity
+from .evaluation.measure_sensitivity import SPARSITIES, experts_of, measure_sensitivity
 from .evaluation.progressive import statistics_to_plan
-from .models.blocks import moe_blocks, moe_layers
+from .models.blocks import moe_layers
 from .models.checks import usable_model
 from .models.memory import Compute
-from .names import BY_SENSITIVITY, PLAN_NAME
+from .names import PLAN_NAME
 from .plan import PruningPlan, with_parent
 from .planning.build import budget_for, build_plan
-from .planning.fit import fitted, with_fit
 from .planning.sensitivity import Sensitivity
 from .processes import ALONE, shared
 from .processes.folders import held
@@ -43,6 +42,7 @@ from .storage.workspace import Workspace
 from .surgery.checks import check_output, check_plan_for_config
 from .surgery.files import MAX_SHARD_SIZE, shard_bytes
 from .surgery.in_memory import apply_plan
+from .surgery.settled import Settled, asks_model, settled
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -68,8 +68,8 @@ class MoEPruner:
         source: The model this pruner is bound to.
         stats: Statistics of the last calibration.
         pruning_plan: The plan made last, or loaded.
-        sensitivity: What was measured last, or is to be planned with where ``allocation="sensitivity"``. Pruning by
-            new texts measures anew, unless it was set from outside.
+        sensitivity: What was measured last, or is to be planned with where ``allocation="sensitivity"`` or the method
+            measures. Pruning by new texts measures anew, unless it was set from outside.
         output_dir: The checkpoint written last.
     """
 
@@ -310,8 +310,8 @@ class MoEPruner:
             raise RequestError("there are no statistics to plan with; calibrate first, or pass saved ones.")
         check_type(stats, CalibrationStats, "a CalibrationStats (CalibrationStats.load reads a folder)")
         recipe = self._recipe()
-        recipe, fit = fitted(recipe, None if recipe.fit is None else self.layout())
-        plan = with_fit(build_plan(stats, recipe, domain_weights, self.sensitivity), fit)
+        made = settled(recipe, self.layout() if asks_model(recipe, self.source is not None) else None)
+        plan = made.remembered(build_plan(stats, made.recipe, domain_weights, self.sensitivity))
         self.pruning_plan = with_parent(plan, self._parent)
         return self.pruning_plan
 
@@ -343,12 +343,11 @@ class MoEPruner:
         given, model = model, usable_model(model, to_change=True)
         plan = self.pruning_plan
         if calibration is not None or domain_weights is not None or plan is None:
-            blocks = moe_blocks(model)
-            recipe, _ = fitted(self._recipe(), model)
-            budget_for(recipe, {b.layer: b.num_experts for b in blocks}, blocks[0].rule)
+            made = settled(self._recipe(), model)
+            budget_for(made.recipe, *experts_of(model))
         texts = self._to_recover_with(model, calibration, recovery)
         if calibration is not None or domain_weights is not None or plan is None:
-            plan = self._plan(model, calibration, domain_weights, Workspace(), Compute())
+            plan = self._plan(made, model, calibration, domain_weights, Workspace(), Compute())
         recovered = None if texts is None else Recovery.of_model(model, plan, texts, self._recipe())
         pruned, self.model = apply_plan(plan, given), model
         plan = plan.without_recovery if recovered is None else recovered.in_model(model)
@@ -411,10 +410,10 @@ class MoEPruner:
         workspace = Workspace.beside(output_dir, restart)
         with held(way.together, output_dir):
             if plan is None:
-                recipe, _ = fitted(self._recipe(), layout)
-                budget = budget_for(recipe, layout.num_experts, layout.spec.routing(layout.config))
+                made = settled(self._recipe(), layout, standalone, mtp)
+                budget = budget_for(made.recipe, *experts_of(layout))
                 check_output(layout, budget, output_dir, standalone, mtp)
-                plan = self._plan(layout, calibration, domain_weights, workspace, way)
+                plan = self._plan(made, layout, calibration, domain_weights, workspace, way)
 
             recovered = None
             if texts is not None:
@@ -539,6 +538,7 @@ class MoEPruner:
 
     def _plan(
         self,
+        made: Settled,
         model: Model,
         calibration: Calibration | None,
         domain_weights: Mapping[str, float] | None,
@@ -546,12 +546,13 @@ class MoEPruner:
         compute: Compute,
     ) -> PruningPlan:
         """A plan from given statistics, from a calibration, or from the last one."""
-        recipe, fit = fitted(self._recipe(), model)
+        recipe = made.recipe
         texts = None if isinstance(calibration, CalibrationStats) else calibration
         compute = compute if texts is not None else replace(compute, processes=ALONE)  # there is nothing to share
         sensitivity = self.sensitivity if self._sensitivity_is_given or texts is None else None
-        measures = recipe.allocates == BY_SENSITIVITY and sensitivity is None
-        samples = None if texts is None or not (measures or recipe.needs_text) else self._samples_for(model, texts)
+        measures = recipe.measures and sensitivity is None
+        reads = recipe.measures or recipe.needs_text
+        samples = None if texts is None or not reads else self._samples_for(model, texts)
         if samples is not None and domain_weights is not None:
             check_domain_weights(samples.samples, domain_weights)
         if isinstance(calibration, CalibrationStats):
@@ -567,7 +568,7 @@ class MoEPruner:
         if measures:
             self._sensitivity = sensitivity  # other texts are measured anew
         parent = model.checkpoint.source.stored_plan() if isinstance(model, Layout) else self._parent
-        self.pruning_plan = with_parent(with_fit(plan, fit), parent)
+        self.pruning_plan = with_parent(made.remembered(plan), parent)
         return self.pruning_plan
 
     def _with_commit(self, stats: CalibrationStats) -> CalibrationStats:

@@ -154,7 +154,7 @@ def plan_rows(
     with tempfile.TemporaryDirectory() as folder:
         stats = saved_stats(folder, measured, experts, top_k, needs, a)
         taken: dict[str, float] = {}
-        for name in list_methods():
+        for name in sorted(set(list_methods()) - {"auto"}):
             if measured == layers or "global" != get_method(name).allocations[0]:
                 config = MoEPrunerConfig(method=name, sparsity=0.5)
                 taken[name] = seconds(lambda c=config: build_plan(stats, c)) * layers / measured

@@ -105,7 +105,7 @@ def calibrate(
     processes = compute.together
     layout = layout_of(model)
     model = usable_model(model if layout is None else layout)
-    gathered = _possible(needs_of(needs), "all" in _each(needs), rule_of(model if layout is None else layout))
+    gathered = _possible(needs_of(needs), _required(needs), rule_of(model if layout is None else layout))
     config = model.config if layout is None else layout.config  # type: ignore[union-attr]
     if tokenizer is None and layout is not None and needs_tokenizer(samples):
         tokenizer = layout.checkpoint.source.require_tokenizer()
@@ -353,16 +353,30 @@ def rule_of(model: Model) -> RoutingRule:
     return model.spec.routing(model.config) if isinstance(model, Layout) else moe_blocks(model)[0].rule
 
 
-def _possible(needs: frozenset[Need], all_of_them: bool, rule: RoutingRule) -> frozenset[Need]:
+def _required(needs: Needs) -> frozenset[Need]:
+    """What cannot be done without: of all there is nothing, nor of what a method can choose from that measures."""
+    found: set[Need] = set()
+    for need in _each(needs):
+        if isinstance(need, Need):
+            found.add(need)
+        if isinstance(need, Need) or need == "all":
+            continue
+        recipe = need if isinstance(need, MoEPrunerConfig) else MoEPrunerConfig(method=need)
+        if not get_method(recipe.method).measures or recipe.method_options:  # candidates that were named
+            found |= recipe.needs
+    return frozenset(found)
+
+
+def _possible(needs: frozenset[Need], required: frozenset[Need], rule: RoutingRule) -> frozenset[Need]:
     """What can be gathered of routers by a rule; all, unless they are known by what they did alone.
 
     Raises:
-        RequestError: If something else was asked for by name.
+        RequestError: If something else is required.
     """
     missing = frozenset() if rule.formula else needs - WITHOUT_RULE
-    if missing and not all_of_them:
+    if refused := missing & required:
         assert isinstance(rule, OwnCode)
-        raise rule.refusal(f"gathering {', '.join(sorted(map(str, missing)))}")
+        raise rule.refusal(f"gathering {', '.join(sorted(map(str, refused)))}")
     if missing:
         logger.warning(
             "not gathered, since it needs the rule of the routers: %s.", ", ".join(sorted(map(str, missing)))

@@ -30,7 +30,7 @@ class CompareCommand(Command):
         flags.add_model(parser)
         flags.add_compute(parser, "the calculation")
         flags.add_calibration(parser)
-        flags.add_recipe(parser, several=True, budget=False)
+        flags.add_recipe(parser, several="all", budget=False)
         group = parser.add_argument_group("what to compare")
         group.add_argument("--stats", metavar="STATS_DIR", help="saved by score, in place of a calibration")
         group.add_argument(
@@ -99,7 +99,7 @@ class CompareCommand(Command):
             if weights is not None and chosen_on is not None:
                 check_domain_weights(chosen_on.samples, weights)
         plans = len(recipes) * len(sparsities) * max(1, len(allocations))
-        measures = args.sensitivity is None and BY_SENSITIVITY in allocations
+        measures = [r for r in recipes if args.sensitivity is None and (r.measures or BY_SENSITIVITY in allocations)]
         work = partial(
             plan_work,
             layout,

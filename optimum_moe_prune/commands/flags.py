@@ -93,12 +93,12 @@ def add_settings(group: Any, names: Iterable[str]) -> None:
             group.add_argument(flag, type=str if name in _OR_A_WORD else _TYPES.get(kind, str), **options)
 
 
-def add_recipe(parser: argparse.ArgumentParser, several: bool = False, budget: bool = True) -> Any:
+def add_recipe(parser: argparse.ArgumentParser, several: str = "", budget: bool = True) -> Any:
     """Method, budget and what must be retained.
 
     Args:
         parser: The command's.
-        several: Whether several methods may be named.
+        several: Where several methods may be named, the default.
         budget: Whether a plan is made.
 
     Returns:
@@ -107,7 +107,7 @@ def add_recipe(parser: argparse.ArgumentParser, several: bool = False, budget: b
     group = parser.add_argument_group("method and budget" if budget else "method")
     if several:
         group.add_argument(
-            "--method", action="append", metavar="NAME", help="may be repeated; or all (default mosaic)"
+            "--method", action="append", metavar="NAME", help=f"may be repeated; or all (default {several})"
         )
         add_settings(group, METHOD[1:])
     else:
@@ -298,7 +298,7 @@ def check_sensitivity(args: argparse.Namespace, config: MoEPrunerConfig, is_show
     Raises:
         RequestError: With what it is for.
     """
-    if args.sensitivity is not None and config.allocates != BY_SENSITIVITY and not is_shown:
+    if args.sensitivity is not None and not config.measures and not is_shown:
         raise RequestError(
             f"--sensitivity is for --allocation {BY_SENSITIVITY}, and the allocation is {config.allocates!r}."
         )
@@ -322,10 +322,10 @@ def recipes(args: argparse.Namespace, methods: list[str] | None, default: str, a
     Raises:
         RequestError: If they are.
     """
-    from ..methods import list_methods
+    from ..methods import every_method
 
     given: list[str | None] = [*methods] if methods else [None if args.config else default]
-    names = list(list_methods()) if "all" in given else list(dict.fromkeys(given))
+    names = every_method() if "all" in given else list(dict.fromkeys(given))
     if len(names) > 1 and args.method_options:
         raise RequestError(f"--option is for one method, and several are named; {advice}.")
     found = []

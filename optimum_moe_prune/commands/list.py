@@ -56,12 +56,22 @@ def _models(markdown: bool) -> Result:
     return "\n".join(shown), values
 
 
+_FIRST = "auto"
+_WHY = (
+    "it measures the sets of several methods on the model and keeps those that lose least; which method is best alone "
+    "differs from model to model. It needs calibration texts, and runs the model on some of them many times. Where "
+    "that is too much, --method mosaic chooses from one calibration. --allocation uniform keeps as many experts in "
+    "every layer, which plain transformers loads."
+)
+
+
 def _methods() -> Result:
     from ..methods import get_method, list_methods
 
     methods = {name: get_method(name) for name in list_methods()}
+    methods = {_FIRST: methods.pop(_FIRST), **methods}
     width = max(map(len, methods))
-    lines, values = [], {}
+    lines, values = [f"Begin with {_FIRST}, the default: {_WHY}", ""], {}
     for name, method in methods.items():
         options = {setting.name: setting.default for setting in dataclasses.fields(method.options)}
         values[name] = {
@@ -74,7 +84,7 @@ def _methods() -> Result:
         lines.append(f"{'':<{width}}    allocation: {', '.join(method.takes)}")
         if options:
             lines.append(f"{'':<{width}}    options: " + ", ".join(f"{key}={value}" for key, value in options.items()))
-    return "\n".join(lines), {"methods": values}
+    return "\n".join(lines), {"methods": values, "begin_with": _FIRST, "why": _WHY}
 
 
 def _presets() -> Result:

@@ -22,7 +22,8 @@ class PlanCommand(Command):
     COMMAND = CommandInfo("plan", "choose experts from saved statistics")
     examples = (
         "--stats ./stats --method reap --sparsity 40%% plan.json",
-        "--stats ./stats --num-experts 4 --protect 0:1,5 --skip-layers 0,1 plan.json",
+        "--stats ./stats --method mosaic --num-experts 4 --protect 0:1,5 --skip-layers 0,1 plan.json",
+        "--stats ./stats --sensitivity sensitivity.json --sparsity 50%% plan.json",
     )
     shows_bars = True
 
@@ -36,7 +37,9 @@ class PlanCommand(Command):
         )
         group = flags.add_recipe(parser)
         group.add_argument(
-            "--sensitivity", metavar="FILE", help="with --allocation sensitivity: what the command sensitivity wrote"
+            "--sensitivity",
+            metavar="FILE",
+            help="with --method auto or --allocation sensitivity: what the command sensitivity wrote",
         )
         flags.add_settings(group, ["seed", "mtp"])
         flags.add_common(parser, "PLAN.json", "file of the plan")
@@ -44,12 +47,15 @@ class PlanCommand(Command):
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         from ..plan import PruningPlan
+        from ..planning.measured import check_measured
         from ..storage.files import check_file
 
         target = check_file(args.output, ".json", args.overwrite, PruningPlan.load)
         config = flags.recipe(args)
         config.require_budget()
         flags.check_sensitivity(args, config)
+        if args.sensitivity is None:
+            check_measured(config, None)
         if args.model is not None and config.fit is None:
             raise RequestError("--model is for --fit SIZE, and none is given; a plan is made from statistics alone.")
         weights = flags.domain_weights(args)

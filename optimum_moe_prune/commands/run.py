@@ -21,6 +21,7 @@ class RunCommand(Command):
     examples = (
         "--model ./mixtral --calibration texts.jsonl --num-experts 4 ./mixtral-4",
         "--model mistralai/Mixtral-8x7B-v0.1 --calibration math.jsonl --calibration code.jsonl --sparsity 25%% out",
+        "--model ./mixtral --calibration texts.jsonl --method mosaic --num-experts 4 ./mixtral-4-mosaic",
         "--model ./mixtral --method random --sparsity 0.5 ./mixtral-random",
     )
 
@@ -30,7 +31,9 @@ class RunCommand(Command):
         flags.add_calibration(parser)
         group = flags.add_recipe(parser)
         group.add_argument(
-            "--sensitivity", metavar="FILE", help="with --allocation sensitivity: what the command sensitivity wrote"
+            "--sensitivity",
+            metavar="FILE",
+            help="with --method auto or --allocation sensitivity: what the command sensitivity wrote",
         )
         flags.add_settings(group, ["progressive", "seed", "mtp"])
         flags.add_settings(parser.add_argument_group("recovery"), flags.RECOVERY)
@@ -42,18 +45,19 @@ class RunCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
-        from ..names import BY_SENSITIVITY, PLAN_NAME
+        from ..names import PLAN_NAME
         from ..storage.folders import check_target
 
         check_target(args.output, args.overwrite, [args.model], PLAN_NAME)
         config = flags.recipe(args)
         config.require_budget()
         weights = flags.domain_weights(args)
-        if config.needs_text or config.recover or (config.allocates == BY_SENSITIVITY and args.sensitivity is None):
+        if config.needs_text or config.recover or (config.measures and args.sensitivity is None):
             require_calibration(args)
         flags.check_sensitivity(args, config, args.report)
         publishing.check_publishing(args)
 
+        from ..planning.measured import check_measured
         from ..planning.sensitivity import Sensitivity
         from ..planning.work import plan_work
         from ..pruner import MoEPruner
@@ -64,23 +68,22 @@ class RunCommand(Command):
         source = flags.source_of(args)
         pruner = MoEPruner.from_pretrained(source.name_or_path, config, **source.for_transformers)
         layout = pruner.layout()
-        check_run(args, config, layout)
+        recipe = check_run(args, config, layout)
         publishing.check_memory(args, layout)
         texts = publishing.texts_to_judge(args)
         if args.sensitivity is not None:
             pruner.sensitivity = Sensitivity.load(args.sensitivity)
-            if config.allocates == BY_SENSITIVITY:
-                pruner.sensitivity.for_recipe(config, layout.facts(), weights)
-        measures = config.allocates == BY_SENSITIVITY and pruner.sensitivity is None
+            check_measured(config, pruner.sensitivity, layout.facts(), weights)
+        measures = [recipe] if recipe.measures and pruner.sensitivity is None else []
         with screen.notes_kept(args.json) as printed:
             with held_back():
-                samples = calibration_samples(args, pruner) if measures or config.needs_text else None
+                samples = calibration_samples(args, pruner) if config.measures or config.needs_text else None
                 recovery = recovery_samples(args, pruner)
                 if weights is not None and samples is not None:
                     check_domain_weights(samples.samples, weights)
             publishing.say_overlap(texts, samples)
             settings = {"output": args.output, "compute": compute, "measures": measures, "recovery": recovery}
-            work = partial(plan_work, layout, config, samples, **settings)
+            work = partial(plan_work, layout, recipe, samples, **settings)
             if (result := shown(args, work)) is not None:
                 return result
             pruner.prune_checkpoint(

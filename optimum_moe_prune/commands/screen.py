@@ -74,13 +74,16 @@ def plan_in_words(plan: PruningPlan, where: str) -> list[str]:
         plan: The plan.
         where: The file that names all experts.
     """
+    from ..planning.choice import in_words
+
     lines = plan.summary().splitlines()[: 1 + len(plan.retained)]  # what was found on the way is for those who ask
+    measured = in_words(plan)
     if len(plan.retained) <= _MOST_LAYERS:
-        return lines
+        return [*lines, *measured]
     kept, before = (sorted(set(counts.values())) for counts in (plan.num_experts, plan.original_num_experts))
     spread = f"{kept[0]}" if len(kept) == 1 else f"{kept[0]} to {kept[-1]}"
     total = f"{before[0]}" if len(before) == 1 else f"{before[0]} to {before[-1]}"
-    return [lines[0], f"  each layer keeps {spread} of {total}; which ones stands in {where}"]
+    return [lines[0], f"  each layer keeps {spread} of {total}; which ones stands in {where}", *measured]
 
 
 def notes_of(plan: PruningPlan) -> list[str]:
@@ -118,6 +121,7 @@ def values_of(plan: PruningPlan, output: str) -> Json:
         "original_num_experts": plan.original_num_experts,
         "notes": notes_of(plan),
         "findings": plan.provenance.get("findings") or {},
+        **({"choice": choice} if (choice := plan.provenance.get("choice")) else {}),
     }
 
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ..checkpoints.layout import Layout
 
 
+DEFAULT = "auto"
+"""The method of a recipe that names none: what is measured for it is enough for each of its candidates as well."""
+
+
 class SensitivityCommand(Command):
     COMMAND = CommandInfo("sensitivity", "how far a model can be pruned, and where: measured divergences")
     shares = True
@@ -33,7 +37,7 @@ class SensitivityCommand(Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         flags.add_model(parser)
         flags.add_calibration(parser)
-        flags.add_recipe(parser, several=True, budget=False)
+        flags.add_recipe(parser, several=DEFAULT, budget=False)
         group = parser.add_argument_group("what to measure")
         group.add_argument(
             "--stats",
@@ -58,7 +62,7 @@ class SensitivityCommand(Command):
         from ..storage.files import check_file
 
         require_calibration(args)
-        configs = flags.recipes(args, args.method, "mosaic", "give a recipe for each run instead")
+        configs = flags.recipes(args, args.method, DEFAULT, "give a recipe for each run instead")
         counts = flags.numbers(args.counts, "--counts", int)
         sparsities = flags.numbers(args.sparsities, "--sparsities", fraction)
         if sparsities is not None and not all(0 < s < 1 for s in sparsities):
@@ -94,7 +98,7 @@ class SensitivityCommand(Command):
                 check_domain_weights((samples if stats is None else stats).samples, weights)
         needs = frozenset() if args.stats else frozenset(need for config in configs for need in config.needs)
         work = partial(
-            plan_work, layout, configs[0], samples, needs=needs, output=args.output, compute=compute, measures=True
+            plan_work, layout, configs[0], samples, needs=needs, output=args.output, compute=compute, measures=configs
         )
         if (result := shown(args, work)) is not None:
             return result

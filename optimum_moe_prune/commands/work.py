@@ -47,19 +47,23 @@ def shown(args: argparse.Namespace, plan: Callable[[], WorkPlan]) -> Result | No
     return None
 
 
-def check_run(args: argparse.Namespace, config: MoEPrunerConfig, layout: Layout) -> None:
+def check_run(args: argparse.Namespace, config: MoEPrunerConfig, layout: Layout) -> MoEPrunerConfig:
     """Refuse a run that can be known to fail, before any text is read.
+
+    Returns:
+        The recipe, with what follows from the model.
 
     Raises:
         RequestError: If budget, output or heads are wrong.
     """
     from ..planning.build import budget_for
-    from ..planning.fit import fitted
     from ..surgery.checks import check_output
+    from ..surgery.settled import settled
 
-    recipe, _ = fitted(config, layout)
+    recipe = settled(config, layout, args.standalone).recipe
     budget = budget_for(recipe, layout.num_experts, layout.spec.routing(layout.config))
     check_output(layout, budget, args.output, args.standalone, recipe.mtp)
+    return recipe
 
 
 def check_apply(args: argparse.Namespace, plan: PruningPlan, layout: Layout) -> None:

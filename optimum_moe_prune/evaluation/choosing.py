@@ -9,14 +9,16 @@ from ..calibration.calibrate import Model
 from ..calibration.samples import CalibrationSet
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
+from ..methods import get_method
 from ..models.memory import Compute
 from ..names import BY_SENSITIVITY
 from ..plan import PruningPlan
-from ..planning.build import build_plan
+from ..planning.build import build_plan, say_notes
 from ..planning.sensitivity import Sensitivity
 from ..processes import shared
 from ..statistics.stats import CalibrationStats
 from ..storage.workspace import Workspace
+from .best import choose_by_measuring
 from .measure_sensitivity import measure_sensitivity
 
 
@@ -38,7 +40,8 @@ def choose_experts(
         model: As for :func:`~optimum_moe_prune.calibration.calibrate.calibrate`.
         recipe: Method, budget and calibration.
         stats: Statistics of the model.
-        samples: To measure on, for ``allocation="sensitivity"``, unless there is a sensitivity.
+        samples: To measure on, for ``allocation="sensitivity"``, unless there is a sensitivity; and for methods that
+            measure.
         sensitivity: What was measured before.
         domain_weights: A share for each domain of the calibration; by default every token counts once.
         compute: How a checkpoint is run.
@@ -51,16 +54,31 @@ def choose_experts(
         RequestError: If the recipe needs texts and there are none, or the budget cannot be kept to.
         RunError: If the model holds NaN or infinite values, or something cannot be written.
     """
-    sensitivity = sensitivity_for(
-        model,
-        recipe,
-        stats,
-        samples,
-        sensitivity,
-        domain_weights=domain_weights,
-        compute=compute,
-        workspace=workspace,
-    )
+    if get_method(recipe.method).measures:
+        if samples is not None:
+            plans, sensitivity = choose_by_measuring(
+                model,
+                [recipe],
+                stats,
+                samples,
+                sensitivity,
+                domain_weights=domain_weights,
+                compute=compute,
+                workspace=workspace,
+            )
+            say_notes(plans[0])
+            return plans[0], sensitivity
+    else:
+        sensitivity = sensitivity_for(
+            model,
+            recipe,
+            stats,
+            samples,
+            sensitivity,
+            domain_weights=domain_weights,
+            compute=compute,
+            workspace=workspace,
+        )
     plan = compute.together.from_main(lambda: build_plan(stats, recipe, domain_weights, sensitivity))
     return plan, sensitivity
 

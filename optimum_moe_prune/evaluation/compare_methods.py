@@ -20,7 +20,7 @@ from ..checkpoints.source import Source
 from ..config import MoEPrunerConfig
 from ..config_checks import ALLOCATIONS
 from ..errors import RequestError, nearest_first
-from ..methods import list_methods
+from ..methods import every_method, get_method
 from ..models.blocks import fingerprint, moe_blocks
 from ..models.checks import check_model
 from ..models.layerwise import LayerByLayer
@@ -41,6 +41,8 @@ from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
 from ..storage.values import Json, fraction
 from ..storage.workspace import Workspace
+from ..surgery.settled import settled
+from .best import choose_by_measuring
 from .comparison import Comparison, ModelResult, reference_of
 from .divergence import AGREEMENT, KL, LOSS, Retained, outcomes
 from .losses import evaluation_of
@@ -143,17 +145,18 @@ def compare_methods(
     own = tokenizer if tokenizer is not None or not source.name_or_path else source.tokenizer
     heldout = CalibrationSet.build(data, own, max_length=sample_length(max_length, config))
     check_same_samples(processes, heldout)
+    meant = model if layout is None else layout
+    recipes = [settled(recipe, meant).recipe for recipe in recipes]  # type: ignore[arg-type]
     asked = list(dict.fromkeys(_asked(recipes, fractions, allocations)))
     possible, left_out = _possible(asked, num_experts, rule)
     samples = None
-    if calibration is not None and (stats is None or any(item.allocation == BY_SENSITIVITY for item in possible)):
+    if calibration is not None and (stats is None or any(item.recipe.measures for item in possible)):
         samples = CalibrationSet.for_recipe(calibration, recipes[0], own, config)
         if domain_weights is not None and stats is None:
             check_domain_weights(samples.samples, domain_weights)
     texts = remembered(stats.provenance) if stats is not None else [] if samples is None else [samples.passages]
     if sentence := overlap_with(texts, heldout).sentence():
         logger.warning("%s", sentence)  # before any work
-    meant = model if layout is None else layout
     if stats is None:
         by_text = [i.recipe for i in possible if i.recipe.needs_text or i.allocation == BY_SENSITIVITY]
         needed = by_text or [possible[0].recipe]
@@ -166,7 +169,12 @@ def compare_methods(
             meant, samples, unique, stats, domain_weights=domain_weights, sparsities=(), batch_size=batch_size,
             compute=compute, workspace=workspace.part("sensitivity"),
         )  # fmt: skip
-    chosen = (possible, stats, sensitivity, domain_weights, left_out, meant, source)
+    chosen_before: dict[str, PruningPlan] = {}
+    if samples is not None:
+        by = (stats, samples, sensitivity, domain_weights, compute, workspace.part("choice"))
+        chosen_before = _chosen_by_measuring(meant, possible, left_out, *by)
+        possible = [item for item in possible if item.name not in left_out]
+    chosen = (possible, stats, sensitivity, domain_weights, left_out, meant, source, chosen_before)
     judged, plans, left_out = processes.from_main(lambda: _planned(*chosen))
     results, computing = _judged(model, layout, plans, heldout, batch_size, seed, compute, workspace.part("judged"))
     settings = _settings(heldout, stats, layout, model, compute, max_length) | {"computing_dtype": computing}
@@ -198,7 +206,7 @@ def _recipes(methods: Methods) -> list[MoEPrunerConfig]:
         raise RequestError("no method is named.")
     recipes: list[MoEPrunerConfig] = []
     for method in several:
-        names = list_methods() if method == "all" else [method]
+        names = every_method() if method == "all" else [method]
         for name in names:
             recipe = name if isinstance(name, MoEPrunerConfig) else MoEPrunerConfig(method=name)
             recipe = MoEPrunerConfig.from_dict(recipe.to_dict(), num_experts=None, sparsity=None, total_experts=None)
@@ -245,6 +253,7 @@ def _planned(
     left_out: Mapping[str, str],
     model: Model,
     source: Source,
+    chosen: Mapping[str, PruningPlan],
 ) -> tuple[dict[str, Judged], dict[str, PruningPlan], dict[str, str]]:
     """The plans, by name; and what is left out, with what turns out to be impossible."""
     judged, plans, left_out = {}, {}, dict(left_out)
@@ -257,15 +266,53 @@ def _planned(
             empty = empty or no_calibration(model, item.recipe.seed, needs)
             statistics = stats if item.allocation == BY_SENSITIVITY else empty
         weights = domain_weights if statistics.samples else None
-        measured = sensitivity if item.allocation == BY_SENSITIVITY else None
+        measured = sensitivity if item.recipe.measures else None
         try:
-            plans[item.name] = with_parent(quiet_plan(statistics, item.recipe, weights, measured), parent)
+            made = chosen.get(item.name) or quiet_plan(statistics, item.recipe, weights, measured)
+            plans[item.name] = with_parent(made, parent)
             judged[item.name] = item
         except RequestError as error:
             left_out[item.name] = str(error)
     if not plans:
         raise _nothing(left_out)
     return judged, plans, left_out
+
+
+def _chosen_by_measuring(
+    model: Model,
+    items: Sequence[Judged],
+    left_out: dict[str, str],
+    stats: CalibrationStats,
+    samples: CalibrationSet,
+    sensitivity: Sensitivity | None,
+    domain_weights: Mapping[str, float] | None,
+    compute: Compute,
+    workspace: Workspace,
+) -> dict[str, PruningPlan]:
+    """The plans of methods that measure, by name; why there is none is left in ``left_out``."""
+    plans: dict[str, PruningPlan] = {}
+    alike: dict[str, list[Judged]] = {}
+    for item in items:
+        if get_method(item.recipe.method).measures:
+            alike.setdefault(item.method, []).append(item)
+    for number, several in enumerate(alike.values()):
+        recipes = [item.recipe for item in several]
+        candidates = get_method(recipes[0].method).candidates
+        assert candidates is not None
+        known = sensitivity is not None and (
+            "candidates" not in recipes[0].method_options
+            or set(candidates(recipes[0].options())) <= set(sensitivity.methods)
+        )
+        try:
+            found, _ = choose_by_measuring(
+                model, recipes, stats, samples, sensitivity if known else None, domain_weights=domain_weights,
+                compute=compute, workspace=workspace.part(str(number)),
+            )  # fmt: skip
+        except RequestError as error:
+            left_out |= {item.name: str(error) for item in several}
+        else:
+            plans |= {item.name: plan for item, plan in zip(several, found, strict=True)}
+    return plans
 
 
 def _nothing(left_out: Mapping[str, str]) -> RequestError:

@@ -3,53 +3,37 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
-import torch
-from torch import Tensor
 
 from ..architectures.fingerprint import same_routers
+from ..architectures.routers import RoutingRule
 from ..calibration.calibrate import Model, layout_of, statistics_for
 from ..calibration.samples import CalibrationSet
 from ..calibration.shares import check_same_samples
-from ..checkpoints.layout import identity
+from ..checkpoints.layout import Layout, identity
 from ..config import MoEPrunerConfig
-from ..errors import RequestError, RunError
+from ..errors import RequestError
+from ..methods import get_method
+from ..methods.limits import MOST_COUNTS, most_counts
 from ..models.blocks import fingerprint, moe_blocks
 from ..models.checks import usable_model
 from ..models.layerwise import LayerByLayer
 from ..models.memory import Compute, begun_with, open_runner
-from ..names import dtype_text
-from ..planning.sensitivity import (
-    ALL,
-    Divergence,
-    LayerSensitivity,
-    MethodSensitivity,
-    ModelSensitivity,
-    Retained,
-    Sensitivity,
-    decisive,
-)
-from ..processes import Processes, shared
+from ..planning.measured import best_of, candidates_of
+from ..planning.sensitivity import MethodSensitivity, ModelSensitivity, Sensitivity, decisive
+from ..processes import shared
 from ..processes.folders import own_folder
 from ..progress import working
-from ..provenance import now, versions
-from ..statistics import passages
+from ..provenance import versions
 from ..statistics.progressive import check_unpruned
 from ..statistics.samples import check_domain_weights
 from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
 from ..storage.values import Json, Values
 from ..storage.workspace import Workspace
-from .divergence import divergences as measure_divergences
+from .halves import halves
+from .measuring import Divergences, Subject, measured_layers, sensitivity_of
 from .sensitivity_sets import SPARSITIES, check_grid, layer_sets, whole_plans
-
-logger = logging.getLogger(__name__)
-
-Key = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @shared
@@ -72,7 +56,8 @@ def measure_sensitivity(
         model: The unpruned model, or the folder, Hub id or ``Source`` of one.
         samples: Of which the first recipe's ``sensitivity_samples`` are measured on. Without ``stats`` the model is
             calibrated on all of them first.
-        recipes: A recipe for each method; their budgets and allocations are not used.
+        recipes: A recipe for each method; their budgets and allocations are not used. For one that measures itself
+            (``auto``) the methods it chooses from are measured.
         stats: Of the same model, from which the methods choose experts.
         domain_weights: A share for each domain in choosing experts.
         counts: Numbers of experts to measure in each layer; by default all from ``top_k`` up, or twelve of them.
@@ -90,12 +75,8 @@ def measure_sensitivity(
     """
     processes = compute.together
     layout = layout_of(model)
-    if layout is None:
-        model = usable_model(model)
-        blocks = moe_blocks(model)
-        num_experts, rule = {block.layer: block.num_experts for block in blocks}, blocks[0].rule
-    else:
-        num_experts, rule = layout.num_experts, layout.spec.routing(layout.config)
+    meant = usable_model(model if layout is None else layout)
+    num_experts, rule = experts_of(meant)
     if domain_weights is not None:
         check_domain_weights(samples.samples if stats is None else stats.samples, domain_weights)
     names = [recipe.method for recipe in recipes]
@@ -104,36 +85,82 @@ def measure_sensitivity(
     for recipe in recipes:
         check_grid(recipe, num_experts, rule, counts)
     if stats is None:
-        meant = model if layout is None else layout
         stats = statistics_for(recipes, meant, samples, compute, workspace.part("calibration"))
     check_unpruned(stats.provenance, "a sensitivity")
     check_same_samples(processes, samples)
-    samples = samples.take(recipes[0].sensitivity_samples)
-    settings = (stats, recipes, domain_weights, counts, sparsities)
-    if layout is None:
-        check_model_of(stats, fingerprint(blocks))
+    several = [recipe for recipe in recipes if get_method(recipe.method).measures]
+    number = recipes[0].sensitivity_samples
+    measured_on = halves(samples, number).choosing if several else samples.take(number)
+    asked = _asked(recipes, domain_weights, counts, sparsities)
+    subject = opened(meant, stats, batch_size, compute, workspace, ("layers", "models"), asked)
+    return _measured(Divergences(subject, measured_on), stats, recipes, domain_weights, counts, sparsities)
+
+
+def experts_of(model: Model) -> tuple[dict[int, int], RoutingRule]:
+    """The experts of each MoE layer of a model in memory or of a layout, and how its routers choose."""
+    if isinstance(model, Layout):
+        return model.num_experts, model.spec.routing(model.config)
+    blocks = moe_blocks(model)
+    return {block.layer: block.num_experts for block in blocks}, blocks[0].rule
+
+
+def opened(
+    model: Model,
+    stats: CalibrationStats,
+    batch_size: int,
+    compute: Compute,
+    workspace: Workspace,
+    parts: Sequence[str],
+    asked: Values,
+) -> Subject:
+    """Open a model to measure plans on it.
+
+    Args:
+        model: In memory, or a layout.
+        stats: Of the same model.
+        batch_size: Samples in a forward pass.
+        compute: How a checkpoint is run; of a model in memory, in which precision.
+        workspace: Where unfinished work on a checkpoint is kept.
+        parts: The names of the measurements that may be kept there.
+        asked: What decides which plans are measured, as settings that a person gave.
+
+    Raises:
+        RequestError: If the statistics are of another model.
+    """
+    if not isinstance(model, Layout):
+        check_model_of(stats, fingerprint(moe_blocks(model)))
         runner = LayerByLayer(model, dtype=compute.precision_of(model))
-        return _measured(_Divergences(runner, samples, batch_size, processes), *settings)
-    check_model_of(stats, layout.fingerprints())
+        return Subject(runner, batch_size, compute.together)
+    check_model_of(stats, model.fingerprints())
     begun = []
     if workspace.folder is not None and not workspace.restart:
-        begun = [unfinished(own_folder(processes, workspace.folder / part)) for part in ("layers", "models")]
-    compute = compute.agreed(layout, *begun_with(*begun))
+        begun = [unfinished(own_folder(compute.together, workspace.folder / part)) for part in parts]
+    compute = compute.agreed(model, *begun_with(*begun))
     with working("loading the model", None, did="loaded the model"):
-        runner = open_runner(layout, compute)
+        runner = open_runner(model, compute)
     work = {
-        "model": identity(layout),
-        "calibration": samples.fingerprint,
+        "model": identity(model),
         "dtype": compute.dtype,
         "computing_dtype": compute.computing,
         "device": runner.device.type,
         "stream": runner.streams,
         "versions": versions(),
     }
-    asked: Json = {"batches": {"batch_size": batch_size}, "plans": _asked(recipes, domain_weights, counts, sparsities)}
-    asked |= dict.fromkeys(("calibration", "samples"), samples.settings)
-    asked["computing_dtype"] = {"dtype": compute.dtype}
-    return _measured(_Divergences(runner, samples, batch_size, processes, work, asked, workspace), *settings)
+    asked = {"batches": {"batch_size": batch_size}, "plans": asked, "computing_dtype": {"dtype": compute.dtype}}
+    return Subject(runner, batch_size, compute.together, work, asked, workspace)
+
+
+def check_model_of(stats: CalibrationStats, found: Json) -> None:
+    """Raise unless statistics are of the model with these fingerprints.
+
+    Raises:
+        RequestError: If they are of another one.
+    """
+    if not same_routers(stats.model, found):
+        raise RequestError(
+            f"the statistics are of another model: its routers have the fingerprint {stats.model['fingerprint'][:12]},"
+            f" and those of this model {found['fingerprint'][:12]}."
+        )
 
 
 def _asked(
@@ -155,7 +182,7 @@ def _asked(
 
 
 def _measured(
-    divergences: _Divergences,
+    divergences: Divergences,
     stats: CalibrationStats,
     recipes: Sequence[MoEPrunerConfig],
     domain_weights: Mapping[str, float] | None,
@@ -165,124 +192,26 @@ def _measured(
     """Layers alone and whole models, then the whole models that follow from what the layers lose."""
     stats = stats.without_heads  # which take no part in the model's own output
     by_tokens = stats.with_domain_weights(domain_weights)
-    chosen = divergences.processes.from_main
-    sets = chosen(lambda: {r.method: layer_sets(by_tokens, r, counts) for r in recipes})
-    plans = chosen(lambda: {r.method: whole_plans(stats, r, sparsities, domain_weights) for r in recipes})
-    alone = [{layer: s} for method in sets.values() for layer, by_count in method.items() for s in by_count.values()]
-    divergences.add("layers", [*alone, *(retained for method in plans.values() for _, _, retained in method)])
-    methods = {}
-    for recipe in recipes:
-        layers = {
-            layer: LayerSensitivity(
-                stats.num_experts[layer],
-                by_count,
-                {count: divergences.kl({layer: experts}) for count, experts in by_count.items()},
-            )
-            for layer, by_count in sets[recipe.method].items()
-        }
-        methods[recipe.method] = MethodSensitivity(decisive(recipe), layers)
-    provenance = {
-        "made": now(),
-        "versions": versions(),
-        "calibration": stats.fingerprint,
-        "samples": divergences.samples.fingerprint,
-        "sources": list(divergences.samples.sources),
-        passages.KEY: divergences.samples.passages.to_dict(),
-        "dtype": dtype_text(divergences.runner.dtype),
-        "checkpoint_dtype": dtype_text(divergences.runner.checkpoint_dtype),
-        "streamed": divergences.runner.streams,
-    }
-    weights = None if domain_weights is None else dict(domain_weights)
-    sensitivity = Sensitivity(stats.model, divergences.tokens_by_domain, methods, weights, provenance)
-    more = chosen(lambda: [whole_plans(stats, r, sparsities, domain_weights, sensitivity) for r in recipes])
-    for recipe, found in zip(recipes, more, strict=True):
-        plans[recipe.method] += found
+    chosen = divergences.subject.processes.from_main
+    measuring = [recipe for recipe in recipes if get_method(recipe.method).measures]
+    alone = {recipe.method: recipe for recipe in recipes if recipe not in measuring}
+    for recipe in measuring:  # what it chooses from is measured as well
+        alone = {candidate.method: candidate for candidate in candidates_of(recipe, by_tokens).recipes} | alone
+    plain = list(alone.values())
+    most = most_counts(len(stats.num_experts), len(plain)) if measuring else MOST_COUNTS
+    sets = chosen(lambda: {r.method: layer_sets(by_tokens, r, counts, most) for r in plain})
+    plans = chosen(lambda: {r.method: whole_plans(stats, r, sparsities, domain_weights) for r in plain})
+    each = [{layer: s} for method in sets.values() for layer, by_count in method.items() for s in by_count.values()]
+    divergences.add("layers", [*each, *(retained for method in plans.values() for _, _, retained in method)])
+    methods = measured_layers(divergences, stats, sets, plain)
+    sensitivity = sensitivity_of(divergences, stats, methods, domain_weights)
+    every = [*plain, *measuring]
+    more = chosen(lambda: [whole_plans(stats, r, sparsities, domain_weights, sensitivity) for r in every])
+    for recipe, found in zip(every, more, strict=True):
+        plans[recipe.method] = plans.get(recipe.method, []) + found
     divergences.add("models", [retained for method in plans.values() for _, _, retained in method])
-    for name, method in methods.items():
-        models = tuple(ModelSensitivity(*plan, divergences.kl(plan[2])) for plan in plans[name])
-        methods[name] = replace(method, model=models)
+    for recipe in every:
+        models = tuple(ModelSensitivity(*plan, divergences.kl(plan[2])) for plan in plans[recipe.method])
+        layers = methods[recipe.method].layers if recipe in plain else best_of(recipe, sensitivity)
+        methods[recipe.method] = MethodSensitivity(decisive(recipe), layers, models)
     return sensitivity
-
-
-def check_model_of(stats: CalibrationStats, found: Json) -> None:
-    """Raise unless statistics are of the model with these fingerprints.
-
-    Raises:
-        RequestError: If they are of another one.
-    """
-    if not same_routers(stats.model, found):
-        raise RequestError(
-            f"the statistics are of another model: its routers have the fingerprint {stats.model['fingerprint'][:12]},"
-            f" and those of this model {found['fingerprint'][:12]}."
-        )
-
-
-class _Divergences:
-    """Divergences of plans, each plan measured once."""
-
-    def __init__(
-        self,
-        runner: LayerByLayer,
-        samples: CalibrationSet,
-        batch_size: int,
-        processes: Processes,
-        work: Values | None = None,
-        settings: Values | None = None,
-        workspace: Workspace = Workspace(),
-    ) -> None:
-        self.runner = runner
-        self.samples = samples
-        self.processes = processes
-        self._batch_size = batch_size
-        self._work = work
-        self._settings = settings
-        self._workspace = workspace
-        domains = [sample.domain for sample in samples.samples]
-        self._tokens = torch.tensor([sample.num_tokens - 1 for sample in samples.samples], dtype=torch.float64)
-        self._rows = {d: [row for row, domain in enumerate(domains) if domain == d] for d in sorted(set(domains))}
-        self._num_experts = {block.layer: block.num_experts for block in runner.blocks}
-        self._kl: dict[Key, Divergence] = {(): dict.fromkeys([*self._rows, ALL], 0.0)}
-
-    @property
-    def tokens_by_domain(self) -> dict[str, int]:
-        """Predicted tokens of each domain."""
-        return {domain: int(self._tokens[rows].sum()) for domain, rows in self._rows.items()}
-
-    def add(self, part: str, plans: Sequence[Retained]) -> None:
-        """Measure plans that were not measured yet."""
-        new = {self._key(plan): plan for plan in plans if self._key(plan) not in self._kl}
-        if not new:
-            return
-        sums = measure_divergences(
-            self.runner,
-            self.samples,
-            list(new.values()),
-            batch_size=self._batch_size,
-            work=self._work,
-            settings=self._settings,
-            workspace=self._workspace.part(part),
-            processes=self.processes,
-        )
-        for key, by_sample in zip(new, sums, strict=True):
-            self._kl[key] = self._by_domain(by_sample)
-
-    def kl(self, plan: Retained) -> Divergence:
-        """The divergence of a plan that was measured."""
-        return self._kl[self._key(plan)]
-
-    def _key(self, plan: Retained) -> Key:
-        """The layers of a plan that lose experts."""
-        return tuple(
-            sorted((layer, experts) for layer, experts in plan.items() if len(experts) < self._num_experts[layer])
-        )
-
-    def _by_domain(self, sums: Tensor) -> Divergence:
-        """The mean over the predicted tokens of each domain, and of all."""
-        groups = {**self._rows, ALL: list(range(len(sums)))}
-        kl = {name: float(sums[rows].sum() / self._tokens[rows].sum()) for name, rows in groups.items()}
-        if not all(map(math.isfinite, kl.values())):
-            raise RunError(
-                "the divergence of a pruned model is not finite: the model holds NaN or infinite values, or its "
-                "precision is too small for its logits."
-            )
-        return kl

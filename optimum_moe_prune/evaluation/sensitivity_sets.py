@@ -14,6 +14,7 @@ from ..names import BY_SENSITIVITY
 from ..planning.build import quiet_plan
 from ..planning.layer_sets import check_grid as check_grid
 from ..planning.layer_sets import layer_sets as layer_sets
+from ..planning.layer_sets import sets_at as sets_at
 from ..planning.sensitivity import Retained, Sensitivity
 from ..progress import working
 from ..statistics.stats import CalibrationStats
@@ -41,10 +42,13 @@ def whole_plans(
         domain_weights: A share for each domain.
         sensitivity: What the layers lose, for the plans that follow from it; without, the method's own allocations.
     """
-    own = sorted(get_method(config.method).allocations, reverse=True)
+    method = get_method(config.method)
+    own = sorted(method.allocations, reverse=True)
+    if method.measures and sensitivity is None:
+        return []
     level = logging.INFO if tuple(sparsities) == SPARSITIES else logging.WARNING  # those asked for are missed
     plans = []
-    allocations = own if sensitivity is None else [BY_SENSITIVITY]
+    allocations = own if sensitivity is None or method.measures else [BY_SENSITIVITY]
     budgets = [(allocation, sparsity) for allocation in allocations for sparsity in sparsities]
     with working(f"planning whole models ({config.method})", len(budgets), "plan", "made") as work:
         for allocation, sparsity in work.over(budgets):

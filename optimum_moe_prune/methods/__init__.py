@@ -3,6 +3,7 @@
 
 from . import (
     aimer,
+    auto,
     ean,
     enumeration,
     fisher,
@@ -18,13 +19,15 @@ from . import (
     transition,
     variability,
 )
-from .registry import Method, get_method, list_methods, make_options, register_method
+from .registry import Method, every_method, get_method, list_methods, make_options, register_method
 
 __all__ = [
     "Method",
     "aimer",
+    "auto",
     "ean",
     "enumeration",
+    "every_method",
     "fisher",
     "frequency",
     "get_method",

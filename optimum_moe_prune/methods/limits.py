@@ -13,6 +13,19 @@ from ..errors import RequestError
 MOST_COUNTS = 12
 """Numbers of experts measured in a layer, by default; all of them where there are no more."""
 
+_FEWEST_COUNTS = 6
+_MOST_SETS = 2048
+
+
+def most_counts(num_layers: int, methods: int) -> int:
+    """Numbers of experts to measure in a layer at most, so that the sets of several methods stay within bounds.
+
+    Args:
+        num_layers: MoE layers.
+        methods: Whose sets are measured.
+    """
+    return max(_FEWEST_COUNTS, min(MOST_COUNTS, _MOST_SETS // (num_layers * methods)))
+
 
 def allowed_counts(rule: RoutingRule, num_experts: int, least: int = 1, multiple: int = 1) -> list[int]:
     """The numbers of experts that a layer of ``num_experts`` can keep, rising.

@@ -2,7 +2,8 @@
 """The known methods, by name.
 
 A *score* method gives one number per expert and the budget chooses; a *set* method gives the retained experts itself,
-because what one expert is worth depends on the others. Both see the statistics of all layers.
+because what one expert is worth depends on the others. Both see the statistics of all layers. A *measured* method
+(``auto``) names others, and what they retain is measured on the model.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ ALLOCATIONS = (UNIFORM, GLOBAL)
 layer."""
 
 
+MEASURED = (BY_SENSITIVITY, UNIFORM)
+"""What a method does that measures others."""
+
 TIE_ADVICE = "more calibration text, or another method, may tell them apart"
 
 
@@ -58,7 +62,8 @@ class Method:
         needs: The statistics it reads, given its options.
         options: A frozen dataclass of its options, each with a default.
         allocations: How it can spread a budget over the layers, its own way first: ``"uniform"`` (the same in every
-            layer, a ``UniformBudget``) or ``"global"`` (a number for the whole model, a plain ``Budget``).
+            layer, a ``UniformBudget``) or ``"global"`` (a number for the whole model, a plain ``Budget``); of a method
+            that measures ``"sensitivity"`` as well.
         formula: What it calculates, in words, for model cards.
         check: ``(budget, options) -> None``: raises what can be refused before any work.
         tie_advice: What tells experts apart that are equally good by it (``Selection.ties``), in words.
@@ -66,7 +71,8 @@ class Method:
             layer alone. Where it does not, choosing layer by layer (``MoEPrunerConfig.progressive``) needs statistics
             of the later layers as well, and takes those of the unpruned model.
         scores: ``(stats, options) -> {layer: (E,)}``, higher = keep; or
-        retained: ``(stats, budget, options) -> {layer: experts}``, or a ``Selection``.
+        retained: ``(stats, budget, options) -> {layer: experts}``, or a ``Selection``; or
+        candidates: ``(options) -> (method, ...)``: the methods of whose sets the best are taken, by measuring.
     """
 
     name: str
@@ -81,12 +87,19 @@ class Method:
     by_layer: bool = False
     scores: Callable[[CalibrationStats, Any], Scores] | None = None
     retained: Callable[[CalibrationStats, Any, Any], Retained | Selection] | None = None
+    candidates: Callable[[Any], tuple[str, ...]] | None = None
 
     @property
     def takes(self) -> tuple[str, ...]:
         """The allocations that can be asked for."""
-        more = (BY_SENSITIVITY, ESTIMATED) if "uniform" in self.allocations else ()
-        return (*self.allocations, *more)
+        if self.measures or "uniform" not in self.allocations:
+            return self.allocations
+        return (*self.allocations, BY_SENSITIVITY, ESTIMATED)
+
+    @property
+    def measures(self) -> bool:
+        """Whether it chooses among the sets of other methods by measuring them; statistics alone are not enough."""
+        return self.candidates is not None
 
     def select(self, stats: CalibrationStats, budget: Budget, options: Any) -> Selection:
         """The method's answer.
@@ -99,7 +112,10 @@ class Method:
             keys = keys_of(scores, budget)
             chosen = choose_ranked(keys, budget)
             return Selection(chosen, scores, ties=tied_by_keys(keys, budget, chosen))
-        assert self.retained is not None
+        if self.retained is None:
+            raise RequestError(
+                f"method {self.name!r} chooses by measuring the model, and statistics alone are not enough for it."
+            )
         answer = self.retained(stats, budget, options)
         selection = answer if isinstance(answer, Selection) else Selection(answer)
         retained = selection.retained
@@ -144,13 +160,14 @@ def register_method(
 
     Args:
         name: Its name.
-        kind: ``"scores"`` or ``"set"``: see ``Method.scores`` and ``Method.retained`` for what the function takes and
-            gives.
+        kind: ``"scores"``, ``"set"`` or ``"measured"``: see ``Method.scores``, ``Method.retained`` and
+            ``Method.candidates`` for what the function takes and gives.
         summary: What it does, in one line.
         source: Where it was published.
         needs: The statistics it reads, or a function of its options.
         options: A frozen dataclass of its options.
-        allocations: See ``Method.allocations``; by default both for scores, and uniform for a set.
+        allocations: See ``Method.allocations``; by default both for scores, uniform for a set, and by sensitivity or
+            uniform for what is measured.
         formula: What it calculates, in words, for model cards.
         check: Raises what can be refused before any work.
         tie_advice: See ``Method.tie_advice``.
@@ -166,11 +183,13 @@ def register_method(
     """
     if name in _METHODS:
         raise RequestError(f"method {name!r} is registered already.")
-    if kind not in ("scores", "set"):
-        raise RequestError(f"kind is {kind!r}; a method gives 'scores' or a 'set'.")
-    if allocations is None:
+    if kind not in ("scores", "set", "measured"):
+        raise RequestError(f"kind is {kind!r}; a method gives 'scores' or a 'set', or others are 'measured' by it.")
+    if kind == "measured":
+        allocations = allocations or MEASURED
+    elif allocations is None:
         allocations = ALLOCATIONS if kind == "scores" else ALLOCATIONS[:1]
-    if not allocations or not set(allocations) <= set(ALLOCATIONS):
+    if not allocations or not set(allocations) <= set(MEASURED if kind == "measured" else ALLOCATIONS):
         raise RequestError(f"allocations are {allocations!r}; known: {', '.join(ALLOCATIONS)}.")
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,6 +207,7 @@ def register_method(
             by_layer,
             scores=function if kind == "scores" else None,
             retained=function if kind == "set" else None,
+            candidates=function if kind == "measured" else None,
         )
         return function
 
@@ -205,6 +225,11 @@ def list_methods() -> list[str]:
             except Exception as error:  # another package's mistake must not stop this one
                 logger.warning("the methods of %s cannot be loaded: %r", entry_point.value, error)
     return sorted(_METHODS)
+
+
+def every_method() -> list[str]:
+    """The same, those that measure others last: what ``"all"`` means where methods stand side by side."""
+    return sorted(list_methods(), key=lambda name: _METHODS[name].measures)
 
 
 def get_method(name: str) -> Method:

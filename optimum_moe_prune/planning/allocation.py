@@ -54,39 +54,52 @@ def allocate(
         RequestError: If the sensitivity lacks a layer or domain, or numbers that it speaks of do not add up to the
             budget.
     """
-    costs = {layer: _costs(measured, budget, layer, domain_weights, accepts) for layer in budget.original}
-    least = np.full(budget.total + 1, np.inf)  # the least sum that so many experts of the layers so far can have
+    costs = {layer: costs_of(measured, budget, layer, domain_weights, accepts) for layer in budget.original}
+    counts, divergence = spread(costs, budget.total)
+    interpolated = tuple(
+        layer
+        for layer, count in counts.items()
+        if count not in measured.layers[layer].kl and count < budget.original[layer]
+    )
+    return Allocation(counts, divergence, interpolated)
+
+
+def spread(costs: Mapping[int, Mapping[int, float]], total: int) -> tuple[dict[int, int], float]:
+    """The numbers that have the least sum of costs and add up to a total, by layer; and that sum.
+
+    Args:
+        costs: Of each number that a layer can keep.
+        total: What they add up to.
+
+    Raises:
+        RequestError: If none do.
+    """
+    least = np.full(total + 1, np.inf)  # the least sum that so many experts of the layers so far can have
     least[0] = 0.0
     taken: dict[int, np.ndarray] = {}
     for layer in costs:
         before, least = least, np.full_like(least, np.inf)
         taken[layer] = np.zeros(len(least), dtype=np.int32)
         for count, cost in sorted(costs[layer].items(), reverse=True):
-            if count <= budget.total:
+            if count <= total:
                 sums = before[: len(before) - count] + cost
                 better = sums < least[count:]
                 least[count:][better] = sums[better]
                 taken[layer][count:][better] = count
     if not np.isfinite(least[-1]):
-        raise _not_met(budget.total, costs)
-    left, counts = budget.total, {}
-    for layer in reversed(costs):
+        raise _not_met(total, costs)
+    left, counts = total, {}
+    for layer in reversed([*costs]):
         counts[layer] = int(taken[layer][left])
         left -= counts[layer]
-    counts = dict(sorted(counts.items()))
-    interpolated = tuple(
-        layer
-        for layer, count in counts.items()
-        if count not in measured.layers[layer].kl and count < budget.original[layer]
-    )
-    return Allocation(counts, float(least[-1]), interpolated)
+    return dict(sorted(counts.items())), float(least[-1])
 
 
 def _not_met(total: int, costs: Mapping[int, Mapping[int, float]]) -> RequestError:
     """What is wrong with a total that no numbers of the layers add up to, and the nearest ones that some do."""
     sums = 1  # bit n: some numbers of the layers so far add up to n
-    for counts in costs.values():
-        sums = reduce(or_, (sums << count for count in counts))
+    for possible in costs.values():
+        sums = reduce(or_, (sums << count for count in possible))
     totals = [n for n in range(sums.bit_length()) if sums >> n & 1]
     if total < totals[0]:
         return RequestError(
@@ -99,7 +112,7 @@ def _not_met(total: int, costs: Mapping[int, Mapping[int, float]]) -> RequestErr
     )
 
 
-def _costs(
+def costs_of(
     measured: MethodSensitivity,
     budget: Budget,
     layer: int,
@@ -110,7 +123,7 @@ def _costs(
     entry, original = measured.layers.get(layer), budget.original[layer]
     if entry is None or entry.original_num_experts != original:
         raise RequestError(f"the sensitivity says nothing of layer {layer} with its {original} experts.")
-    known = {count: _cost(kl, domain_weights) for count, kl in sorted(entry.kl.items()) if count < original}
+    known = {count: cost_of(kl, domain_weights) for count, kl in sorted(entry.kl.items()) if count < original}
     known[original] = 0.0
     counts = [
         count
@@ -120,7 +133,12 @@ def _costs(
     return dict(zip(counts, np.interp(counts, list(known), list(known.values())).tolist(), strict=True))
 
 
-def _cost(kl: Divergence, domain_weights: Mapping[str, float] | None) -> float:
+def cost_of(kl: Divergence, domain_weights: Mapping[str, float] | None) -> float:
+    """A divergence as one number.
+
+    Raises:
+        RequestError: If a domain with a share was not measured.
+    """
     if domain_weights is None:
         return kl[ALL]
     try:

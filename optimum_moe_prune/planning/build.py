@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..architectures.routers import RoutingRule
 from ..errors import RequestError
 from ..methods import get_method
-from ..methods.budget import Budget, UniformBudget, global_budget, rounding_note, uniform_budget
+from ..methods.budget import Budget, global_budget, rounding_note, uniform_budget
 from ..methods.limits import check_retained
 from ..methods.selection import Retained, Selection, Ties
 from ..names import BY_SENSITIVITY, ESTIMATED, NOTES_LOGGER
@@ -21,10 +21,10 @@ from ..statistics.progressive import PROGRESSIVE
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from . import notes as said_of
-from .allocation import allocate
 from .estimate import check_estimates, selected_by_estimate
 from .heads import selected_in_heads
 from .layer_sets import protected_experts
+from .measured import selected_by_measuring, selected_by_sensitivity
 from .progressive import check_recipe, selected_then
 from .sensitivity import Sensitivity
 
@@ -88,15 +88,20 @@ def build_plan(
         stats: What the calibration gathered.
         config: Method and budget.
         domain_weights: A share for each domain of the calibration; by default every token counts once.
-        sensitivity: What was measured of the model, for ``allocation="sensitivity"``.
+        sensitivity: What was measured of the model, for ``allocation="sensitivity"`` and methods that measure.
 
     Raises:
         RequestError: If the budget cannot be kept to, or the statistics or the sensitivity lack what is needed.
     """
     plan = quiet_plan(stats, config, domain_weights, sensitivity)
-    for note in plan.provenance["notes"]:
-        logger.warning("%s: %s", config.method, note)
+    say_notes(plan)
     return plan
+
+
+def say_notes(plan: PruningPlan) -> None:
+    """Say what a person must know of a plan."""
+    for note in plan.provenance["notes"]:
+        logger.warning("%s: %s", plan.method, note)
 
 
 def quiet_plan(
@@ -110,7 +115,9 @@ def quiet_plan(
         raise RequestError(f"method {config.method!r} needs a calibration; give calibration texts.")
     if config.allocates == ESTIMATED:
         check_estimates(stats)
-    stats.require(config.needs, config.method)
+    measures = get_method(config.method).measures
+    if not measures:  # else what can be served is taken
+        stats.require(config.needs, config.method)
     stats = stats.with_domain_weights(domain_weights)
     check_recipe(stats, config, domain_weights)
     calibrated, stats, heads = stats, stats.without_heads, stats.of_heads
@@ -120,14 +127,20 @@ def quiet_plan(
     notes = [rounding_note(budget, config.sparsity), said]
     if dense := stats.model.get("dense_layers"):
         notes.append(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
-    if found := stats.model.get("routing"):
-        notes.append(found)
+    if routing := stats.model.get("routing"):
+        notes.append(routing)
     if config.progressive and not config.needs:
         notes.append("the method reads no statistics, so that progressive changes nothing")
-    selection = _selected(stats, config, budget, sensitivity)
+    choice: Json = {}
+    in_heads_by = config
+    if measures:
+        found = selected_by_measuring(stats, config, budget, sensitivity)
+        selection, choice, in_heads_by = found.selection, found.to_dict(), found.leading
+    else:
+        selection = _selected(stats, config, budget, sensitivity)
     chosen, scores = selection.retained, selection.scores
     retained = {layer: chosen.get(layer, tuple(range(count))) for layer, count in sorted(original.items())}
-    in_heads = Selection({}) if heads is None else selected_in_heads(heads, config, retained)
+    in_heads = Selection({}) if heads is None else selected_in_heads(heads, in_heads_by, retained)
     if heads is not None and in_heads.retained:
         retained |= in_heads.retained
         original = {**original, **heads.num_experts}
@@ -151,7 +164,9 @@ def quiet_plan(
         "notes": list(dict.fromkeys(filter(None, (*notes, *selection.notes, *in_heads.notes, *more)))),  # each once
         "findings": {**selection.findings, **findings},
     }
-    if sensitivity is not None and config.allocates == BY_SENSITIVITY:
+    if choice:
+        provenance["choice"] = choice
+    if sensitivity is not None and (measures or config.allocates == BY_SENSITIVITY):
         provenance["sensitivity"] = {"tokens_by_domain": sensitivity.tokens_by_domain, **sensitivity.provenance}
     return PruningPlan(
         model_type=stats.model["model_type"],
@@ -199,65 +214,11 @@ def _odd_note(counts: Sequence[tuple[int, int]]) -> str | None:
 def _selected(
     stats: CalibrationStats, config: MoEPrunerConfig, budget: Budget, sensitivity: Sensitivity | None
 ) -> Selection:
-    """What a recipe chooses in the layers of a budget."""
+    """What a recipe of one method chooses in the layers of a budget."""
     if PROGRESSIVE in stats.provenance:
         return selected_then(stats, config, budget)
     if config.allocates == BY_SENSITIVITY:
-        return _selected_by_sensitivity(stats, config, budget, sensitivity)
+        return selected_by_sensitivity(stats, config, budget, sensitivity)
     if config.allocates == ESTIMATED:
         return selected_by_estimate(stats, config, budget)
     return get_method(config.method).select(stats, budget, config.options())
-
-
-def _selected_by_sensitivity(
-    stats: CalibrationStats, config: MoEPrunerConfig, budget: Budget, sensitivity: Sensitivity | None
-) -> Selection:
-    """The sets of a method for the numbers of experts that measured divergences give: those measured, else chosen now.
-
-    Raises:
-        RequestError: If nothing was measured, or it was measured otherwise.
-    """
-    if sensitivity is None:
-        raise RequestError(
-            "allocation 'sensitivity' needs what was measured of the model; measure it first (optimum-cli moe-prune "
-            "sensitivity), and give the result (--sensitivity FILE)."
-        )
-    measured = sensitivity.for_recipe(config, stats.model, stats.domain_weights)
-    if sensitivity.provenance.get("calibration") != stats.fingerprint and config.needs_text:
-        raise RequestError(
-            "the sensitivity was measured with experts chosen by another calibration than these statistics are of; "
-            "measure it with the same (sensitivity --stats), or plan with those it was measured with."
-        )
-    method, options = get_method(config.method), config.options()
-
-    def check(budget: UniformBudget) -> UniformBudget:
-        if method.check is not None:
-            method.check(budget, options)
-        return budget
-
-    def accepts(layer: int, count: int) -> bool:
-        try:
-            check(budget.exactly({layer: count}))
-        except RequestError:
-            return False
-        return True
-
-    allocation = allocate(measured, budget, stats.domain_weights, accepts)
-    counts, interpolated = allocation.num_experts, allocation.interpolated
-    retained = {
-        layer: measured.layers[layer].retained.get(count, tuple(range(count))) for layer, count in counts.items()
-    }
-    findings: Json = {"sum of divergences": round(allocation.divergence, 6)}
-    exactly = budget.exactly(counts)
-    selection = method.select(stats, check(exactly) if interpolated else exactly, options)
-    retained |= {layer: selection.retained[layer] for layer in interpolated}
-    notes = selection.notes
-    if interpolated:
-        findings["layers with interpolated divergences"] = len(interpolated)
-        notes += (
-            f"the sum of divergences is an estimate: in {len(interpolated)} of {len(counts)} layers the number of "
-            "experts lies between measured ones",
-        )
-    # A set that was measured stays; what is to be said of the one that would be chosen now is not of it.
-    ties = {layer: tied for layer, tied in selection.ties.items() if retained[layer] == selection.retained[layer]}
-    return Selection(retained, notes=notes, findings=findings, ties=ties)

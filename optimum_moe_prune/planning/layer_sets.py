@@ -41,18 +41,17 @@ def protected_experts(stats: CalibrationStats, config: MoEPrunerConfig) -> tuple
 
 
 def layer_sets(
-    stats: CalibrationStats, config: MoEPrunerConfig, counts: Sequence[int] | None
+    stats: CalibrationStats, config: MoEPrunerConfig, counts: Sequence[int] | None, most: int = MOST_COUNTS
 ) -> dict[int, dict[int, tuple[int, ...]]]:
-    """The sets of experts to measure, by layer and number of experts, fewest first."""
+    """The sets of experts to measure, by layer and number of experts, fewest first; by default of so many at most."""
     method, options = get_method(config.method), config.options()
     if config.needs_text and not stats.samples:
         raise RequestError(f"method {method.name!r} needs a calibration; give calibration texts.")
     stats.require(config.needs, method.name)
     protect, _ = protected_experts(stats, config)
-    grid = check_grid(config, stats.num_experts, stats.routing, counts, protect)
+    grid = check_grid(config, stats.num_experts, stats.routing, counts, protect, most)
     layers = {layer: stats.num_experts[layer] for layer in grid}
-    protected = {layer: tuple(sorted(protect.get(layer, ()))) for layer in layers}
-    whole = Budget(layers, sum(layers.values()), stats.routing, protected, config.seed, config.count_multiple_of)
+    whole = _whole(stats, config, protect, layers)
     sets: dict[int, dict[int, tuple[int, ...]]] = {layer: {} for layer in layers}
     measured = sorted({count for values in grid.values() for count in values})
     doing = f"choosing experts of every number ({method.name})"
@@ -73,12 +72,39 @@ def layer_sets(
     return sets
 
 
+def sets_at(
+    stats: CalibrationStats, config: MoEPrunerConfig, num_experts: Mapping[int, int]
+) -> dict[int, dict[int, tuple[int, ...]]]:
+    """The set that a method retains of each layer at a number of experts; none where it refuses them."""
+    method, options = get_method(config.method), config.options()
+    protect, _ = protected_experts(stats, config)
+    budget = _whole(stats, config, protect, {layer: stats.num_experts[layer] for layer in num_experts})
+    budget = budget.exactly(dict(num_experts))
+    try:
+        if method.check is not None:
+            method.check(budget, options)
+    except RequestError:
+        return {}
+    retained = method.select(stats, budget, options).retained
+    return {layer: {count: retained[layer]} for layer, count in num_experts.items()}
+
+
+def _whole(
+    stats: CalibrationStats, config: MoEPrunerConfig, protect: Mapping[int, Iterable[int]], layers: Mapping[int, int]
+) -> Budget:
+    """The budget that keeps all experts of some layers."""
+    protected = {layer: tuple(sorted(protect.get(layer, ()))) for layer in layers}
+    total = sum(layers.values())
+    return Budget(dict(layers), total, stats.routing, protected, config.seed, config.count_multiple_of)
+
+
 def check_grid(
     config: MoEPrunerConfig,
     num_experts: Mapping[int, int],
     rule: RoutingRule,
     counts: Sequence[int] | None = None,
     protect: Mapping[int, Iterable[int]] | None = None,
+    most: int = MOST_COUNTS,
 ) -> dict[int, list[int]]:
     """Numbers of experts to measure, by layer.
 
@@ -86,8 +112,9 @@ def check_grid(
         config: The recipe.
         num_experts: Experts in each MoE layer.
         rule: How the routers choose.
-        counts: Those asked for; by default all, or twelve of them.
+        counts: Those asked for; by default all, or ``most`` of them.
         protect: In place of the recipe's own.
+        most: How many are measured by default.
 
     Raises:
         RequestError: If the method takes no number for each layer, the recipe names a layer or expert that is not
@@ -102,7 +129,7 @@ def check_grid(
     grid = {}
     for layer, total in layers.items():
         allowed = allowed_counts(rule, total, rule.least_with(protected[layer], total), config.count_multiple_of)
-        grid[layer] = _grid([count for count in allowed if count < total], counts)
+        grid[layer] = _grid([count for count in allowed if count < total], counts, most)
     measurable = {count for values in grid.values() for count in values}
     if not measurable:
         raise RequestError(
@@ -116,12 +143,12 @@ def check_grid(
     return grid
 
 
-def _grid(allowed: Sequence[int], counts: Sequence[int] | None) -> list[int]:
+def _grid(allowed: Sequence[int], counts: Sequence[int] | None, most: int) -> list[int]:
     """Numbers of experts to measure in a layer: of those allowed the ones asked for, or evenly spaced ones.
 
     Evenly from above, so that they add up to round budgets.
     """
     if counts is not None:
         return sorted(set(counts) & set(allowed))
-    step = max(1, -(-len(allowed) // MOST_COUNTS))
+    step = max(1, -(-len(allowed) // most))
     return sorted({*allowed[-step::-step], *allowed[:1]})

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
-
-import torch
 
 from ..calibration.current import Current
 from ..calibration.in_memory import statistics_bytes
@@ -19,11 +18,10 @@ from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import check_type
 from ..methods.budget import Budget, UniformBudget
-from ..methods.limits import MOST_COUNTS, allowed_counts
+from ..methods.limits import allowed_counts
 from ..models.memory import Compute, available_memory, model_bytes
-from ..models.transfers import copies_aside
 from ..models.widened import PIECE_BYTES
-from ..names import AUTO, BY_SENSITIVITY, DROP, dtype_text
+from ..names import AUTO, DROP, dtype_text
 from ..plan import PruningPlan
 from ..progress.pace import duration
 from ..statistics.needs import DENSE, WITHOUT_TEXT, Need
@@ -33,9 +31,10 @@ from ..storage.values import Json
 from . import backward_pass
 from .build import budget_for
 from .fit import Fit, fitted, gigabytes, weights_after
-from .probe import Speed, probe
+from .measuring import Measuring, in_words
 from .progressive import needs_unpruned
 from .recovery_work import RecoveryWork, recovery_work
+from .run_time import WORTH_PROBING, seconds_of, speed_of
 
 if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
@@ -45,8 +44,6 @@ _COPYING = _LIBRARIES + 2 * 10**8
 _KERNELS = 3 * 10**8  # what torch takes for itself once anything runs, and its allocator keeps
 _STATES_AT_ONCE = 12  # copies of a batch's hidden states while a layer runs
 _CHUNKS = 4 * 128 * 2**20  # outputs of all experts for some tokens
-_WORTH_PROBING = 10**11  # parameters times tokens: below, the work takes seconds
-_WHOLE_MODELS = 12  # that a sensitivity measures
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,7 @@ class WorkPlan:
         choice: What the budget keeps; None where nothing is chosen.
         fit: What it has to fit in, where that was asked for.
         texts: Samples and tokens, by domain as well; empty where no text is read.
+        measures: What is measured of the model: whose sets, how many at most, on what; empty where nothing is.
         reads: Read from the model's files.
         writes: Written to the output.
         unfinished: Kept on disk beside the output until the work is done.
@@ -108,6 +106,7 @@ class WorkPlan:
     choice: Choice | None = None
     fit: Fit | None = None
     texts: Json = field(default_factory=dict)
+    measures: Json = field(default_factory=dict)
     reads: int = 0
     writes: int = 0
     unfinished: int = 0
@@ -145,6 +144,8 @@ class WorkPlan:
         if self.texts:
             domains = ", ".join(f"{name} {count}" for name, count in sorted(self.texts["tokens_by_domain"].items()))
             lines["text"] = f"{self.texts['samples']} samples, {self.texts['tokens']} tokens ({domains})"
+        if self.measures:
+            lines["measures"] = in_words(self.measures)
         if self.recovery is not None:
             lines["recovers"] = self.recovery.sentence()
         lines["reads"] = gigabytes(self.reads)
@@ -201,7 +202,7 @@ def plan_work(
     mtp: str | None = None,
     output: str | os.PathLike | None = None,
     compute: Compute = Compute(),
-    measures: bool | None = None,
+    measures: Sequence[MoEPrunerConfig] | bool | None = None,
     saves_statistics: bool = False,
     judged_tokens: int = 0,
     recovery: CalibrationSet | None = None,
@@ -217,7 +218,8 @@ def plan_work(
         mtp: With a plan, what becomes of heads in place of what it says.
         output: The folder or file to write.
         compute: How the checkpoint is run.
-        measures: Whether the sensitivity is measured; by default where the recipe allocates by it.
+        measures: Recipes whose sets are measured, or whether the recipe's are; by default where planning with it
+            measures.
         saves_statistics: Whether the statistics are what is written.
         judged_tokens: Tokens that go through the model beside, for all plans that are judged together.
         recovery: What the recipe's recovery is done with.
@@ -259,13 +261,17 @@ def plan_work(
         memory=_COPYING,
         free_memory=available_memory("cpu"),
     )
-    measures = measures if measures is not None else recipe is not None and recipe.allocates == BY_SENSITIVITY
+    if measures is None:
+        measures = recipe is not None and recipe.measures
+    if isinstance(measures, bool):
+        measures = [recipe] if measures and recipe is not None else []
     needs = needs if needs is not None else frozenset() if recipe is None else recipe.needs
     needs -= WITHOUT_TEXT
     samples = recovery if samples is None else samples
     if recipe is None or samples is None or not (needs or measures or judged_tokens or recovery):
         return work
     compute = compute.settled(layout)
+    measuring = Measuring.of(measures, counts, samples, rule)
     dtype = compute.computing_dtype(layout)
     own = model_dtype(config, layout.checkpoint, compute.dtype)
     statistics = statistics_bytes(counts, needs, Current(samples, recipe.max_tokens, recipe.seed), config)
@@ -288,17 +294,13 @@ def plan_work(
         running += 0 if compute.stream else layers * batch * width
         running += _largest_layer(sizes) * dtype.itemsize if own != dtype else 0  # of which no piece is let go
     tokens = samples.num_tokens
-    measured = samples.take(recipe.sensitivity_samples).num_tokens if measures else 0
-    recovered = 0 if recovery is None else recovery.num_tokens
+    ran = tokens + judged_tokens + sum(measuring.passes(layers)) + (0 if recovery is None else 6 * recovery.num_tokens)
     speed, of_recovery = None, None
     seconds: float | None = 0.0
-    if sizes.whole.parameters * (tokens + judged_tokens + measured * len(counts) + 6 * recovered) >= _WORTH_PROBING:
-        speed = _speed(layout, samples, needs, compute, recipe)
-        seconds = (
-            None
-            if speed is None
-            else _seconds(layout, speed, recipe, (tokens, measured, judged_tokens), needs, compute)
-        )
+    if sizes.whole.parameters * ran >= WORTH_PROBING:
+        speed = speed_of(layout, samples, needs, compute, recipe)
+        texts = (tokens, judged_tokens)
+        seconds = None if speed is None else seconds_of(layout, speed, recipe, texts, needs, compute, measuring)
     if recovery is not None:
         total = sum(counts.values()) if choice is None else choice.total
         of_recovery = recovery_work(layout, sizes, recipe, recovery, compute, total, speed)
@@ -318,6 +320,7 @@ def plan_work(
         dtype=dtype_text(dtype),
         weights_dtype=dtype_text(own),
         streamed=bool(compute.stream),
+        measures=measuring.to_dict() if measures else {},
         seconds=seconds,
         recovery=of_recovery,
     )
@@ -360,42 +363,3 @@ def _by_domain(samples: CalibrationSet) -> dict[str, int]:
     for sample in samples.samples:
         tokens[sample.domain] = tokens.get(sample.domain, 0) + sample.num_tokens
     return tokens
-
-
-def _speed(
-    layout: Layout, samples: CalibrationSet, needs: frozenset[Need], compute: Compute, recipe: MoEPrunerConfig
-) -> Speed | None:
-    """How fast a layer is read and run; None where it cannot be told."""
-    if not layout.checkpoint.is_local:  # of a model on the Hub nothing is downloaded before the work
-        return None
-    return probe(layout, samples, needs, compute, recipe.batch_size, recipe.max_tokens)
-
-
-def _seconds(
-    layout: Layout,
-    speed: Speed,
-    recipe: MoEPrunerConfig,
-    texts: tuple[int, int, int],
-    needs: frozenset[Need],
-    compute: Compute,
-) -> float:
-    """How long the model will run, roughly, for tokens to calibrate with, to measure on, and to judge plans by."""
-    tokens, measured, judged = texts
-    layers = text_config(layout.config).num_hidden_layers
-    at_once = bool(compute.stream) and copies_aside(torch.device(compute.runs_on))  # one is read while one runs
-
-    def layer(running: float) -> float:
-        return max(speed.reading, running) if at_once else speed.reading + running
-
-    total = layers * layer(tokens * speed.watched) if needs else 0.0
-    if Need.FISHER in needs:
-        alone = tokens * speed.plain
-        total += layers * (layer(alone) + layer((backward_pass.FORWARD_PASSES - 1) * alone))
-    if recipe.progressive and recipe.needs:  # each layer runs again without what was removed
-        again = 2 if needs_unpruned(recipe) else 1
-        total = again * total + layers * tokens * speed.plain
-    total += layers * layer(judged * speed.plain) if judged else 0.0
-    if measured:
-        alone = min(max(layout.num_experts.values()), MOST_COUNTS) * layers * (layers + 1) / 2
-        total += layers * speed.reading + (alone + _WHOLE_MODELS * layers) * measured * speed.plain
-    return total

@@ -115,6 +115,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
         pictures=card_parts.pictures(folder),
         **card_parts.recovery(plan),
         **card_parts.results(comparison),
+        **card_parts.choice(plan),
         **card_parts.calibration(plan),
         apply_command=shlex.join(again),
         run_command=shlex.join(run_command(plan, original, revision)),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ..checkpoints.sizes import bytes_in_words, parameters_in_words
 from ..evaluation.comparison import Comparison, markdown_table
 from ..evaluation.speed import speed_in_words
 from ..plan import PruningPlan
+from ..planning import choice as of_choice
 from ..recovery.verdict import recovery_of, sentence_of, table_of
 from ..statistics.progressive import PROGRESSIVE
 from ..storage.values import Json
@@ -63,6 +65,18 @@ def heads(plan: PruningPlan) -> str:
             "optimum_moe_prune` before drafting with it (`generate(use_mtp=True)`)."
         )
     return text
+
+
+def choice(plan: PruningPlan) -> Json:
+    """What was measured when it was chosen, and whose sets the layers retain."""
+    rows = of_choice.rows(plan)
+    by_layer = mapping(of_choice.choice_of(plan).get("by_layer"))
+    given = Counter(plain(name) for name in by_layer.values())
+    return {
+        "choice": markdown_table([[plain(cell) for cell in row] for row in rows]) if rows else "",
+        "choice_judged_on": of_choice.judged_on(plan),
+        "choice_by": [f"{name} ({count})" for name, count in given.most_common()],
+    }
 
 
 def results(comparison: Comparison | None) -> Json:

@@ -147,7 +147,7 @@ def test_files_and_merging(folder: Path, tmp_path: Path, tokenizer: PreTrainedTo
     assert a.merge(b).layers[LAYERS].is_head
 
 
-@pytest.mark.parametrize("method", sorted(set(list_methods()) - {"random"}))
+@pytest.mark.parametrize("method", sorted(set(list_methods()) - {"auto", "random"}))
 def test_every_method_plans_a_head_by_itself(method: str, folder: Path, samples: CalibrationSet) -> None:
     stats = calibrated(open_layout(folder), samples, ["all", Need.FISHER], stream=False)
     config = MoEPrunerConfig(method=method, num_experts=8, allocation="uniform")

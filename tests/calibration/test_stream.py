@@ -92,7 +92,7 @@ def test_sliding_windows_and_unequal_layers(samples: CalibrationSet, tmp_path: P
 
 def test_every_method_plans_the_same(folder: Path, samples: CalibrationSet) -> None:
     a, b = collect(load(folder), samples, Need), collect_streamed(layout_of(folder), samples, Need)
-    for method in list_methods():
+    for method in set(list_methods()) - {"auto"}:
         config = MoEPrunerConfig(method=method, sparsity=0.4)
         assert build_plan(a, config).retained == build_plan(b, config).retained
 

@@ -187,7 +187,7 @@ NAMES = (
     (f"{RUN} --num-experts 4 --method reap,mosaic out", "method 'reap,mosaic' is not known"),
     (f"{RUN} --num-experts 4 --method all out", "method 'all' is not known"),
     (f"{RUN} --num-experts 4 --allocation globl out", "allocation 'globl' is not known. Known: global"),
-    (f"{RUN} --num-experts 4 --allocation global out", "allocation 'global' is not for method 'mosaic'"),
+    (f"{RUN} --num-experts 4 --allocation global out", "allocation 'global' is not for method 'auto'"),
     (f"{RUN} --num-experts 4 --sample-selection kmean out", "--sample-selection kmean is not known. Known: kmeans"),
     (f"{RUN} --num-experts 4 --mtp remove out", "mtp 'remove' is not known"),
     (f"{RUN} --num-experts 4 --option num_generalist=1 out", "has no option 'num_generalist'. Its options: num_gene"),

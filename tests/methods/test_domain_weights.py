@@ -78,7 +78,7 @@ def planned(statistics: CalibrationStats, method: str, weights: dict[str, float]
     return build_plan(statistics, config, weights)
 
 
-METHODS = [name for name in list_methods() if name not in ("aimer", "random")]
+METHODS = [name for name in list_methods() if name not in ("aimer", "auto", "random")]
 SCORES = [name for name in METHODS if get_method(name).scores is not None]
 SETS = [name for name in METHODS if name not in SCORES]
 CUTS = list(itertools.product(SPLITS, repeat=2))

@@ -21,7 +21,7 @@ from optimum_moe_prune.methods.ties import alike, tied_by_keys
 from optimum_moe_prune.planning.build import quiet_plan
 
 TWINS = (2, 5)
-READING = sorted(set(list_methods()) - {"random"})
+READING = sorted(set(list_methods()) - {"auto", "random"})
 
 
 def with_twins() -> CalibrationStats:

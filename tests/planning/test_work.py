@@ -173,7 +173,8 @@ def test_the_plan_is_shown_before_the_work(
         raise RequestError("the work begins")
 
     monkeypatch.setattr(MoEPruner, "prune_checkpoint", stop)
-    assert run("run", "--model", folder, "--calibration", file, "--sparsity", "0.4", tmp_path / "out") == 2
+    given = ("--model", folder, "--calibration", file, "--method", "mosaic")
+    assert run("run", *given, "--sparsity", "0.4", tmp_path / "out") == 2
     said = capsys.readouterr().err
     assert said.index("37.5% removed") < said.index("the work begins")
 

@@ -33,6 +33,7 @@ from optimum_moe_prune.calibration import calibrate as calibrating
 from optimum_moe_prune.calibration.shares import shares_of
 from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.commands import main
+from optimum_moe_prune.evaluation.best import choose_by_measuring
 from optimum_moe_prune.evaluation.progressive import calibrate_progressively
 from optimum_moe_prune.models import memory
 from optimum_moe_prune.models.memory import model_bytes
@@ -40,6 +41,9 @@ from optimum_moe_prune.processes import ALONE, Processes
 from optimum_moe_prune.storage.growing import Store
 
 SETTINGS: dict[str, Any] = {"batch_size": 2, "max_tokens": 60, "seed": 3}
+AUTO = MoEPrunerConfig(
+    num_experts=4, batch_size=2, sensitivity_samples=4, method_options={"candidates": "soft_frequency,reap"}
+)
 RECIPE = MoEPrunerConfig(method="mosaic", num_experts=4, batch_size=2, max_tokens=60)
 
 
@@ -71,7 +75,9 @@ def everything(folder: Path, samples: CalibrationSet, stream: bool, out: Path) -
     stats.save(out / "stats")
     one_of_each = {"counts": [3], "sparsities": [0.25], "compute": compute, "batch_size": 2}
     measured = measure_sensitivity(folder, samples, [RECIPE], stats, **one_of_each)
+    (chosen,), _ = choose_by_measuring(folder, [AUTO], stats, samples, compute=compute)
     found = {"sensitivity": without_origin(measured.to_dict())}
+    found["chosen"] = {"retained": chosen.retained, "choice": chosen.provenance["choice"]}
     if not stream:
         model = load(folder)
         pruned = MoEPruner(RECIPE).prune(load(folder), samples)

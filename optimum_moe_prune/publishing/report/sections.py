@@ -15,6 +15,7 @@ import numpy as np
 
 from ...methods import get_method, list_methods
 from ...plan import PruningPlan
+from ...planning import choice
 from ...statistics.stats import CalibrationStats
 from ...storage.values import Json
 from . import charts, maps
@@ -67,7 +68,17 @@ def retained(plans: Plans, gallery: Gallery) -> Content | None:
         head = ["of the experts that this plan retains", *plans]
         shared = Table("Share that the other plans retain as well", head, rows)
     methods = [get_method(name) for name in dict.fromkeys(p.method for p in plans.values()) if name in list_methods()]
-    return {"figures": figures, "shared": shared, "methods": methods}
+    return {"figures": figures, "shared": shared, "methods": methods, "choices": _choices(plans)}
+
+
+def _choices(plans: Plans) -> list[Table]:
+    """Of plans that were chosen by measuring, what they and the plans beside them lost."""
+    found = []
+    for name, plan in plans.items():
+        if rows := choice.rows(plan):
+            caption = f"{name}, and what was measured beside it, on {choice.judged_on(plan)}"
+            found.append(Table(caption, rows[0], rows[1:]))
+    return found
 
 
 def _numbers(grid: np.ndarray) -> list[str]:
