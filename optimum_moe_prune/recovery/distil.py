@@ -89,7 +89,8 @@ def distil(
         rank, memory = rank_and_memory(trained, lambda t: raw(model, t.name), options.rank, free)
         stack.enter_context(widened(model, computing, in_pieces=False))
         options = options.in_memory(fit)
-        student = _Student(model, trained, options, rank, computing)
+        saves = _activations(model, fit, options, computing) > _ACTIVATION_BYTES
+        student = _Student(model, trained, options, rank, computing, saves)
         stack.enter_context(student.in_place())
         return _train(student, fit, held_back, teacher, options, rank, memory, notes)
 
@@ -115,10 +116,17 @@ class _Student:
         options: How.
         rank: Of the changes of down projections.
         computing: The precision that is calculated in.
+        saves: Whether layers are run once more for their gradients, which keeps less in memory.
     """
 
     def __init__(
-        self, model: Any, trained: Sequence[Trained], options: DistilOptions, rank: int, computing: torch.dtype
+        self,
+        model: Any,
+        trained: Sequence[Trained],
+        options: DistilOptions,
+        rank: int,
+        computing: torch.dtype,
+        saves: bool,
     ) -> None:
         self.model = model
         self.blocks = moe_blocks(model)
@@ -126,7 +134,7 @@ class _Student:
         self._start = layers_path(model)
         self.masters = masters_of(trained, lambda t: raw(model, t.name), options.rate, rank, options.seed)
         self._looks: Shares | None = None
-        self._saves = _activations(model, options) > _ACTIVATION_BYTES
+        self._saves = saves
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -200,12 +208,13 @@ class _Student:
         return math.isfinite(loss)
 
 
-def _activations(model: Any, options: DistilOptions) -> int:
+def _activations(model: Any, fit: CalibrationSet, options: DistilOptions, computing: torch.dtype) -> int:
     """Bytes that a step would keep for its gradients if layers were not run once more for them, roughly."""
-    config = text_config(model.config)
-    each = _KEPT_BYTES * config.hidden_size * len(decoder_layers(model)) * options.tokens
-    narrow = sum(p.numel() for p in model.parameters() if p.dtype in NARROW)
-    return each + (4 * narrow if precision_of(model) not in NARROW else 0)
+    assert options.tokens is not None
+    tokens = max(options.tokens, *(sample.num_tokens for sample in fit.samples))
+    kept = _KEPT_BYTES * text_config(model.config).hidden_size * len(decoder_layers(model)) * tokens
+    narrow = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype in NARROW)
+    return kept + (0 if computing in NARROW else computing.itemsize * narrow)  # wider copies of the weights as well
 
 
 @contextlib.contextmanager

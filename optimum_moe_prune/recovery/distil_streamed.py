@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +33,8 @@ from ..storage.tensor_files import Shapes, shapes_bytes
 from ..storage.values import Values
 from ..storage.workspace import Workspace
 from .cost import streamed_cost
-from .masters import KINDS, VALUE, Master, kept_name, leaf_shapes, rank_of
+from .folded import Folded
+from .masters import KINDS, VALUE, Master, kept_name, leaf_shapes
 from .shares import Shares
 from .steps import Distilled, DistilOptions, Watch, by_domain, predicted, step_batches
 from .student import (
@@ -97,8 +98,6 @@ def distil_streamed(
     notes = notes_before(trained, what, held_back)
     like = skeleton.model.state_dict()
     rank, memory = rank_and_memory(trained, lambda t: like[t.name], options.rank, available_memory("cpu"))
-    cost = streamed_cost(layout, fit, held_back, options, compute)
-    say(f"distilling one layer at a time: {cost.sentence()}")
     identity = {
         **(work or {}),
         "fit": fit.fingerprint,
@@ -111,6 +110,8 @@ def distil_streamed(
     store = Store(workspace.folder, identity, workspace.restart, "distillation", settings)
     try:
         course = _Course(skeleton, trained, fit, held_back, teacher, options, rank, store)
+        cost = streamed_cost(layout, fit, held_back, options, compute, course.nbytes)
+        say(f"distilling one layer at a time: {cost.sentence()}")
         store.check_space(course.nbytes)
         return course.run(memory, notes)
     finally:
@@ -377,36 +378,3 @@ def _kept_shapes(trained: Sequence[Trained], like: Mapping[str, Tensor], rank: i
         for number, shape in enumerate(leaf_shapes(one, like[one.name].shape, rank))
         for kind in kinds
     }
-
-
-class Folded(Mapping[str, Tensor]):
-    """Trained parameters by name, in their own dtype; each is made when it is asked for.
-
-    Args:
-        skeleton: The checkpoint, of which changes of low rank are changes.
-        trained: The parameters.
-        values: What was trained of them.
-        rank: Of the changes of down projections.
-    """
-
-    def __init__(
-        self, skeleton: Skeleton, trained: Sequence[Trained], values: Mapping[str, Tensor], rank: int
-    ) -> None:
-        self._skeleton, self._values, self._rank = skeleton, values, rank
-        self._trained = {one.name: one for one in trained}
-        self._like = skeleton.model.state_dict()
-
-    def __getitem__(self, name: str) -> Tensor:
-        one, like = self._trained[name], self._like[name]
-        if not rank_of(one, like.shape, self._rank):
-            return self._values[kept_name(one, 0, VALUE)].to(like.dtype, copy=True)
-        ((_, start),) = self._skeleton.read([name])
-        (master,) = masters_of([one], lambda t: start, lambda role: 0.0, self._rank, 0, changes=False)
-        master.set(self._values)
-        return master.rounded().cpu()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._trained)
-
-    def __len__(self) -> int:
-        return len(self._trained)

@@ -135,7 +135,7 @@ def test_the_best_state_is_kept_and_it_is_never_worse() -> None:
     assert not worse.is_better and worse.best == 0 and worse.steps == 2  # patience
     assert worse.kl_after == worse.kl_before
     better = given.distil(DistilOptions(steps=12, tokens=100, check_every=4))
-    assert better.kl_after["all"] < 0.97 * better.kl_before["all"] and better.best in (4, 8, 12)
+    assert better.kl_after["all"] < 0.99 * better.kl_before["all"] and better.best in (4, 8, 12)
     assert held_back_kl(given, put(given.model, dict(better.tensors))) == pytest.approx(
         better.kl_after["all"], rel=1e-5
     )
