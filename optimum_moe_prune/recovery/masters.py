@@ -16,6 +16,7 @@ _EPSILON = 1e-8  # beside the root mean square of gradients, whose scale falls a
 _TINY = 1e-12
 KINDS = VALUE, _MEAN, _SQUARE = "value", "mean", "square"
 """What is kept of each between two steps."""
+NARROW_WIDTH = 128
 RANK = 16
 """Of the change of a down projection where any change does not fit in memory."""
 BYTES = 4 * 4
@@ -28,7 +29,8 @@ class Master:
     Args:
         trained: Which parameter.
         start: As it is in the model; kept where the change is of low rank.
-        rate: Its largest change in a step, relative to the root mean square of its numbers.
+        rate: Its largest change in a step, relative to the root mean square of its numbers, of a narrow matrix: the
+            changes of a wide one add up over its width, while its numbers are smaller by the root of that only.
         rank: Of the change; 0 for any.
         seed: Of what a change of low rank starts with.
         changes: Whether it will be changed, and not only calculated with.
@@ -41,6 +43,7 @@ class Master:
         self.dtype = start.dtype
         self.rank = rank_of(trained, start.shape, rank)
         whole = start.detach().float()
+        rate *= min(1.0, math.sqrt(NARROW_WIDTH / trained.width))
         scale = rate * max(float((whole + trained.centre).square().mean().sqrt()), _TINY)
         if self.rank:
             self._start: Tensor | None = start.detach()

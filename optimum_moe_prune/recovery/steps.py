@@ -26,7 +26,7 @@ WORSE = 0.05
 NOTHING = 1e-4
 """Nats that are no difference."""
 
-_RATES = {EXPERTS: 1e-3, ROUTER: 3e-3, NORMS: 3e-3}
+_RATES = {EXPERTS: 1e-2, ROUTER: 6e-3, NORMS: 6e-3}
 _EPOCHS = 6.0
 _TOKENS, _LEAST, _MOST = 512, 60, 240  # of a step in memory; steps
 _STREAMED_STEPS = 16
@@ -43,7 +43,8 @@ class DistilOptions:
         tokens: Of each step, at least: whole samples are taken. By default 512; of a model that is streamed as many
             as go through the text six times, of 512 to 65,536.
         rates: By role the largest change of a step, relative to the numbers of a tensor (their root mean square), of
-            steps of 512 tokens. Of larger ones it is larger, by the root of how much.
+            steps of 512 tokens and matrices that sum over 128 numbers. Of larger steps it is larger by the root of how
+            much, of wider matrices smaller likewise.
         warm_up: Steps in which the rate grows, a quarter of all at most; afterwards it falls evenly to a tenth.
         check_every: Steps between two looks at the held-back text: by default 15, and 1 where it is streamed.
         patience: Looks in a row that find nothing better, after which it stops.

@@ -36,6 +36,7 @@ class Trained:
         layer: Index of its decoder layer.
         rows: Only so many of its first rows are trained; None trains all. Some routers have rows beyond the experts'.
         centre: What the model adds to it before it multiplies: 1 for norms whose weights are stored less one.
+        width: How many numbers each of its outputs is a sum over; 1 for vectors.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Trained:
     layer: int
     rows: int | None = None
     centre: float = 0.0
+    width: int = 1
 
     def moved(self, name: str, layer: int) -> Trained:
         """The same of another layer that is like its own."""
@@ -82,21 +84,22 @@ def trained_of(
             if not any(structure == block.structure for structure, _ in downs):  # alike layers are looked at once
                 downs.append((block.structure, down_projection(block)))
             down = next(down for structure, down in downs if structure == block.structure)
-            found += [Trained(start + path, EXPERTS, block.layer) for path in _paths(block, down)]
+            if down is not None:
+                paths = _paths(block, down)
+                found += [Trained(start + path, EXPERTS, block.layer, width=down.width) for path in paths]
         if ROUTER in what:
             path = block.structure.logits_from
             axis = block.structure.tensors[path]
             rows = block.num_experts * axis.each if axis.extra else None
-            found.append(Trained(start + path, ROUTER, block.layer, rows))
+            width = part(block.decoder_layer, path).shape[-1]
+            found.append(Trained(start + path, ROUTER, block.layer, rows, width=width))
         if norm := norms.get(block.layer):
             found += [Trained(start + path, NORMS, block.layer, centre=norm.centre) for path in norm.paths]
     return found
 
 
-def _paths(block: MoEBlock, down: Down | None) -> list[str]:
+def _paths(block: MoEBlock, down: Down) -> list[str]:
     """The down projections, by path below the decoder layer."""
-    if down is None:
-        return []
     if not block.structure.numbered:
         return [down.path]
     return [f"{block.structure.experts}.{expert}.{down.path}" for expert in range(block.num_experts)]

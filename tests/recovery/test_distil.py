@@ -80,7 +80,7 @@ def test_steps_are_those_of_a_plain_loop(kind: str) -> None:
     model = copy.deepcopy(given.model)
     groups = []
     for name, parameter in model.named_parameters():
-        share = {"down_proj": 1e-3, "gate.weight": 3e-3, "post_attention_layernorm.weight": 3e-3}
+        share = {"down_proj": 1e-2, "gate.weight": 6e-3, "post_attention_layernorm.weight": 6e-3}
         ends = [rate for end, rate in share.items() if name.endswith(end) and "shared" not in name]
         has_experts = ".1." not in name or kind == "mixtral"
         parameter.requires_grad_(bool(ends) and has_experts)
@@ -92,7 +92,7 @@ def test_steps_are_those_of_a_plain_loop(kind: str) -> None:
     kls = [held_back_kl(given, model)]
     for step in range(3):
         for group in optimiser.param_groups:
-            group["lr"] = options.rate("experts") / 1e-3 * group["start"] * (1 - 0.9 * step / 2)
+            group["lr"] = group["start"] * (1 - 0.9 * step / 2)
         losses = [
             given.teacher.of(given.split.fit, batch).kl(
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1][
@@ -108,9 +108,13 @@ def test_steps_are_those_of_a_plain_loop(kind: str) -> None:
     torch.testing.assert_close([kl for _, kl in found.looks], kls, atol=1e-6, rtol=1e-5)
     assert found.best == 3 and found.kl_after["all"] == found.looks[-1][1] < found.kl_before["all"]
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    assert found.memory == sum(
+        5 * tensor.nbytes for tensor in trained.values()
+    )  # with gradient, moments, and the best
+    assert sum(found.numbers.values()) == sum(tensor.numel() for tensor in trained.values())
     assert found.tensors.keys() == trained.keys()
     for name, tensor in trained.items():
-        torch.testing.assert_close(found.tensors[name], tensor, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.tensors[name], tensor, atol=2e-5, rtol=1e-4)
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -158,7 +162,9 @@ def test_a_narrow_model_is_trained_in_a_wider_precision() -> None:
     assert found.looks[0][1] == pytest.approx(wide.looks[0][1], rel=1e-4)
     assert {tensor.dtype for tensor in found.tensors.values()} == {torch.bfloat16}
     for name, tensor in found.tensors.items():
-        torch.testing.assert_close(tensor.float(), wide.tensors[name], atol=1e-4, rtol=0.01)
+        assert float((tensor.float() - wide.tensors[name]).abs().mean()) < 0.003 * float(
+            wide.tensors[name].abs().mean()
+        )
 
 
 def test_layers_that_are_run_once_more_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +262,13 @@ def test_rows_beyond_the_experts_stay() -> None:
     (master.value() ** 2).sum().backward()
     master.step(0, 1.0)
     assert torch.equal(master.rounded()[3:], start[3:]) and not bool((master.rounded()[:3] == start[:3]).any())
+
+
+def test_wide_matrices_change_less() -> None:
+    start = torch.randn(4, 8)
+    rates = [Master(Trained("down", "experts", 0, width=width), start, 0.1).rates[0] for width in (1, 128, 512)]
+    scale = float(start.square().mean().sqrt())
+    assert rates == pytest.approx([0.1 * scale, 0.1 * scale, 0.05 * scale])
 
 
 def test_a_norm_that_counts_from_one() -> None:
