@@ -42,6 +42,7 @@ from .student import (
     loss_and_gradient,
     masters_of,
     notes_before,
+    notes_of_unreached,
     rank_and_memory,
 )
 from .teacher import TeacherOutputs, logits_of, predicted_rows
@@ -273,4 +274,7 @@ def _train(
             work.update()
             if done % check_every == 0 or done == steps:
                 goes_on = look()
+    if done:
+        reached = {master.trained.role for master in student.masters if master.is_reached}
+        notes += notes_of_unreached(list(student.numbers()), reached)
     return Distilled.of(watch, best, done, shares.changes, rank, student.numbers(), memory, notes)

@@ -27,8 +27,9 @@ from ..models.batches import Batch
 from ..models.memory import Compute, available_memory, open_skeleton
 from ..models.skeleton import Skeleton
 from ..models.widened import widened
+from ..names import dtype_text
 from ..progress import say, working
-from ..storage.growing import Store
+from ..storage.growing import Store, unfinished
 from ..storage.tensor_files import Shapes, shapes_bytes
 from ..storage.values import Values
 from ..storage.workspace import Workspace
@@ -46,6 +47,7 @@ from .student import (
     loss_and_gradient,
     masters_of,
     notes_before,
+    notes_of_unreached,
     numbers_of,
     rank_and_memory,
 )
@@ -82,7 +84,8 @@ def distil_streamed(
         what: What is trained, as in ``distil``.
         options: How.
         compute: Where to calculate, and in which precision.
-        work: What else decides about the numbers, as nested plain values: a later call for something else is refused.
+        work: What else decides about the numbers, as nested plain values, such as which checkpoint it is: a later call
+            for something else is refused.
         settings: What of that follows from, as ``Store`` takes it.
         workspace: Where finished steps are kept; a later call for the same continues.
 
@@ -91,13 +94,16 @@ def distil_streamed(
         RunError: If the unchanged model predicts NaN, or the disk is full.
     """
     what, options = check_roles(what), options.streamed(fit)
-    compute = compute.settled(layout)
+    begun = unfinished(workspace.folder) if workspace.folder is not None and not workspace.restart else None
+    before = {} if begun is None else begun[0]  # what was free then decided
+    compute = compute.settled(layout, True, before.get("computing_dtype"))
     skeleton = open_skeleton(layout, compute)
     check_vocabularies(skeleton.model, teacher)
     trained = _found(skeleton, fit, what)
     notes = notes_before(trained, what, held_back)
     like = skeleton.model.state_dict()
-    rank, memory = rank_and_memory(trained, lambda t: like[t.name], options.rank, available_memory("cpu"))
+    asked = before.get("rank") if options.rank is None else options.rank
+    rank, memory = rank_and_memory(trained, lambda t: like[t.name], asked, available_memory("cpu"))
     identity = {
         **(work or {}),
         "fit": fit.fingerprint,
@@ -105,7 +111,7 @@ def distil_streamed(
         "what": list(what),
         "options": asdict(options),
         "rank": rank,
-        "dtype": str(skeleton.dtype),
+        "computing_dtype": dtype_text(skeleton.dtype),
     }
     store = Store(workspace.folder, identity, workspace.restart, "distillation", settings)
     try:
@@ -184,6 +190,7 @@ class _Course:
         }
         self._watch, self._shares = Watch(options.patience), Shares()
         self._improved = 0
+        self._reached: set[str] = set()
 
     @property
     def nbytes(self) -> int:
@@ -216,6 +223,9 @@ class _Course:
                 progress.update()
         like = self._like
         every = [t for own in self._trained.values() for t in own]
+        numbers = numbers_of(every, lambda t: like[t.name], self._rank)
+        if not begun and done > 1:
+            notes += notes_of_unreached(list(numbers), self._reached)
         best = Folded(skeleton, every, self._bests[self._improved % 2], self._rank) if self._watch.best else {}
         return Distilled.of(
             self._watch,
@@ -223,7 +233,7 @@ class _Course:
             done - 1,
             self._shares.changes,
             self._rank,
-            numbers_of(every, lambda t: like[t.name], self._rank),
+            numbers,
             memory,
             notes,
         )
@@ -322,6 +332,8 @@ class _Course:
         target = self._states[(step + 1) % 2]
         for master in masters:
             master.step(step, self._options.pace(step, self.steps))
+            if master.is_reached:
+                self._reached.add(master.trained.role)
             for name, tensor in master.tensors.items():
                 target[name].copy_(tensor)
 

@@ -17,6 +17,7 @@ _TINY = 1e-12
 KINDS = VALUE, _MEAN, _SQUARE = "value", "mean", "square"
 """What is kept of each between two steps."""
 NARROW_WIDTH = 128
+"""Up to which matrices change at the rate that is asked for."""
 RANK = 16
 """Of the change of a down projection where any change does not fit in memory."""
 BYTES = 4 * 4
@@ -55,6 +56,7 @@ class Master:
             self._start = None
             leaves, self.rates = [whole.clone()], [scale]
         self.leaves = [leaf.requires_grad_() for leaf in leaves]
+        self.is_reached = False  # by a gradient
         self.moments = [(torch.zeros_like(leaf), torch.zeros_like(leaf)) if changes else () for leaf in leaves]
 
     def value(self) -> Tensor:
@@ -78,6 +80,7 @@ class Master:
         for leaf, moments, rate in zip(self.leaves, self.moments, self.rates, strict=True):
             if leaf.grad is None:
                 continue
+            self.is_reached = True
             if self.trained.rows is not None:
                 leaf.grad[self.trained.rows :] = 0
             adam(leaf, leaf.grad, moments, number, rate * pace)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -159,6 +159,15 @@ def check_gradients(logits: Tensor) -> None:
             "no gradient flows from what this model predicts to what is to be trained: its own code forbids it "
             "(torch.no_grad). Recover it by refit, which needs none."
         )
+
+
+def notes_of_unreached(what: Sequence[str], reached: Collection[str]) -> list[str]:
+    """What has to be said where gradients reached only some of the roles that are trained."""
+    return [
+        f"{role!r} stayed as they were: no gradient reaches them through the model's own code (torch.no_grad)"
+        for role in what
+        if role not in reached
+    ]
 
 
 def loss_and_gradient(logits: Tensor, targets: Targets, total: int) -> tuple[float, Tensor]:

@@ -256,6 +256,16 @@ def test_shares_are_those_of_real_tokens() -> None:
     assert found.shares[block.layer][0] == pytest.approx(float(weights.max() / weights.sum()), rel=1e-5)
 
 
+def test_code_that_forbids_gradients_is_named() -> None:
+    given = case("qwen2_moe")
+    for block in moe_blocks(given.model):
+        block.experts.forward = torch.no_grad()(block.experts.forward)
+    notes = given.distil().notes  # norms are reached through the shared expert
+    assert [note.split()[0] for note in notes[1:]] == ["'experts'", "'router'"]
+    with pytest.raises(RequestError, match="no gradient flows"):
+        given.distil(what=["experts"])
+
+
 def test_rows_beyond_the_experts_stay() -> None:
     start = torch.randn(5, 4)
     master = Master(Trained("router", "router", 0, rows=3), start, 0.1)
