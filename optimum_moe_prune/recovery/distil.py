@@ -89,7 +89,7 @@ def distil(
         free = available_memory(str(input_device(model)))
         rank, memory = rank_and_memory(trained, lambda t: raw(model, t.name), options.rank, free)
         stack.enter_context(widened(model, computing, in_pieces=False))
-        options = options.in_memory(fit)
+        options = options.in_memory(fit, held_back)
         saves = _activations(model, fit, options, computing) > _ACTIVATION_BYTES
         student = _Student(model, trained, options, rank, computing, saves)
         stack.enter_context(student.in_place())

@@ -87,7 +87,7 @@ def test_steps_are_those_of_a_plain_loop(kind: str) -> None:
         if parameter.requires_grad:
             groups.append({"params": [parameter], "start": ends[0] * float(parameter.detach().square().mean().sqrt())})
     optimiser = torch.optim.Adam(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-15)
-    options = FEW.in_memory(given.split.fit)
+    options = FEW.in_memory(given.split.fit, given.split.held_back)
     course = step_batches(given.split.fit, options)
     kls = [held_back_kl(given, model)]
     for step in range(3):
@@ -213,6 +213,22 @@ def test_bad_requests() -> None:
     with pytest.raises(RequestError, match="96 output tokens and the original 5"):
         Case(given.model, given.split, TeacherOutputs(5, {}, {})).distil()
     assert any("only 4 samples are held back to judge by" in note for note in given.distil().notes)
+
+
+def test_what_is_left_to_the_amount_of_text() -> None:
+    def text(tokens: int) -> CalibrationSet:
+        return CalibrationSet.build(list(torch.arange(tokens).view(-1, 500)))
+
+    def settled(fit: int, held_back: int) -> tuple[int | None, ...]:
+        options = DistilOptions().in_memory(text(fit), text(held_back))
+        return options.steps, options.tokens, options.check_every
+
+    assert settled(1000, 500) == (60, 512, 15)
+    assert settled(10_000, 1000) == (118, 512, 15)  # six times the text
+    assert settled(100_000, 20_000) == (180, 512, 53)  # the looks take a fourth of the time
+    streamed = DistilOptions().streamed(text(100_000))
+    assert (streamed.steps, streamed.tokens, streamed.check_every) == (16, 37_500, 1)
+    assert streamed.rate("experts") == pytest.approx(1e-2 * (37_500 / 512) ** 0.5)
 
 
 def test_a_worse_domain_is_not_taken() -> None:
