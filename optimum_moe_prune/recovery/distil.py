@@ -62,6 +62,7 @@ def distil(
     options: DistilOptions = DistilOptions(),
     *,
     dtype: str = AUTO,
+    stored: torch.dtype | None = None,
 ) -> Distilled:
     """Train some of a pruned model's weights to predict what the original did. The model is not changed.
 
@@ -74,6 +75,8 @@ def distil(
             before the MoE blocks).
         options: How.
         dtype: The precision to calculate in, as in ``Compute``.
+        stored: The dtype that changed parameters will be stored in, and are rounded to; by default the one that each
+            has in the model, which may be wider than its checkpoint's.
 
     Raises:
         RequestError: If the model or the samples cannot be used, or nothing can be trained.
@@ -91,7 +94,8 @@ def distil(
         stack.enter_context(widened(model, computing, in_pieces=False))
         options = options.in_memory(fit, held_back)
         saves = _activations(model, fit, options, computing) > _ACTIVATION_BYTES
-        student = _Student(model, trained, options, rank, computing, saves)
+        masters = masters_of(trained, lambda t: raw(model, t.name), options.rate, rank, options.seed, stored=stored)
+        student = _Student(model, masters, computing, saves)
         stack.enter_context(student.in_place())
         return _train(student, fit, held_back, teacher, options, rank, memory, notes)
 
@@ -113,27 +117,17 @@ class _Student:
 
     Args:
         model: The model.
-        trained: What is trained.
-        options: How.
-        rank: Of the changes of down projections.
+        masters: The copies.
         computing: The precision that is calculated in.
         saves: Whether layers are run once more for their gradients, which keeps less in memory.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        trained: Sequence[Trained],
-        options: DistilOptions,
-        rank: int,
-        computing: torch.dtype,
-        saves: bool,
-    ) -> None:
+    def __init__(self, model: Any, masters: Sequence[Master], computing: torch.dtype, saves: bool) -> None:
         self.model = model
         self.blocks = moe_blocks(model)
         self._computing = computing
         self._start = layers_path(model)
-        self.masters = masters_of(trained, lambda t: raw(model, t.name), options.rate, rank, options.seed)
+        self.masters = masters
         self._looks: Shares | None = None
         self._saves = saves
 

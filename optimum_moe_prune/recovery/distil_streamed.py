@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ..calibration.samples import CalibrationSet
-from ..checkpoints.layout import Layout
+from ..checkpoints.layout import Layout, model_dtype
+from ..errors import faults_of
 from ..evaluation.divergence import batch_size_for
 from ..models.batches import Batch
-from ..models.memory import Compute, available_memory, open_skeleton
+from ..models.memory import Compute, available_memory
+from ..models.precision import NARROW
 from ..models.skeleton import Skeleton
 from ..models.widened import widened
 from ..names import dtype_text
@@ -83,7 +85,7 @@ def distil_streamed(
         teacher: What the original predicts for both.
         what: What is trained, as in ``distil``.
         options: How.
-        compute: Where to calculate, and in which precision.
+        compute: Where to calculate, and in which precision, if that is wider than the checkpoint's.
         work: What else decides about the numbers, as nested plain values, such as which checkpoint it is: a later call
             for something else is refused.
         settings: What of that follows from, as ``Store`` takes it.
@@ -97,7 +99,7 @@ def distil_streamed(
     begun = unfinished(workspace.folder) if workspace.folder is not None and not workspace.restart else None
     before = {} if begun is None else begun[0]  # what was free then decided
     compute = compute.settled(layout, True, before.get("computing_dtype"))
-    skeleton = open_skeleton(layout, compute)
+    skeleton = _opened(layout, compute)
     check_vocabularies(skeleton.model, teacher)
     trained = _found(skeleton, fit, what)
     notes = notes_before(trained, what, held_back)
@@ -122,6 +124,14 @@ def distil_streamed(
         return course.run(memory, notes)
     finally:
         store.close()
+
+
+def _opened(layout: Layout, compute: Compute) -> Skeleton:
+    """The checkpoint in its own precision, whatever wider one is calculated in: what is trained is rounded to it."""
+    with faults_of(f"config.json of {layout.checkpoint.name_or_path}"):
+        held, asked = model_dtype(layout.config, layout.checkpoint), compute.computing_dtype(layout)
+        computing = asked if held in NARROW and asked not in NARROW else held
+        return Skeleton(layout, held, compute.runs_on, computing)
 
 
 def _found(skeleton: Skeleton, fit: CalibrationSet, what: Sequence[str]) -> list[Trained]:

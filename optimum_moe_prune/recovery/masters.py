@@ -35,13 +35,22 @@ class Master:
         rank: Of the change; 0 for any.
         seed: Of what a change of low rank starts with.
         changes: Whether it will be changed, and not only calculated with.
+        stored: The dtype that it will be stored in, where that is another than it has in the model.
     """
 
     def __init__(
-        self, trained: Trained, start: Tensor, rate: float, rank: int = 0, seed: int = 0, changes: bool = True
+        self,
+        trained: Trained,
+        start: Tensor,
+        rate: float,
+        rank: int = 0,
+        seed: int = 0,
+        changes: bool = True,
+        stored: torch.dtype | None = None,
     ) -> None:
         self.trained = trained
         self.dtype = start.dtype
+        self._stored = stored or start.dtype
         self.rank = rank_of(trained, start.shape, rank)
         whole = start.detach().float()
         rate *= min(1.0, math.sqrt(NARROW_WIDTH / trained.width))
@@ -66,9 +75,9 @@ class Master:
         return self._start.float() + self.leaves[0] @ self.leaves[1]
 
     def rounded(self) -> Tensor:
-        """The parameter as the model will have it."""
+        """The parameter as it will be stored."""
         with torch.no_grad():
-            return self.value().to(self.dtype, copy=True)
+            return self.value().to(self._stored, copy=True)
 
     def step(self, number: int, pace: float) -> None:
         """Change it by the gradients that have gathered, which are gone then.

@@ -97,6 +97,7 @@ def masters_of(
     rank: int,
     seed: int,
     changes: bool = True,
+    stored: torch.dtype | None = None,
 ) -> list[Master]:
     """Float32 copies of what is trained.
 
@@ -107,11 +108,12 @@ def masters_of(
         rank: Of the changes of down projections.
         seed: Of what these start with.
         changes: Whether they will be changed, and not only calculated with.
+        stored: The dtype that they will be stored in, where that is another than they have in the model.
     """
     found = []
     for one in trained:
         own = int.from_bytes(hashlib.sha256(f"{seed} {one.name}".encode()).digest()[:6], "big")
-        found.append(Master(one, start(one), rate(one.role), rank, own, changes))
+        found.append(Master(one, start(one), rate(one.role), rank, own, changes, stored))
     return found
 
 
@@ -138,12 +140,12 @@ def calculating(
         values = {m.trained.name.removeprefix(below): m.value().to(wide(m.dtype)) for m in masters}
     else:
         router = raw(layer, block.structure.logits_from).detach()
-        values = {block.structure.logits_from: router} | {
-            m.trained.name.removeprefix(below): m.rounded() for m in masters
+        found = {block.structure.logits_from: router.to(wide(router.dtype))} | {
+            m.trained.name.removeprefix(below): m.rounded().to(wide(m.dtype)) for m in masters
         }
         # Who watches a router knows its matrix by what it is, so that it has to be there as it is multiplied. And
         # where experts are run alone, their tensors are put back as parameters.
-        values = {p: nn.Parameter(v.to(wide(v.dtype)), requires_grad=False) for p, v in values.items()}
+        values = {path: nn.Parameter(value, requires_grad=False) for path, value in found.items()}
     with swapped(layer, values), contextlib.nullcontext() if looks is None else looks.counting(block):
         yield
 

@@ -167,6 +167,15 @@ def test_a_narrow_model_is_trained_in_a_wider_precision() -> None:
         )
 
 
+def test_it_is_rounded_to_what_will_be_stored() -> None:
+    given = case(dtype=torch.bfloat16)
+    wide = Case(copy.deepcopy(given.model).float(), given.split, given.teacher)
+    found = wide.distil(stored=torch.bfloat16)
+    assert {tensor.dtype for tensor in found.tensors.values()} == {torch.bfloat16}
+    model = put(given.model, dict(found.tensors)).float()
+    assert held_back_kl(given, model) == pytest.approx(found.kl_after["all"], rel=1e-5)
+
+
 def test_layers_that_are_run_once_more_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     given = case()
     expected = given.distil()

@@ -89,6 +89,17 @@ def test_layers_that_hand_on_what_they_looked_at(tmp_path: Path) -> None:
     )
 
 
+def test_it_is_rounded_to_the_precision_of_the_checkpoint(tmp_path: Path) -> None:
+    model, parts = make_model().to(torch.bfloat16), split()
+    model.save_pretrained(tmp_path)
+    teacher = taught(make_model(seed=1))
+    options = DistilOptions(steps=1, tokens=60, check_every=1, warm_up=0)
+    found = distil_streamed(
+        open_layout(tmp_path), parts.fit, parts.held_back, teacher, options=options, compute=Compute("float32")
+    )
+    assert {tensor.dtype for tensor in found.tensors.values()} == {torch.bfloat16}
+
+
 def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     teacher = taught(make_model(seed=1))
