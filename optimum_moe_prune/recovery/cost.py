@@ -24,12 +24,14 @@ class StreamedCost:
         steps: Steps.
         tokens: Of each step, about.
         reads: Bytes of the checkpoint that are read, all in all: it is read twice for each step, and once more.
+        keeps: Bytes of files that it keeps until it is done: what goes into the layers, and what is trained.
         seconds: How long that takes, roughly; None where it cannot be told.
     """
 
     steps: int
     tokens: int
     reads: int
+    keeps: int
     seconds: float | None
 
     def sentence(self) -> str:
@@ -37,7 +39,7 @@ class StreamedCost:
         time = "" if self.seconds is None else f", about {duration(rough(self.seconds))}"
         return (
             f"{self.steps} steps of about {self.tokens} tokens, each of which reads the checkpoint twice: "
-            f"{size(self.reads)} in all{time}"
+            f"{size(self.reads)} in all{time}; files of {size(self.keeps)} are kept until it is done"
         )
 
 
@@ -47,6 +49,7 @@ def streamed_cost(
     held_back: CalibrationSet,
     options: DistilOptions = DistilOptions(),
     compute: Compute = Compute(),
+    trained: int = 0,
 ) -> StreamedCost:
     """What ``distil_streamed`` will take, if it goes through all its steps. One layer is read and run for it.
 
@@ -56,14 +59,19 @@ def streamed_cost(
         held_back: The samples it is judged by.
         options: How.
         compute: Where to calculate.
+        trained: Bytes that are kept of what is trained.
     """
     options = options.streamed(fit)
     assert options.steps is not None and options.tokens is not None and options.check_every is not None
     passes = 2 * options.steps + 1
     looks = -(-options.steps // options.check_every) + 1
-    speed = probe(layout, fit, frozenset(), compute.settled(layout), options.batch_size)
+    compute, config = compute.settled(layout), text_config(layout.config)
+    layers = config.num_hidden_layers
+    states = (layers + 1) * options.tokens * config.hidden_size * compute.computing_dtype(layout).itemsize
+    speed = probe(layout, fit, frozenset(), compute, options.batch_size)
     seconds = None
     if speed is not None:
         run = options.steps * options.tokens * (1 + _BACKWARD) + looks * held_back.num_tokens
-        seconds = text_config(layout.config).num_hidden_layers * (passes * speed.reading + run * speed.plain)
-    return StreamedCost(options.steps, options.tokens, passes * layout.checkpoint.nbytes, seconds)
+        seconds = layers * (passes * speed.reading + run * speed.plain)
+    reads = passes * layout.checkpoint.nbytes
+    return StreamedCost(options.steps, options.tokens, reads, states + trained, seconds)

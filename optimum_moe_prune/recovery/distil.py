@@ -42,6 +42,7 @@ from .student import (
     loss_and_gradient,
     masters_of,
     notes_before,
+    notes_of_unreached,
     rank_and_memory,
 )
 from .teacher import TeacherOutputs, logits_of, predicted_rows
@@ -61,6 +62,7 @@ def distil(
     options: DistilOptions = DistilOptions(),
     *,
     dtype: str = AUTO,
+    stored: torch.dtype | None = None,
 ) -> Distilled:
     """Train some of a pruned model's weights to predict what the original did. The model is not changed.
 
@@ -73,6 +75,8 @@ def distil(
             before the MoE blocks).
         options: How.
         dtype: The precision to calculate in, as in ``Compute``.
+        stored: The dtype that changed parameters will be stored in, and are rounded to; by default the one that each
+            has in the model, which may be wider than its checkpoint's.
 
     Raises:
         RequestError: If the model or the samples cannot be used, or nothing can be trained.
@@ -88,8 +92,10 @@ def distil(
         free = available_memory(str(input_device(model)))
         rank, memory = rank_and_memory(trained, lambda t: raw(model, t.name), options.rank, free)
         stack.enter_context(widened(model, computing, in_pieces=False))
-        options = options.in_memory(fit)
-        student = _Student(model, trained, options, rank, computing)
+        options = options.in_memory(fit, held_back)
+        saves = _activations(model, fit, options, computing) > _ACTIVATION_BYTES
+        masters = masters_of(trained, lambda t: raw(model, t.name), options.rate, rank, options.seed, stored=stored)
+        student = _Student(model, masters, computing, saves)
         stack.enter_context(student.in_place())
         return _train(student, fit, held_back, teacher, options, rank, memory, notes)
 
@@ -111,22 +117,19 @@ class _Student:
 
     Args:
         model: The model.
-        trained: What is trained.
-        options: How.
-        rank: Of the changes of down projections.
+        masters: The copies.
         computing: The precision that is calculated in.
+        saves: Whether layers are run once more for their gradients, which keeps less in memory.
     """
 
-    def __init__(
-        self, model: Any, trained: Sequence[Trained], options: DistilOptions, rank: int, computing: torch.dtype
-    ) -> None:
+    def __init__(self, model: Any, masters: Sequence[Master], computing: torch.dtype, saves: bool) -> None:
         self.model = model
         self.blocks = moe_blocks(model)
         self._computing = computing
         self._start = layers_path(model)
-        self.masters = masters_of(trained, lambda t: raw(model, t.name), options.rate, rank, options.seed)
+        self.masters = masters
         self._looks: Shares | None = None
-        self._saves = _activations(model, options) > _ACTIVATION_BYTES
+        self._saves = saves
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -200,12 +203,13 @@ class _Student:
         return math.isfinite(loss)
 
 
-def _activations(model: Any, options: DistilOptions) -> int:
+def _activations(model: Any, fit: CalibrationSet, options: DistilOptions, computing: torch.dtype) -> int:
     """Bytes that a step would keep for its gradients if layers were not run once more for them, roughly."""
-    config = text_config(model.config)
-    each = _KEPT_BYTES * config.hidden_size * len(decoder_layers(model)) * options.tokens
-    narrow = sum(p.numel() for p in model.parameters() if p.dtype in NARROW)
-    return each + (4 * narrow if precision_of(model) not in NARROW else 0)
+    assert options.tokens is not None
+    tokens = max(options.tokens, *(sample.num_tokens for sample in fit.samples))
+    kept = _KEPT_BYTES * text_config(model.config).hidden_size * len(decoder_layers(model)) * tokens
+    narrow = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype in NARROW)
+    return kept + (0 if computing in NARROW else computing.itemsize * narrow)  # wider copies of the weights as well
 
 
 @contextlib.contextmanager
@@ -264,4 +268,7 @@ def _train(
             work.update()
             if done % check_every == 0 or done == steps:
                 goes_on = look()
+    if done:
+        reached = {master.trained.role for master in student.masters if master.is_reached}
+        notes += notes_of_unreached(list(student.numbers()), reached)
     return Distilled.of(watch, best, done, shares.changes, rank, student.numbers(), memory, notes)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,19 +21,23 @@ import torch
 from torch import Tensor
 
 from ..calibration.samples import CalibrationSet
-from ..checkpoints.layout import Layout
+from ..checkpoints.layout import Layout, model_dtype
+from ..errors import faults_of
 from ..evaluation.divergence import batch_size_for
 from ..models.batches import Batch
-from ..models.memory import Compute, available_memory, open_skeleton
+from ..models.memory import Compute, available_memory
+from ..models.precision import NARROW
 from ..models.skeleton import Skeleton
 from ..models.widened import widened
+from ..names import dtype_text
 from ..progress import say, working
-from ..storage.growing import Store
+from ..storage.growing import Store, unfinished
 from ..storage.tensor_files import Shapes, shapes_bytes
 from ..storage.values import Values
 from ..storage.workspace import Workspace
 from .cost import streamed_cost
-from .masters import KINDS, VALUE, Master, kept_name, leaf_shapes, rank_of
+from .folded import Folded
+from .masters import KINDS, VALUE, Master, kept_name, leaf_shapes
 from .shares import Shares
 from .steps import Distilled, DistilOptions, Watch, by_domain, predicted, step_batches
 from .student import (
@@ -45,6 +49,7 @@ from .student import (
     loss_and_gradient,
     masters_of,
     notes_before,
+    notes_of_unreached,
     numbers_of,
     rank_and_memory,
 )
@@ -80,8 +85,9 @@ def distil_streamed(
         teacher: What the original predicts for both.
         what: What is trained, as in ``distil``.
         options: How.
-        compute: Where to calculate, and in which precision.
-        work: What else decides about the numbers, as nested plain values: a later call for something else is refused.
+        compute: Where to calculate, and in which precision, if that is wider than the checkpoint's.
+        work: What else decides about the numbers, as nested plain values, such as which checkpoint it is: a later call
+            for something else is refused.
         settings: What of that follows from, as ``Store`` takes it.
         workspace: Where finished steps are kept; a later call for the same continues.
 
@@ -90,15 +96,16 @@ def distil_streamed(
         RunError: If the unchanged model predicts NaN, or the disk is full.
     """
     what, options = check_roles(what), options.streamed(fit)
-    compute = compute.settled(layout)
-    skeleton = open_skeleton(layout, compute)
+    begun = unfinished(workspace.folder) if workspace.folder is not None and not workspace.restart else None
+    before = {} if begun is None else begun[0]  # what was free then decided
+    compute = compute.settled(layout, True, before.get("computing_dtype"))
+    skeleton = _opened(layout, compute)
     check_vocabularies(skeleton.model, teacher)
     trained = _found(skeleton, fit, what)
     notes = notes_before(trained, what, held_back)
     like = skeleton.model.state_dict()
-    rank, memory = rank_and_memory(trained, lambda t: like[t.name], options.rank, available_memory("cpu"))
-    cost = streamed_cost(layout, fit, held_back, options, compute)
-    say(f"distilling one layer at a time: {cost.sentence()}")
+    asked = before.get("rank") if options.rank is None else options.rank
+    rank, memory = rank_and_memory(trained, lambda t: like[t.name], asked, available_memory("cpu"))
     identity = {
         **(work or {}),
         "fit": fit.fingerprint,
@@ -106,15 +113,25 @@ def distil_streamed(
         "what": list(what),
         "options": asdict(options),
         "rank": rank,
-        "dtype": str(skeleton.dtype),
+        "computing_dtype": dtype_text(skeleton.dtype),
     }
     store = Store(workspace.folder, identity, workspace.restart, "distillation", settings)
     try:
         course = _Course(skeleton, trained, fit, held_back, teacher, options, rank, store)
+        cost = streamed_cost(layout, fit, held_back, options, compute, course.nbytes)
+        say(f"distilling one layer at a time: {cost.sentence()}")
         store.check_space(course.nbytes)
         return course.run(memory, notes)
     finally:
         store.close()
+
+
+def _opened(layout: Layout, compute: Compute) -> Skeleton:
+    """The checkpoint in its own precision, whatever wider one is calculated in: what is trained is rounded to it."""
+    with faults_of(f"config.json of {layout.checkpoint.name_or_path}"):
+        held, asked = model_dtype(layout.config, layout.checkpoint), compute.computing_dtype(layout)
+        computing = asked if held in NARROW and asked not in NARROW else held
+        return Skeleton(layout, held, compute.runs_on, computing)
 
 
 def _found(skeleton: Skeleton, fit: CalibrationSet, what: Sequence[str]) -> list[Trained]:
@@ -183,6 +200,7 @@ class _Course:
         }
         self._watch, self._shares = Watch(options.patience), Shares()
         self._improved = 0
+        self._reached: set[str] = set()
 
     @property
     def nbytes(self) -> int:
@@ -215,6 +233,9 @@ class _Course:
                 progress.update()
         like = self._like
         every = [t for own in self._trained.values() for t in own]
+        numbers = numbers_of(every, lambda t: like[t.name], self._rank)
+        if not begun and done > 1:
+            notes += notes_of_unreached(list(numbers), self._reached)
         best = Folded(skeleton, every, self._bests[self._improved % 2], self._rank) if self._watch.best else {}
         return Distilled.of(
             self._watch,
@@ -222,7 +243,7 @@ class _Course:
             done - 1,
             self._shares.changes,
             self._rank,
-            numbers_of(every, lambda t: like[t.name], self._rank),
+            numbers,
             memory,
             notes,
         )
@@ -321,6 +342,8 @@ class _Course:
         target = self._states[(step + 1) % 2]
         for master in masters:
             master.step(step, self._options.pace(step, self.steps))
+            if master.is_reached:
+                self._reached.add(master.trained.role)
             for name, tensor in master.tensors.items():
                 target[name].copy_(tensor)
 
@@ -377,36 +400,3 @@ def _kept_shapes(trained: Sequence[Trained], like: Mapping[str, Tensor], rank: i
         for number, shape in enumerate(leaf_shapes(one, like[one.name].shape, rank))
         for kind in kinds
     }
-
-
-class Folded(Mapping[str, Tensor]):
-    """Trained parameters by name, in their own dtype; each is made when it is asked for.
-
-    Args:
-        skeleton: The checkpoint, of which changes of low rank are changes.
-        trained: The parameters.
-        values: What was trained of them.
-        rank: Of the changes of down projections.
-    """
-
-    def __init__(
-        self, skeleton: Skeleton, trained: Sequence[Trained], values: Mapping[str, Tensor], rank: int
-    ) -> None:
-        self._skeleton, self._values, self._rank = skeleton, values, rank
-        self._trained = {one.name: one for one in trained}
-        self._like = skeleton.model.state_dict()
-
-    def __getitem__(self, name: str) -> Tensor:
-        one, like = self._trained[name], self._like[name]
-        if not rank_of(one, like.shape, self._rank):
-            return self._values[kept_name(one, 0, VALUE)].to(like.dtype, copy=True)
-        ((_, start),) = self._skeleton.read([name])
-        (master,) = masters_of([one], lambda t: start, lambda role: 0.0, self._rank, 0, changes=False)
-        master.set(self._values)
-        return master.rounded().cpu()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._trained)
-
-    def __len__(self) -> int:
-        return len(self._trained)

@@ -16,6 +16,8 @@ _EPSILON = 1e-8  # beside the root mean square of gradients, whose scale falls a
 _TINY = 1e-12
 KINDS = VALUE, _MEAN, _SQUARE = "value", "mean", "square"
 """What is kept of each between two steps."""
+NARROW_WIDTH = 128
+"""Up to which matrices change at the rate that is asked for."""
 RANK = 16
 """Of the change of a down projection where any change does not fit in memory."""
 BYTES = 4 * 4
@@ -28,19 +30,30 @@ class Master:
     Args:
         trained: Which parameter.
         start: As it is in the model; kept where the change is of low rank.
-        rate: Its largest change in a step, relative to the root mean square of its numbers.
+        rate: Its largest change in a step, relative to the root mean square of its numbers, of a narrow matrix: the
+            changes of a wide one add up over its width, while its numbers are smaller by the root of that only.
         rank: Of the change; 0 for any.
         seed: Of what a change of low rank starts with.
         changes: Whether it will be changed, and not only calculated with.
+        stored: The dtype that it will be stored in, where that is another than it has in the model.
     """
 
     def __init__(
-        self, trained: Trained, start: Tensor, rate: float, rank: int = 0, seed: int = 0, changes: bool = True
+        self,
+        trained: Trained,
+        start: Tensor,
+        rate: float,
+        rank: int = 0,
+        seed: int = 0,
+        changes: bool = True,
+        stored: torch.dtype | None = None,
     ) -> None:
         self.trained = trained
         self.dtype = start.dtype
+        self._stored = stored or start.dtype
         self.rank = rank_of(trained, start.shape, rank)
         whole = start.detach().float()
+        rate *= min(1.0, math.sqrt(NARROW_WIDTH / trained.width))
         scale = rate * max(float((whole + trained.centre).square().mean().sqrt()), _TINY)
         if self.rank:
             self._start: Tensor | None = start.detach()
@@ -52,6 +65,7 @@ class Master:
             self._start = None
             leaves, self.rates = [whole.clone()], [scale]
         self.leaves = [leaf.requires_grad_() for leaf in leaves]
+        self.is_reached = False  # by a gradient
         self.moments = [(torch.zeros_like(leaf), torch.zeros_like(leaf)) if changes else () for leaf in leaves]
 
     def value(self) -> Tensor:
@@ -61,9 +75,9 @@ class Master:
         return self._start.float() + self.leaves[0] @ self.leaves[1]
 
     def rounded(self) -> Tensor:
-        """The parameter as the model will have it."""
+        """The parameter as it will be stored."""
         with torch.no_grad():
-            return self.value().to(self.dtype, copy=True)
+            return self.value().to(self._stored, copy=True)
 
     def step(self, number: int, pace: float) -> None:
         """Change it by the gradients that have gathered, which are gone then.
@@ -75,6 +89,7 @@ class Master:
         for leaf, moments, rate in zip(self.leaves, self.moments, self.rates, strict=True):
             if leaf.grad is None:
                 continue
+            self.is_reached = True
             if self.trained.rows is not None:
                 leaf.grad[self.trained.rows :] = 0
             adam(leaf, leaf.grad, moments, number, rate * pace)

@@ -80,8 +80,8 @@ class Shares:
             flat, own = ids.flatten(), weights.detach().double().abs()
             if self._real is not None and len(self._real) == len(ids):
                 own = own * sent(self._real, own.device)[:, None]
-            sums = torch.zeros(int(max(count, flat.max() + 1)), dtype=torch.float64, device=own.device)
-            sums = sums.index_add_(0, flat, own.flatten())[:count].cpu()
+            sums = torch.zeros(count + 1, dtype=torch.float64, device=own.device)
+            sums = sums.index_add_(0, flat.clamp(max=count), own.flatten())[:count].cpu()  # some go to no expert
             self._sums[layer] = self._sums.get(layer, 0) + sums
             return experts(hidden, ids, weights)
 

@@ -26,9 +26,12 @@ WORSE = 0.05
 NOTHING = 1e-4
 """Nats that are no difference."""
 
-_RATES = {EXPERTS: 1e-3, ROUTER: 3e-3, NORMS: 3e-3}
+_RATES = {EXPERTS: 1e-2, ROUTER: 6e-3, NORMS: 6e-3}
 _EPOCHS = 6.0
-_TOKENS, _LEAST, _MOST = 512, 60, 240  # of a step in memory; steps
+_TOKENS, _LEAST, _MOST = 512, 60, 180  # of a step in memory; steps
+_CHECK_EVERY = 15
+_LOOKS_SHARE = 0.25  # of the time, that looks at the held-back text take
+_TIMES_FORWARD = 3  # that a step takes for a token
 _STREAMED_STEPS = 16
 _LARGEST_STEP = 2**16  # tokens of a step that is streamed: their states wait in front of every layer
 
@@ -38,14 +41,16 @@ class DistilOptions:
     """How a distillation is done. What is None is left to the amount of text and to where the model is.
 
     Attributes:
-        steps: Changes of the weights: by default as many as go through the text six times, of 60 to 240; 16 of a
+        steps: Changes of the weights: by default as many as go through the text six times, of 60 to 180; 16 of a
             model that is streamed.
         tokens: Of each step, at least: whole samples are taken. By default 512; of a model that is streamed as many
             as go through the text six times, of 512 to 65,536.
         rates: By role the largest change of a step, relative to the numbers of a tensor (their root mean square), of
-            steps of 512 tokens. Of larger ones it is larger, by the root of how much.
+            steps of 512 tokens and matrices that sum over 128 numbers. Of larger steps it is larger by the root of how
+            much, of wider matrices smaller likewise.
         warm_up: Steps in which the rate grows, a quarter of all at most; afterwards it falls evenly to a tenth.
-        check_every: Steps between two looks at the held-back text: by default 15, and 1 where it is streamed.
+        check_every: Steps between two looks at the held-back text: by default 15, or more where there is so much of
+            it that looks would take more than a fourth of the time of steps; 1 of a model that is streamed.
         patience: Looks in a row that find nothing better, after which it stops.
         rank: Of the change of each down projection, 0 for any change; by default that where it fits in memory, else
             16.
@@ -72,11 +77,12 @@ class DistilOptions:
             if value is not None and value < number:
                 raise RequestError(f"{name} is {value}; it must be at least {number}.")
 
-    def in_memory(self, fit: CalibrationSet) -> DistilOptions:
+    def in_memory(self, fit: CalibrationSet, held_back: CalibrationSet) -> DistilOptions:
         """The same with nothing left open, for a model in memory."""
         tokens = self.tokens or _TOKENS
         steps = self.steps or max(_LEAST, min(_MOST, math.ceil(_EPOCHS * fit.num_tokens / tokens)))
-        return self._settled(steps, tokens, self.check_every or 15)
+        looks = math.ceil(held_back.num_tokens / (_LOOKS_SHARE * _TIMES_FORWARD * tokens))
+        return self._settled(steps, tokens, self.check_every or max(_CHECK_EVERY, looks))
 
     def streamed(self, fit: CalibrationSet) -> DistilOptions:
         """The same for one that is read twice for each step."""

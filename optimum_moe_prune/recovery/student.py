@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,7 @@ def masters_of(
     rank: int,
     seed: int,
     changes: bool = True,
+    stored: torch.dtype | None = None,
 ) -> list[Master]:
     """Float32 copies of what is trained.
 
@@ -107,11 +108,12 @@ def masters_of(
         rank: Of the changes of down projections.
         seed: Of what these start with.
         changes: Whether they will be changed, and not only calculated with.
+        stored: The dtype that they will be stored in, where that is another than they have in the model.
     """
     found = []
     for one in trained:
         own = int.from_bytes(hashlib.sha256(f"{seed} {one.name}".encode()).digest()[:6], "big")
-        found.append(Master(one, start(one), rate(one.role), rank, own, changes))
+        found.append(Master(one, start(one), rate(one.role), rank, own, changes, stored))
     return found
 
 
@@ -138,12 +140,12 @@ def calculating(
         values = {m.trained.name.removeprefix(below): m.value().to(wide(m.dtype)) for m in masters}
     else:
         router = raw(layer, block.structure.logits_from).detach()
-        values = {block.structure.logits_from: router} | {
-            m.trained.name.removeprefix(below): m.rounded() for m in masters
+        found = {block.structure.logits_from: router.to(wide(router.dtype))} | {
+            m.trained.name.removeprefix(below): m.rounded().to(wide(m.dtype)) for m in masters
         }
         # Who watches a router knows its matrix by what it is, so that it has to be there as it is multiplied. And
         # where experts are run alone, their tensors are put back as parameters.
-        values = {p: nn.Parameter(v.to(wide(v.dtype)), requires_grad=False) for p, v in values.items()}
+        values = {path: nn.Parameter(value, requires_grad=False) for path, value in found.items()}
     with swapped(layer, values), contextlib.nullcontext() if looks is None else looks.counting(block):
         yield
 
@@ -161,6 +163,15 @@ def check_gradients(logits: Tensor) -> None:
         )
 
 
+def notes_of_unreached(what: Sequence[str], reached: Collection[str]) -> list[str]:
+    """What has to be said where gradients reached only some of the roles that are trained."""
+    return [
+        f"{role!r} stayed as they were: no gradient reaches them through the model's own code (torch.no_grad)"
+        for role in what
+        if role not in reached
+    ]
+
+
 def loss_and_gradient(logits: Tensor, targets: Targets, total: int) -> tuple[float, Tensor]:
     """The divergence of some tokens, as their part of the mean of all, and its gradient for the logits.
 
@@ -169,15 +180,16 @@ def loss_and_gradient(logits: Tensor, targets: Targets, total: int) -> tuple[flo
         targets: What the original predicts for them.
         total: All tokens of the step.
     """
-    leaf = logits.detach().requires_grad_()
     loss = torch.zeros((), dtype=torch.float64, device=logits.device)
+    gradient = torch.empty_like(logits)
     rows = max(1, _SLICE_BYTES // (4 * logits.shape[1]))
     for part, own in targets.to(logits.device).slices(rows):
-        found = own.kl(leaf[part]).sum() / total
-        found.backward()
+        leaf = logits[part].detach().requires_grad_()
+        with torch.enable_grad():
+            found = own.kl(leaf).sum() / total
+        (gradient[part],) = torch.autograd.grad(found, leaf)
         loss += found.detach()
-    assert leaf.grad is not None
-    return float(loss), leaf.grad
+    return float(loss), gradient
 
 
 def add_divergences(sums: Tensor, batch: Batch, targets: Targets, logits: Tensor) -> None:

@@ -36,6 +36,7 @@ class Trained:
         layer: Index of its decoder layer.
         rows: Only so many of its first rows are trained; None trains all. Some routers have rows beyond the experts'.
         centre: What the model adds to it before it multiplies: 1 for norms whose weights are stored less one.
+        width: How many numbers each of its outputs is a sum over; 1 for vectors.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Trained:
     layer: int
     rows: int | None = None
     centre: float = 0.0
+    width: int = 1
 
     def moved(self, name: str, layer: int) -> Trained:
         """The same of another layer that is like its own."""
@@ -82,21 +84,22 @@ def trained_of(
             if not any(structure == block.structure for structure, _ in downs):  # alike layers are looked at once
                 downs.append((block.structure, down_projection(block)))
             down = next(down for structure, down in downs if structure == block.structure)
-            found += [Trained(start + path, EXPERTS, block.layer) for path in _paths(block, down)]
+            if down is not None:
+                paths = _paths(block, down)
+                found += [Trained(start + path, EXPERTS, block.layer, width=down.width) for path in paths]
         if ROUTER in what:
             path = block.structure.logits_from
             axis = block.structure.tensors[path]
             rows = block.num_experts * axis.each if axis.extra else None
-            found.append(Trained(start + path, ROUTER, block.layer, rows))
+            width = part(block.decoder_layer, path).shape[-1]
+            found.append(Trained(start + path, ROUTER, block.layer, rows, width=width))
         if norm := norms.get(block.layer):
             found += [Trained(start + path, NORMS, block.layer, centre=norm.centre) for path in norm.paths]
     return found
 
 
-def _paths(block: MoEBlock, down: Down | None) -> list[str]:
+def _paths(block: MoEBlock, down: Down) -> list[str]:
     """The down projections, by path below the decoder layer."""
-    if down is None:
-        return []
     if not block.structure.numbered:
         return [down.path]
     return [f"{block.structure.experts}.{expert}.{down.path}" for expert in range(block.num_experts)]
@@ -129,24 +132,33 @@ def norms_before(blocks: Sequence[MoEBlock], run: Callable[[], object]) -> dict[
 
 
 class _Watching:
-    """Watches, inside a ``with``, which norms of a layer run, and what its block is given."""
+    """Watches, inside a ``with``, which norms of a layer run, and what its block is given.
+
+    A norm may stand in a module that does something more, as a gate after it: what that gives counts as well.
+    """
 
     def __init__(self, block: MoEBlock) -> None:
         self.layer = block.layer
-        self._block = block
+        self._fed = {block.module, block.router, block.experts} - {block.decoder_layer}
         inside = {module for fed in (block.router, block.experts) for module in fed.modules()}
-        modules = block.decoder_layer.named_modules()
-        self._norms = {path: module for path, module in modules if module not in inside and _is_norm(module)}
-        self._ran: list[tuple[str, Tensor, Tensor]] = []  # kept, so that no other tensor takes their memory
+        self._modules: dict[str, nn.Module] = dict(block.decoder_layer.named_modules())
+        self._norms = {p: m for p, m in self._modules.items() if m not in inside and _is_norm(m)}
+        self._norm_of: dict[str, str] = {}  # by the path of a module with a single norm in it
+        for path, module in self._modules.items():
+            own = [norm for norm in self._norms if norm == path or norm.startswith(f"{path}.")]
+            if path and len(own) == 1 and not any(inner in self._fed for inner in module.modules()):
+                self._norm_of[path] = own[0]
+        self._given: dict[str, Tensor] = {}
+        self._ran: list[tuple[str, Tensor]] = []  # kept, so that no other tensor takes their memory
         self._last: int | None = None
 
     def __enter__(self) -> _Watching:
-        fed = {self._block.module, self._block.router, self._block.experts} - {self._block.decoder_layer}
         with contextlib.ExitStack() as hooks:
-            for path, module in self._norms.items():
-                hooks.callback(module.register_forward_hook(functools.partial(self._made, path)).remove)
-            for module in fed:
-                hooks.callback(module.register_forward_pre_hook(self._given, with_kwargs=True).remove)
+            for path in self._norm_of:
+                made = functools.partial(self._on_output, path)
+                hooks.callback(self._modules[path].register_forward_hook(made).remove)
+            for module in self._fed:
+                hooks.callback(module.register_forward_pre_hook(self._on_input, with_kwargs=True).remove)
             self._hooks = hooks.pop_all()
         return self
 
@@ -157,18 +169,21 @@ class _Watching:
         """The last norm that fed the block."""
         if self._last is None:
             return None
-        path, given, _ = self._ran[self._last]
+        path = self._ran[self._last][0]
         module = self._norms[path]
         names = [name for name, tensor in module._parameters.items() if tensor is not None]
-        return Norm(tuple(f"{path}.{name}" for name in names), _centre(module, given))
+        return Norm(tuple(f"{path}.{name}" for name in names), _centre(module, self._given[path]))
 
-    def _made(self, path: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-            self._ran.append((path, args[0], output))
+    def _on_output(self, path: str, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if path in self._norms and args and isinstance(args[0], Tensor):
+            self._given[path] = args[0]
+        made = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(made, Tensor) and self._norm_of[path] in self._given:
+            self._ran.append((self._norm_of[path], made))
 
-    def _given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        fed = [number for number, (_, _, made) in enumerate(self._ran) if any(_shares(made, value) for value in given)]
+        fed = [number for number, (_, made) in enumerate(self._ran) if any(_shares(made, value) for value in given)]
         self._last = max((n for n in (self._last, *fed) if n is not None), default=None)
 
 
