@@ -187,8 +187,8 @@ class MoEPrunerConfig:
             )
         if self.progressive and method.measures:
             raise RequestError(
-                f"progressive does not go with method {self.method!r}, which measures sets of the unpruned model; name "
-                "one of its candidates, as enumeration."
+                f"progressive does not go with method {self.method!r}, which measures sets of the unpruned model; "
+                "name one of its candidates, as enumeration."
             )
         if self.progressive and any(str(need) == "fisher" for need in self.needs):
             raise RequestError(

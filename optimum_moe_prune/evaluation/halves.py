@@ -50,6 +50,6 @@ def halves(samples: CalibrationSet, number: int) -> Halves:
         judging |= set(unique[first::2])
         deciding |= set(unique) - judging
     rows = [row for row, sample in enumerate(measured.samples) if sample.hash not in judging]
-    choosing = measured.of(rows, {"sensitivity_samples": number})
+    choosing = measured.picked(rows, {"sensitivity_samples": number})
     alone = tuple(domain for domain, own in sorted(hashes.items()) if not judging & set(own))
     return Halves(measured, choosing, frozenset(judging), alone)

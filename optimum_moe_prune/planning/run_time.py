@@ -38,7 +38,7 @@ def seconds_of(
     layout: Layout,
     speed: Speed,
     recipe: MoEPrunerConfig,
-    texts: tuple[int, int, int],
+    texts: tuple[int, int],
     needs: frozenset[Need],
     compute: Compute,
     measuring: Measuring,
