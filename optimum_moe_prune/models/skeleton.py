@@ -24,6 +24,7 @@ from .ahead import LayersAhead
 from .ahead import ReadAhead as _ReadAhead
 from .batches import Batch
 from .layerwise import LayerByLayer
+from .placing import in_files
 from .transfers import copies_aside, for_each, lane_of, read_onto
 
 
@@ -332,29 +333,8 @@ class Weights:
         return sum(self.parameters[name].nbytes for name in parameters)
 
     def placed(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """The tensors of the checkpoint that make a value of a parameter, as the files hold them.
-
-        Raises:
-            RequestError: If transformers makes the parameter in a way that cannot be undone here.
-        """
-        source = self.sources[name]
-        if source.converter is None:
-            return {source.names[0]: value}
-        if len(source.tensors) == 1:
-            ((pattern, names),) = source.tensors.items()
-            if source.by_expert:
-                return dict(zip(names, value, strict=True))
-            shape = self._plain.tensors[names[0]].shape
-            if len(names) == 1 and value.ndim == len(shape) == 3:  # by where its rows go: some turn what does not fit
-                rows = torch.arange(shape[1]).remainder(251).to(torch.uint8).view(1, -1, 1).expand(shape)
-                made = self._names.converted(name, source.converter, {pattern: [rows]}, source.first)
-                for turned in (value, value.mT):
-                    if torch.equal(made, rows if turned is value else rows.mT):
-                        return {names[0]: turned}
-        raise RequestError(
-            f"{name} is made of {', '.join(source.names[:2])}{' ...' if len(source.names) > 2 else ''} in a way that "
-            "cannot be written back; load the model and recover it in memory."
-        )
+        """The tensors of the checkpoint that make a value of a parameter (``placing.in_files``)."""
+        return in_files(name, value, self.sources[name], self._names, self._plain)
 
     def load(self, parameters: Iterable[str]) -> None:
         """Read parameters, by their names in the model, into it."""

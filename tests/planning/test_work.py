@@ -14,6 +14,7 @@ from optimum_moe_prune import CalibrationSet, Compute, MoEPruner, MoEPrunerConfi
 from optimum_moe_prune.checkpoints.checkpoint import Checkpoint
 from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.commands import main
+from optimum_moe_prune.planning import run_time
 from optimum_moe_prune.planning import work as work_module
 from optimum_moe_prune.planning.probe import Speed, probe
 from optimum_moe_prune.statistics.needs import Need
@@ -97,7 +98,7 @@ def test_a_layer_is_tried_where_the_work_is_long(
     layout = open_layout(folder)
     config = MoEPrunerConfig(method="mosaic", num_experts=4)
     assert plan_work(layout, config, texts).seconds == 0
-    monkeypatch.setattr(work_module, "_WORTH_PROBING", 0)
+    monkeypatch.setattr(work_module, "WORTH_PROBING", 0)
     seconds = plan_work(layout, config, texts, compute=Compute(stream=True)).seconds
     assert seconds is not None and seconds > 0
     measured = plan_work(layout, config, texts, compute=Compute(stream=True), measures=True).seconds
@@ -110,11 +111,11 @@ def test_a_card_reads_a_layer_while_one_runs(
     folder: Path, texts: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout, config = open_layout(folder), MoEPrunerConfig(method="reap", num_experts=4)
-    monkeypatch.setattr(work_module, "_WORTH_PROBING", 0)
-    monkeypatch.setattr(work_module, "probe", lambda *_: Speed(reading=5.0, plain=0.0, watched=3.0 / texts.num_tokens))
+    monkeypatch.setattr(work_module, "WORTH_PROBING", 0)
+    monkeypatch.setattr(run_time, "probe", lambda *_: Speed(reading=5.0, plain=0.0, watched=3.0 / texts.num_tokens))
     found = []
     for is_card, stream in ((False, True), (True, True), (True, False)):
-        monkeypatch.setattr(work_module, "copies_aside", lambda device, is_card=is_card: is_card)
+        monkeypatch.setattr(run_time, "copies_aside", lambda device, is_card=is_card: is_card)
         seconds = plan_work(layout, config, texts, compute=Compute(stream=stream)).seconds
         assert seconds is not None
         found.append(seconds / len(layout.num_experts))
@@ -127,7 +128,7 @@ def test_what_cannot_be_tried_takes_no_known_time(
     def refuse(*args: object) -> None:
         raise RequestError("one layer cannot be run alone")
 
-    monkeypatch.setattr(work_module, "_WORTH_PROBING", 0)
+    monkeypatch.setattr(work_module, "WORTH_PROBING", 0)
     monkeypatch.setattr("optimum_moe_prune.planning.probe.open_skeleton", refuse)
     work = plan_work(open_layout(folder), MoEPrunerConfig(method="reap", num_experts=4), texts)
     assert work.seconds is None and "cannot be told" in work.summary()
