@@ -47,7 +47,7 @@ def found() -> MethodComparison:
 
 def test_the_numbers_are_those_of_models_that_are_really_pruned(kind: str) -> None:
     model, reference = make_model(kind), aligned(make_model(kind))
-    methods = ["frequency", "importance"]
+    methods = ["frequency", MoEPrunerConfig(method="importance", method_options={"tau": 0.2})]
     result = compare_methods(model, SEEN, FRESH, methods=methods, sparsities=(0.4, 0.2), tokenizer=TOKENIZER)
     assert list(result.plans) == [f"{m} {s}" for s in ("40%", "20%") for m in ("frequency", "importance (global)")]
     assert set(result.plans["importance (global) 40%"].num_experts.values()) != {4}
