@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
 
 DAMPING = 1.0
-"""Of what numbers of experts are chosen by (``methods.fisher_replay``): without it domains whose next tokens are nearly
-certain are given up. The sum that is reported is without it, in nats."""
+"""Of what numbers of experts are chosen by (``methods.fisher_replay``): without it domains whose next tokens are
+nearly certain are given up. The sum that is reported is without it, in nats."""
 
 
 def estimated_sensitivity(stats: CalibrationStats, config: MoEPrunerConfig) -> MethodSensitivity:
