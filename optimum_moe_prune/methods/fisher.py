@@ -39,10 +39,10 @@ class FisherOptions(SearchOptions):
         search: As for enumeration.
         max_sets: Likewise.
         damping: How much tokens whose predictions are nearly certain count beside others: 0 as little as the
-            second order says.
+            second order says, which gives up whole domains of them.
     """
 
-    damping: float = 0.0
+    damping: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,8 +26,9 @@ from .sensitivity import ALL, LayerSensitivity, MethodSensitivity, decisive
 if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
 
-DAMPING = 0.0
-"""Of estimates (``methods.fisher_replay``)."""
+DAMPING = 1.0
+"""Of what numbers of experts are chosen by (``methods.fisher_replay``): without it domains whose next tokens are
+nearly certain are given up. The sum that is reported is without it, in nats."""
 
 
 def estimated_sensitivity(stats: CalibrationStats, config: MoEPrunerConfig) -> MethodSensitivity:
@@ -90,7 +91,7 @@ def selected_by_estimate(stats: CalibrationStats, config: MoEPrunerConfig, budge
     exactly = budget.exactly(counts)
     selection = method.select(stats, exactly, options)
     losses = {
-        layer: FisherLoss(stats, layer, DAMPING)(retained)
+        layer: FisherLoss(stats, layer)(retained)
         for layer, retained in selection.retained.items()
         if len(retained) < budget.original[layer]
     }
