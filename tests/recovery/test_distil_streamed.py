@@ -65,7 +65,7 @@ def assert_same(a: Distilled, b: Distilled) -> None:
         torch.testing.assert_close(tensor, b.tensors[name], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "rank"), [("mixtral", 0), ("mixtral", 2), ("qwen2_moe", 0)])
+@pytest.mark.parametrize(("kind", "rank"), [("mixtral", 2), ("qwen2_moe", 0)])
 def test_steps_are_those_in_memory(kind: str, rank: int, tmp_path: Path) -> None:
     model, parts = make_model(kind), split()
     teacher = taught(model)
