@@ -253,7 +253,7 @@ def _train(
         fault = shares.take(shares.end())
         if fault is not None:
             notes.append(fault)
-        elif watch.look(done, by_domain(held_back, sums)) and done:
+        elif watch.look(done, by_domain(held_back, sums), sums) and done:
             best.update(student.tensors())
             shares.keep()
         return fault is None and not watch.is_over

@@ -380,7 +380,8 @@ class _Course:
             if fault := self._shares.take(shares):
                 notes.append(fault)
                 return True
-            if self._watch.look(step, by_domain(self._held_back, course[_SUMS][step])) and step:
+            sums = course[_SUMS][step]
+            if self._watch.look(step, by_domain(self._held_back, sums), sums) and step:
                 self._shares.keep()
                 self._improved += 1
                 if is_new:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..calibration.samples import CalibrationInput, CalibrationSet
-from ..checkpoints.layout import Layout, identity, open_layout
+from ..checkpoints.layout import Layout, identity, model_dtype, open_layout
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
 from ..models.blocks import moe_blocks
@@ -245,7 +245,7 @@ class Recovery:
             found = distil(
                 model, self.split.fit, self.split.held_back, self.teacher, *self._trained, dtype=self.compute.dtype
             )
-            verdicts[DISTIL], details[DISTIL] = _of_distillation(found)
+            verdicts[DISTIL], details[DISTIL] = _of_distillation(found, self.split.held_back, self.recipe.seed)
             if verdicts[DISTIL].is_better:
                 put_into_model(model, found.tensors)
         return self._remembered(verdicts, details)
@@ -264,7 +264,7 @@ class Recovery:
                 put_into_files(folder, self.refit.weights)
         if self.teacher is not None:
             found = self._distilled(open_layout(str(folder)))
-            verdicts[DISTIL], details[DISTIL] = _of_distillation(found)
+            verdicts[DISTIL], details[DISTIL] = _of_distillation(found, self.split.held_back, self.recipe.seed)
             if verdicts[DISTIL].is_better:
                 put_into_files(folder, found.tensors)
         return self._remembered(verdicts, details)
@@ -282,7 +282,8 @@ class Recovery:
         texts = (self.split.fit, self.split.held_back, self.teacher)
         if not self.streamed:
             model = load_model(layout, compute)
-            return distil(model, *texts, *self._trained, dtype=compute.dtype)
+            stored = model_dtype(layout.config, layout.checkpoint)  # whatever it is loaded in
+            return distil(model, *texts, *self._trained, dtype=compute.dtype, stored=stored)
         plan = {str(layer): list(experts) for layer, experts in self.plan.retained.items()}
         return distil_streamed(
             layout,
@@ -320,9 +321,10 @@ class Recovery:
         """The plan with what was done and what it was worth."""
         kept = [step for step, verdict in verdicts.items() if verdict.is_better]
         first, last = next(iter(verdicts.values())), verdicts[kept[-1]] if kept else None
-        whole = Verdict(first.kl_before, first.kl_before if last is None else last.kl_after)
-        if len(kept) == 1 and last is not None:
-            whole = replace(whole, interval=last.interval)
+        whole = Verdict(first.kl_before, first.kl_before)
+        if last is not None:
+            sums = first.sums[0], last.sums[1]
+            whole = Verdict.of(self.split.held_back, *sums, seed=self.recipe.seed)
         judged, fit = self.split.held_back, self.split.fit
         notes = [note for of in details.values() for note in of.pop("notes")]
         notes.append(one_domain([sample.domain for sample in judged.samples]))
@@ -352,7 +354,7 @@ class Recovery:
         return replace(self.plan, provenance={**self.plan.provenance, "recovery": {**said, "notes": found}})
 
 
-def _of_distillation(found: Distilled) -> tuple[Verdict, Json]:
+def _of_distillation(found: Distilled, samples: CalibrationSet, seed: int) -> tuple[Verdict, Json]:
     details: Json = {
         "steps": found.steps,
         "best": found.best,
@@ -361,7 +363,7 @@ def _of_distillation(found: Distilled) -> tuple[Verdict, Json]:
         "numbers": dict(found.numbers),
         "notes": list(found.notes),
     }
-    return Verdict(found.kl_before, found.kl_after), details
+    return Verdict.of(samples, found.divergences[0], found.divergences[1], seed), details
 
 
 def _same(layer: int, dtype: torch.dtype) -> torch.dtype:

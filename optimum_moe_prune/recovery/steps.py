@@ -165,16 +165,18 @@ class Watch:
     Attributes:
         patience: Looks in a row that find nothing better, after which it is over.
         looks: Step and divergences of each, the unchanged model first.
+        sums: By step what its look found, summed over the predicted tokens of each sample ``(S,)``.
         best: The number of steps of the best.
     """
 
     patience: int
     looks: list[tuple[int, KL]] = field(default_factory=list)
+    sums: dict[int, Tensor] = field(default_factory=dict)
     best: int = 0
     _since: int = 0
 
-    def look(self, step: int, found: KL) -> bool:
-        """Take in what was found after a number of steps.
+    def look(self, step: int, found: KL, sums: Tensor | None = None) -> bool:
+        """Take in what was found after a number of steps, by domain and of each sample.
 
         Returns:
             Whether it is the best until now.
@@ -185,6 +187,8 @@ class Watch:
         if not self.looks and not math.isfinite(found[ALL]):
             raise RunError("the pruned model gives NaN for the held-back text; there is nothing to recover.")
         self.looks.append((step, found))
+        if sums is not None:
+            self.sums[step] = sums.clone()
         if step == 0:
             return True
         lowest = dict(self.looks)[self.best][ALL]
@@ -219,6 +223,7 @@ class Distilled:
             where nothing was better than the unchanged model.
         kl_before: Nats per predicted token of the held-back text, by domain and ``"all"``, of the unchanged model.
         kl_after: With ``tensors``.
+        divergences: Of both, what was summed over the predicted tokens of each held-back sample ``(2, S)``.
         steps: Steps that were done.
         best: The number of steps after which ``tensors`` were so.
         looks: ``(steps, nats)`` of each look at the held-back text.
@@ -232,6 +237,7 @@ class Distilled:
     tensors: Mapping[str, Tensor]
     kl_before: KL
     kl_after: KL
+    divergences: Tensor
     steps: int
     best: int
     looks: tuple[tuple[int, float], ...]
@@ -261,5 +267,16 @@ class Distilled:
         """What was watched until now."""
         looks = tuple((step, found[ALL]) for step, found in watch.looks)
         return cls(
-            tensors, watch.before, watch.after, steps, watch.best, looks, shares, rank, numbers, memory, tuple(notes)
+            tensors,
+            watch.before,
+            watch.after,
+            torch.stack([watch.sums[0], watch.sums[watch.best]]),
+            steps,
+            watch.best,
+            looks,
+            shares,
+            rank,
+            numbers,
+            memory,
+            tuple(notes),
         )

@@ -30,11 +30,13 @@ class Verdict:
         kl_before: Nats per predicted token, by domain and ``"all"``.
         kl_after: Of the recovered model.
         interval: 95% interval of the share of the divergence that is left; None of few samples.
+        sums: Divergences summed over the predicted tokens of each sample ``(S,)``, before and after.
     """
 
     kl_before: KL
     kl_after: KL
     interval: tuple[float, float] | None = None
+    sums: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, samples: CalibrationSet, before: Tensor, after: Tensor, seed: int = 0) -> Verdict:
@@ -47,7 +49,7 @@ class Verdict:
             seed: Of the resamples.
         """
         interval = _interval(before.numpy(), after.numpy(), seed)
-        return cls(by_domain(samples, before), by_domain(samples, after), interval)
+        return cls(by_domain(samples, before), by_domain(samples, after), interval, (before, after))
 
     @property
     def reason(self) -> str:

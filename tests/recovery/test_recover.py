@@ -132,6 +132,8 @@ def test_both_steps_in_memory(place: Path) -> None:
     assert recovery["distil"]["kl_before"][ALL] == pytest.approx(recovery["refit"]["kl_after"][ALL], rel=2e-3)
     assert recovery["kl_after"][ALL] < recovery["refit"]["kl_after"][ALL] < recovery["kl_before"][ALL]
     assert recovery["distil"]["numbers"].keys() == {"router", "norms"}
+    low, high = recovery["left_interval"]
+    assert low < recovery["kl_after"][ALL] / recovery["kl_before"][ALL] < high
 
 
 def test_files_recovered_by_both_steps_load_as_what_was_judged(place: Path, tmp_path: Path) -> None:
