@@ -55,7 +55,7 @@ def held_back_kl(case: Case, model: PreTrainedModel) -> float:
     total, tokens = 0.0, 0
     held_back = case.split.held_back
     for number in range(len(held_back)):
-        (batch,) = held_back.of([number]).batches(1)
+        (batch,) = held_back.picked([number]).batches(1)
         with torch.no_grad():
             logits = model(input_ids=batch.input_ids).logits[0, :-1]
         total += float(case.teacher.of(held_back.of([number]), batch).kl(logits).sum())

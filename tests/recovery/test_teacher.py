@@ -56,8 +56,8 @@ def test_of_a_large_one_the_top_and_all_others_together(
     model, other = make_model(), make_model(seed=1)
     found = teacher_outputs(LayerByLayer(model), samples)
     assert not found.is_whole
-    (batch,) = samples.of([4]).batches(1)
-    targets = found.of(samples.of([4]), batch)
+    (batch,) = samples.picked([4]).batches(1)
+    targets = found.of(samples.picked([4]), batch)
     p, q = (log_p(m, samples.token_ids[4]).exp() for m in (model, other))
     top = p.argsort(1, descending=True)[:, :8]
     coarse = [torch.cat([m.gather(1, top), 1 - m.gather(1, top).sum(1, keepdim=True)], 1) for m in (p, q)]
@@ -106,15 +106,15 @@ def test_streamed_continued_and_in_memory_are_one(
     again = teacher_outputs(skeleton(tmp_path / "model"), samples, batch_size=4, workspace=workspace)
     assert torch.equal(again.tensors["log_p"], found.tensors["log_p"]) and set(ran) == {2}
     with pytest.raises(RequestError, match="something else"):
-        teacher_outputs(skeleton(tmp_path / "model"), samples.of([0, 1]), workspace=workspace)
+        teacher_outputs(skeleton(tmp_path / "model"), samples.picked([0, 1]), workspace=workspace)
 
 
 def test_what_it_refuses(samples: CalibrationSet) -> None:
     model = make_model()
-    found = teacher_outputs(LayerByLayer(model), samples.of([0, 1]))
-    (batch,) = samples.of([2]).batches(1)
+    found = teacher_outputs(LayerByLayer(model), samples.picked([0, 1]))
+    (batch,) = samples.picked([2]).batches(1)
     with pytest.raises(RequestError, match="is not among them"):
-        found.of(samples.of([2]), batch)
+        found.of(samples.picked([2]), batch)
     with torch.no_grad():
         model.lm_head.weight[3, 0] = torch.nan
     with pytest.raises(RunError, match="predicts NaN"):
