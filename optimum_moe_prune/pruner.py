@@ -421,7 +421,9 @@ class MoEPruner:
                 recovered = Recovery.of_checkpoint(layout, plan, texts, self._recipe(), way, of_recovery)
 
             anew = calibration is not None
-            parts = {"calibration": anew, "sensitivity": anew, "recovery": recovered is not None}
+            parts = dict.fromkeys(("calibration", "sensitivity", "progressive"), anew) | {
+                "recovery": recovered is not None
+            }
 
             def write(made: PruningPlan = plan) -> None:
                 apply_to_checkpoint(

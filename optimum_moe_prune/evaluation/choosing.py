@@ -16,6 +16,7 @@ from ..plan import PruningPlan
 from ..planning.build import build_plan, say_notes
 from ..planning.sensitivity import Sensitivity
 from ..processes import shared
+from ..statistics.progressive import PROGRESSIVE
 from ..statistics.stats import CalibrationStats
 from ..storage.workspace import Workspace
 from .best import choose_by_measuring
@@ -109,7 +110,8 @@ def sensitivity_for(
     Raises:
         RequestError: If the recipe needs texts and there are none.
     """
-    if recipe.allocates != BY_SENSITIVITY or sensitivity is not None:
+    chosen = PROGRESSIVE in stats.provenance  # then statistics say how many each layer keeps
+    if recipe.allocates != BY_SENSITIVITY or sensitivity is not None or chosen:
         return sensitivity
     if samples is None:
         raise RequestError(

@@ -33,7 +33,7 @@ def statistics_to_plan(
     workspace: Workspace = Workspace(),
 ) -> tuple[CalibrationStats, Sensitivity | None]:
     """The statistics that a recipe plans with, gathered its way; arguments and answer as of the progressive one."""
-    if recipe.progressive and recipe.needs and samples is not None:
+    if recipe.progressive and recipe.needs_text and samples is not None:
         given = (recipe, model, samples, sensitivity, domain_weights)
         return calibrate_progressively(*given, compute=compute, workspace=workspace)
     return statistics_for([recipe], model, samples, compute, workspace.part("calibration")), sensitivity

@@ -129,8 +129,8 @@ def quiet_plan(
         notes.append(f"layers without experts stay as they are: {', '.join(map(str, dense))}")
     if routing := stats.model.get("routing"):
         notes.append(routing)
-    if config.progressive and not config.needs:
-        notes.append("the method reads no statistics, so that progressive changes nothing")
+    if config.progressive and not config.needs_text:
+        notes.append("the method reads no text, so that progressive changes nothing")
     choice: Json = {}
     in_heads_by = config
     if measures:

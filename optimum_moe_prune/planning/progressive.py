@@ -149,7 +149,7 @@ def check_recipe(stats: CalibrationStats, config: MoEPrunerConfig, domain_weight
     if not config.progressive:
         check_unpruned(stats.provenance, "a recipe without progressive")
         return
-    if not config.needs:
+    if not config.needs_text:
         return
     if PROGRESSIVE not in stats.provenance:
         raise RequestError(

@@ -279,7 +279,7 @@ def plan_work(
     statistics = statistics_bytes(counts, needs, Current(samples, recipe.max_tokens, recipe.seed), config)
     width = text_config(config).hidden_size * dtype.itemsize  # bytes of a token's hidden states
     layers, backward = text_config(config).num_hidden_layers, Need.FISHER in needs
-    progressive = recipe.progressive and bool(recipe.needs)
+    progressive = recipe.progressive and recipe.needs_text
     copies = backward_pass.states_of_tokens(layers) if backward else 2
     states = copies * samples.num_tokens * width if compute.stream or progressive else 0
     calibrations = 2 if progressive and needs_unpruned(recipe) else 1  # each keeps its own until the work is done

@@ -136,8 +136,10 @@ def test_the_choice_of_a_layer_is_made_from_that_layer_alone(samples: Calibratio
     model = make_model()
     for name in list_methods():
         method, recipe = get_method(name), recipe_for(name, allocation="uniform", progressive=False)
+        if method.measures:
+            continue
         if not method.by_layer:
-            assert name in ("pathfinder", "transition", "importance") or not recipe.needs, name
+            assert name in ("pathfinder", "transition", "importance", "fisher") or not recipe.needs_text, name
             continue
         stats = collect(model, samples, recipe.needs, **SETTINGS)
         budget = budget_for(recipe, stats.num_experts, stats.routing)
@@ -271,6 +273,9 @@ def test_numbers_of_unequal_layers_are_those_of_the_unpruned_model(samples: Cali
     again.sensitivity = pruner.sensitivity
     again.prune(copy.deepcopy(model), samples)
     assert again.pruning_plan is not None and again.pruning_plan.retained == pruner.pruning_plan.retained
+    once_more = MoEPruner(recipe)  # by the statistics alone
+    once_more.prune(copy.deepcopy(model), pruner.stats)
+    assert once_more.pruning_plan is not None and once_more.pruning_plan.retained == pruner.pruning_plan.retained
     assert said not in plan_of(model, recipe_for("reap"), samples).provenance["notes"]
 
 
@@ -309,10 +314,17 @@ def test_the_statistics_serve_that_recipe_alone(samples: CalibrationSet, tmp_pat
 
 
 def test_without_statistics_it_changes_nothing(samples: CalibrationSet) -> None:
-    model, recipe = make_model(), recipe_for("random")
-    plan = plan_of(model, recipe, samples)
-    assert plan.retained == plan_of(model, plain(recipe), samples).retained
-    assert "the method reads no statistics, so that progressive changes nothing" in plan.provenance["notes"]
+    for method in ("random", "aimer"):
+        model, recipe = make_model(), recipe_for(method)
+        plan = plan_of(model, recipe, samples)
+        assert plan.retained == plan_of(model, plain(recipe), samples).retained
+        assert "the method reads no text, so that progressive changes nothing" in plan.provenance["notes"]
+
+
+def test_what_goes_by_the_whole_model_is_refused() -> None:
+    for settings in ({"method": "auto"}, {"method": "fisher"}, {"method": "reap", "allocation": "estimated"}):
+        with pytest.raises(RequestError, match="progressive does not go with"):
+            recipe_for(**settings)
 
 
 def test_a_model_that_does_not_run_layer_by_layer_is_refused(samples: CalibrationSet) -> None:

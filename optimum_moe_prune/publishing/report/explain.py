@@ -164,7 +164,7 @@ def recipe_of(plan: PruningPlan, stats: CalibrationStats) -> Recipe:
     if config.method != plan.method:
         raise RequestError(f"the recipe in the plan is one for method {config.method!r}.")
     stats.require(config.needs, config.method)
-    progressive = config.progressive and bool(config.needs)
+    progressive = config.progressive and config.needs_text
     if progressive != (PROGRESSIVE in stats.provenance):
         raise RequestError(
             "the plan and the statistics are not of one calibration: layers were pruned meanwhile (progressive=True) "
