@@ -58,7 +58,7 @@ def held_back_kl(case: Case, model: PreTrainedModel) -> float:
         (batch,) = held_back.picked([number]).batches(1)
         with torch.no_grad():
             logits = model(input_ids=batch.input_ids).logits[0, :-1]
-        total += float(case.teacher.of(held_back.of([number]), batch).kl(logits).sum())
+        total += float(case.teacher.of(held_back.picked([number]), batch).kl(logits).sum())
         tokens += len(logits)
     return total / tokens
 
