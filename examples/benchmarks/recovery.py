@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,7 @@ from optimum_moe_prune import (
     MoEPruner,
     MoEPrunerConfig,
     PruningPlan,
-    calibrate,
     evaluate,
-    measure_sensitivity,
 )
 
 SMALL = Path(__file__).resolve().parents[1] / "small_models"
@@ -98,21 +96,20 @@ class Draw:
     def plans(self) -> dict[str, PruningPlan]:
         """Plans of half of the experts, each judged."""
         calibration, made, sparsity = self.samples(self.a.samples), {}, self.a.sparsity
-        recipes = [MoEPrunerConfig(method=name) for name in SINGLE]
-        stats = calibrate(self.original, calibration, recipes)
-        sensitivity = measure_sensitivity(self.original, calibration, recipes, stats, sparsities=())
-        for recipe in recipes:
-            for allocation in ("uniform", "sensitivity"):
-                pruner = MoEPruner(replace(recipe, sparsity=sparsity, allocation=allocation))
-                pruner.sensitivity = sensitivity
-                made[f"{recipe.method}, {allocation}"] = pruner.plan(stats)
-        for allocation in ("uniform", "sensitivity"):
+        measured: list[MoEPruner] = []
+        for allocation in ("sensitivity", "uniform"):
             pruner = MoEPruner(MoEPrunerConfig(method="auto", sparsity=sparsity, allocation=allocation))
             begun = time.process_time()
             model = pruner.prune(self.load(), calibration)
             self.judge(f"auto, {allocation}", model, time.process_time() - begun)
             assert pruner.pruning_plan is not None
             made[f"auto, {allocation}"] = pruner.pruning_plan
+            measured.append(pruner)
+        for method in SINGLE:  # by the same statistics and the same measurements
+            for allocation in ("sensitivity", "uniform"):
+                pruner = MoEPruner(MoEPrunerConfig(method=method, sparsity=sparsity, allocation=allocation))
+                pruner.sensitivity = measured[0].sensitivity
+                made[f"{method}, {allocation}"] = pruner.plan(measured[0].stats)
         for row, plan in made.items():
             if row not in self.found:
                 self.judge(row, plan.apply(self.load()), 0.0)
@@ -151,11 +148,10 @@ def main() -> None:
             plans = draw.plans()
             for count in a.recovery:
                 samples = draw.samples(count)
-                for steps in ("refit", "distil", "refit,distil"):
+                for steps in ("refit", "distil", *(["refit,distil"] if count == a.recovery[-1] else [])):
                     draw.recovered(f"auto, sensitivity, {steps} ({count})", plans["auto, sensitivity"], steps, samples)
-            for steps in ("refit", "distil", "refit,distil"):
-                samples = draw.samples(a.recovery[-1])
-                draw.recovered(f"auto, uniform, {steps} ({a.recovery[-1]})", plans["auto, uniform"], steps, samples)
+            row = f"auto, uniform, refit,distil ({a.recovery[-1]})"
+            draw.recovered(row, plans["auto, uniform"], "refit,distil", draw.samples(a.recovery[-1]))
             one = [r for r in records if r["domain"] == records[0]["domain"]][:20]
             few = CalibrationSet.build(one, draw.tokenizer, max_length=TOKENS)
             for steps in ("refit", "distil"):
