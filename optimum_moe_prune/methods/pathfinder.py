@@ -33,7 +33,7 @@ What the paper leaves open, and what is done here:
   mean of :math:`p_j^{(l+1)}` over the tokens that layer :math:`l` routed to :math:`i`; :math:`p_j` if there are none.
 - Every sample counts once; with ``domain_weights`` the samples of a domain share its weight equally.
 - The first layer's :math:`p` and the last one's :math:`a` are in no transition. ``ends="all"`` lets them weigh, as the
-  authors' code does.
+  authors' code does, and is the default beside ``error="explained"``.
 - The authors' code also keeps, or leaves out, experts whose score lies 3 interquartile ranges out. ``outliers=3`` does
   so, whatever paths they are on; the score is here the mean over samples of the logarithms of an expert's own factors
   :math:`e_i a_i p_i`, those that the method has.
@@ -66,8 +66,8 @@ GLOBAL_FIRST = ("global", "uniform")
 MOST_PATHS = 10_000
 _LEAST_LOG = -700.0  # what is never on a path counts so in a mean
 OF_AN_EARLIER_VERSION = (
-    "these statistics are of an earlier version and hold no norms of single tokens, so the importance is by the "
-    "relative error"
+    "these statistics are of an earlier version and hold no norms of single tokens, so paths weigh what they did "
+    "then: importance by the relative error"
 )
 
 
@@ -120,11 +120,12 @@ class TransitionOptions(PathOptions):
     Attributes:
         transitions: ``"mean"`` as published, or ``"conditional"``, see ``pathfinder``.
         ends: ``"inner"`` as published, or ``"all"``: the first layer's probability and the last one's activation
-            strength, which no transition holds, weigh as well.
+            strength, which no transition holds, weigh as well. ``none`` is ``"all"`` beside an importance by what
+            experts explain, else ``"inner"``.
     """
 
     transitions: Transitions = "mean"
-    ends: Ends = "inner"
+    ends: Ends | None = None
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,7 @@ def selected(stats: CalibrationStats, budget: Budget, options: PathOptions) -> S
         ends=weights.ends,
         outliers=weights.outliers,
     )
-    explains = isinstance(options, ImportanceOptions) and error_of(options.error, options.tau) == "explained"
-    if explains and not holds_tokens(stats):
+    if _explains(options) and not holds_tokens(stats):
         return replace(selection, notes=(*selection.notes, OF_AN_EARLIER_VERSION))
     return selection
 
@@ -219,13 +219,18 @@ def path_weights(stats: CalibrationStats, options: PathOptions) -> PathWeights:
         factors.append(importance)
     if isinstance(options, TransitionOptions):
         transitions = log_transitions(stats, options.transitions)
-        if options.ends == "all":
+        if options.ends == "all" or (options.ends is None and _explains(options) and holds_tokens(stats)):
             ends = _ends(stats)
         if options.outliers is not None:
             factors += [log_strengths(stats), log_probabilities(stats)]
     if options.outliers is not None:
         outliers = find_outliers(_scores(stats, factors), options.outliers)
     return PathWeights(importance, transitions, ends, outliers)
+
+
+def _explains(options: PathOptions) -> bool:
+    """Whether experts are judged by what they explain, as far as the statistics hold it."""
+    return isinstance(options, ImportanceOptions) and error_of(options.error, options.tau) == "explained"
 
 
 def _ends(stats: CalibrationStats) -> Importance:

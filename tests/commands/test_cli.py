@@ -133,7 +133,7 @@ def test_the_calibrations_precision_is_not_what_is_written(
 
 def test_unequal_layers_from_run_to_evaluate(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ("run", "--model", place / "model", "--calibration", place / "texts.jsonl", "--method", "pathfinder")
-    budget = ("--sparsity", 0.25, "--sample-selection", "kmeans", "--num-clusters", 3)
+    budget = ("--sparsity", 0.25, "--option", "tau=0.2", "--sample-selection", "kmeans", "--num-clusters", 3)
     code, out, err = call(capsys, *run, *budget, "--standalone", tmp_path / "run")
     assert code == 0 and err.startswith("model") and "25.0% removed)" in err
     assert out.startswith("pathfinder: 18 of 24 experts retained in 3 layers (25% removed)\n  layer 0  ")

@@ -128,6 +128,8 @@ def test_all_ends_weigh(samples: CalibrationSet, method: str) -> None:
     assert min(map(len, best)) >= stats.model["top_k"]
     assert [set(experts) for experts in plan.retained.values()] == best
     inner = build_plan(stats, replace(config, method_options={**options, "ends": "inner"}))
+    by_default = build_plan(stats, replace(config, method_options={"num_paths": 1}))
+    assert by_default.retained == (plan if method == "pathfinder" else inner).retained
     middle = list(plan.retained)[1]
     assert inner.retained[middle] and inner.retained != plan.retained
 

@@ -134,7 +134,7 @@ def brute_force(
 def test_the_choice_is_that_of_listing_all_paths(
     kind: str, stats: CalibrationStats, method: str, most: int, sparsity: float
 ) -> None:
-    options: dict[str, object] = {"num_paths": most}
+    options: dict[str, object] = {"num_paths": most} | ({} if method == "importance" else {"ends": "inner"})
     if method == "conditional":
         method, options["transitions"] = "pathfinder", "conditional"
     plan = build_plan(stats, MoEPrunerConfig(method=method, sparsity=sparsity, method_options=options))
@@ -234,7 +234,7 @@ def test_domains_of_equal_weight_count_the_same_whatever_their_lengths() -> None
 def test_domains_count_with_their_weights() -> None:
     samples = CalibrationSet.build(make_texts(12), make_tokenizer())
     stats = collect(make_model(), samples, NEEDS)
-    config = MoEPrunerConfig(method="pathfinder", sparsity=0.5, method_options={"num_paths": 1})
+    config = MoEPrunerConfig(method="pathfinder", sparsity=0.5, method_options={"num_paths": 1, "ends": "inner"})
     for domain in ("low", "high"):
         weights = {"low": 1e-6, "high": 1e-6} | {domain: 1.0}
         nodes = log_importance(stats)

@@ -1085,8 +1085,8 @@ def test_paths_are_those_of_a_search_through_all(
     grown = plan.provenance["findings"]["paths_per_sample"]
     assert (graph.paths_per_sample, graph.trimmed) == (max(1, grown), grown == 0)
     options = recipe.options
-    importance = None if method == "transition" else pathfinder.log_importance(stats, options.tau, options.error)
-    transitions = None if method == "importance" else pathfinder.log_transitions(stats, options.transitions)
+    weights = pathfinder.path_weights(stats, options)
+    importance, transitions = weights.nodes(stats), weights.transitions
     edges, nodes = np.zeros((7, 7), int), np.zeros((2, 7), int)
     for s in range(len(stats.samples)):
         weight = {
