@@ -46,20 +46,21 @@ class PlanCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
+        from ..methods import get_method
+        from ..methods.registry import statistics_alone
         from ..plan import PruningPlan
-        from ..planning.measured import check_measured
         from ..storage.files import check_file
 
         target = check_file(args.output, ".json", args.overwrite, PruningPlan.load)
         config = flags.recipe(args)
         config.require_budget()
         flags.check_sensitivity(args, config)
-        if args.sensitivity is None:
-            check_measured(config, None)
         if args.model is not None and config.fit is None:
             raise RequestError("--model is for --fit SIZE, and none is given; a plan is made from statistics alone.")
         weights = flags.domain_weights(args)
         header_of(args.stats)
+        if args.sensitivity is None and get_method(config.method).measures:
+            raise RequestError(statistics_alone(config.method))
 
         from ..planning.build import build_plan
         from ..planning.fit import fitted, with_fit

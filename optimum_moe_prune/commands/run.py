@@ -21,7 +21,6 @@ class RunCommand(Command):
     examples = (
         "--model ./mixtral --calibration texts.jsonl --num-experts 4 ./mixtral-4",
         "--model mistralai/Mixtral-8x7B-v0.1 --calibration math.jsonl --calibration code.jsonl --sparsity 25%% out",
-        "--model ./mixtral --calibration texts.jsonl --method mosaic --num-experts 4 ./mixtral-4-mosaic",
         "--model ./mixtral --method random --sparsity 0.5 ./mixtral-random",
     )
 

@@ -113,9 +113,7 @@ class Method:
             chosen = choose_ranked(keys, budget)
             return Selection(chosen, scores, ties=tied_by_keys(keys, budget, chosen))
         if self.retained is None:
-            raise RequestError(
-                f"method {self.name!r} chooses by measuring the model, and statistics alone are not enough for it."
-            )
+            raise RequestError(statistics_alone(self.name))
         answer = self.retained(stats, budget, options)
         selection = answer if isinstance(answer, Selection) else Selection(answer)
         retained = selection.retained
@@ -212,6 +210,14 @@ def register_method(
         return function
 
     return register
+
+
+def statistics_alone(name: str) -> str:
+    """What is wrong where a method that measures the model is to choose without it."""
+    return (
+        f"method {name!r} chooses by measuring the model, and here are statistics alone; choose one that needs no "
+        "more (method='mosaic'), or give what was measured of the model (sensitivity=...)."
+    )
 
 
 def list_methods() -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import RequestError
 from ..methods import get_method
 from ..methods.budget import Budget, UniformBudget
+from ..methods.registry import statistics_alone
 from ..methods.selection import Selection
 from ..names import BY_SENSITIVITY
 from ..statistics.stats import CalibrationStats
@@ -280,10 +281,7 @@ def check_measured(
     """
     measures = get_method(config.method).measures
     if measures and sensitivity is None:
-        raise RequestError(
-            f"method {config.method!r} chooses by measuring the model, and here are statistics alone; choose one "
-            "that needs no more (method='mosaic'), or give what was measured of the model (sensitivity=...)."
-        )
+        raise RequestError(statistics_alone(config.method))
     if sensitivity is None or model is None or not config.measures:
         return
     for recipe in measured_candidates(config, sensitivity).recipes if measures else (config,):
