@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .pruner import MoEPruner as MoEPruner
     from .publishing.method_comparison import write_method_comparison as write_method_comparison
     from .publishing.report import write_report as write_report
+    from .recovery.by_plan import recover as recover
     from .statistics.stats import CalibrationStats as CalibrationStats
     from .statistics.stats import Need as Need
     from .storage.workspace import Workspace as Workspace
@@ -67,6 +68,7 @@ _HOME = {
     "list_methods": "methods",
     "measure_sensitivity": "evaluation.measure_sensitivity",
     "plan_work": "planning.work",
+    "recover": "recovery.by_plan",
     "register_architecture": "architectures",
     "register_method": "methods",
     "write_method_comparison": "publishing.method_comparison",

@@ -17,7 +17,8 @@ from oracles import call
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optimum_moe_prune import CalibrationSet, MoEPruner, MoEPrunerConfig, PruningPlan, RequestError
+from optimum_moe_prune import CalibrationSet, MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, recover
+from optimum_moe_prune.calibration.calibrate import no_calibration
 from optimum_moe_prune.planning.sensitivity import ALL
 from optimum_moe_prune.recovery import recover as recovering
 from optimum_moe_prune.recovery.refit import Refit
@@ -192,6 +193,25 @@ def test_wrong_requests(place: Path, case: str) -> None:
     with pytest.raises(RequestError, match=message.replace("(", r"\(")):
         recipe = MoEPrunerConfig.from_dict({"method": "reap", "num_experts": 4}, **settings)
         MoEPruner.from_pretrained(place / "model", recipe).prune(make_model(), texts)
+
+
+def test_a_function_for_a_model_and_a_plan(place: Path) -> None:
+    plan = PruningPlan.from_dict(
+        MoEPruner(MoEPrunerConfig(method="random", num_experts=4)).plan(no_calibration(make_model())).to_dict()
+    )
+    model = load(place / "model")
+    done = recover(model, plan, TEXTS, "refit")
+    recovery = recovery_of(done)
+    assert recovery is not None and recovery["accepted"] and done.retained == plan.retained
+    expected = plan.apply(load(place / "model"))
+    changed = {
+        name
+        for (name, mine), theirs in zip(model.named_parameters(), expected.parameters(), strict=True)
+        if not torch.equal(mine, theirs)
+    }
+    assert changed and all(DOWN in name for name in changed)
+    with pytest.raises(RequestError, match="names nothing to recover with"):
+        recover(load(place / "model"), plan, TEXTS, "")
 
 
 def test_statistics_hold_no_text(place: Path) -> None:
