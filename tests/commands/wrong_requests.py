@@ -66,7 +66,7 @@ FLAGS = (
     (f"{RUN} --num-experts 4 --verbose out", "did you mean --debug?"),
     (
         f"{PLAN} --calibration texts.jsonl p.json",
-        "--calibration is no flag of plan, but of run, score, compare and sensitivity; see plan --help.",
+        "--calibration is no flag of plan, but of run, score, apply, compare and sensitivity; see plan --help.",
     ),
     (f"{PLAN} --dtype bf16 --num-experts 4 p.json", "--dtype is no flag of plan, but of run"),
     (f"{PLAN} --num-experts 4 --out p.json", "the output has no flag, it stands alone at the end: PLAN.json"),
@@ -389,8 +389,11 @@ IDLE = (
     ),
     (f"{RUN} --method reap --num-experts 4 --sensitivity sensitivity.json out", "and the allocation is 'uniform'."),
     (f"{RUN} --num-experts 4 --max-shard-size 5XB out", "--max-shard-size is '5XB'; it must be a number of bytes"),
-    (f"{RUN} --num-experts 4 --allocation none out", "Known: uniform, global, sensitivity."),
-    ("apply --model mixtral --plan plan.json --skip-bad out", "--skip-bad is for --evaluate, and none is named."),
+    (f"{RUN} --num-experts 4 --allocation none out", "Known: uniform, global, estimated, sensitivity."),
+    (
+        "apply --model mixtral --plan plan.json --skip-bad out",
+        "--skip-bad is for --evaluate and --recover, and neither is named.",
+    ),
     ("apply --model mixtral --plan plan.json --text-column x out", "--text-column is for --evaluate"),
     ("apply --model mixtral --plan plan.json --template-arg a=1 out", "--template-arg is for --evaluate"),
     ("evaluate --model mixtral --data texts.jsonl --new-tokens 5", "--new-tokens is for --speed, which is not asked"),
