@@ -242,12 +242,11 @@ class _Pass:
         )
         states, batches = self.streams[_RECOVERED]
         states.turn(index)
-        share = 0.0
+        first = states.hidden() if batches else None
+        own = None if first is None else added_share(self.runner, block, batches[0], first)
+        share = min((found for found in self.processes.meet(own) if found is not None), key=abs)
         for number, batch in enumerate(progress(batches, "batches", unit="batch", costs=_sizes(batches))):
-            hidden = states.hidden()
-            if number == 0:
-                share = added_share(self.runner, block, batch, hidden)
-                share = min(self.processes.meet(share), key=abs)
+            hidden = states.hidden() if number or first is None else first
             output = self._run(block, batch, hidden, tokens)
             if share and number < len(self.fit):
                 states.put(number, output, None)

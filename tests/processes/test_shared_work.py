@@ -36,8 +36,11 @@ from optimum_moe_prune.commands import main
 from optimum_moe_prune.evaluation.best import choose_by_measuring
 from optimum_moe_prune.evaluation.progressive import calibrate_progressively
 from optimum_moe_prune.models import memory
+from optimum_moe_prune.models.layerwise import LayerByLayer
 from optimum_moe_prune.models.memory import model_bytes
-from optimum_moe_prune.processes import ALONE, Processes
+from optimum_moe_prune.processes import ALONE, Processes, launched
+from optimum_moe_prune.recovery.refit import refit
+from optimum_moe_prune.recovery.split import split_samples
 from optimum_moe_prune.storage.growing import Store
 
 SETTINGS: dict[str, Any] = {"batch_size": 2, "max_tokens": 60, "seed": 3}
@@ -113,6 +116,28 @@ def test_the_numbers_are_those_of_one_process(
             few = CalibrationStats.load(places[0] / "of model")
             assert_identical(CalibrationStats.load(place / "of model"), few)
         assert (place / "found.json").read_text() == (places[0] / "found.json").read_text()
+
+
+def test_a_refit_of_three_is_that_of_one(folder: Path, tmp_path: Path) -> None:
+    """One of them has nothing to judge by, and one nothing at all."""
+    samples = CalibrationSet.build(make_texts(20, length=(12, 24)), make_tokenizer())
+    split = split_samples(samples)
+    retained = {0: (0, 2, 4, 6), 2: (1, 2, 3, 5)}
+
+    def refitted(out: Path) -> None:
+        found = refit(LayerByLayer(load(folder)), split, retained, batch_size=8, processes=launched())
+        torch.save({"divergences": found.divergences, **found.weights}, out)
+
+    ended = launch(4, tmp_path / "printed", lambda rank: refitted(tmp_path / f"{rank}.pt"))
+    assert [process.code for process in ended] == [0] * 4, ended
+    refitted(tmp_path / "alone.pt")
+    expected = torch.load(tmp_path / "alone.pt")
+    assert len(expected) == 3
+    for rank in range(4):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-4), name
 
 
 def test_one_that_is_killed_ends_the_others_and_all_go_on(
