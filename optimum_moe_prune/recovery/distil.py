@@ -100,6 +100,21 @@ def distil(
         return _train(student, fit, held_back, teacher, options, rank, memory, notes)
 
 
+def check_trainable(model: Any, fit: CalibrationSet, what: Sequence[str]) -> None:
+    """Raise unless there is something to train of a model, pruned or not yet.
+
+    Args:
+        model: In memory.
+        fit: Samples that it can run on.
+        what: As for :func:`distil`.
+
+    Raises:
+        RequestError: If there is nothing.
+    """
+    with evaluating(model), _without_gradients(model):
+        notes_before(_found(model, fit, what), what, fit)
+
+
 def _found(model: Any, fit: CalibrationSet, what: Sequence[str]) -> list[Trained]:
     """What is trained of a model in memory."""
     few = fit.token_ids[0][:_TOKENS]

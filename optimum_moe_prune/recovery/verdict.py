@@ -31,15 +31,20 @@ class Verdict:
         kl_after: Of the recovered model.
         interval: 95% interval of the share of the divergence that is left; None of few samples.
         sums: Divergences summed over the predicted tokens of each sample ``(S,)``, before and after.
+        kl_first: Of the pruned model before any step, where others were kept before this one: no domain may become
+            much worse by all of them together.
     """
 
     kl_before: KL
     kl_after: KL
     interval: tuple[float, float] | None = None
     sums: tuple[Tensor, ...] = ()
+    kl_first: KL | None = None
 
     @classmethod
-    def of(cls, samples: CalibrationSet, before: Tensor, after: Tensor, seed: int = 0) -> Verdict:
+    def of(
+        cls, samples: CalibrationSet, before: Tensor, after: Tensor, seed: int = 0, kl_first: KL | None = None
+    ) -> Verdict:
         """From what was summed over the predicted tokens of each sample ``(S,)``.
 
         Args:
@@ -47,9 +52,10 @@ class Verdict:
             before: Divergences of the pruned model.
             after: Of the recovered one.
             seed: Of the resamples.
+            kl_first: See the class.
         """
         interval = _interval(before.numpy(), after.numpy(), seed)
-        return cls(by_domain(samples, before), by_domain(samples, after), interval, (before, after))
+        return cls(by_domain(samples, before), by_domain(samples, after), interval, (before, after), kl_first)
 
     @property
     def reason(self) -> str:
@@ -57,9 +63,10 @@ class Verdict:
         before, after = self.kl_before[ALL], self.kl_after[ALL]
         if after >= before - NOTHING * min(1.0, before):
             return f"on text held back it left {after:.4f} of {before:.4f} nats per token"
-        worse = worse_domains(self.kl_before, self.kl_after)
-        if worse:
-            shown = ", ".join(f"{name} {self.kl_before[name]:.4f} to {self.kl_after[name]:.4f}" for name in worse)
+        for first in (self.kl_before, self.kl_first or {}):
+            if not (worse := worse_domains(first, self.kl_after)):
+                continue
+            shown = ", ".join(f"{name} {first[name]:.4f} to {self.kl_after[name]:.4f}" for name in worse)
             return f"it made text held back worse by more than 5% ({shown} nats per token)"
         return ""
 

@@ -17,7 +17,7 @@ from oracles import call
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optimum_moe_prune import CalibrationSet, MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, recover
+from optimum_moe_prune import CalibrationSet, MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, RunError, recover
 from optimum_moe_prune.calibration.calibrate import no_calibration
 from optimum_moe_prune.planning.sensitivity import ALL
 from optimum_moe_prune.recovery import recover as recovering
@@ -230,3 +230,110 @@ def test_an_interval_and_what_a_damaged_plan_says() -> None:
     assert recovery_of(plan) is None
     for damaged in ("no", {}, {"kl_before": {}, "kl_after": 3}, {"kl_before": {"all": "x"}, "kl_after": {"all": 1}}):
         assert recovery_of(replace(plan, provenance={"recovery": damaged})) is None
+
+
+def _by_random(recover_with: str, **settings: object) -> tuple[MoEPruner, PruningPlan]:
+    pruner = MoEPruner(
+        MoEPrunerConfig.from_dict({"method": "random", "num_experts": 4}, recover=recover_with, **settings),
+        tokenizer=make_tokenizer(),
+    )
+    return pruner, pruner.plan(no_calibration(make_model()))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("no."), RequestError("no."), MemoryError("no")])
+def test_what_fails_after_the_cut_leaves_the_cut_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Refitted weights are taken back, and who reads or saves it is told so."""
+
+    def fails(*args: object, **settings: object) -> None:
+        raise error
+
+    pruner, plan = _by_random("refit,distil")
+    model = load(place / "model").train()
+    model.lm_head.requires_grad_(False)
+    monkeypatch.setattr(recovering, "distil", fails)
+    expected = RunError if isinstance(error, (RunError, RequestError)) else type(error)
+    with pytest.raises(expected) as raised:
+        pruner.prune(model, TEXTS)
+    if not isinstance(error, MemoryError):
+        assert "no weight was recovered: the model is what the plan alone makes of it" in str(raised.value)
+    assert model.training and not model.lm_head.weight.requires_grad
+    assert_equal_states(model, plan.apply(load(place / "model")))
+    assert pruner.pruning_plan is not None and recovery_of(pruner.pruning_plan) is None
+    pruner.save_pretrained(tmp_path / "cut")
+    assert "nothing was trained afterwards" in (tmp_path / "cut" / "README.md").read_text()
+
+
+def test_what_can_be_refused_is_refused_before_any_work(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def works(*args: object, **settings: object) -> None:
+        raise AssertionError("it worked")
+
+    for name in ("refit", "teacher_outputs"):
+        monkeypatch.setattr(recovering, name, works)
+    rare = [*TEXTS, {"text": "w1 w2 w3", "domain": "rare"}]
+    pruner = MoEPruner.from_pretrained(place / "model", REFIT)
+    monkeypatch.setattr("optimum_moe_prune.pruner.statistics_to_plan", works)
+    for prune in (partial(pruner.prune, make_model()), partial(pruner.prune_checkpoint, tmp_path / "out")):
+        with pytest.raises(RequestError, match="domain 'rare' has 1"):
+            prune(calibration=rare)
+    beyond = [torch.tensor([1, 2, 3 + 10**6]), torch.tensor([1, 2, 3])]
+    with pytest.raises(RequestError, match="token id 1000003"):
+        pruner.prune(make_model(), beyond)
+    _, plan = _by_random("refit")
+    other = replace(plan, provenance={"model": {"fingerprint": "0" * 64}})
+    with pytest.raises(RequestError, match="other router weights"):
+        recover(make_model(), other, TEXTS, tokenizer=make_tokenizer())
+    bound = MoEPruner.from_plan(other, place / "model", REFIT)
+    for prune in (partial(bound.prune, make_model()), partial(bound.prune_checkpoint, tmp_path / "out")):
+        with pytest.raises(RequestError, match="other router weights"):
+            prune(recovery=TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == []
+    monkeypatch.setattr("optimum_moe_prune.recovery.trained.norms_before", lambda blocks, run: {})
+    model = make_model()
+    with pytest.raises(RequestError, match="nothing to train of recover_what: norms"):
+        recover(model, plan, TEXTS, "refit,distil", what="norms", tokenizer=make_tokenizer())
+    assert_equal_states(model, make_model())
+
+
+def test_a_new_plan_is_recovered_though_the_last_one_was(place: Path) -> None:
+    pruner = MoEPruner.from_pretrained(place / "model", REFIT)
+    pruner.prune(load(place / "model"), TEXTS)
+    with pytest.raises(RequestError, match="needs texts, and none are given"):
+        pruner.prune(load(place / "model"), domain_weights={"low": 1.0, "high": 1.0})
+
+
+def test_both_steps_together_make_no_domain_much_worse() -> None:
+    samples = CalibrationSet.build(TEXTS, make_tokenizer())
+    before = torch.ones(len(samples), dtype=torch.float64)
+    low = torch.tensor([sample.domain == "low" for sample in samples.samples])
+    refitted = Verdict.of(samples, before, torch.where(low, 1.04, 0.5).double())
+    distilled = torch.where(low, 1.07, 0.3).double()
+    assert refitted.is_better and Verdict.of(samples, refitted.sums[1], distilled).is_better
+    together = Verdict.of(samples, refitted.sums[1], distilled, kl_first=refitted.kl_before)
+    assert "worse by more than 5% (low " in together.reason
+
+
+def test_both_steps_are_measured_by_whole_distributions(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where of a large vocabulary only the top is kept to teach by, that measures less."""
+    monkeypatch.setattr("optimum_moe_prune.recovery.teacher.FULL_VOCABULARY", 0)
+    monkeypatch.setattr("optimum_moe_prune.recovery.teacher.teacher_shapes.__defaults__", (4,))
+    found = {}
+    for steps in ("distil", "refit,distil"):
+        pruner, _ = _by_random(steps)
+        model = pruner.prune(load(place / "model"), TEXTS)
+        assert pruner.pruning_plan is not None
+        found[steps] = recovery_of(pruner.pruning_plan)
+        assert any("most likely next tokens" in note for note in pruner.pruning_plan.notes) == (steps == "distil")
+    both = found["refit,distil"]
+    assert both is not None and both["steps"] == ["refit", "distil"]
+    assert both["distil"]["kl_before"][ALL] < 0.9 * both["refit"]["kl_after"][ALL]
+    held_back = recovering.split_samples(CalibrationSet.build(TEXTS, make_tokenizer())).held_back
+    original, total = load(place / "model"), 0.0
+    with torch.no_grad():
+        for ids in held_back.token_ids:
+            p, q = (one(ids[None]).logits[0, :-1].log_softmax(-1) for one in (original, model))
+            total += float((p.exp() * (p - q)).sum())
+    assert both["kl_after"][ALL] == pytest.approx(total / (held_back.num_tokens - len(held_back)), rel=0.05)
