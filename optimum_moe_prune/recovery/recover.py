@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = ("recover_what", "recovery_samples", "max_length", "batch_size", "seed")
+"""Of the recipe, that a recovery follows from beside its text."""
 _CUT_ALONE = "The experts are removed, and no weight was recovered: the model is what the plan alone makes of it."
 _IN_PART = (
     f"the divergences are those of the original's {TOP} most likely next tokens and of all others together, a little "
@@ -380,11 +382,15 @@ class Recovery:
             notes.append(_IN_PART)
         notes.append(one_domain([sample.domain for sample in judged.samples]))
         if len(judged) < FEWEST_HELD_BACK and not any("held back to judge" in note for note in notes):
-            notes.append(f"only {len(judged)} samples are held back to judge the recovery by; more say it more surely")
+            samples = "sample is" if len(judged) == 1 else "samples are"
+            notes.append(f"only {len(judged)} {samples} held back to judge the recovery by; more say it more surely")
         reason = "" if kept else "; ".join(f"{step}: {verdict.reason}" for step, verdict in verdicts.items())
+        values = self.recipe.to_dict()
         said: Json = {
             "steps": kept or list(verdicts),
             "asked": list(self.recipe.recover),
+            "settings": {name: values[name] for name in SETTINGS},
+            "sources": list(judged.sources),
             "accepted": bool(kept),
             "reason": reason,
             "samples": {"fit": len(fit), "held_back": len(judged)},

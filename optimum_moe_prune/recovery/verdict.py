@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,10 @@ from scipy.stats import bootstrap
 from torch import Tensor
 
 from ..calibration.samples import CalibrationSet
+from ..config_checks import RECOVER
 from ..plan import PruningPlan
 from ..planning.sensitivity import ALL
-from ..storage.values import Json
+from ..storage.values import Json, is_integer
 from .steps import KL, NOTHING, by_domain, worse_domains
 
 FEWEST = 8
@@ -110,15 +112,24 @@ def recovery_of(plan: PruningPlan) -> Json | None:
     if not isinstance(found, dict):
         return None
     try:
-        before, after = found["kl_before"], found["kl_after"]
-        numbers = [*before.values(), *(after[name] for name in before), *found.get("left_interval", (0, 0))]
-        samples = [found["samples"][part] for part in ("fit", "held_back")]
-        known = ALL in before and all(isinstance(step, str) for step in found["steps"]) and found["steps"]
-        if not known or not np.isfinite(np.asarray([*numbers, *samples], dtype=float)).all():
-            return None
-        return {**found, "accepted": bool(found["accepted"]), "reason": str(found["reason"])}
-    except (KeyError, TypeError, ValueError, AttributeError):
+        before, after, accepted = found["kl_before"], found["kl_after"], found["accepted"]
+        interval = found.get("left_interval")
+        numbers = [*before.values(), *(after[name] for name in before), *(interval or (0, 0))]
+        counts = [found["samples"][part] for part in ("fit", "held_back")]
+        steps = found["steps"]
+        known = (
+            ALL in before
+            and all(isinstance(number, float) or is_integer(number) for number in numbers)
+            and all(math.isfinite(number) and number >= 0 for number in numbers)
+            and len(numbers) == 2 * len(before) + 2
+            and all(is_integer(count) and count >= 0 for count in counts)
+            and (isinstance(steps, list) and steps and all(step in RECOVER for step in steps))
+            and isinstance(accepted, bool)
+            and not (accepted and not before[ALL] > 0)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
+    return {**found, "reason": str(found.get("reason", ""))} if known else None
 
 
 def table_of(recovery: Mapping[str, Any]) -> list[list[str]]:
@@ -142,7 +153,8 @@ def sentence_of(recovery: Mapping[str, Any]) -> str:
         recovery: What a plan remembers of it.
     """
     steps, samples = " and ".join(recovery["steps"]), recovery["samples"]
-    judged = f"{samples['held_back']} samples that were held back"
+    number = samples["held_back"]
+    judged = "1 sample that was held back" if number == 1 else f"{number} samples that were held back"
     if not recovery["accepted"]:
         return f"Recovery by {steps} is not kept: {recovery['reason']}. The weights are those of the original."
     before, after = recovery["kl_before"][ALL], recovery["kl_after"][ALL]

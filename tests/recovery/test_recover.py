@@ -20,10 +20,12 @@ from torch import Tensor
 from optimum_moe_prune import CalibrationSet, MoEPruner, MoEPrunerConfig, PruningPlan, RequestError, RunError, recover
 from optimum_moe_prune.calibration.calibrate import no_calibration
 from optimum_moe_prune.planning.sensitivity import ALL
+from optimum_moe_prune.publishing.again import recover_command, run_command
 from optimum_moe_prune.recovery import recover as recovering
 from optimum_moe_prune.recovery.refit import Refit
 from optimum_moe_prune.recovery.steps import DistilOptions
 from optimum_moe_prune.recovery.verdict import Verdict, recovery_of, sentence_of, table_of
+from optimum_moe_prune.storage.values import Json
 
 TEXTS = make_texts(80, length=(12, 24))
 REFIT = MoEPrunerConfig(method="reap", num_experts=4, recover="refit")
@@ -176,11 +178,79 @@ def test_the_commands(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ).read_bytes()
     code, out, err = call(capsys, "apply", *plan, tmp_path / "cut")
     assert code == 0 and not out.count("Recovery by"), out
+    # The card of a cut alone has no recovery in its command, and all there is to recover by is in that of the other.
+    assert "--recover" not in (tmp_path / "cut" / "README.md").read_text()
+    for folder in ("out", "again"):
+        assert (
+            f"{' '.join(map(str, plan[2:3]))} moe_pruning_plan.json --recover refit --calibration texts.jsonl OUT"
+            in ((tmp_path / folder / "README.md").read_text())
+        )
+
+
+def test_evaluation_text_that_will_be_recovered_with_is_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though experts are chosen on a few of the samples."""
+    run = ("--model", place / "model", "--calibration", place / "texts.jsonl", "--method", "reap", "--num-experts", 4)
+    few = (*run, "--num-samples", 4, "--evaluate", place / "texts.jsonl", "--dry-run", tmp_path / "none")
+    for more, number in (((), 4), (("--recover", "refit"), 80)):
+        caplog.clear()
+        code, _, err = call(capsys, "run", *few, *more)
+        assert code == 0 and f"{number} of 80 evaluation samples were calibrated on" in err + caplog.text
+
+
+def test_commands_that_recover_again() -> None:
+    """A method that needs no text gets it for the recovery; of an edited plan nothing wrong is said."""
+    config = MoEPrunerConfig(method="random", num_experts=2, recover="refit,distil", recover_what="router").to_dict()
+    said: Json = {
+        "kl_before": {"all": 1.0}, "kl_after": {"all": 0.5}, "samples": {"fit": 4, "held_back": 2}, "accepted": True,
+        "steps": ["refit"], "asked": ["refit", "distil"], "sources": ["/home/me/more.jsonl"],
+        "settings": {"recover_what": ["router", "norms"], "recovery_samples": 6, "max_length": 2048, "seed": 0},
+    }  # fmt: skip
+    cut = PruningPlan("mixtral", 2, "random", {0: (0, 1)}, {0: 4}, config=config)
+    plan = replace(cut, provenance={"recovery": said})
+    assert recover_command(cut, "M", []) == [] and "--recover" not in run_command(cut, "M", [])
+    run = " ".join(run_command(plan, "M", []))
+    assert "--calibration CALIBRATION.jsonl" in run and "--recover refit,distil --recover-what router" in run
+    apply = " ".join(recover_command(plan, "M", ["--revision", "R"]))
+    assert apply == (
+        "optimum-cli moe-prune apply --model M --revision R --plan moe_pruning_plan.json --recover refit,distil "
+        "--recover-what router,norms --recovery-samples 6 --calibration more.jsonl OUTPUT"
+    )
+    for change in ({"asked": ["<b>"]}, {"settings": {"recover_what": 3}}):
+        assert recover_command(replace(plan, provenance={"recovery": {**said, **change}}), "M", []) == []
+    for change in ({"asked": None}, {"settings": 3, "sources": {}}, {"settings": {"seed": "; x"}}):
+        assert "refit" in " ".join(
+            recover_command(replace(plan, provenance={"recovery": {**said, **change}}), "M", [])
+        )
+
+
+def test_a_recovery_in_place_of_another_takes_its_settings_along(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = MoEPrunerConfig("random", num_experts=4, recover="distil", recover_what="router", recovery_samples=9)
+    assert MoEPrunerConfig.from_dict(full.to_dict(), recover="refit").recovery_samples == 9
+    assert MoEPrunerConfig.from_dict(full.to_dict(), recover="refit").recover_what == ()
+    assert MoEPrunerConfig.from_dict(full.to_dict(), recover=()).recovery_samples is None
+    assert MoEPrunerConfig.from_dict(full.to_dict(), seed=1).recover_what == ("router",)
+    with pytest.raises(RequestError, match="recover_what is for recover='distil'"):
+        MoEPrunerConfig.from_dict(full.to_dict(), recover="refit", recover_what="router")
+    _, plan = _by_random("distil", recover_what="router")
+    plan.save(tmp_path / "plan.json")
+    given = ("--model", place / "model", "--plan", tmp_path / "plan.json", "--calibration", place / "texts.jsonl")
+    code, _, err = call(capsys, "apply", *given, "--recover", "refit", "--dry-run", tmp_path / "out")
+    assert code == 0, err
 
 
 WRONG = {
     "steps": ({"recover": "refitt"}, TEXTS, "recover 'refitt' is not known. Known: refit"),
     "what": ({"recover": "refit", "recover_what": "router"}, TEXTS, "recover_what is for recover='distil'"),
+    "comma": ({"recover": " , "}, TEXTS, "recover is ' , '; it must be of refit, distil"),
+    "single": (
+        {"recover": "refit", "recovery_samples": 1},
+        TEXTS,
+        "recovery_samples is 1; it must be an integer of at least 2",
+    ),
     "number": ({"recovery_samples": 4}, TEXTS, "recovery_samples is for recover"),
     "no text": ({"recover": "refit", "method": "random"}, None, "recover='refit' needs texts, and none are given"),
     "one": ({"recover": "refit"}, [*TEXTS, {"text": "w1 w2 w3", "domain": "rare"}], "domain 'rare' has 1"),
@@ -228,8 +298,29 @@ def test_an_interval_and_what_a_damaged_plan_says() -> None:
     assert verdict.is_better and verdict.interval == (0.5, 0.5)
     plan = PruningPlan("mixtral", 2, "reap", {0: (0, 1)}, {0: 4})
     assert recovery_of(plan) is None
-    for damaged in ("no", {}, {"kl_before": {}, "kl_after": 3}, {"kl_before": {"all": "x"}, "kl_after": {"all": 1}}):
-        assert recovery_of(replace(plan, provenance={"recovery": damaged})) is None
+    good: Json = {
+        "kl_before": {"all": 1.0, "a": 1}, "kl_after": {"all": 0.5, "a": 0.0}, "left_interval": [0.4, 0.6],
+        "samples": {"fit": 4, "held_back": 1}, "steps": ["refit"], "accepted": True, "reason": "",
+    }  # fmt: skip
+    found = recovery_of(replace(plan, provenance={"recovery": good}))
+    assert found is not None and "left 50% (95% interval 40% to 60%)" in sentence_of(found)
+    assert sentence_of(found).endswith("on 1 sample that was held back.") and len(table_of(found)) == 3
+    damaged: list[Json] = [
+        {name: value} for name in good if name != "reason" for value in (None, 3, "x", [], {}, [[]])
+    ]
+    damaged.remove({"left_interval": None})
+    damaged.remove({"left_interval": []})
+    damaged.remove({"left_interval": {}})
+    damaged += [
+        *({"kl_before": {"all": value, "a": 1}} for value in ("1", 0.0, 1e999, 10**400)),
+        *({"kl_after": {"all": value, "a": 1}} for value in (-1, True, None)),
+        {"left_interval": [0.5]}, {"steps": ["refit", "<b>"]}, {"steps": "refit"}, {"steps": [["refit"]]},
+        {"samples": {"fit": 4, "held_back": "<b>"}}, {"samples": {"fit": 4, "held_back": 1.5}}, {"accepted": "no"},
+    ]  # fmt: skip
+    for change in damaged:
+        assert recovery_of(replace(plan, provenance={"recovery": {**good, **change}})) is None, change
+    for nothing in ("no", {}, [good]):
+        assert recovery_of(replace(plan, provenance={"recovery": nothing})) is None
 
 
 def _by_random(recover_with: str, **settings: object) -> tuple[MoEPruner, PruningPlan]:
