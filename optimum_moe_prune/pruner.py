@@ -427,9 +427,7 @@ class MoEPruner:
                 recovered = Recovery.of_checkpoint(layout, plan, texts, self._recipe(), way, of_recovery)
 
             anew = calibration is not None
-            parts = dict.fromkeys(("calibration", "sensitivity", "progressive"), anew) | {
-                "recovery": anew or recovered is not None
-            }
+            parts = dict.fromkeys(("calibration", "sensitivity", "progressive"), anew) | {"recovery": True}
 
             def write(made: PruningPlan = plan) -> None:
                 apply_to_checkpoint(

@@ -428,3 +428,26 @@ def test_both_steps_are_measured_by_whole_distributions(place: Path, monkeypatch
             p, q = (one(ids[None]).logits[0, :-1].log_softmax(-1) for one in (original, model))
             total += float((p.exp() * (p - q)).sum())
     assert both["kl_after"][ALL] == pytest.approx(total / (held_back.num_tokens - len(held_back)), rel=0.05)
+
+
+def test_nothing_of_an_interrupted_recovery_stays(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once the output is written, recovered or not; another amount of text is named by its own flag."""
+    plan = tmp_path / "plan.json"
+    _by_random("refit")[1].save(plan)
+    apply = ("apply", "--model", place / "model", "--plan", plan)
+    recovers = ("--calibration", place / "texts.jsonl", "--recover", "refit", "--stream")
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_moe_prune.recovery.refit._Pass._divergences", _stopped)
+        code, _, err = call(capsys, *apply, *recovers, tmp_path / "out")
+    assert code == 130, err
+    code, _, err = call(capsys, *apply, *recovers, "--recovery-samples", 20, tmp_path / "out")
+    assert code == 2 and "--recovery-samples is not set there and 20 now" in err and "--num-samples" not in err
+    assert (tmp_path / ".out.partial" / "recovery").is_dir()
+    code, _, err = call(capsys, *apply, tmp_path / "out")
+    assert code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["out", "plan.json"], err
+
+
+def _stopped(*args: object) -> None:
+    raise KeyboardInterrupt
