@@ -87,6 +87,8 @@ def distil(
     computing = precision_of(model, dtype)
     check_vocabularies(model, teacher)
     with evaluating(model), _without_gradients(model), contextlib.ExitStack() as stack:
+        for mode in (torch.inference_mode(False), torch.enable_grad()):  # whatever mode the caller is in
+            stack.enter_context(mode)
         trained = _found(model, fit, what)
         notes = notes_before(trained, what, held_back)
         free = available_memory(str(input_device(model)))

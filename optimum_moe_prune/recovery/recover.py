@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = ("recover_what", "recovery_samples", "max_length", "batch_size", "seed")
 """Of the recipe, that a recovery follows from beside its text."""
+_CALLED = {REFIT: "refit", DISTIL: "distillation"}
 _CUT_ALONE = "The experts are removed, and no weight was recovered: the model is what the plan alone makes of it."
 _IN_PART = (
     f"the divergences are those of the original's {TOP} most likely next tokens and of all others together, a little "
@@ -228,14 +229,15 @@ class Recovery:
                 processes=processes,
             )
         if DISTIL in recipe.recover and (layout is None or processes.is_main):  # who writes files
-            teacher = teacher_outputs(
-                runner,
-                samples,
-                batch_size=recipe.batch_size,
-                work=work,
-                settings=settings,
-                workspace=workspace.part("teacher"),
-            )
+            with torch.inference_mode(False):  # gradients will be taken of what follows from it
+                teacher = teacher_outputs(
+                    runner,
+                    samples,
+                    batch_size=recipe.batch_size,
+                    work=work,
+                    settings=settings,
+                    workspace=workspace.part("teacher"),
+                )
         return cls(plan, recipe, split, found, teacher, compute, workspace, streamed)
 
     # -- when the experts are gone
@@ -405,7 +407,7 @@ class Recovery:
         found = [note for note in notes if note]
         if kept and len(kept) < len(verdicts):
             refused = next(step for step in verdicts if step not in kept)
-            found.append(f"what the {refused} gave is not kept: {verdicts[refused].reason}")
+            found.append(f"what the {_CALLED[refused]} gave is not kept: {verdicts[refused].reason}")
         if not kept:
             found.append(f"recovery changed nothing: {reason}")
         return replace(self.plan, provenance={**self.plan.provenance, "recovery": {**said, "notes": found}})

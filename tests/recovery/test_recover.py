@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -451,3 +453,17 @@ def test_nothing_of_an_interrupted_recovery_stays(
 
 def _stopped(*args: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_distillation_takes_gradients_in_any_mode(place: Path, mode: Callable[[], Any]) -> None:
+    found = []
+    for context in (contextlib.nullcontext, mode):
+        model = load(place / "model")
+        pruner, _ = _by_random("distil")
+        with context():
+            pruner.prune(model, TEXTS)
+        assert pruner.pruning_plan is not None
+        found.append((pruner.pruning_plan.provenance["recovery"]["kl_after"], model))
+    assert found[0][0] == found[1][0]
+    assert_equal_states(found[0][1], found[1][1])
