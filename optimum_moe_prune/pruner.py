@@ -517,8 +517,12 @@ class MoEPruner:
         return self.config
 
     def _stored_recipe(self) -> Json | None:
-        """What is kept beside a plan; None where the plan's own says it: one that was fitted has a number there."""
-        return None if self.config is None or self.config.fit is not None else self.config.to_dict()
+        """What is kept beside a plan; None where the plan's own says it: one that was fitted has a number there.
+
+        A recovery of a plan that was made by hand has no recipe that says which experts.
+        """
+        recipe = self.config
+        return None if recipe is None or recipe.fit is not None or not recipe.has_budget else recipe.to_dict()
 
     def _source(self, source: Source | str | os.PathLike | None) -> Source:
         """A checkpoint, by default the bound one."""

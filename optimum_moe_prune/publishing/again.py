@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import PurePath
 
 from ..config import MoEPrunerConfig
-from ..config_checks import parts_of, steps_of
+from ..config_checks import BUDGETS, parts_of, steps_of
 from ..errors import RequestError
 from ..methods import list_methods
 from ..names import BY_SENSITIVITY, ESTIMATED, PLAN_NAME
@@ -22,13 +22,15 @@ _DEFAULTS = {f.name: f.default for f in fields(MoEPrunerConfig) if f.name != "ve
 
 
 def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
-    """The command line that calibrates and prunes as a plan's recipe says, in words.
+    """The command line that calibrates and prunes as a plan's recipe says, in words; nothing where it has none.
 
     Args:
         plan: The plan.
         model: What to call the original.
         extra: Further arguments.
     """
+    if all(plan.config.get(name) is None for name in BUDGETS):  # made by hand
+        return []
     calibration = mapping(plan.provenance.get("calibration"))
     recovered = "recovery" in plan.provenance and bool(plan.config.get("recover"))
     by_sensitivity = plan.config.get("allocation") == BY_SENSITIVITY

@@ -267,7 +267,7 @@ def test_wrong_requests(place: Path, case: str) -> None:
         MoEPruner.from_pretrained(place / "model", recipe).prune(make_model(), texts)
 
 
-def test_a_function_for_a_model_and_a_plan(place: Path) -> None:
+def test_a_function_for_a_model_and_a_plan(place: Path, tmp_path: Path) -> None:
     plan = PruningPlan.from_dict(
         MoEPruner(MoEPrunerConfig(method="random", num_experts=4)).plan(no_calibration(make_model())).to_dict()
     )
@@ -282,6 +282,12 @@ def test_a_function_for_a_model_and_a_plan(place: Path) -> None:
         if not torch.equal(mine, theirs)
     }
     assert changed and all(DOWN in name for name in changed)
+    cut = replace(plan, config={}, provenance={})  # as one made by hand
+    by_hand = MoEPrunerConfig(recover="refit")
+    MoEPruner.from_plan(cut, place / "model", by_hand).prune_checkpoint(tmp_path / "hand", recovery=TEXTS)
+    assert json.loads((tmp_path / "hand" / "moe_pruner_config.json").read_text()) == {}
+    card = (tmp_path / "hand" / "README.md").read_text()
+    assert "--recover refit" in card and "moe-prune run" not in card and "recipe as a file" not in card
     with pytest.raises(RequestError, match="names nothing to recover with"):
         recover(load(place / "model"), plan, TEXTS, "")
 
