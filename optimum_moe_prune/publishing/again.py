@@ -32,22 +32,26 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
     if all(plan.config.get(name) is None for name in BUDGETS):  # made by hand
         return []
     calibration = mapping(plan.provenance.get("calibration"))
+    own, of_recovery = (texts(mapping(part).get("sources")) for part in (calibration, plan.provenance.get("recovery")))
+    # Of the cut alone, or one recovered afterwards or on other text, it is the command that gives the cut.
     recovered = "recovery" in plan.provenance and bool(plan.config.get("recover"))
+    recovered = recovered and (not own or not of_recovery or own == of_recovery)
     by_sensitivity = plan.config.get("allocation") == BY_SENSITIVITY
     command = ["optimum-cli", "moe-prune", "run", "--model", model, *extra]
     if _needs_text(plan) or by_sensitivity or plan.config.get("allocation") == ESTIMATED or recovered:
-        sources = calibration.get("sources")
+        sources = own
         if not sources and by_sensitivity:
-            sources = mapping(plan.provenance.get("sensitivity")).get("sources")
-        for source in sources if isinstance(sources, list) and sources else ["CALIBRATION.jsonl"]:
-            command += ["--calibration", _name(str(source))]
+            sources = texts(mapping(plan.provenance.get("sensitivity")).get("sources"))
+        sources = sources or (of_recovery if recovered else [])
+        for source in sources or ["CALIBRATION.jsonl"]:
+            command += ["--calibration", _name(source)]
         if isinstance(dtype := calibration.get("dtype"), str) and dtype:
             command += ["--dtype", dtype]
     for name, value in plan.config.items():
         flag = f"--{name.replace('_', '-')}"
         if name not in _DEFAULTS or (value == _DEFAULTS[name] and name != "method") or value in ({}, [], None, False):
             continue
-        if name in RECOVERY and not recovered:  # the cut alone, or recovered afterwards
+        if name in RECOVERY and not recovered:
             continue
         if name == "method_options" and isinstance(value, dict):
             command += [part for key, option in value.items() for part in ("--option", f"{key}={option}")]

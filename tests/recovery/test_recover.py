@@ -213,7 +213,10 @@ def test_commands_that_recover_again() -> None:
     plan = replace(cut, provenance={"recovery": said})
     assert recover_command(cut, "M", []) == [] and "--recover" not in run_command(cut, "M", [])
     run = " ".join(run_command(plan, "M", []))
-    assert "--calibration CALIBRATION.jsonl" in run and "--recover refit,distil --recover-what router" in run
+    assert "--calibration more.jsonl" in run and "--recover refit,distil --recover-what router" in run
+    for sources, is_alike in ((["more.jsonl"], False), (said["sources"], True)):
+        chosen = replace(plan, provenance={**plan.provenance, "calibration": {"sources": sources}})
+        assert ("--recover" in run_command(chosen, "M", [])) == is_alike
     apply = " ".join(recover_command(plan, "M", ["--revision", "R"]))
     assert apply == (
         "optimum-cli moe-prune apply --model M --revision R --plan moe_pruning_plan.json --recover refit,distil "
