@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .config_checks import BUDGETS, MOST, check_numbers, check_words, one_budget, parts_of, steps_of
 from .environment import PACKAGE, is_newer, package_version
 from .errors import RequestError, nearest_first
-from .names import BY_SENSITIVITY, CONFIG_NAME, ESTIMATED, UNIFORM
+from .names import BY_SENSITIVITY, CONFIG_NAME, DISTIL, ESTIMATED, UNIFORM
 from .storage.files import write_text
 from .storage.kinds import RECIPE, reading
 from .storage.paths import check_name
@@ -141,7 +141,7 @@ class MoEPrunerConfig:
         (), "with distil: what is trained, of experts,router,norms (default: all three)", "PART,PART"
     )
     recovery_samples: int | None = _setting(
-        None, "samples to recover with, in equal shares of the domains (default: all that are given)", "N", least=1
+        None, "samples to recover with, in equal shares of the domains (default: all that are given)", "N", least=2
     )
     seed: int = _setting(0, "for whatever is drawn", "S", least=0, most=2**32 - 1)
     mtp: str | None = _setting(
@@ -279,7 +279,7 @@ class MoEPrunerConfig:
         Args:
             values: As :meth:`to_dict` gives them.
             overrides: Take precedence. Giving one of ``num_experts``, ``sparsity``, ``total_experts`` and ``fit``
-                replaces the others.
+                replaces the others, and settings that are for another method or recovery go with these.
 
         Raises:
             RequestError: If a key is not known, or a value is not one that its setting takes.
@@ -303,6 +303,10 @@ class MoEPrunerConfig:
             merged = {key: value for key, value in merged.items() if key not in (*BUDGETS, "bits", "context")}
         if "method" in merged and overrides.get("method", merged["method"]) != merged["method"]:
             for name in ("method_options", "allocation"):  # those of another method
+                merged.pop(name, None)
+        if overrides.get("recover") is not None:
+            steps = steps_of(overrides["recover"])
+            for name in ("recovery_samples",) * (not steps) + ("recover_what",) * (DISTIL not in steps):
                 merged.pop(name, None)
         if overrides.get("sample_selection", "kmeans") != "kmeans":
             merged.pop("num_clusters", None)

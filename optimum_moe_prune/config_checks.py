@@ -99,6 +99,8 @@ def _words(setting: str, given: Any, known: tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(words, Iterable) or not all(isinstance(word, str) for word in words):
         raise RequestError(f"{setting} is {given!r}; it must be of {', '.join(known)}.")
     words = [word.strip() for word in words if word.strip()]
+    if not words and isinstance(given, str) and given.strip():
+        raise RequestError(f"{setting} is {given!r}; it must be of {', '.join(known)}.")
     for word in words:
         if word not in known:
             raise RequestError(f"{setting} {word!r} is not known. Known: {nearest_first(word, [*known])}.")

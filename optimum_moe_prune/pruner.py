@@ -14,7 +14,7 @@ from .calibration.calibrate import statistics_for
 from .calibration.samples import CalibrationInput, CalibrationSet
 from .checkpoints.layout import Layout, open_layout
 from .checkpoints.source import Source
-from .compat import ModelConfig, commit_of_config
+from .compat import ModelConfig, commit_of_config, text_config
 from .config import MoEPrunerConfig
 from .errors import RequestError, check_type
 from .evaluation.choosing import choose_experts
@@ -34,12 +34,13 @@ from .publishing.facts import CardFacts
 from .publishing.hub import push_folder
 from .publishing.outputs import apply_to_checkpoint, save_pruned
 from .recovery.recover import Recovery, given_texts
+from .recovery.split import split_samples
 from .statistics.samples import check_domain_weights
 from .statistics.stats import CalibrationStats
 from .storage.folders import check_target
 from .storage.values import Json
 from .storage.workspace import Workspace
-from .surgery.checks import check_output, check_plan_for_config
+from .surgery.checks import check_output, check_plan, check_plan_for_config, check_routers
 from .surgery.files import MAX_SHARD_SIZE, shard_bytes
 from .surgery.in_memory import apply_plan
 from .surgery.settled import Settled, asks_model, settled
@@ -341,17 +342,20 @@ class MoEPruner:
             RunError: If the model holds NaN or infinite values; the model is then unchanged.
         """
         given, model = model, usable_model(model, to_change=True)
-        plan = self.pruning_plan
-        if calibration is not None or domain_weights is not None or plan is None:
+        plan = None if calibration is not None or domain_weights is not None else self.pruning_plan
+        if plan is None:
             made = settled(self._recipe(), model)
             budget_for(made.recipe, *experts_of(model))
-        texts = self._to_recover_with(model, calibration, recovery)
-        if calibration is not None or domain_weights is not None or plan is None:
+        else:
+            check_plan(plan.without_heads, model)
+        texts = self._to_recover_with(model, plan, calibration, recovery)
+        if plan is None:
             plan = self._plan(made, model, calibration, domain_weights, Workspace(), Compute())
         recovered = None if texts is None else Recovery.of_model(model, plan, texts, self._recipe())
         pruned, self.model = apply_plan(plan, given), model
-        plan = plan.without_recovery if recovered is None else recovered.in_model(model)
-        self.pruning_plan = self._applied_plan = plan
+        self.pruning_plan = self._applied_plan = plan.without_recovery  # that is what it is, should the rest fail
+        if recovered is not None:
+            self.pruning_plan = self._applied_plan = recovered.in_model(model)
         return pruned
 
     @shared
@@ -405,7 +409,9 @@ class MoEPruner:
         if plan is not None:
             check_plan_for_config(plan, read.config)
         layout = self.layout(source)
-        texts = self._to_recover_with(layout, calibration, recovery)
+        texts = self._to_recover_with(layout, plan, calibration, recovery)
+        if plan is not None and texts is not None:
+            check_routers(plan, layout.fingerprints())  # before the recovery, and not after it
         mtp = mtp or (None if self.config is None else self.config.mtp)
         workspace = Workspace.beside(output_dir, restart)
         with held(way.together, output_dir):
@@ -421,9 +427,7 @@ class MoEPruner:
                 recovered = Recovery.of_checkpoint(layout, plan, texts, self._recipe(), way, of_recovery)
 
             anew = calibration is not None
-            parts = dict.fromkeys(("calibration", "sensitivity", "progressive"), anew) | {
-                "recovery": recovered is not None
-            }
+            parts = dict.fromkeys(("calibration", "sensitivity", "progressive"), anew) | {"recovery": True}
 
             def write(made: PruningPlan = plan) -> None:
                 apply_to_checkpoint(
@@ -513,8 +517,12 @@ class MoEPruner:
         return self.config
 
     def _stored_recipe(self) -> Json | None:
-        """What is kept beside a plan; None where the plan's own says it: one that was fitted has a number there."""
-        return None if self.config is None or self.config.fit is not None else self.config.to_dict()
+        """What is kept beside a plan; None where the plan's own says it: one that was fitted has a number there.
+
+        A recovery of a plan that was made by hand has no recipe that says which experts.
+        """
+        recipe = self.config
+        return None if recipe is None or recipe.fit is not None or not recipe.has_budget else recipe.to_dict()
 
     def _source(self, source: Source | str | os.PathLike | None) -> Source:
         """A checkpoint, by default the bound one."""
@@ -532,11 +540,20 @@ class MoEPruner:
         )
 
     def _to_recover_with(
-        self, model: Model, calibration: Calibration | None, recovery: CalibrationInput | None
+        self,
+        model: Model,
+        plan: PruningPlan | None,
+        calibration: Calibration | None,
+        recovery: CalibrationInput | None,
     ) -> CalibrationSet | None:
-        """The texts of the recipe's recovery; None where there is none to do."""
-        texts = given_texts(self.config, self.pruning_plan, model, calibration, recovery)
-        return None if texts is None else self._samples_for(model, texts, recovers=True)
+        """The texts of the recipe's recovery, checked; None where there is none to do."""
+        texts = given_texts(self.config, plan, model, calibration, recovery)
+        if texts is None:
+            return None
+        samples = self._samples_for(model, texts, recovers=True)
+        samples.check_vocabulary(text_config(model.config).vocab_size)
+        split_samples(samples)
+        return samples
 
     def _plan(
         self,

@@ -229,7 +229,7 @@ class CalibrationSet:
         if isinstance(tokenizer, Source):
             tokenizer = tokenizer.require_tokenizer() if needs_tokenizer(source) else None
         by_clusters = recipe.sample_selection == "kmeans"  # which would be of all samples there are
-        return cls.build(
+        found = cls.build(
             source,
             tokenizer,
             num_samples=recipe.recovery_samples if recovers else recipe.num_samples,
@@ -242,6 +242,10 @@ class CalibrationSet:
             template_args=recipe.template_args,
             skip_bad=recipe.skip_bad,
         )
+        if not recovers:
+            return found
+        settings = {name: value for name, value in found.settings.items() if name != "num_samples"}
+        return replace(found, settings={**settings, "recovery_samples": recipe.recovery_samples})
 
     @classmethod
     def from_hub(cls, mixture: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> CalibrationSet:

@@ -67,9 +67,8 @@ class ApplyCommand(Command):
         check_apply(args, plan, layout)
         publishing.check_memory(args, layout)
         texts = publishing.texts_to_judge(args)
-        publishing.say_overlap(texts, pruner.pruning_plan)
         recovery = recovery_samples(args, pruner)
-        publishing.say_overlap(texts, recovery)
+        publishing.say_overlap(texts, pruner.pruning_plan, recovery)
         settings = {"mtp": args.mtp, "output": args.output, "compute": compute, "recovery": recovery}
         work = partial(plan_work, layout, recipe, plan=plan, **settings)
         if (result := shown(args, work)) is not None:

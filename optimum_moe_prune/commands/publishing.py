@@ -98,22 +98,19 @@ def for_card(args: argparse.Namespace) -> Json:
     return {"base_model": args.base_model, "license": args.license, "language": args.language}
 
 
-def say_overlap(texts: CalibrationSet | None, made_with: PruningPlan | CalibrationSet | None) -> None:
-    """Say before any work that ``--evaluate`` names text that is calibrated on.
+def say_overlap(texts: CalibrationSet | None, plan: PruningPlan | None = None, *others: CalibrationSet | None) -> None:
+    """Say before any work that ``--evaluate`` names text that is calibrated on, or recovered with.
 
     Args:
         texts: To judge on.
-        made_with: The plan, or what it will be made with.
+        plan: The plan, where there is one.
+        others: What one will be made with, and what is recovered with.
     """
-    if texts is None or made_with is None:
+    if texts is None:
         return
-    from ..evaluation.overlap import overlap_of, overlap_with
-    from ..plan import PruningPlan
+    from ..evaluation.overlap import overlap_of
 
-    if isinstance(made_with, PruningPlan):
-        overlap = overlap_of(made_with, texts)
-    else:
-        overlap = overlap_with([made_with.passages], texts)
+    overlap = overlap_of(plan, texts, [other for other in others if other is not None])
     if overlap is not None and (sentence := overlap.sentence()):
         logger.warning("%s", sentence)
 

@@ -80,7 +80,7 @@ class RunCommand(Command):
                 recovery = recovery_samples(args, pruner)
                 if weights is not None and samples is not None:
                     check_domain_weights(samples.samples, weights)
-            publishing.say_overlap(texts, samples)
+            publishing.say_overlap(texts, None, samples, recovery)
             settings = {"output": args.output, "compute": compute, "measures": measures, "recovery": recovery}
             work = partial(plan_work, layout, recipe, samples, **settings)
             if (result := shown(args, work)) is not None:

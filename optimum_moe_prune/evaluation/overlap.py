@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,16 +83,21 @@ class Overlap:
         return cls(counts[0], counts[1], domains, bool(values.get("is_complete", True)))
 
 
-def overlap_of(plan: PruningPlan | None, samples: CalibrationSet) -> Overlap | None:
-    """Which samples a plan was made with; None where there is no plan, and so no calibration.
+def overlap_of(
+    plan: PruningPlan | None, samples: CalibrationSet, others: Sequence[CalibrationSet] = ()
+) -> Overlap | None:
+    """Which samples a plan was made with; None where there is neither a plan nor other text.
 
     Args:
         plan: Of the model; those before it count as well.
         samples: That it is judged on.
+        others: What else the model is made with, or will be.
     """
-    if plan is None:
+    if plan is None and not others:
         return None
-    return overlap_with(_texts_of(plan), samples, is_complete=_is_complete(plan.provenance))
+    before = [] if plan is None else [*_texts_of(plan)]
+    is_complete = plan is None or _is_complete(plan.provenance)
+    return overlap_with([*before, *(other.passages for other in others)], samples, is_complete)
 
 
 def overlap_with(texts: Iterable[Any], samples: CalibrationSet, is_complete: bool = True) -> Overlap:

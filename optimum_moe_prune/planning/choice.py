@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..plan import PruningPlan
+from ..storage.values import is_integer
 from .sensitivity import ALL
 
 NOT_WHOLE = (
@@ -31,9 +32,13 @@ def losses(plan: PruningPlan) -> list[tuple[str, dict[str, float]]]:
     rows: list[tuple[str, dict[str, float]]] = []
     for name, entry in measured.items() if isinstance(measured, Mapping) else ():
         kl = (entry.get("judging") or entry.get("choosing")) if isinstance(entry, Mapping) else None
-        if isinstance(kl, Mapping) and all(isinstance(value, (int, float)) for value in kl.values()) and ALL in kl:
+        if isinstance(kl, Mapping) and all(map(_is_number, kl.values())) and ALL in kl:
             rows.append((str(name), {str(domain): float(value) for domain, value in kl.items()}))
     return sorted(rows, key=lambda row: row[0] != choice.get("kept"))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (is_integer(value) and abs(value) < 2**53)
 
 
 def rows(plan: PruningPlan) -> list[list[str]]:
@@ -50,14 +55,16 @@ def judged_on(plan: PruningPlan) -> str:
     """On what text that was measured, in words."""
     samples = choice_of(plan).get("samples")
     if is_judged(plan) and isinstance(samples, Mapping):
-        return f"{samples['judging']} samples that had no part in the choice"
+        number = samples["judging"]
+        return f"{number} sample{'' if number == 1 else 's'} that had no part in the choice"
     return "the samples that it was chosen on, so it loses more elsewhere"
 
 
 def is_judged(plan: PruningPlan) -> bool:
     """Whether what is lost was measured on samples that had no part in the choice."""
     samples = choice_of(plan).get("samples")
-    return isinstance(samples, Mapping) and bool(samples.get("judging"))
+    number = samples.get("judging") if isinstance(samples, Mapping) else None
+    return is_integer(number) and number > 0
 
 
 def in_words(plan: PruningPlan) -> list[str]:

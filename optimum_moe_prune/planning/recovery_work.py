@@ -24,6 +24,10 @@ _EPOCHS, _TRAINING = 6, 4  # over the text; forward and backward are so many for
 _STREAMED_STEPS = 16  # of a distillation that reads the checkpoint twice for each
 _TRAINED = 16  # bytes of a number that is trained: its copy, its gradient and two moments
 _DOWN = 1 / 3  # of an expert's numbers
+MOST_FEATURES = 8192  # that are solved for together
+EXACT_FEATURES = 2048  # up to so many in float64
+FEATURE_BYTES = 512 * 2**20  # of tokens, that are there at once; twice that where all are kept
+_SQUARES, _PRODUCTS = 5, 6  # of features by features, and by the hidden size: sums of both texts, what is solved
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def recovery_work(
         retained: Experts that are kept, in all layers.
         speed: How fast a layer is read and run; None where it is not known.
     """
-    config = text_config(layout.config)
+    config, top_k = text_config(layout.config), layout.spec.routing(layout.config).top_k
     layers, hidden, tokens = config.num_hidden_layers, config.hidden_size, samples.num_tokens
     itemsize = compute.computing_dtype(layout).itemsize
     expert = max(size.parameters for size in sizes.experts.values())
@@ -86,6 +90,7 @@ def recovery_work(
     seconds = 0.0
     if REFIT in recipe.recover:
         memory = tokens * hidden * (itemsize + 4) + 2 * expert * 4
+        memory += _solving(expert, hidden, max(1, round(retained / len(sizes.num_experts))), tokens * top_k)
         reads += sizes.whole.nbytes if compute.stream else 0
         if speed is not None:
             seconds += layers * (speed.reading + _REFIT * tokens * speed.plain)
@@ -100,3 +105,18 @@ def recovery_work(
     waits = int(2 * (1 + 2 * HELD_BACK) * tokens * hidden * itemsize) if compute.stream else 0
     known = None if speed is None else seconds
     return RecoveryWork(recipe.recover, len(samples), tokens, memory, waits, reads, known)
+
+
+def _solving(expert: int, hidden: int, retained: int, routed: int) -> int:
+    """Bytes that the refit of a layer takes to solve.
+
+    Args:
+        expert: Numbers of an expert.
+        hidden: The hidden size.
+        retained: Experts that a layer keeps.
+        routed: Tokens, each for each expert that it goes to.
+    """
+    width = max(1, int(_DOWN * expert / hidden))
+    features = width * max(1, min(retained, MOST_FEATURES // width))
+    size = 8 if features <= EXACT_FEATURES else 4
+    return size * features * (_SQUARES * features + _PRODUCTS * hidden) + min(2 * FEATURE_BYTES, 4 * routed * width)

@@ -8,35 +8,50 @@ from dataclasses import fields
 from pathlib import PurePath
 
 from ..config import MoEPrunerConfig
+from ..config_checks import BUDGETS, parts_of, steps_of
+from ..errors import RequestError
 from ..methods import list_methods
-from ..names import BY_SENSITIVITY, ESTIMATED
+from ..names import BY_SENSITIVITY, ESTIMATED, PLAN_NAME
 from ..plan import PruningPlan
-from .plain import mapping
+from ..recovery.verdict import recovery_of
+from ..storage.values import is_integer
+from .plain import mapping, texts
+
+RECOVERY = ("recover", "recover_what", "recovery_samples")
+_DEFAULTS = {f.name: f.default for f in fields(MoEPrunerConfig) if f.name != "version"}
 
 
 def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
-    """The command line that calibrates and prunes as a plan's recipe says, in words.
+    """The command line that calibrates and prunes as a plan's recipe says, in words; nothing where it has none.
 
     Args:
         plan: The plan.
         model: What to call the original.
         extra: Further arguments.
     """
+    if all(plan.config.get(name) is None for name in BUDGETS):  # made by hand
+        return []
     calibration = mapping(plan.provenance.get("calibration"))
+    own, of_recovery = (texts(mapping(part).get("sources")) for part in (calibration, plan.provenance.get("recovery")))
+    # Of the cut alone, or one recovered afterwards or on other text, it is the command that gives the cut.
+    recovered = "recovery" in plan.provenance and bool(plan.config.get("recover"))
+    recovered = recovered and (not own or not of_recovery or own == of_recovery)
     by_sensitivity = plan.config.get("allocation") == BY_SENSITIVITY
     command = ["optimum-cli", "moe-prune", "run", "--model", model, *extra]
-    if _needs_text(plan) or by_sensitivity or plan.config.get("allocation") == ESTIMATED:
-        sources = calibration.get("sources")
+    if _needs_text(plan) or by_sensitivity or plan.config.get("allocation") == ESTIMATED or recovered:
+        sources = own
         if not sources and by_sensitivity:
-            sources = mapping(plan.provenance.get("sensitivity")).get("sources")
-        for source in sources if isinstance(sources, list) and sources else ["CALIBRATION.jsonl"]:
-            command += ["--calibration", _name(str(source))]
+            sources = texts(mapping(plan.provenance.get("sensitivity")).get("sources"))
+        sources = sources or (of_recovery if recovered else [])
+        for source in sources or ["CALIBRATION.jsonl"]:
+            command += ["--calibration", _name(source)]
         if isinstance(dtype := calibration.get("dtype"), str) and dtype:
             command += ["--dtype", dtype]
-    defaults = {f.name: f.default for f in fields(MoEPrunerConfig) if f.name != "version"}
     for name, value in plan.config.items():
         flag = f"--{name.replace('_', '-')}"
-        if name not in defaults or (value == defaults[name] and name != "method") or value in ({}, [], None, False):
+        if name not in _DEFAULTS or (value == _DEFAULTS[name] and name != "method") or value in ({}, [], None, False):
+            continue
+        if name in RECOVERY and not recovered:
             continue
         if name == "method_options" and isinstance(value, dict):
             command += [part for key, option in value.items() for part in ("--option", f"{key}={option}")]
@@ -54,6 +69,34 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
             command += [flag, str(value)]
     for domain, weight in mapping(calibration.get("domain_weights")).items():
         command += ["--domain-weight", f"{domain}={weight}"]
+    return [*command, "OUTPUT"]
+
+
+def recover_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
+    """The command line that applies a plan and recovers as it says that was done; nothing where it was not.
+
+    Args:
+        plan: The plan.
+        model: What to call the original.
+        extra: Further arguments.
+    """
+    found = recovery_of(plan)
+    if found is None:
+        return []
+    try:
+        asked = steps_of(found.get("asked")) or tuple(found["steps"])
+        settings = {"recover": asked, "recover_what": parts_of(mapping(found.get("settings")).get("recover_what"))}
+    except RequestError:
+        return []
+    settings |= {name: value for name, value in mapping(found.get("settings")).items() if is_integer(value)}
+    command = ["optimum-cli", "moe-prune", "apply", "--model", model, *extra, "--plan", PLAN_NAME]
+    for name in ("recover", "recover_what", "recovery_samples", "max_length", "batch_size", "seed"):
+        value = settings.get(name)
+        if value in (None, ()) or (name != "recover" and plan.config.get(name, _DEFAULTS[name]) == value):
+            continue
+        command += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, tuple) else str(value)]
+    for source in texts(found.get("sources")) or ["CALIBRATION.jsonl"]:
+        command += ["--calibration", _name(source)]
     return [*command, "OUTPUT"]
 
 

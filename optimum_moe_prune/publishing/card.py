@@ -24,7 +24,7 @@ from ..methods import get_method, list_methods
 from ..plan import PruningPlan
 from ..storage.files import write_text
 from . import card_parts
-from .again import run_command
+from .again import recover_command, run_command
 from .facts import origin_of
 from .front_matter import front_matter
 from .plain import pairs, plain
@@ -119,6 +119,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
         **card_parts.calibration(plan),
         apply_command=shlex.join(again),
         run_command=shlex.join(run_command(plan, original, revision)),
+        recover_command=shlex.join(recover_command(plan, original, revision)),
         files={path.name for path in folder.iterdir() if path.is_file()},
         **{key: value for key, value in vars(names).items() if key.isupper()},
     )

@@ -15,6 +15,7 @@ from ..models.checks import usable_model
 from ..models.memory import Compute
 from ..names import REFIT
 from ..plan import PruningPlan
+from ..surgery.checks import check_plan
 from ..surgery.in_memory import apply_plan
 from .recover import Recovery
 
@@ -71,6 +72,7 @@ def recover(
     )
     if not recipe.recover:
         raise RequestError("steps names nothing to recover with; it takes refit, distil or both.")
+    check_plan(plan.without_heads, plain)
     known = Source(plain.name_or_path) if tokenizer is None and needs_tokenizer(texts) else tokenizer
     samples = CalibrationSet.for_recipe(texts, recipe, known, plain.config, recovers=True)
     samples.check_vocabulary(plain.config.get_text_config().vocab_size)

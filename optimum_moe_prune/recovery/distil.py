@@ -87,6 +87,8 @@ def distil(
     computing = precision_of(model, dtype)
     check_vocabularies(model, teacher)
     with evaluating(model), _without_gradients(model), contextlib.ExitStack() as stack:
+        for mode in (torch.inference_mode(False), torch.enable_grad()):  # whatever mode the caller is in
+            stack.enter_context(mode)
         trained = _found(model, fit, what)
         notes = notes_before(trained, what, held_back)
         free = available_memory(str(input_device(model)))
@@ -98,6 +100,21 @@ def distil(
         student = _Student(model, masters, computing, saves)
         stack.enter_context(student.in_place())
         return _train(student, fit, held_back, teacher, options, rank, memory, notes)
+
+
+def check_trainable(model: Any, fit: CalibrationSet, what: Sequence[str]) -> None:
+    """Raise unless there is something to train of a model, pruned or not yet.
+
+    Args:
+        model: In memory.
+        fit: Samples that it can run on.
+        what: As for :func:`distil`.
+
+    Raises:
+        RequestError: If there is nothing.
+    """
+    with evaluating(model), _without_gradients(model):
+        notes_before(_found(model, fit, what), what, fit)
 
 
 def _found(model: Any, fit: CalibrationSet, what: Sequence[str]) -> list[Trained]:

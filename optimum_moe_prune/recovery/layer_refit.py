@@ -189,6 +189,9 @@ class LayerTokens:
         """The same with the expert's weighted outputs ``(t, H)``."""
         of_chunk = slice(chunk.start, chunk.stop)
         rows, slots = (self.places[of_chunk] == place).nonzero().unbind(1)
+        if not len(rows):  # experts that no token reaches are not run by some models
+            empty = torch.zeros(0, self.tensors["residual"].shape[1], device=self.device)
+            return empty.new_zeros(0, down.width), rows.to(self.device), empty
         x, weight = (self.tensors[name][of_chunk] for name in ("x", "weights"))
         x, weight = x[rows].to(self.device), weight[rows, slots, None].to(self.device)
         phi, output = SingleExpert(self.block, self.retained[place]).features(x, down)

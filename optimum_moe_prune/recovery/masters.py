@@ -14,7 +14,7 @@ from .trained import EXPERTS, Trained
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-8  # beside the root mean square of gradients, whose scale falls away
 _TINY = 1e-12
-KINDS = VALUE, _MEAN, _SQUARE = "value", "mean", "square"
+KINDS = VALUE, _MEAN, SQUARE = "value", "mean", "square"
 """What is kept of each between two steps."""
 NARROW_WIDTH = 128
 """Up to which matrices change at the rate that is asked for."""

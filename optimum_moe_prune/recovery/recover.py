@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..calibration.samples import CalibrationInput, CalibrationSet
 from ..checkpoints.layout import Layout, identity, model_dtype, open_layout
 from ..config import MoEPrunerConfig
-from ..errors import RequestError
+from ..errors import MoEPruneError, RequestError, RunError
 from ..models.blocks import moe_blocks
 from ..models.layerwise import LayerByLayer
 from ..models.memory import Compute, begun_with, load_model, open_runner, open_skeleton
@@ -35,12 +36,12 @@ from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
 from ..storage.values import Json
 from ..storage.workspace import Workspace
-from .distil import distil
+from .distil import check_trainable, distil
 from .distil_streamed import distil_streamed
 from .refit import Refit, refit
 from .split import Split, split_samples
 from .steps import FEWEST_HELD_BACK, Distilled, DistilOptions
-from .teacher import TeacherOutputs, teacher_outputs
+from .teacher import TOP, TeacherOutputs, teacher_outputs
 from .trained import ROLES
 from .verdict import Verdict, domains_of, one_domain
 from .writing import put_into_files, put_into_model
@@ -49,6 +50,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+SETTINGS = ("recover_what", "recovery_samples", "max_length", "batch_size", "seed")
+"""Of the recipe, that a recovery follows from beside its text."""
+_CALLED = {REFIT: "refit", DISTIL: "distillation"}
+_CUT_ALONE = "The experts are removed, and no weight was recovered: the model is what the plan alone makes of it."
+_IN_PART = (
+    f"the divergences are those of the original's {TOP} most likely next tokens and of all others together, a little "
+    "less than those of whole distributions"
+)
 
 TOKENS_PER_FEATURE = 10.0
 """Below it a refit rests on little text, which is said."""
@@ -204,6 +214,8 @@ class Recovery:
     ) -> Recovery:
         settings: Json = {"samples": samples.settings, "computing_dtype": {"dtype": compute.dtype}}
         found, teacher, processes = None, None, compute.together
+        if DISTIL in recipe.recover and not streamed:
+            check_trainable(runner.model, split.fit, recipe.recover_what or ROLES)
         if REFIT in recipe.recover:
             found = refit(
                 runner,
@@ -217,14 +229,15 @@ class Recovery:
                 processes=processes,
             )
         if DISTIL in recipe.recover and (layout is None or processes.is_main):  # who writes files
-            teacher = teacher_outputs(
-                runner,
-                samples,
-                batch_size=recipe.batch_size,
-                work=work,
-                settings=settings,
-                workspace=workspace.part("teacher"),
-            )
+            with torch.inference_mode(False):  # gradients will be taken of what follows from it
+                teacher = teacher_outputs(
+                    runner,
+                    samples,
+                    batch_size=recipe.batch_size,
+                    work=work,
+                    settings=settings,
+                    workspace=workspace.part("teacher"),
+                )
         return cls(plan, recipe, split, found, teacher, compute, workspace, streamed)
 
     # -- when the experts are gone
@@ -234,21 +247,32 @@ class Recovery:
 
         Args:
             model: The pruned model, in memory.
+
+        Raises:
+            RunError: If something fails; the model is then what the plan makes of it, with no weight recovered.
         """
         verdicts: dict[str, Verdict] = {}
         details: Json = {}
-        if self.refit is not None:
-            verdicts[REFIT], details[REFIT] = self._of_refit(self.refit)
-            if verdicts[REFIT].is_better:
-                put_into_model(model, self.refit.weights)
-        if self.teacher is not None:
-            found = distil(
-                model, self.split.fit, self.split.held_back, self.teacher, *self._trained, dtype=self.compute.dtype
-            )
-            verdicts[DISTIL], details[DISTIL] = _of_distillation(found, self.split.held_back, self.recipe.seed)
-            if verdicts[DISTIL].is_better:
-                put_into_model(model, found.tensors)
-        return self._remembered(verdicts, details)
+        before: Mapping[str, Tensor] = {}
+        try:
+            if self.refit is not None:
+                verdicts[REFIT], details[REFIT] = self._of_refit(self.refit)
+                if verdicts[REFIT].is_better:
+                    before = put_into_model(model, self.refit.weights)
+            if self.teacher is not None:
+                texts = (self.split.fit, self.split.held_back, self.teacher)
+                found = distil(model, *texts, *self._trained, dtype=self.compute.dtype)
+                verdicts[DISTIL], details[DISTIL] = self._of_distillation(found, verdicts.get(REFIT))
+                if verdicts[DISTIL].is_better:
+                    put_into_model(model, found.tensors)
+            return self._remembered(verdicts, details)
+        except BaseException as error:
+            put_into_model(model, before)
+            if isinstance(error, KeyboardInterrupt):
+                error.args = (f"the recovery was not finished. {_CUT_ALONE}",)
+            if isinstance(error, MoEPruneError):
+                raise RunError(f"the recovery failed: {error} {_CUT_ALONE}") from error
+            raise
 
     def in_files(self, folder: Path) -> PruningPlan:
         """The same for a pruned checkpoint whose folder nobody reads yet; its files are written over.
@@ -264,7 +288,7 @@ class Recovery:
                 put_into_files(folder, self.refit.weights)
         if self.teacher is not None:
             found = self._distilled(open_layout(str(folder)))
-            verdicts[DISTIL], details[DISTIL] = _of_distillation(found, self.split.held_back, self.recipe.seed)
+            verdicts[DISTIL], details[DISTIL] = self._of_distillation(found, verdicts.get(REFIT))
             if verdicts[DISTIL].is_better:
                 put_into_files(folder, found.tensors)
         return self._remembered(verdicts, details)
@@ -317,23 +341,58 @@ class Recovery:
             notes.append(f"{experts} not refitted: too few tokens reach them")
         return verdict, {"layers": layers, "notes": notes}
 
+    def _of_distillation(self, found: Distilled, refitted: Verdict | None) -> tuple[Verdict, Json]:
+        details: Json = {
+            "steps": found.steps,
+            "best": found.best,
+            "looks": [list(look) for look in found.looks],
+            "rank": found.rank,
+            "numbers": dict(found.numbers),
+            "notes": list(found.notes),
+        }
+        first = None
+        if refitted is not None and refitted.is_better:
+            more = self._whole_of_kept(refitted, found.divergences[0])
+            first = {name: kl / more for name, kl in refitted.kl_before.items()}
+        held_back = self.split.held_back
+        return Verdict.of(held_back, *found.divergences, seed=self.recipe.seed, kl_first=first), details
+
+    def _whole_of_kept(self, refitted: Verdict, before: Tensor) -> float:
+        """How much larger divergences of whole distributions are than those of what is kept of the original's.
+
+        Args:
+            refitted: The refit, which measures whole ones.
+            before: Of the refitted model, as the distillation measures it, by sample.
+        """
+        if self.teacher is None or self.teacher.is_whole or not float(before.sum()) > 0:
+            return 1.0
+        return float(refitted.sums[1].sum() / before.sum())
+
     def _remembered(self, verdicts: Mapping[str, Verdict], details: Json) -> PruningPlan:
         """The plan with what was done and what it was worth."""
         kept = [step for step, verdict in verdicts.items() if verdict.is_better]
-        first, last = next(iter(verdicts.values())), verdicts[kept[-1]] if kept else None
+        first = verdicts[kept[0]] if kept else next(iter(verdicts.values()))  # each kept one measured both of its ends
         whole = Verdict(first.kl_before, first.kl_before)
-        if last is not None:
-            sums = first.sums[0], last.sums[1]
-            whole = Verdict.of(self.split.held_back, *sums, seed=self.recipe.seed)
+        if kept:
+            after = verdicts[kept[-1]].sums[1]
+            if len(kept) > 1:
+                after = after * self._whole_of_kept(verdicts[REFIT], verdicts[DISTIL].sums[0])
+            whole = Verdict.of(self.split.held_back, first.sums[0], after, seed=self.recipe.seed)
         judged, fit = self.split.held_back, self.split.fit
         notes = [note for of in details.values() for note in of.pop("notes")]
+        if self.teacher is not None and not self.teacher.is_whole and first is verdicts[DISTIL]:
+            notes.append(_IN_PART)
         notes.append(one_domain([sample.domain for sample in judged.samples]))
         if len(judged) < FEWEST_HELD_BACK and not any("held back to judge" in note for note in notes):
-            notes.append(f"only {len(judged)} samples are held back to judge the recovery by; more say it more surely")
+            samples = "sample is" if len(judged) == 1 else "samples are"
+            notes.append(f"only {len(judged)} {samples} held back to judge the recovery by; more say it more surely")
         reason = "" if kept else "; ".join(f"{step}: {verdict.reason}" for step, verdict in verdicts.items())
+        values = self.recipe.to_dict()
         said: Json = {
             "steps": kept or list(verdicts),
             "asked": list(self.recipe.recover),
+            "settings": {name: values[name] for name in SETTINGS},
+            "sources": list(judged.sources),
             "accepted": bool(kept),
             "reason": reason,
             "samples": {"fit": len(fit), "held_back": len(judged)},
@@ -348,22 +407,10 @@ class Recovery:
         found = [note for note in notes if note]
         if kept and len(kept) < len(verdicts):
             refused = next(step for step in verdicts if step not in kept)
-            found.append(f"what the {refused} gave is not kept: {verdicts[refused].reason}")
+            found.append(f"what the {_CALLED[refused]} gave is not kept: {verdicts[refused].reason}")
         if not kept:
             found.append(f"recovery changed nothing: {reason}")
         return replace(self.plan, provenance={**self.plan.provenance, "recovery": {**said, "notes": found}})
-
-
-def _of_distillation(found: Distilled, samples: CalibrationSet, seed: int) -> tuple[Verdict, Json]:
-    details: Json = {
-        "steps": found.steps,
-        "best": found.best,
-        "looks": [list(look) for look in found.looks],
-        "rank": found.rank,
-        "numbers": dict(found.numbers),
-        "notes": list(found.notes),
-    }
-    return Verdict.of(samples, found.divergences[0], found.divergences[1], seed), details
 
 
 def _same(layer: int, dtype: torch.dtype) -> torch.dtype:

@@ -40,7 +40,8 @@ def split_samples(samples: CalibrationSet) -> Split:
         if len(numbers) < 2:
             raise RequestError(
                 f"recovery needs at least 2 samples of each domain, one to fit to and one to judge by; domain "
-                f"{domain!r} has 1. Give more of it, or leave it out."
+                f"{domain!r} has 1. Give more of it, or leave it out; recovery_samples, where it is set, is at least "
+                "twice the number of domains."
             )
         held_back += numbers[: max(1, round(HELD_BACK * len(numbers)))]
     judged = set(held_back)

@@ -57,8 +57,9 @@ def notes_before(trained: Sequence[Trained], what: Sequence[str], held_back: Cal
         raise RequestError(f"this model has nothing to train of recover_what: {', '.join(what)}.")
     notes = [f"nothing of {role!r} is trained: {_WHY[role]}" for role in missing]
     if len(held_back) < FEWEST_HELD_BACK:
+        samples = "sample is" if len(held_back) == 1 else "samples are"
         notes.append(
-            f"only {len(held_back)} samples are held back to judge by; {FEWEST_HELD_BACK} or more (five times as many "
+            f"only {len(held_back)} {samples} held back to judge by; {FEWEST_HELD_BACK} or more (five times as many "
             "in all) say more surely what is better"
         )
     return notes

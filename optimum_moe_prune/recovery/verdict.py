@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,10 @@ from scipy.stats import bootstrap
 from torch import Tensor
 
 from ..calibration.samples import CalibrationSet
+from ..config_checks import RECOVER
 from ..plan import PruningPlan
 from ..planning.sensitivity import ALL
-from ..storage.values import Json
+from ..storage.values import Json, is_integer
 from .steps import KL, NOTHING, by_domain, worse_domains
 
 FEWEST = 8
@@ -31,15 +33,20 @@ class Verdict:
         kl_after: Of the recovered model.
         interval: 95% interval of the share of the divergence that is left; None of few samples.
         sums: Divergences summed over the predicted tokens of each sample ``(S,)``, before and after.
+        kl_first: Of the pruned model before any step, where others were kept before this one: no domain may become
+            much worse by all of them together.
     """
 
     kl_before: KL
     kl_after: KL
     interval: tuple[float, float] | None = None
     sums: tuple[Tensor, ...] = ()
+    kl_first: KL | None = None
 
     @classmethod
-    def of(cls, samples: CalibrationSet, before: Tensor, after: Tensor, seed: int = 0) -> Verdict:
+    def of(
+        cls, samples: CalibrationSet, before: Tensor, after: Tensor, seed: int = 0, kl_first: KL | None = None
+    ) -> Verdict:
         """From what was summed over the predicted tokens of each sample ``(S,)``.
 
         Args:
@@ -47,9 +54,10 @@ class Verdict:
             before: Divergences of the pruned model.
             after: Of the recovered one.
             seed: Of the resamples.
+            kl_first: See the class.
         """
         interval = _interval(before.numpy(), after.numpy(), seed)
-        return cls(by_domain(samples, before), by_domain(samples, after), interval, (before, after))
+        return cls(by_domain(samples, before), by_domain(samples, after), interval, (before, after), kl_first)
 
     @property
     def reason(self) -> str:
@@ -57,9 +65,10 @@ class Verdict:
         before, after = self.kl_before[ALL], self.kl_after[ALL]
         if after >= before - NOTHING * min(1.0, before):
             return f"on text held back it left {after:.4f} of {before:.4f} nats per token"
-        worse = worse_domains(self.kl_before, self.kl_after)
-        if worse:
-            shown = ", ".join(f"{name} {self.kl_before[name]:.4f} to {self.kl_after[name]:.4f}" for name in worse)
+        for first in (self.kl_before, self.kl_first or {}):
+            if not (worse := worse_domains(first, self.kl_after)):
+                continue
+            shown = ", ".join(f"{name} {first[name]:.4f} to {self.kl_after[name]:.4f}" for name in worse)
             return f"it made text held back worse by more than 5% ({shown} nats per token)"
         return ""
 
@@ -103,15 +112,24 @@ def recovery_of(plan: PruningPlan) -> Json | None:
     if not isinstance(found, dict):
         return None
     try:
-        before, after = found["kl_before"], found["kl_after"]
-        numbers = [*before.values(), *(after[name] for name in before), *found.get("left_interval", (0, 0))]
-        samples = [found["samples"][part] for part in ("fit", "held_back")]
-        known = ALL in before and all(isinstance(step, str) for step in found["steps"]) and found["steps"]
-        if not known or not np.isfinite(np.asarray([*numbers, *samples], dtype=float)).all():
-            return None
-        return {**found, "accepted": bool(found["accepted"]), "reason": str(found["reason"])}
-    except (KeyError, TypeError, ValueError, AttributeError):
+        before, after, accepted = found["kl_before"], found["kl_after"], found["accepted"]
+        interval = found.get("left_interval")
+        numbers = [*before.values(), *(after[name] for name in before), *(interval or (0, 0))]
+        counts = [found["samples"][part] for part in ("fit", "held_back")]
+        steps = found["steps"]
+        known = (
+            ALL in before
+            and all(isinstance(number, float) or is_integer(number) for number in numbers)
+            and all(math.isfinite(number) and number >= 0 for number in numbers)
+            and len(numbers) == 2 * len(before) + 2
+            and all(is_integer(count) and count >= 0 for count in counts)
+            and (isinstance(steps, list) and steps and all(step in RECOVER for step in steps))
+            and isinstance(accepted, bool)
+            and not (accepted and not before[ALL] > 0)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
+    return {**found, "reason": str(found.get("reason", ""))} if known else None
 
 
 def table_of(recovery: Mapping[str, Any]) -> list[list[str]]:
@@ -135,7 +153,8 @@ def sentence_of(recovery: Mapping[str, Any]) -> str:
         recovery: What a plan remembers of it.
     """
     steps, samples = " and ".join(recovery["steps"]), recovery["samples"]
-    judged = f"{samples['held_back']} samples that were held back"
+    number = samples["held_back"]
+    judged = "1 sample that was held back" if number == 1 else f"{number} samples that were held back"
     if not recovery["accepted"]:
         return f"Recovery by {steps} is not kept: {recovery['reason']}. The weights are those of the original."
     before, after = recovery["kl_before"][ALL], recovery["kl_after"][ALL]

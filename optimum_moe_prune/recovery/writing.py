@@ -21,18 +21,26 @@ _PIECE = 64 * 2**20  # bytes written at once
 
 
 def put_into_model(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give a pruned model other values of some parameters; what these were, by name.
+    """Give a pruned model other values of some parameters, or, if that is interrupted, none.
 
     Args:
         model: A causal language model in memory.
         weights: By name of the parameter.
+
+    Returns:
+        What they were, by name, on the processor.
     """
     parameters = dict(model.named_parameters())
-    before = {}
+    before: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, value in weights.items():
-            before[name] = parameters[name].detach().clone()
-            parameters[name].copy_(value)
+        try:
+            for name, value in weights.items():
+                before[name] = parameters[name].detach().to("cpu", copy=True)
+                parameters[name].copy_(value)
+        except BaseException:
+            for name, value in before.items():
+                parameters[name].copy_(value)
+            raise
     return before
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..architectures.structure import owner, structure_of
 from ..architectures.table import architecture_of
 from ..models.blocks import moe_blocks
@@ -45,8 +47,9 @@ def apply_plan(plan: PruningPlan, model: PreTrainedModel) -> PreTrainedModel:
     blocks = moe_blocks(model)
     spec = blocks[0].spec
     counts = structure_of(model, spec).counts
-    for block in blocks:
-        block.retain(plan.retained[block.layer])
+    with torch.inference_mode(False):  # whatever mode the caller is in, parameters are such that gradients can flow to
+        for block in blocks:
+            block.retain(plan.retained[block.layer])
     write_counts(spec, model.config, plan.num_experts)
     if plan.uniform_num_experts is not None:
         for path in counts:

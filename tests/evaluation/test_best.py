@@ -438,3 +438,20 @@ def test_heads_are_planned_by_the_method_that_gave_most(tmp_path: Path, samples:
     assert plan.heads == (LAYERS,) and plan.uniform_num_experts == 8
     assert settled(recipe, layout).recipe.allocates == "sensitivity"
     assert settled(dataclasses.replace(recipe, mtp="prune"), layout).recipe.allocates == "uniform"
+
+
+def test_what_a_damaged_plan_says_of_its_choice() -> None:
+    plan = PruningPlan("mixtral", 2, "auto", {0: (0, 1)}, {0: 4})
+    good = {
+        "kept": "a", "by_layer": {"0": "reap"}, "samples": {"choosing": 1, "judging": 1},
+        "measured": {"a": {"judging": {"all": 1, "x": 0.5}}},
+    }  # fmt: skip
+    lines = in_words(dataclasses.replace(plan, provenance={"choice": good}))
+    assert "lost: 1.000 nats per token, on 1 sample that had no part in the choice; kept: a" in lines
+    wrong = (None, 3, "<b>", [], {}, [[]], {"judging": "<b>"}, {"judging": {"all": 10**400}}, {"a": {"judging": 3}})
+    for value in wrong:
+        for name in good:
+            found = "\n".join(in_words(dataclasses.replace(plan, provenance={"choice": {**good, name: value}})))
+            assert "<b> samples" not in found
+    huge = {**good, "measured": {"a": {"judging": {"all": 10**400}}}}
+    assert losses(dataclasses.replace(plan, provenance={"choice": huge})) == []

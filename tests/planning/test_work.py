@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 from architectures.published import LAYOUTS
-from conftest import make_texts, make_tokenizer, save_checkpoint
+from conftest import make_model, make_texts, make_tokenizer, save_checkpoint
 
 from optimum_moe_prune import CalibrationSet, Compute, MoEPruner, MoEPrunerConfig, RequestError, plan_work
 from optimum_moe_prune.checkpoints.checkpoint import Checkpoint
 from optimum_moe_prune.checkpoints.layout import open_layout
 from optimum_moe_prune.commands import main
-from optimum_moe_prune.planning import run_time
+from optimum_moe_prune.planning import recovery_work, run_time
 from optimum_moe_prune.planning import work as work_module
 from optimum_moe_prune.planning.probe import Speed, probe
+from optimum_moe_prune.recovery import layer_refit, least_squares, split
 from optimum_moe_prune.statistics.needs import Need
 
 
@@ -226,3 +227,19 @@ def test_the_plan_of_refused_work_is_not_shown(
     assert run(command, "--model", folder, "--calibration", file, *flags, out) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_what_a_refit_takes_to_solve_is_counted(tmp_path: Path, texts: CalibrationSet) -> None:
+    """Matrices of features by features, of as many experts as are solved for together."""
+    model = make_model(hidden_size=64, intermediate_size=1024, num_local_experts=8, num_hidden_layers=2)
+    model.save_pretrained(tmp_path / "model")
+    layout = open_layout(tmp_path / "model")
+    recipe = MoEPrunerConfig("random", num_experts=4, recover="refit")
+    work = plan_work(layout, recipe, recovery=texts, output=tmp_path / "out")
+    assert work.recovery is not None
+    features = 4 * 1024
+    assert 4 * 4 * features**2 < work.recovery.memory < 1.5 * 5 * 4 * features**2
+    assert work.memory > work.recovery.memory
+    assert recovery_work.MOST_FEATURES == least_squares.MOST_FEATURES
+    assert recovery_work.EXACT_FEATURES == least_squares._EXACT_FEATURES
+    assert recovery_work.FEATURE_BYTES == layer_refit._FEATURE_BYTES and recovery_work.HELD_BACK == split.HELD_BACK

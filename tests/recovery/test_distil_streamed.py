@@ -22,6 +22,7 @@ from optimum_moe_prune.models.skeleton import Skeleton
 from optimum_moe_prune.recovery import cost
 from optimum_moe_prune.recovery.distil import distil
 from optimum_moe_prune.recovery.distil_streamed import distil_streamed
+from optimum_moe_prune.recovery.masters import Master
 from optimum_moe_prune.recovery.split import Split, split_samples
 from optimum_moe_prune.recovery.steps import Distilled, DistilOptions
 from optimum_moe_prune.recovery.teacher import TeacherOutputs, teacher_outputs
@@ -100,13 +101,19 @@ def test_it_is_rounded_to_the_precision_of_the_checkpoint(tmp_path: Path) -> Non
     assert {tensor.dtype for tensor in found.tensors.values()} == {torch.bfloat16}
 
 
-def test_it_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unreached", [None, "norms"])
+def test_it_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreached: str | None
+) -> None:
+    """With the same to say of what no gradient reached."""
+    value = Master.value
+    monkeypatch.setattr(Master, "value", lambda m: value(m).detach() if m.trained.role == unreached else value(m))
     model = make_model()
     teacher = taught(make_model(seed=1))
     model.save_pretrained(tmp_path / "model")
     options = DistilOptions(**{**vars(FEW), "check_every": 1})
     expected = streamed(tmp_path / "model", teacher, options)
-    assert expected.best
+    assert expected.best and any("'norms' stayed as they were" in note for note in expected.notes) == bool(unreached)
     workspace = Workspace(tmp_path / "work")
     real = Skeleton.traced
     calls = 0

@@ -267,3 +267,13 @@ def test_a_split_holds_back_a_fifth_of_each_domain() -> None:
     for domain in {sample.domain for sample in samples.samples}:
         fit, held_back = (sum(sample.domain == domain for sample in some.samples) for some in parts)
         assert held_back == round(0.2 * (fit + held_back)) > 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gpt_oss", "llama4_text", "granitemoe", "nemotron_h"])
+def test_experts_that_no_token_reaches_are_not_run(kind: str) -> None:
+    """Of a few tokens that are held back some experts see none, and some models cannot run an expert on none."""
+    model = made(kind)
+    found = refit(LayerByLayer(model), split_samples(samples_of(model, 2, 2)), half(model))
+    assert bool(torch.isfinite(found.divergences).all()) and not found.weights
+    found = refit(LayerByLayer(model), split_samples(samples_of(model, 40, 2)), half(model))
+    assert bool(torch.isfinite(found.divergences).all())
