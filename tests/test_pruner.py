@@ -424,7 +424,10 @@ def test_a_recipe_needs_a_budget_only_for_a_plan(folder: Path) -> None:
     [
         ({"num_experts": 4, "sparsity": 0.5}, "given: num_experts and sparsity"),
         ({"num_experts": 4, "total_experts": 9, "method": "reap"}, "given: num_experts and total_experts"),
-        ({"total_experts": 12, "method": "mosaic"}, "total_experts is for allocations 'global' and 'sensitivity'"),
+        (
+            {"total_experts": 12, "method": "mosaic"},
+            "for allocations 'global', 'sensitivity' and 'estimated'",
+        ),
         ({"total_experts": 12, "method": "pathfinder", "allocation": "uniform"}, "total_experts is for allocation"),
         ({"total_experts": 0, "method": "pathfinder"}, "total_experts is 0; it must be an integer of at least 1"),
         ({"num_experts": 4, "count_multiple_of": 0}, "count_multiple_of is 0; it must be an integer of at least 1"),

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from optimum_moe_prune import CalibrationSet, Need, RequestError, RunError
 from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.models.blocks import moe_blocks
-from optimum_moe_prune.statistics.needs import DENSE
+from optimum_moe_prune.statistics.needs import DENSE, OF_A_FORWARD_PASS, WITHOUT_TEXT
 
-EVERYTHING = set(Need)
+EVERYTHING = set(OF_A_FORWARD_PASS - WITHOUT_TEXT)
 NEEDS = [
     {Need.ROUTING},
     {Need.ROUTING, Need.ROUTED_NORMS},

@@ -24,6 +24,7 @@ from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.calibration.observer import LayerObserver, Routed
 from optimum_moe_prune.calibration.outbox import Outbox, Take
 from optimum_moe_prune.models.blocks import MoEBlock, moe_blocks
+from optimum_moe_prune.statistics.needs import OF_A_FORWARD_PASS, WITHOUT_TEXT
 
 
 class Operators(TorchDispatchMode):
@@ -83,7 +84,7 @@ def test_no_value_leaves_the_device_inside_a_layer(
     model = on_meta(model)
     block = moe_blocks(model)[-1]
     monkeypatch.setattr(MoEBlock, "routing", property(lambda self: rule))
-    outbox, _ = run_on_meta(block, set(Need), max_tokens, model.config.hidden_size)
+    outbox, _ = run_on_meta(block, set(OF_A_FORWARD_PASS - WITHOUT_TEXT), max_tokens, model.config.hidden_size)
     assert set(outbox.devices) == {"meta"} and len(outbox.devices) > 10
 
 

@@ -349,13 +349,13 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
     [
         ((*RUN, "--num-experts", "0", "{out}"), "--num-experts is 0"),
         (
-            (*RUN, "--num-experts", "1", "{out}"),
+            (*RUN, "--method", "mosaic", "--num-experts", "1", "{out}"),
             "--num-experts 1 leaves layer 0 with 1 experts, and every token uses 2",
         ),
         ((*RUN, "--num-experts", "8", "{out}"), "nothing to prune"),
-        ((*RUN, "--num-experts", "9", "{out}"), "asks for more experts than layer 0 has (8)"),
+        ((*RUN, "--method", "mosaic", "--num-experts", "9", "{out}"), "asks for more experts than layer 0 has (8)"),
         (
-            (*RUN, "--num-experts", "5", "--count-multiple-of", "2", "{out}"),
+            (*RUN, "--method", "mosaic", "--num-experts", "5", "--count-multiple-of", "2", "{out}"),
             "leaves layer 0 with 5 experts, and --count-multiple-of is 2. Ask for 4 or 6",
         ),
         (
@@ -365,10 +365,10 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
         ((*RUN, "--num-experts", "4", "--sparsity", "0.5", "{out}"), "given: --num-experts and --sparsity"),
         ((*RUN, "{out}"), "given: none"),
         ((*RUN, "--sparsity", "1.5", "{out}"), "sparsity is 1.5"),
-        ((*RUN, "--sparsity", "0.01", "{out}"), "removes 0 of 8 experts"),
+        ((*RUN, "--method", "mosaic", "--sparsity", "0.01", "{out}"), "removes 0 of 8 experts"),
         ((*RUN, "--num-experts", "4", "--method", "mosiac", "{out}"), "method 'mosiac' is not known. Known: mosaic,"),
         (
-            (*RUN, "--num-experts", "4", "--option", "num_domain=2", "{out}"),
+            (*RUN, "--method", "mosaic", "--num-experts", "4", "--option", "num_domain=2", "{out}"),
             "has no option 'num_domain'. Its options: num_domains,",
         ),
         (
@@ -462,7 +462,7 @@ RUN = ("run", "--model", "{model}", "--calibration", "{texts}")
         ),
         ((*RUN, "--num-experts", "4", "--protect", "0:77", "{out}"), "protect names expert 77 of layer 0"),
         (
-            (*RUN, "--num-experts", "4", "--option", "num_generalists=5", "{out}"),
+            (*RUN, "--method", "mosaic", "--num-experts", "4", "--option", "num_generalists=5", "{out}"),
             "num_generalists is 5, and the budget",
         ),
         ((*RUN, "--num-experts", "4", "--domain-weight", "x=1", "{out}"), "a positive number for each domain"),

@@ -433,7 +433,7 @@ def test_means_are_over_the_tokens_an_expert_had() -> None:
 
 
 def test_how_methods_can_spread_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = {"random", "ean", "frequency", "man", "msan", "reap", "soft_frequency"}
+    both = {"aimer", "random", "ean", "frequency", "man", "msan", "reap", "soft_frequency"}
     for name in ALL:
         method = get_method(name)
         if name in ("pathfinder", "transition", "importance"):

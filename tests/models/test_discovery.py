@@ -326,7 +326,7 @@ def test_without_a_rule_what_was_observed_can_be_scored(tmp_path: Path, tokenize
     spec = discover(model)
     assert isinstance(spec.form, Own) and "no known rule gives the routing of layer 0: nearest was" in spec.found[0]
     stats = calibrate(model, make_texts(), tokenizer=tokenizer)
-    assert sorted(map(str, stats.needs)) == ["dense_norms", "inputs", "routed_norms", "routing"]
+    assert sorted(map(str, stats.needs)) == ["dense_norms", "inputs", "routed_norms", "routing", "weights"]
     stats.save(tmp_path / "stats")
     stats = CalibrationStats.load(tmp_path / "stats")
     assert isinstance(stats.routing, OwnCode)

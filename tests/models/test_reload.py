@@ -418,7 +418,9 @@ def test_an_alias_of_the_key_is_understood(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_the_cut_is_repeated_on_the_base_model(kind: str, tmp_path: Path) -> None:
     save_checkpoint(kind, tmp_path / "base", make_tokenizer())
-    pruner = MoEPruner.from_pretrained(tmp_path / "base", MoEPrunerConfig(method="pathfinder", sparsity=0.3))
+    pruner = MoEPruner.from_pretrained(
+        tmp_path / "base", MoEPrunerConfig(method="pathfinder", sparsity=0.3, method_options={"tau": 0.2})
+    )
     model = pruner.prune(load(tmp_path / "base"), calibration=make_texts())
     assert pruner.pruning_plan.uniform_num_experts is None
     pruner.save_pretrained(tmp_path / "out")

@@ -61,7 +61,7 @@ torch.save(result, folder + "/../result.pt")
 
 def prune(kind: str, path: Path, **settings: object) -> MoEPruner:
     save_checkpoint(kind, path / "base", make_tokenizer())
-    config = MoEPrunerConfig(**{"method": "pathfinder", "sparsity": 0.3, **settings})
+    config = MoEPrunerConfig(**{"method": "pathfinder", "sparsity": 0.3, "method_options": {"tau": 0.2}, **settings})
     pruner = MoEPruner.from_pretrained(path / "base", config)
     pruner.prune(load(path / "base"), calibration=make_texts())
     return pruner
