@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -251,6 +252,8 @@ class _Pass:
             output = self._run(block, batch, hidden, tokens)
             if share and number < len(self.fit):
                 states.put(number, output, None)
+        if not batches:  # others have some, and wait
+            share = min(self.processes.meet(math.inf), key=abs)
         return tokens, share
 
     def _run(self, block: MoEBlock, batch: Batch, hidden: Tensor, tokens: LayerTokens) -> Tensor:
