@@ -33,8 +33,9 @@ from .publishing.card import write_card
 from .publishing.facts import CardFacts
 from .publishing.hub import push_folder
 from .publishing.outputs import apply_to_checkpoint, save_pruned
-from .recovery.recover import Recovery, given_texts
+from .recovery.recover import Recovery
 from .recovery.split import split_samples
+from .recovery.texts import given_texts
 from .statistics.samples import check_domain_weights
 from .statistics.stats import CalibrationStats
 from .storage.folders import check_target

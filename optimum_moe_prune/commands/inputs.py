@@ -36,8 +36,8 @@ def recovery_samples(args: argparse.Namespace, pruner: MoEPruner) -> Calibration
     Raises:
         RequestError: If there is too little, or the checkpoint cannot be recovered.
     """
-    from ..recovery.recover import given_texts
     from ..recovery.split import split_samples
+    from ..recovery.texts import given_texts
 
     texts = None if pruner.config is None or not pruner.config.recover else _input(args.calibration, "--calibration")
     if texts is None or given_texts(pruner.config, None, pruner.layout(), texts, None) is None:

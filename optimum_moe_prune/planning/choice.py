@@ -38,7 +38,7 @@ def losses(plan: PruningPlan) -> list[tuple[str, dict[str, float]]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, float) or (is_integer(value) and abs(value) < 2**53)
+    return isinstance(value, float) or (isinstance(value, int) and is_integer(value) and abs(value) < 2**53)
 
 
 def rows(plan: PruningPlan) -> list[list[str]]:
@@ -64,7 +64,7 @@ def is_judged(plan: PruningPlan) -> bool:
     """Whether what is lost was measured on samples that had no part in the choice."""
     samples = choice_of(plan).get("samples")
     number = samples.get("judging") if isinstance(samples, Mapping) else None
-    return is_integer(number) and number > 0
+    return isinstance(number, int) and is_integer(number) and number > 0
 
 
 def in_words(plan: PruningPlan) -> list[str]:

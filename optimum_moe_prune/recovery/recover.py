@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..calibration.samples import CalibrationInput, CalibrationSet
+from ..calibration.samples import CalibrationSet
 from ..checkpoints.layout import Layout, identity, model_dtype, open_layout
 from ..config import MoEPrunerConfig
-from ..errors import MoEPruneError, RequestError, RunError
+from ..errors import MoEPruneError, RunError
 from ..models.blocks import moe_blocks
 from ..models.layerwise import LayerByLayer
 from ..models.memory import Compute, begun_with, load_model, open_runner, open_skeleton
@@ -32,7 +32,6 @@ from ..processes.folders import own_folder
 from ..progress import working
 from ..provenance import versions
 from ..statistics import passages
-from ..statistics.stats import CalibrationStats
 from ..storage.growing import unfinished
 from ..storage.values import Json
 from ..storage.workspace import Workspace
@@ -62,47 +61,6 @@ _IN_PART = (
 
 TOKENS_PER_FEATURE = 10.0
 """Below it a refit rests on little text, which is said."""
-
-
-def given_texts(
-    recipe: MoEPrunerConfig | None,
-    plan: PruningPlan | None,
-    model: PreTrainedModel | Layout,
-    calibration: CalibrationInput | CalibrationStats | None,
-    recovery: CalibrationInput | None,
-) -> CalibrationInput | None:
-    """The texts to recover with, by default those of the calibration; None where nothing is to be recovered.
-
-    Args:
-        recipe: What is to be done.
-        plan: One that was made before, if any.
-        model: The unpruned model.
-        calibration: What it is calibrated on.
-        recovery: The texts that were named for the recovery.
-
-    Raises:
-        RequestError: If there are no texts, or the weights are quantised.
-    """
-    if recipe is None or not recipe.recover:
-        if recovery is not None:
-            raise RequestError("recovery= names texts to recover with, and the recipe recovers nothing (recover).")
-        return None
-    if isinstance(model, Layout) and (model.plain.formats or model.plain.method):
-        raise RequestError(
-            f"{model.checkpoint.name_or_path} is quantised ({model.plain.method or ', '.join(model.plain.formats)}), "
-            "and recovered weights are no numbers of that format: prune it without recover, or recover an "
-            "unquantised copy of the model and quantise the result."
-        )
-    given = calibration if recovery is None else recovery
-    if given is None and plan is not None and "recovery" in plan.provenance:
-        logger.warning("the plan's cut alone is repeated: recovered weights are not in a plan.")
-        return None
-    if given is None or isinstance(given, CalibrationStats):
-        held = "statistics hold none" if given is not None else "none are given"
-        raise RequestError(
-            f"recover={','.join(recipe.recover)!r} needs texts, and {held}; pass calibration=texts or recovery=texts."
-        )
-    return given
 
 
 @dataclass(frozen=True)
@@ -355,7 +313,8 @@ class Recovery:
             more = self._whole_of_kept(refitted, found.divergences[0])
             first = {name: kl / more for name, kl in refitted.kl_before.items()}
         held_back = self.split.held_back
-        return Verdict.of(held_back, *found.divergences, seed=self.recipe.seed, kl_first=first), details
+        before, after = found.divergences
+        return Verdict.of(held_back, before, after, seed=self.recipe.seed, kl_first=first), details
 
     def _whole_of_kept(self, refitted: Verdict, before: Tensor) -> float:
         """How much larger divergences of whole distributions are than those of what is kept of the original's.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from optimum_moe_prune import (
     MoEPruner,
     MoEPrunerConfig,
     Need,
+    PruningPlan,
     RequestError,
     RunError,
     Workspace,
@@ -36,11 +38,10 @@ from optimum_moe_prune.commands import main
 from optimum_moe_prune.evaluation.best import choose_by_measuring
 from optimum_moe_prune.evaluation.progressive import calibrate_progressively
 from optimum_moe_prune.models import memory
-from optimum_moe_prune.models.layerwise import LayerByLayer
 from optimum_moe_prune.models.memory import model_bytes
-from optimum_moe_prune.processes import ALONE, Processes, launched
-from optimum_moe_prune.recovery.refit import refit
-from optimum_moe_prune.recovery.split import split_samples
+from optimum_moe_prune.processes import ALONE, Processes
+from optimum_moe_prune.recovery import recover as recovering
+from optimum_moe_prune.recovery.steps import DistilOptions
 from optimum_moe_prune.storage.growing import Store
 
 SETTINGS: dict[str, Any] = {"batch_size": 2, "max_tokens": 60, "seed": 3}
@@ -116,28 +117,6 @@ def test_the_numbers_are_those_of_one_process(
             few = CalibrationStats.load(places[0] / "of model")
             assert_identical(CalibrationStats.load(place / "of model"), few)
         assert (place / "found.json").read_text() == (places[0] / "found.json").read_text()
-
-
-def test_a_refit_of_three_is_that_of_one(folder: Path, tmp_path: Path) -> None:
-    """One of them has nothing to judge by, and one nothing at all."""
-    samples = CalibrationSet.build(make_texts(20, length=(12, 24)), make_tokenizer())
-    split = split_samples(samples)
-    retained = {0: (0, 2, 4, 6), 2: (1, 2, 3, 5)}
-
-    def refitted(out: Path) -> None:
-        found = refit(LayerByLayer(load(folder)), split, retained, batch_size=8, processes=launched())
-        torch.save({"divergences": found.divergences, **found.weights}, out)
-
-    ended = launch(4, tmp_path / "printed", lambda rank: refitted(tmp_path / f"{rank}.pt"))
-    assert [process.code for process in ended] == [0] * 4, ended
-    refitted(tmp_path / "alone.pt")
-    expected = torch.load(tmp_path / "alone.pt")
-    assert len(expected) == 3
-    for rank in range(4):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-4), name
 
 
 def test_one_that_is_killed_ends_the_others_and_all_go_on(
@@ -309,3 +288,27 @@ def test_layers_that_are_pruned_in_turn(
         found = CalibrationStats.load(tmp_path / str(rank))
         assert_identical(found, expected)
         assert found.provenance["progressive"] == expected.provenance["progressive"]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(2, 4), (3, 16)])
+def test_recovery(count: int, batch_size: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of some of the tokens in each process, also where one of them has none; the main one distils."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recovering, "DistilOptions", partial(DistilOptions, steps=2, check_every=1))
+    Path("texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in make_texts(20, length=(20, 24))))
+    command = [
+        *("run", "--model", str(folder), "--calibration", "texts.jsonl", "--method", "random", "--num-experts", "4"),
+        *("--recover", "refit,distil", "--batch-size", str(batch_size), "--dtype", "float32"),
+    ]
+
+    def work(rank: int, output: str) -> None:
+        main([*command, output])
+
+    ended = launch(1, tmp_path / "said", work, "alone") + launch(count, tmp_path / "said", work, "together")
+    assert [process.code for process in ended] == [0] * (1 + count), ended
+    found, expected = (PruningPlan.load(name).provenance["recovery"] for name in ("together", "alone"))
+    assert found["refit"]["layers"].keys() == expected["refit"]["layers"].keys()
+    for step in ("refit", "distil"):
+        for when in ("kl_before", "kl_after"):
+            assert found[step][when] == pytest.approx(expected[step][when], rel=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "said", "texts.jsonl", "together"]
