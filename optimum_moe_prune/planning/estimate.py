@@ -20,7 +20,7 @@ from ..statistics.needs import Need
 from ..statistics.stats import CalibrationStats
 from ..storage.values import Json
 from .allocation import allocate
-from .layer_sets import layer_sets
+from .layer_sets import accepted, layer_sets
 from .sensitivity import ALL, LayerSensitivity, MethodSensitivity, decisive
 
 if TYPE_CHECKING:
@@ -78,15 +78,7 @@ def selected_by_estimate(stats: CalibrationStats, config: MoEPrunerConfig, budge
         RequestError: If the budget cannot be kept to, or the statistics lack what is needed.
     """
     method, options = get_method(config.method), config.options()
-
-    def accepts(layer: int, count: int) -> bool:
-        try:
-            if method.check is not None:
-                method.check(budget.exactly({layer: count}), options)
-        except RequestError:
-            return False
-        return True
-
+    accepts = accepted(config, budget)
     counts = allocate(estimated_sensitivity(stats, config), budget, accepts=accepts).num_experts
     exactly = budget.exactly(counts)
     selection = method.select(stats, exactly, options)

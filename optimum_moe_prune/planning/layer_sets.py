@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..architectures.routers import RoutingRule
@@ -70,6 +70,21 @@ def layer_sets(
                 if count in grid[layer]:
                     sets[layer][count] = retained[layer]
     return sets
+
+
+def accepted(config: MoEPrunerConfig, budget: Budget) -> Callable[[int, int], bool]:
+    """Whether a method can choose so many experts in a layer."""
+    method, options = get_method(config.method), config.options()
+
+    def accepts(layer: int, count: int) -> bool:
+        try:
+            if method.check is not None:
+                method.check(budget.exactly({layer: count}), options)
+        except RequestError:
+            return False
+        return True
+
+    return accepts
 
 
 def sets_at(

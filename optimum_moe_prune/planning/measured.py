@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ..statistics.stats import CalibrationStats
 from ..storage.values import Json, Values
 from .allocation import allocate, cost_of, costs_of, spread
 from .choice import NOT_WHOLE
+from .layer_sets import accepted
 from .sensitivity import LayerSensitivity, MethodSensitivity, Sensitivity
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def selected_by_sensitivity(
     measured = sensitivity.for_recipe(config, stats.model, stats.domain_weights)
     _check_calibration(config, stats, sensitivity)
     method, options = get_method(config.method), config.options()
-    allocation = allocate(measured, budget, stats.domain_weights, _accepts(config, budget))
+    allocation = allocate(measured, budget, stats.domain_weights, accepted(config, budget))
     counts, interpolated = allocation.num_experts, allocation.interpolated
     retained = {
         layer: measured.layers[layer].retained.get(count, tuple(range(count))) for layer, count in counts.items()
@@ -68,21 +69,6 @@ def _check_calibration(config: MoEPrunerConfig, stats: CalibrationStats, sensiti
             "the sensitivity was measured with experts chosen by another calibration than these statistics are of; "
             "measure it with the same (sensitivity --stats), or plan with those it was measured with."
         )
-
-
-def _accepts(config: MoEPrunerConfig, budget: Budget) -> Callable[[int, int], bool]:
-    """Whether a method can choose so many experts in a layer."""
-    method, options = get_method(config.method), config.options()
-
-    def accepts(layer: int, count: int) -> bool:
-        try:
-            if method.check is not None:
-                method.check(budget.exactly({layer: count}), options)
-        except RequestError:
-            return False
-        return True
-
-    return accepts
 
 
 # ------------------------------------------------------------------------------------------- the best of several
@@ -316,7 +302,7 @@ def _least(
     costs: dict[int, dict[int, float]] = {layer: {} for layer in budget.original}
     givers: dict[int, dict[int, str]] = {layer: {} for layer in budget.original}
     for recipe in recipes:
-        accepts = _accepts(recipe, budget) if _is_served(recipe, stats) else lambda layer, count: False
+        accepts = accepted(recipe, budget) if _is_served(recipe, stats) else lambda layer, count: False
         for layer in budget.original:
             found = costs_of(measured[recipe.method], budget, layer, stats.domain_weights, accepts)
             for count, cost in found.items():
