@@ -37,7 +37,7 @@ from ..storage.values import Values
 from ..storage.workspace import Workspace
 from .cost import streamed_cost
 from .folded import Folded
-from .masters import KINDS, SQUARE, VALUE, Master, kept_name, leaf_shapes
+from .masters import KINDS, VALUE, Master, kept_name, leaf_shapes, reached
 from .shares import Shares
 from .steps import Distilled, DistilOptions, Watch, by_domain, predicted, step_batches
 from .student import (
@@ -234,7 +234,7 @@ class _Course:
         every = [t for own in self._trained.values() for t in own]
         numbers = numbers_of(every, lambda t: like[t.name], self._rank)
         if done > 1:
-            notes += notes_of_unreached(list(numbers), self._reached(every, self._states[(done - 1) % 2]))
+            notes += notes_of_unreached(list(numbers), reached(every, self._states[(done - 1) % 2]))
         best = Folded(skeleton, every, self._bests[self._improved % 2], self._rank) if self._watch.best else {}
         return Distilled.of(
             self._watch,
@@ -365,15 +365,6 @@ class _Course:
         return calculating(block, masters, self._start, self._skeleton.dtype, looks)
 
     # -- what is found
-
-    @staticmethod
-    def _reached(trained: Sequence[Trained], state: Mapping[str, Tensor]) -> set[str]:
-        """The roles that gradients reached, by the moments that these left: of an interrupted course as well."""
-        found: set[str] = set()
-        for one in trained:
-            if one.role not in found and bool(state[kept_name(one, 0, SQUARE)].any()):
-                found.add(one.role)
-        return found
 
     def _is_look(self, step: int) -> bool:
         return step % self._check_every == 0 or step == self.steps

@@ -14,7 +14,7 @@ from .trained import EXPERTS, Trained
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-8  # beside the root mean square of gradients, whose scale falls away
 _TINY = 1e-12
-KINDS = VALUE, _MEAN, SQUARE = "value", "mean", "square"
+KINDS = VALUE, _MEAN, _SQUARE = "value", "mean", "square"
 """What is kept of each between two steps."""
 NARROW_WIDTH = 128
 """Up to which matrices change at the rate that is asked for."""
@@ -145,3 +145,12 @@ def leaf_shapes(trained: Trained, shape: Sequence[int], rank: int) -> list[tuple
 def kept_name(trained: Trained, leaf: int, kind: str) -> str:
     """The name of a tensor that is kept between two steps."""
     return f"{trained.name}|{leaf}|{kind}"
+
+
+def reached(trained: Sequence[Trained], kept: Mapping[str, Tensor]) -> set[str]:
+    """The roles that gradients reached, by the moments that these left in what is kept between two steps."""
+    found: set[str] = set()
+    for one in trained:
+        if one.role not in found and bool(kept[kept_name(one, 0, _SQUARE)].any()):
+            found.add(one.role)
+    return found
