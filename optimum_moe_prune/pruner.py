@@ -340,7 +340,7 @@ class MoEPruner:
 
         Raises:
             RequestError: If anything about the request is wrong; the model is then unchanged.
-            RunError: If the model holds NaN or infinite values; the model is then unchanged.
+            RunError: If the model holds NaN or infinite values, and is unchanged; or recovery fails, and it is pruned.
         """
         given, model = model, usable_model(model, to_change=True)
         plan = None if calibration is not None or domain_weights is not None else self.pruning_plan

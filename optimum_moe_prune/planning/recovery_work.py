@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 HELD_BACK = 0.2
 _REFIT = 2.5  # passes over the text, of which a layer takes one
 _EPOCHS, _TRAINING = 6, 4  # over the text; forward and backward are so many forward passes
-_STREAMED_STEPS = 16  # of a distillation that reads the checkpoint twice for each
+_STEP, _LEAST, _MOST = 512, 60, 180  # tokens of a step in memory, and how many steps there are
+_STREAMED_STEPS, _LARGEST_STEP = 16, 2**16  # of a distillation that reads the checkpoint twice for each
+_LOOKS = 1.25  # looks at the text held back take a fourth of the time beside
 _TRAINED = 16  # bytes of a number that is trained: its copy, its gradient and two moments
 _DOWN = 1 / 3  # of an expert's numbers
 MOST_FEATURES = 8192  # that are solved for together
@@ -100,11 +103,26 @@ def recovery_work(
         passes = 2 * _STREAMED_STEPS + 1
         reads += sizes.whole.nbytes + passes * kept if compute.stream else 0
         if speed is not None:
-            run = (1 + (1 - HELD_BACK) * _EPOCHS * _TRAINING) * tokens * speed.plain
-            seconds += layers * (run + (passes + 1) * (speed.reading if compute.stream else 0.0))
+            looks = (_STREAMED_STEPS + 1) * HELD_BACK * tokens if compute.stream else 0.0
+            trained_on = trained_tokens((1 - HELD_BACK) * tokens, tokens / len(samples), bool(compute.stream))
+            run = tokens + trained_on * _TRAINING * (1.0 if compute.stream else _LOOKS) + looks
+            seconds += layers * (run * speed.plain + (passes + 1) * (speed.reading if compute.stream else 0.0))
     waits = int(2 * (1 + 2 * HELD_BACK) * tokens * hidden * itemsize) if compute.stream else 0
     known = None if speed is None else seconds
     return RecoveryWork(recipe.recover, len(samples), tokens, memory, waits, reads, known)
+
+
+def trained_tokens(fit: float, sample: float, streamed: bool) -> float:
+    """Tokens that all steps of a distillation are trained on, each by whole samples.
+
+    Args:
+        fit: Tokens of the text that it is fitted to.
+        sample: Of a sample.
+        streamed: Whether the model is held one layer at a time.
+    """
+    if streamed:
+        return _STREAMED_STEPS * max(sample, _STEP, min(_LARGEST_STEP, _EPOCHS * fit / _STREAMED_STEPS))
+    return max(_LEAST, min(_MOST, math.ceil(_EPOCHS * fit / _STEP))) * max(sample, _STEP)
 
 
 def _solving(expert: int, hidden: int, retained: int, routed: int) -> int:

@@ -95,6 +95,12 @@ def recover_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str
         if value in (None, ()) or (name != "recover" and plan.config.get(name, _DEFAULTS[name]) == value):
             continue
         command += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, tuple) else str(value)]
+    reading = {**plan.config, **mapping(found.get("settings"))}  # how texts are read has to be said anew
+    if isinstance(column := reading.get("text_column"), str):
+        command += ["--text-column", column]
+    for key, argument in mapping(reading.get("template_args")).items():
+        command += ["--template-arg", f"{key}={json.dumps(argument)}"]
+    command += ["--skip-bad"] if reading.get("skip_bad") is True else []
     for source in texts(found.get("sources")) or ["CALIBRATION.jsonl"]:
         command += ["--calibration", _name(source)]
     return [*command, "OUTPUT"]

@@ -59,6 +59,7 @@ def recover(
 
     Raises:
         RequestError: If the plan does not fit the model, or there is too little text; the model is then unchanged.
+        RunError: If the recovery fails; the message says whether the experts are removed, and no weight is recovered.
     """
     plain = usable_model(model, to_change=True)
     recipe = MoEPrunerConfig(

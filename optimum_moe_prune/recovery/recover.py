@@ -50,7 +50,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("recover_what", "recovery_samples", "max_length", "batch_size", "seed")
+SETTINGS = (
+    *("recover_what", "recovery_samples", "max_length", "batch_size", "seed"),
+    *("text_column", "template_args", "skip_bad"),
+)
 """Of the recipe, that a recovery follows from beside its text."""
 _CALLED = {REFIT: "refit", DISTIL: "distillation"}
 _CUT_ALONE = "The experts are removed, and no weight was recovered: the model is what the plan alone makes of it."

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from architectures.published import LAYOUTS
 from conftest import make_model, make_texts, make_tokenizer, save_checkpoint
 
@@ -18,6 +19,7 @@ from optimum_moe_prune.planning import recovery_work, run_time
 from optimum_moe_prune.planning import work as work_module
 from optimum_moe_prune.planning.probe import Speed, probe
 from optimum_moe_prune.recovery import layer_refit, least_squares, split
+from optimum_moe_prune.recovery.steps import DistilOptions
 from optimum_moe_prune.statistics.needs import Need
 
 
@@ -243,3 +245,16 @@ def test_what_a_refit_takes_to_solve_is_counted(tmp_path: Path, texts: Calibrati
     assert recovery_work.MOST_FEATURES == least_squares.MOST_FEATURES
     assert recovery_work.EXACT_FEATURES == least_squares._EXACT_FEATURES
     assert recovery_work.FEATURE_BYTES == layer_refit._FEATURE_BYTES and recovery_work.HELD_BACK == split.HELD_BACK
+
+
+@pytest.mark.parametrize("count", [4, 100, 2000])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_a_distillation_is_trained_on_is_known_before(count: int, streamed: bool) -> None:
+    """Neither more for much text than it ever takes, nor less for little."""
+    samples = CalibrationSet.build([torch.arange(n, n + 64) for n in range(count)])
+    options = DistilOptions()
+    options = options.streamed(samples) if streamed else options.in_memory(samples, samples)
+    assert options.steps is not None and options.tokens is not None
+    expected = options.steps * options.tokens
+    assert recovery_work.trained_tokens(samples.num_tokens, 64, streamed) == pytest.approx(expected, rel=0.01)
+    assert recovery_work.trained_tokens(samples.num_tokens, 4096, False) >= 60 * 4096

@@ -222,6 +222,9 @@ def test_commands_that_recover_again() -> None:
         "optimum-cli moe-prune apply --model M --revision R --plan moe_pruning_plan.json --recover refit,distil "
         "--recover-what router,norms --recovery-samples 6 --calibration more.jsonl OUTPUT"
     )
+    reading = {"text_column": "body", "template_args": {"a": 1}, "skip_bad": True}  # of which apply takes none over
+    read = replace(plan, config={**plan.config, **reading})
+    assert "--text-column body --template-arg a=1 --skip-bad --calib" in " ".join(recover_command(read, "M", []))
     for change in ({"asked": ["<b>"]}, {"settings": {"recover_what": 3}}):
         assert recover_command(replace(plan, provenance={"recovery": {**said, **change}}), "M", []) == []
     for change in ({"asked": None}, {"settings": 3, "sources": {}}, {"settings": {"seed": "; x"}}):
