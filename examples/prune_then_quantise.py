@@ -39,7 +39,9 @@ parser.add_argument("--output", default="pruned-for-quantising")
 args = parser.parse_args()
 
 texts = make_corpus({"train": 10, "heldout": 4})
-pruner = MoEPruner.from_pretrained(args.model, config=MoEPrunerConfig(num_experts=args.num_experts))
+pruner = MoEPruner.from_pretrained(
+    args.model, config=MoEPrunerConfig(method="enumeration", num_experts=args.num_experts)
+)
 pruner.prune_checkpoint(args.output, calibration=args.calibration or texts["train"])
 
 original = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
