@@ -201,8 +201,7 @@ class LayerByLayer:
             return state[:1, :length]
         hidden, size = self._unpacked(state)[0][:1, :length], 4 * self._positions(length)
         places = state[:1, :length, -4 * self._positions(state.shape[1]) :].contiguous()[..., :size]
-        packed = hidden.reshape(*hidden.shape[:2], -1).contiguous().view(torch.uint8)
-        return torch.cat([packed, places], dim=-1)
+        return _joined(hidden, places)
 
     def moved(self, state: Tensor, change: Tensor) -> Tensor:
         """A state whose hidden states are changed by something of their shape."""
@@ -210,8 +209,7 @@ class LayerByLayer:
             return (state.float() + change).to(state.dtype)
         hidden, _ = self._unpacked(state)
         size = 4 * self._positions(state.shape[1])
-        moved = (hidden.float() + change).to(hidden.dtype).reshape(*state.shape[:2], -1).contiguous()
-        return torch.cat([moved.view(torch.uint8), state[..., -size:]], dim=-1)
+        return _joined((hidden.float() + change).to(hidden.dtype), state[..., -size:])
 
     def logits(self, batch: Batch, state: Tensor) -> Tensor:
         """The model's logits ``(B, L, V)`` for what came out of the last layer, inside :meth:`head`."""
@@ -330,8 +328,7 @@ class LayerByLayer:
         places = torch.full((*shape, self._positions(shape[1])), -1, dtype=torch.int32, device=hidden.device)
         if extra is not None:
             places[..., : extra.shape[-1]] = extra
-        parts = (hidden.reshape(*shape, -1).contiguous(), places)
-        return torch.cat([part.view(torch.uint8) for part in parts], dim=-1)
+        return _joined(hidden, places.view(torch.uint8))
 
     def _there(self, state: Tensor) -> Tensor:
         """A state where it can be calculated with: on the card that it was calculated on, where there are several."""
@@ -351,6 +348,11 @@ class LayerByLayer:
         if index not in self._handed_on:  # it is the layer's way, whatever the batch: looked at once
             self._handed_on[index] = not bool((places < 0).all())
         return hidden, places.long() if self._handed_on[index] else None
+
+
+def _joined(hidden: Tensor, places: Tensor) -> Tensor:
+    """A state of hidden states ``(B, L, ...)`` and the bytes of positions that go along ``(B, L, n)``."""
+    return torch.cat([hidden.reshape(*hidden.shape[:2], -1).contiguous().view(torch.uint8), places], dim=-1)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,10 +169,7 @@ def sentence_of(recovery: Mapping[str, Any]) -> str:
 
 def domains_of(samples: CalibrationSet) -> dict[str, int]:
     """Samples by domain."""
-    found: dict[str, int] = {}
-    for sample in samples.samples:
-        found[sample.domain] = found.get(sample.domain, 0) + 1
-    return dict(sorted(found.items()))
+    return dict(sorted(Counter(sample.domain for sample in samples.samples).items()))
 
 
 def one_domain(domains: Sequence[str]) -> str:
