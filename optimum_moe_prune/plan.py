@@ -194,23 +194,16 @@ class PruningPlan:
         """Write a pruned copy of a checkpoint without building the model (``MoEPruner.prune_checkpoint``).
 
         Args:
-            source: The folder or Hub id of the model the plan was made for.
-            target: The folder to write, absent or empty.
-            options: ``max_shard_size``, ``overwrite``, ``standalone``, ``mtp``; for the card ``base_model``,
-                ``license``, ``language``; and for the Hub ``revision``, ``token``, ``cache_dir``,
+            source: The folder or Hub id of the model the plan was made for; or the same model in another form
+                (``formats/README.md``): a GGUF file, an MLX folder, an adapter that was trained on it.
+            target: The folder, or file, to write, absent or empty.
+            options: ``max_shard_size``, ``overwrite``; of a checkpoint ``standalone``, ``mtp``; for the card
+                ``base_model``, ``license``, ``language``; and for the Hub ``revision``, ``token``, ``cache_dir``,
                 ``trust_remote_code``.
         """
-        from .checkpoints.layout import open_layout
-        from .checkpoints.source import Source
-        from .publishing.facts import CardFacts
-        from .publishing.outputs import apply_to_checkpoint
-        from .surgery.checks import check_plan_for_config
+        from .publishing.outputs import apply_anywhere
 
-        names = ("revision", "token", "cache_dir", "trust_remote_code")
-        card = CardFacts.taken(options)
-        read = Source.of(source, **{name: options.pop(name) for name in names if name in options})
-        check_plan_for_config(self, read.config)
-        return apply_to_checkpoint(self, open_layout(read), target, card=card, **options)
+        return apply_anywhere(self, source, target, **options)
 
     def export(self, format: str = "json") -> str:
         """The plan as other tools read it (``publishing.export``); the format ``"json"`` says everything.

@@ -34,6 +34,7 @@ ORDER = (
     "calibration",  # gathers what methods and recipes say they need
     "planning",
     "surgery",
+    "formats",
     "evaluation",
     "recovery",
     "publishing",

@@ -11,7 +11,7 @@ from optimum.commands.base import CommandInfo
 
 from ..config import MoEPrunerConfig
 from ..errors import RequestError
-from . import flags, publishing, screen
+from . import flags, forms, publishing, screen
 from .base import Command, Result
 from .work import add_dry_run, check_apply, shown
 
@@ -46,10 +46,13 @@ class ApplyCommand(Command):
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
+        from ..formats import form_of
         from ..names import PLAN_NAME
         from ..plan import PruningPlan
         from ..storage.folders import check_target
 
+        if (form := form_of(args.model)) is not None:
+            return forms.cut(args, form, ApplyCommand)
         check_target(args.output, args.overwrite, [args.model, args.plan], PLAN_NAME)
         plan = PruningPlan.load(args.plan)
 

@@ -9,8 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.layout import Layout
+from ..checkpoints.layout import Layout, open_layout
+from ..checkpoints.source import Source
+from ..errors import RequestError
+from ..formats import form_of
 from ..plan import PruningPlan, with_parent
+from ..surgery.checks import check_plan_for_config
 from ..surgery.files import pruned_checkpoint
 from ..surgery.saving import saved_model
 from .card import write_card
@@ -18,6 +22,27 @@ from .facts import CardFacts, to_publish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_OF_THE_SOURCE = ("revision", "token", "cache_dir", "trust_remote_code")
+_OF_EVERY_FORM = ("overwrite", "max_shard_size")
+
+
+def apply_anywhere(plan: PruningPlan, source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> Path:
+    """Write a pruned copy of what lies at a path, whatever its form (``PruningPlan.apply_to_checkpoint``).
+
+    Raises:
+        RequestError: Also if an option is not for the form.
+    """
+    form = form_of(source)
+    if form is not None:
+        given = {name: value for name, value in options.items() if value not in (None, False)}
+        if idle := sorted(given.keys() - set(_OF_EVERY_FORM)):
+            raise RequestError(f"{idle[0]} is for transformers checkpoints, and {source} is {form.name}.")
+        return form.prepare(plan, source, target, **given).write()
+    card = CardFacts.taken(options)
+    read = Source.of(source, **{name: options.pop(name) for name in _OF_THE_SOURCE if name in options})
+    check_plan_for_config(plan, read.config)
+    return apply_to_checkpoint(plan, open_layout(read), target, card=card, **options)
 
 
 def apply_to_checkpoint(

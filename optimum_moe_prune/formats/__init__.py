@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forms other than transformers checkpoints in which people hold what a plan cuts.
+
+Which form a path has is told from names, first bytes and small files; what a form needs (and the package that reads
+it) is imported when there is one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ..plan import PruningPlan
+from ..storage.values import Json
+
+
+class Cutting(Protocol):
+    """A cut that was checked and not begun.
+
+    Attributes:
+        summary: What will be read and written, in lines for people.
+        facts: The same as plain values.
+    """
+
+    summary: str
+    facts: Json
+
+    def write(self) -> Path:
+        """Write beside the target and rename; the target.
+
+        Raises:
+            RunError: If something cannot be written, or a retained weight is NaN or infinite.
+        """
+
+
+class Prepare(Protocol):
+    """Checks a cut whole."""
+
+    def __call__(
+        self,
+        plan: PruningPlan,
+        source: str | os.PathLike,
+        target: str | os.PathLike,
+        *,
+        overwrite: bool = False,
+        max_shard_size: str | int | None = None,
+    ) -> Cutting:
+        """What will be done; nothing is written.
+
+        Args:
+            plan: The plan.
+            source: What is cut.
+            target: What is written: a file or folder, absent, or with ``overwrite`` an earlier output.
+            overwrite: Replace an earlier output of this package.
+            max_shard_size: The most bytes in a file, where the form has several; by default as the form is used to.
+
+        Raises:
+            RequestError: If the plan is for another model, the source is damaged, or the target is in the way.
+        """
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model, or what was trained on one, is held.
+
+    Attributes:
+        name: With its article.
+        holds: Whether a path is of this form.
+        prepare: Checks a cut of it.
+    """
+
+    name: str
+    holds: Callable[[Path], bool]
+    prepare: Prepare
+
+
+FORMS: tuple[Form, ...] = ()
+
+
+def form_of(path: str | os.PathLike) -> Form | None:
+    """The form of what lies at a path; None for a transformers checkpoint, an id on the Hub, or nothing."""
+    found = Path(path)
+    if not found.exists():
+        return None
+    return next((form for form in FORMS if form.holds(found)), None)
