@@ -22,6 +22,7 @@ from .storage.files import write_text
 from .storage.kinds import RECIPE, reading
 from .storage.paths import check_name
 from .storage.values import Json, Values, fraction, is_integer, read_from
+from .targets.table import get_target
 
 if TYPE_CHECKING:
     import os
@@ -92,6 +93,9 @@ class MoEPrunerConfig:
         mtp: What becomes of heads for further tokens (MTP) in a checkpoint's files: ``"prune"``, as a layer is;
             ``"keep"``, whole; ``"drop"``, left out; None for what loads: pruned where every layer keeps the same
             number of experts, else whole.
+        target: The program that is to open the output (``list targets``): numbers of experts that it does not take are
+            rounded up or refused, and ``config.json`` has the keys that it reads.
+        parallel_size: With ``target``: the devices over which it is to spread the experts.
         version: The version of this package.
     """
 
@@ -150,6 +154,10 @@ class MoEPrunerConfig:
         "layers keep the same number of experts, else keep)",
         "prune|keep|drop",
     )
+    target: str | None = _setting(
+        None, "the program that is to open the output (see: list targets); takes and writes what that takes", "NAME"
+    )
+    parallel_size: int = _setting(1, "with --for: devices over which it is to spread the experts", "N", least=1)
     version: str = field(
         default_factory=package_version,
         compare=False,
@@ -171,6 +179,7 @@ class MoEPrunerConfig:
                 self.sparsity = fraction(self.sparsity)
             except RequestError as error:
                 raise RequestError(f"sparsity: {error}") from error
+        self.target = None if self.target is None else get_target(self.target).name
         self.recover, self.recover_what = steps_of(self.recover), parts_of(self.recover_what)
         check_numbers(self)
         check_words(self)

@@ -10,6 +10,7 @@ from typing import Any
 from .errors import RequestError, nearest_first
 from .names import BY_SENSITIVITY, DISTIL, DROP, ESTIMATED, EXPERTS, GLOBAL, KEEP, NORMS, PRUNE, REFIT, ROUTER, UNIFORM
 from .storage.values import is_integer, size_bytes
+from .targets.table import get_target
 
 BUDGETS = ("num_experts", "sparsity", "total_experts", "fit")
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
@@ -67,10 +68,23 @@ def check_words(config: Any) -> None:
         raise RequestError(f"text_column is {config.text_column!r}; it must be the name of a column.")
     if not isinstance(config.template_args, dict) or not all(isinstance(name, str) for name in config.template_args):
         raise RequestError(f"template_args is {config.template_args!r}; it must give values by name.")
+    check_target(config.target, config.parallel_size)
     if not config.recover and config.recovery_samples is not None:
         raise RequestError("recovery_samples is for recover='refit' or 'distil', and nothing is to be recovered.")
     if config.recover_what and DISTIL not in config.recover:
         raise RequestError("recover_what is for recover='distil'; a refit changes down projections of experts alone.")
+
+
+def check_target(target: Any, parallel_size: int) -> None:
+    """Refuse a program that is not known, and a number of devices without one that has a use for it.
+
+    Raises:
+        RequestError: Naming the setting.
+    """
+    known = None if target is None else get_target(target)
+    if parallel_size > 1 and (known is None or not known.parallel):
+        found = "and none is given" if known is None else f"and {known.program} has no use for it"
+        raise RequestError(f"parallel_size is for a target that spreads experts over devices, {found}.")
 
 
 def steps_of(recover: Any) -> tuple[str, ...]:

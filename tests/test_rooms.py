@@ -26,6 +26,7 @@ ORDER = (
     "architectures",
     "plan",
     "checkpoints",
+    "targets",  # facts about programs that open outputs; a recipe names one
     "models",
     "statistics",  # what methods read and calibrations leave behind, so it stands above both
     "methods",

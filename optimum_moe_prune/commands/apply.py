@@ -29,7 +29,7 @@ class ApplyCommand(Command):
         parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
         flags.add_compute(parser, "the recovery and the evaluation")
         flags.add_writing(parser)
-        flags.add_settings(parser, ["mtp"])
+        flags.add_settings(parser, ["mtp", *flags.TARGET])
         group = parser.add_argument_group("recovery")
         flags.add_settings(group, flags.RECOVERY)
         group.add_argument(

@@ -37,9 +37,10 @@ CALIBRATION = (
     "pack",
     "sensitivity_samples",
 )
+TARGET = ("target", "parallel_size")
 READING = ("text_column", "template_args", "skip_bad")
 _FIELDS = {setting.name: setting for setting in dataclasses.fields(MoEPrunerConfig)}
-_FLAGS = {"method_options": "--option", "template_args": "--template-arg"}
+_FLAGS = {"method_options": "--option", "template_args": "--template-arg", "target": "--for"}
 DATA = ".jsonl, .json, .csv, .tsv, .parquet, .txt, .md (also .gz), preset:NAME or hub:name[config](split):samples"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``list``: the known methods, models or calibration presets."""
+"""``list``: the known methods, models, calibration presets or programs that open outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Command, Result
 
 
 class ListCommand(Command):
-    COMMAND = CommandInfo("list", "the known methods, models or calibration presets")
+    COMMAND = CommandInfo("list", "the known methods, models, calibration presets or targets")
     examples = (
         "models",
         "methods --json",
@@ -24,17 +24,19 @@ class ListCommand(Command):
     def parse_args(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             "what",
-            type=flags.one_of("methods", "models", "presets"),
-            metavar="methods|models|presets",
+            type=flags.one_of("methods", "models", "presets", "targets"),
+            metavar="methods|models|presets|targets",
             help="which of them",
         )
-        parser.add_argument("--markdown", action="store_true", help="the models as a table in Markdown")
+        parser.add_argument("--markdown", action="store_true", help="models or targets as a table in Markdown")
         flags.add_common(parser)
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:
         if args.what == "presets":
             return _presets()
+        if args.what == "targets":
+            return _targets(args.markdown)
         return _models(args.markdown) if args.what == "models" else _methods()
 
 
@@ -48,12 +50,26 @@ def _models(markdown: bool) -> Result:
         "refused": refused(),
     }
     if markdown:
-        lines = [table[0], ["---"] * len(table[0]), *table[1:]]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines), values
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    shown = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-    shown += ["", "Refused:", *(f"{name}: {reason}" for name, reason in refused().items())]
+        return _as_markdown(table), values
+    shown = [*_aligned(table), "", "Refused:", *(f"{name}: {reason}" for name, reason in refused().items())]
     return "\n".join(shown), values
+
+
+def _targets(markdown: bool) -> Result:
+    from ..targets.table import TARGETS, as_table, facts_of
+
+    table = as_table("`" if markdown else "")
+    values = {"targets": {name: facts_of(target) for name, target in TARGETS.items()}}
+    return _as_markdown(table) if markdown else "\n".join(_aligned(table)), values
+
+
+def _as_markdown(table: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (table[0], ["---"] * len(table[0]), *table[1:]))
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
 
 
 _FIRST = "auto"

@@ -41,7 +41,7 @@ class PlanCommand(Command):
             metavar="FILE",
             help="with --method auto or --allocation sensitivity: what the command sensitivity wrote",
         )
-        flags.add_settings(group, ["seed", "mtp"])
+        flags.add_settings(group, ["seed", "mtp", *flags.TARGET])
         flags.add_common(parser, "PLAN.json", "file of the plan")
 
     @staticmethod

@@ -34,7 +34,7 @@ class RunCommand(Command):
             metavar="FILE",
             help="with --method auto or --allocation sensitivity: what the command sensitivity wrote",
         )
-        flags.add_settings(group, ["progressive", "seed", "mtp"])
+        flags.add_settings(group, ["progressive", "seed", "mtp", *flags.TARGET])
         flags.add_settings(parser.add_argument_group("recovery"), flags.RECOVERY)
         flags.add_compute(parser, "the calibration; what is written keeps the checkpoint's")
         flags.add_writing(parser)
