@@ -13,6 +13,7 @@ import numpy as np
 from .errors import RequestError, check_type
 from .names import PLAN_NAME
 from .storage.files import check_own, write_json
+from .storage.gguf_files import is_gguf, read_gguf_plan
 from .storage.kinds import PLAN, reading
 from .storage.paths import check_name
 from .storage.values import Json, Values, check_version, is_integer, read_from, read_json
@@ -295,7 +296,7 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Read a plan from a file, or from the folder of a checkpoint this package made.
+        """Read a plan from a file, or from what this package made by it: the folder of a checkpoint, a GGUF file.
 
         Raises:
             RequestError: If there is none, or it is damaged or of a newer format.
@@ -304,7 +305,7 @@ class PruningPlan:
         if path.is_dir():
             path = path / PLAN_NAME
         with reading(given, PLAN), read_from(path):
-            return cls.from_dict(read_json(path))
+            return cls.from_dict(read_gguf_plan(path) if is_gguf(path) else read_json(path))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **hub: Any) -> PruningPlan:

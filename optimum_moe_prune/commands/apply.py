@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 class ApplyCommand(Command):
     COMMAND = CommandInfo("apply", "prune a model by a plan")
-    examples = ("--model ./mixtral --plan plan.json ./mixtral-4",)
+    examples = (
+        "--model ./mixtral --plan plan.json ./mixtral-4",
+        "--model mixtral.Q4_K_M.gguf --plan plan.json mixtral-4.Q4_K_M.gguf",
+    )
+    any_form = True
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:

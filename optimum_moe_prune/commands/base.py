@@ -39,9 +39,11 @@ class Command(BaseOptimumCLICommand):
         examples: What may follow the command, for help; the first also where something is missing.
         shows_bars: Whether libraries may show progress bars off a terminal as well.
         shares: Whether several processes share its work; else the main one does it.
+        any_form: Whether its model may be in another form than a transformers checkpoint.
     """
 
     shares: ClassVar[bool] = False
+    any_form: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
     shows_bars: ClassVar[bool] = False
 
@@ -102,7 +104,7 @@ def _executed(command: type[Command], args: argparse.Namespace, processes: Proce
         with quiet_libraries(args.debug, bars, voice), processes.together():
             check_packages()
             command.check(args)
-            check_request(args)
+            check_request(args, command.any_form)
             text, values = command.work(args)
             processes.meet(None)
         _show_lines(voice)

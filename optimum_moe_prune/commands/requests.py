@@ -18,14 +18,21 @@ _FILES = ("stats", "plan", "sensitivity", "evaluation", *_TEXTS, "task_include")
 """Arguments that name files or folders that must be there."""
 
 
-def check_request(args: argparse.Namespace) -> None:
+def check_request(args: argparse.Namespace, any_form: bool = False) -> None:
     """Raise where a model or a file that is named cannot be there.
+
+    Args:
+        args: The command's.
+        any_form: Whether the model may be in another form than a transformers checkpoint (``formats``).
 
     Raises:
         RequestError: Naming it, and what was probably meant.
     """
+    from ..formats import form_of
+
     for name in _named(args, "model", "reference"):
-        check_named(name)
+        if not (any_form and form_of(name)):
+            check_named(name)
     for argument in _FILES:
         for given in _named(args, argument):
             is_file = not given.startswith(ON_THE_HUB) if argument in _TEXTS else _is_file(given)

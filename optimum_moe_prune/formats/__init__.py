@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..plan import PruningPlan
+from ..storage.gguf_files import is_gguf
 from ..storage.values import Json
 
 
@@ -77,7 +78,17 @@ class Form:
     prepare: Prepare
 
 
-FORMS: tuple[Form, ...] = ()
+def _prepare_gguf(plan: PruningPlan, source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> Cutting:
+    from .gguf.cutting import prepare
+
+    return prepare(plan, source, target, **options)
+
+
+GGUF_FILE = Form(
+    "a GGUF file", lambda path: is_gguf(path) or (path.suffix == ".gguf" and path.is_file()), _prepare_gguf
+)
+
+FORMS: tuple[Form, ...] = (GGUF_FILE,)
 
 
 def form_of(path: str | os.PathLike) -> Form | None:

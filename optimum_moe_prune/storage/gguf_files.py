@@ -2,19 +2,23 @@
 """GGUF files without their tensors in memory: where each key and each tensor lies.
 
 The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): a header, keys with values of any type, what
-each tensor is called and where it lies, and the tensors, each at a multiple of the alignment. ``gguf.GGUFReader`` makes
-an array object of every token of a vocabulary, 475 MB and 6 seconds for 150,000 tokens with their merges, stops at a
-type of tensor that it does not know, and cannot say that a file ends too early. Here only what is asked for is read.
+each tensor is called and where it lies, and the tensors, each at a multiple of the alignment.
+
+``gguf.GGUFReader`` makes an array object of every token of a vocabulary, 475 MB and 6 seconds for 150,000 tokens with
+their merges, stops at a type of tensor that it does not know, and cannot say that a file ends too early. Here the same
+takes 0.2 seconds and no memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import mmap
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,10 @@ _CODES = {0: "B", 1: "b", 2: "H", 3: "h", UINT32: "I", 5: "i", FLOAT32: "f", BOO
 _LONGEST_ARRAY = 65536
 """Numbers of an array that are read; longer ones are vocabularies."""
 _DEEPEST = 8
+_BUFFER = 2**18
 _MOST_DIMENSIONS = 4
-_FEWEST_BYTES_OF_KEY, _FEWEST_BYTES_OF_TENSOR = 13, 32
+_FEWEST_BYTES = {STRING: 8, ARRAY: 12}
+_FEWEST_BYTES_OF_KEY, _FEWEST_BYTES_OF_TENSOR = 13, 24
 
 Value = bool | int | float | str | tuple[Any, ...] | None
 
@@ -79,20 +85,24 @@ class GgufFile:
     Attributes:
         path: The file.
         size: Its bytes.
+        changed_at: When it was changed last, in nanoseconds.
         order: Of the bytes of a number: ``<`` or ``>``, as ``struct`` has it.
         version: Of the format.
         keys: By name, in the order of the file.
         tensors: Likewise.
+        infos: The first byte of what is said of tensors, and one past its last.
         alignment: What the place of each tensor is a multiple of, counted from ``data``.
         data: Where tensors begin.
     """
 
     path: Path
     size: int
+    changed_at: int
     order: str
     version: int
     keys: dict[str, GgufKey]
     tensors: dict[str, GgufTensor]
+    infos: tuple[int, int]
     alignment: int
     data: int
 
@@ -121,12 +131,10 @@ def read_gguf(path: str | os.PathLike) -> GgufFile:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=_BUFFER) as file:
             if file.read(4) != MAGIC:
-                raise RequestError(f"{path} is no GGUF file.")
-            size = os.fstat(file.fileno()).st_size
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(path, data, size).read()
+                raise RequestError(f"{path} is no GGUF file{_what_else(file)}.")
+            return _Reader(path, file, os.fstat(file.fileno())).read()
     except FileNotFoundError as error:
         raise RequestError(f"{path} does not exist.") from error
     except IsADirectoryError as error:
@@ -135,7 +143,7 @@ def read_gguf(path: str | os.PathLike) -> GgufFile:
         raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
     except _TooShort as error:
         raise RequestError(
-            f"{path} ends within its header ({size} bytes): it is truncated. Fetch it again."
+            f"{path} ends within its header ({path.stat().st_size} bytes): it is truncated. Fetch it again."
         ) from error
     except _Damaged as error:
         raise RequestError(f"{path} is damaged: {error}. Fetch it again.") from error
@@ -159,6 +167,31 @@ def read_gguf_plan(path: str | os.PathLike) -> Json:
     return values
 
 
+def header_digest(parts: Iterable[bytes]) -> str:
+    """What tells headers apart: a digest of all keys but the plan's, each as it stands there, and of the tensors'."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def digest_of_header(path: str | os.PathLike) -> str:
+    """The digest of a file's header (:func:`header_digest`).
+
+    Raises:
+        RequestError: If it cannot be read.
+    """
+    found = read_gguf(path)
+    spans = [(key.begin, key.end) for name, key in found.keys.items() if name != GGUF_PLAN_KEY]
+    with open(path, "rb") as file:
+        return header_digest(_span(file, begin, end) for begin, end in (*spans, found.infos))
+
+
+def _span(file: BufferedReader, begin: int, end: int) -> bytes:
+    file.seek(begin)
+    return file.read(end - begin)
+
+
 def packed_string(text: str, order: str = "<") -> bytes:
     """A string as the format holds it: its length, and its bytes."""
     content = text.encode()
@@ -170,6 +203,12 @@ def packed_number(kind: int, value: int, order: str = "<") -> bytes:
     return struct.pack(f"{order}{_CODES[kind]}", value)
 
 
+def _what_else(file: BufferedReader) -> str:
+    file.seek(0)
+    pointer = file.read(24).startswith(b"version https://git-lfs")
+    return ", but a Git LFS pointer to one (git lfs pull)" if pointer else ""
+
+
 class _TooShort(Exception):
     pass
 
@@ -179,10 +218,10 @@ class _Damaged(Exception):
 
 
 class _Reader:
-    """Walks through the header of a file."""
+    """Walks through the header of a file, which is not mapped: one that became shorter would end the process."""
 
-    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
-        self.path, self.data, self.size = path, data, size
+    def __init__(self, path: Path, file: BufferedReader, found: os.stat_result) -> None:
+        self.path, self.file, self.size, self.changed_at = path, file, found.st_size, found.st_mtime_ns
         self.at = 4
         self.order = "<"
 
@@ -190,6 +229,7 @@ class _Reader:
         version = self.number("I")
         if version and version & 0xFFFF == 0:  # the other byte order
             self.order, self.at = ">", 4
+            self.file.seek(4)
             version = self.number("I")
         if version not in VERSIONS:
             raise RequestError(
@@ -209,6 +249,7 @@ class _Reader:
             if alignment < 1 or alignment & (alignment - 1):
                 raise _Damaged(f"its {ALIGNMENT_KEY} is {given.value!r}, and must be a power of two")
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        begin = self.at
         for _ in range(num_tensors):
             self.tensor(found)
         data = -(-self.at // alignment) * alignment
@@ -217,24 +258,39 @@ class _Reader:
             if offset % alignment:
                 raise _Damaged(f"{name} lies at {offset}, no multiple of {alignment}")
             tensors[name] = GgufTensor(kind, shape, data + offset)
-        return GgufFile(self.path, self.size, self.order, version, keys, tensors, alignment, data)
+        return GgufFile(
+            path=self.path,
+            size=self.size,
+            changed_at=self.changed_at,
+            order=self.order,
+            version=version,
+            keys=keys,
+            tensors=tensors,
+            infos=(begin, self.at),
+            alignment=alignment,
+            data=data,
+        )
 
-    def take(self, count: int) -> int:
-        """The place before some bytes, which are passed over."""
-        at = self.at
-        if count > self.size - at:
+    def take(self, count: int) -> bytes:
+        """The next bytes."""
+        found = self.file.read(count) if count <= self.size - self.at else b""
+        if len(found) < count:
             raise _TooShort
         self.at += count
-        return at
+        return found
+
+    def skip(self, count: int) -> None:
+        """Pass over some bytes."""
+        if count > self.size - self.at:
+            raise _TooShort
+        self.file.seek(count, os.SEEK_CUR)
+        self.at += count
 
     def number(self, code: str) -> Any:
-        at = self.take(struct.calcsize(code))
-        return struct.unpack_from(self.order + code, self.data, at)[0]
+        return struct.unpack(self.order + code, self.take(struct.calcsize(self.order + code)))[0]
 
     def string(self) -> str:
-        count = self.number("Q")
-        at = self.take(count)
-        return self.data[at : at + count].decode(errors="surrogateescape")
+        return self.take(self.number("Q")).decode(errors="surrogateescape")
 
     def key(self, keys: dict[str, GgufKey]) -> None:
         begin = self.at
@@ -260,26 +316,20 @@ class _Reader:
             raise _Damaged(f"the key {name!r} holds arrays in arrays in arrays")
         if kind in _CODES:
             code = _CODES[kind]
-            if count > self.size:
-                raise _TooShort
-            at = self.take(count * struct.calcsize(code))
-            return struct.unpack_from(f"{self.order}{count}{code}", self.data, at) if count <= _LONGEST_ARRAY else None
+            size = count * struct.calcsize(self.order + code)
+            if count <= _LONGEST_ARRAY:
+                return struct.unpack(f"{self.order}{count}{code}", self.take(size))
+            self.skip(size)
+            return None
         if kind not in (STRING, ARRAY):
             raise _Damaged(f"the key {name!r} has a value of type {kind}, which is not known")
-        if count * (8 if kind == STRING else 12) > self.size - self.at:
+        if count * _FEWEST_BYTES[kind] > self.size - self.at:
             raise _TooShort
-        if kind == ARRAY:
-            for _ in range(count):
-                self.array(name, depth + 1)
-            return None
-        unpack, size, at = struct.Struct(f"{self.order}Q").unpack_from, self.size, self.at
         for _ in range(count):  # a vocabulary: hundreds of thousands
-            if at + 8 > size:
-                raise _TooShort
-            at += 8 + unpack(self.data, at)[0]
-        if at > size:
-            raise _TooShort
-        self.at = at
+            if kind == STRING:
+                self.skip(self.number("Q"))
+            else:
+                self.array(name, depth + 1)
         return None
 
     def tensor(self, tensors: dict[str, tuple[tuple[int, ...], int, int]]) -> None:

@@ -8,7 +8,7 @@ import errno
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,31 +44,7 @@ def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, wo
         size = len(header) + sum(piece.nbytes for piece in pieces.values())
         reserve(target, size)  # a full disk is met now, and what is reserved at once is written faster
         write_all(target, header)
-        position = len(header)
-        opened: dict[str, int] = {}
-        waiting: deque[Future[int]] = deque()
-        # Several at once, so that one reads while another writes. The pool ends before the files are closed.
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            try:
-                for file, ranges in _ranges(pieces, checkpoint):
-                    made = ranges[0].piece.data
-                    if made is not None:
-                        os.pwrite(target, made, position)
-                        work.update(len(made))
-                        position += len(made)
-                        continue
-                    if file not in opened:
-                        opened[file] = checkpoint.opened(file)
-                        files.callback(os.close, opened[file])
-                    waiting.append(pool.submit(_copied, opened[file], target, ranges, position, file))
-                    position += ranges[-1].end - ranges[0].begin
-                    while len(waiting) > 2 * _AT_ONCE or (waiting and waiting[0].done()):
-                        work.update(waiting.popleft().result())
-                while waiting:
-                    work.update(waiting.popleft().result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        copy_ranges(target, _placed(_ranges(pieces, checkpoint), len(header)), checkpoint.opened, work)
     try:
         with safe_open(path, framework="pt") as written:
             found_shapes = {name: tuple(written.get_slice(name).get_shape()) for name in written.keys()}
@@ -79,7 +55,7 @@ def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, wo
 
 
 @dataclass(frozen=True)
-class _Range:
+class Range:
     """Neighbouring bytes of a source file, of one tensor."""
 
     piece: Piece
@@ -87,42 +63,105 @@ class _Range:
     end: int
 
 
-def _ranges(pieces: Mapping[str, Piece], checkpoint: Checkpoint) -> Iterator[tuple[str, list[_Range]]]:
-    """The ranges of source files that the pieces are, in their order; neighbours stand together, up to a bound.
+def copy_ranges(
+    target: int, places: Iterable[tuple[str, list[Range], int]], opened: Callable[[str], int], work: Work
+) -> None:
+    """Copy ranges of files into an open file, and look at what was written.
 
-    A piece whose bytes are not the source's stands alone, with no file.
+    Args:
+        target: A descriptor of it.
+        places: The file that ranges are in, which are neighbours, and where they go; of a piece whose bytes are no
+            source's, no file.
+        opened: Makes descriptors of files; they are closed here.
+        work: Told how many bytes are done.
+
+    Raises:
+        RunError: If a weight is NaN or infinite, or what was written is not what was read.
+    """
+    descriptors: dict[str, int] = {}
+    waiting: deque[Future[int]] = deque()
+    # Several at once, so that one reads while another writes. The pool ends before the files are closed.
+    with contextlib.ExitStack() as files, ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            for file, ranges, position in places:
+                made = ranges[0].piece.data
+                if made is not None:
+                    os.pwrite(target, made, position)
+                    work.update(len(made))
+                    continue
+                if file not in descriptors:
+                    descriptors[file] = opened(file)
+                    files.callback(os.close, descriptors[file])
+                waiting.append(pool.submit(_copied, descriptors[file], target, ranges, position, file))
+                while len(waiting) > 2 * _AT_ONCE or (waiting and waiting[0].done()):
+                    work.update(waiting.popleft().result())
+            while waiting:
+                work.update(waiting.popleft().result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def ranges_of(piece: Piece, begin: int, end: int, row: int) -> Iterator[Range]:
+    """The ranges that a piece is of a source tensor, whose bytes it has.
+
+    Args:
+        piece: What is retained.
+        begin: Where the tensor begins in its file.
+        end: Where it ends.
+        row: Bytes of a row of its first dimension.
+    """
+    if piece.rows is None:
+        yield from _parts(Range(piece, begin, end))
+    for r in piece.rows or ():
+        yield from _parts(Range(piece, begin + row * r, begin + row * (r + 1)))
+
+
+def gathered(found: Iterable[tuple[str, Range]]) -> Iterator[tuple[str, list[Range]]]:
+    """Ranges by file, in their order; neighbours stand together, up to a bound.
+
+    A piece whose bytes are not the source's is of no file, and stands alone.
     """
     file = ""
-    together: list[_Range] = []
-    for piece in pieces.values():
-        if piece.data is not None:
-            if together:
-                yield file, together
-                together = []
-            yield "", [_Range(piece, 0, piece.nbytes)]
-            continue
-        entry = checkpoint.entry(piece.source)
-        source = checkpoint.tensors[piece.source]
-        if piece.rows is None:
-            ranges = [_Range(piece, entry.begin, entry.end)]
-        else:
-            row = entry.nbytes // entry.shape[0]
-            ranges = [_Range(piece, entry.begin + row * r, entry.begin + row * (r + 1)) for r in piece.rows]
-        for found in (part for whole in ranges for part in _parts(whole)):
-            apart = together and (file != source.file or together[-1].end != found.begin)
-            if apart or (together and found.end - together[0].begin > _TOGETHER):
-                yield file, together
-                together = []
-            file = source.file
-            together.append(found)
+    together: list[Range] = []
+    for name, part in found:
+        apart = not name or name != file or (together and together[-1].end != part.begin)
+        if together and (apart or part.end - together[0].begin > _TOGETHER):
+            yield file, together
+            together = []
+        file = name
+        together.append(part)
     if together:
         yield file, together
 
 
-def _parts(whole: _Range) -> Iterator[_Range]:
+def _placed(gathered: Iterable[tuple[str, list[Range]]], position: int) -> Iterator[tuple[str, list[Range], int]]:
+    """Ranges with their places, one after the other."""
+    for file, ranges in gathered:
+        yield file, ranges, position
+        position += ranges[-1].end - ranges[0].begin
+
+
+def _ranges(pieces: Mapping[str, Piece], checkpoint: Checkpoint) -> Iterator[tuple[str, list[Range]]]:
+    """The ranges of source files that the pieces are, in their order."""
+
+    def every() -> Iterator[tuple[str, Range]]:
+        for piece in pieces.values():
+            if piece.data is not None:
+                yield "", Range(piece, 0, piece.nbytes)
+                continue
+            entry = checkpoint.entry(piece.source)
+            row = 0 if piece.rows is None else entry.nbytes // entry.shape[0]
+            for part in ranges_of(piece, entry.begin, entry.end, row):
+                yield checkpoint.tensors[piece.source].file, part
+
+    return gathered(every())
+
+
+def _parts(whole: Range) -> Iterator[Range]:
     """A range cut into parts that are copied in one piece; a multiple of any element's size."""
     for begin in range(whole.begin, whole.end, _TOGETHER):
-        yield _Range(whole.piece, begin, min(begin + _TOGETHER, whole.end))
+        yield Range(whole.piece, begin, min(begin + _TOGETHER, whole.end))
 
 
 def _element_bits(piece: Piece) -> int:
@@ -149,7 +188,7 @@ def _copy(source: int, target: int, begin: int, count: int, position: int, file:
         begin, position, count = begin + done, position + done, count - done
 
 
-def _copied(source: int, target: int, ranges: list[_Range], position: int, file: str) -> int:
+def _copied(source: int, target: int, ranges: list[Range], position: int, file: str) -> int:
     """Copy neighbouring ranges and look at what was written while it is at hand; how many bytes it was.
 
     Experts and routers must be finite, and the first and last bytes of every range those of the source.
@@ -166,7 +205,7 @@ def _copied(source: int, target: int, ranges: list[_Range], position: int, file:
     return end - begin
 
 
-def _check_ends(source: int, target: int, found: _Range, position: int) -> None:
+def _check_ends(source: int, target: int, found: Range, position: int) -> None:
     count = found.end - found.begin
     for offset in {0, max(0, count - _SAMPLE)}:
         wanted = min(_SAMPLE, count)
@@ -174,7 +213,7 @@ def _check_ends(source: int, target: int, found: _Range, position: int) -> None:
             raise RunError(f"{found.piece.source} was not written as it should be: its bytes differ.")
 
 
-def _check_finite(target: int, found: _Range, position: int, file: str) -> None:
+def _check_finite(target: int, found: Range, position: int, file: str) -> None:
     dtype = TORCH_DTYPES.get(found.piece.dtype)
     if dtype is None or not dtype.is_floating_point:
         return
