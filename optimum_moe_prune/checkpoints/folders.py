@@ -14,6 +14,7 @@ from pathlib import Path
 from ..storage.kinds import kind_of
 
 _CONVERT = "prune the original checkpoint, and convert what comes out"
+_PLAN_FIRST = "make a plan with the original checkpoint, and apply it to"
 _SAVE = "load the model with transformers and save it again (save_pretrained), which writes safetensors"
 _ANOTHER = "name the folder or Hub id of a causal language model"
 _OF_MODELS = (".safetensors", ".bin", ".pt", ".pth")  # files that lie in a model's folder
@@ -41,7 +42,7 @@ _NO_MODELS = (
 """With a ``config.json`` or without one."""
 _FORMATS = (
     _Kind(("model-rank-*-part-*.safetensors",), "a sharded state of vLLM", "use the checkpoint that it was made of"),
-    _Kind(("*.gguf",), "GGUF (llama.cpp)", _CONVERT),
+    _Kind(("*.gguf",), "GGUF (llama.cpp)", f"{_PLAN_FIRST} the file"),
     _Kind(("gptq_model*.safetensors", "quantize_config.json"), "a GPTQ checkpoint of AutoGPTQ", _CONVERT),
     _Kind(("quant_config.json",), "an AWQ checkpoint of an early AutoAWQ", _CONVERT),
     _Kind(("qmodel.pt",), "an HQQ checkpoint", _CONVERT),
@@ -109,8 +110,8 @@ def no_config(name_or_path: str, names: Iterable[str]) -> str | None:
     names, folder = list(names), Path(name_or_path)
     if folder.is_file():
         if folder.suffix == ".gguf":
-            way = f"; {_CONVERT}"
-        elif (folder.parent / "config.json").is_file() or folder.suffix in _OF_MODELS:
+            return f"{name_or_path} is a GGUF file, and a model's folder is needed; {_PLAN_FIRST} this file."
+        if (folder.parent / "config.json").is_file() or folder.suffix in _OF_MODELS:
             way = f"; name the one it is in ({folder.parent})"
         else:
             way = ""

@@ -37,7 +37,7 @@ FOLDERS: dict[str, tuple[dict[str, object], str]] = {
     "vLLM": ({**MIXTRAL, "model-rank-0-part-0.safetensors": ""}, "a sharded state of vLLM.*that it was made of"),
     "GGUF": (
         {"Mixtral.Q4_K_M.gguf": ""},
-        r"not a model's folder: it has no config.json; it is GGUF \(llama.cpp\) \(Mixtral.Q4_K_M.gguf\); prune",
+        r"not a model's folder: it has no config.json; it is GGUF \(llama.cpp\) \(Mixtral.Q4_K_M.gguf\); make a plan",
     ),
     "GGUF and config": ({**MIXTRAL, "a.gguf": ""}, r"is GGUF \(llama.cpp\)"),
     "GPTQ": ({**MIXTRAL, "gptq_model-4bit-128g.safetensors": ""}, "a GPTQ checkpoint.*prune the original"),
@@ -126,9 +126,9 @@ def test_files_are_told_from_folders(tmp_path: Path) -> None:
     folder = made(tmp_path / "model", {**MIXTRAL, "a.gguf": ""})
     for name, said in (
         ("config.json", r"name the one it is in \(.*model\)"),
-        ("a.gguf", "prune the original checkpoint"),
+        ("a.gguf", "make a plan with the original checkpoint, and apply it to this file"),
     ):
-        with pytest.raises(RequestError, match=f"{name} is a file, and a model's folder is needed; {said}"):
+        with pytest.raises(RequestError, match=f"{name} is a (GGUF )?file, and a model's folder is needed; {said}"):
             MoEPruner.from_pretrained(folder / name)
 
 

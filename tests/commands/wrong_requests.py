@@ -255,7 +255,7 @@ FILES = (
         "is a file, and a model's folder is needed; name the one it is in (mixtral)",
     ),
     ("run --model w.safetensors --num-experts 4 out", "a model's folder is needed; name the one it is in (.)"),
-    ("run --model w.gguf --num-experts 4 out", "w.gguf is a file, and a model's folder is needed; prune the original"),
+    ("run --model w.gguf --num-experts 4 out", "w.gguf is a GGUF file, and a model's folder is needed; make a plan"),
     ("run --model texts.jsonl --num-experts 4 out", "texts.jsonl is a file, and a model's folder is needed"),
     ("run --model full --num-experts 4 out", "full is not a model's folder: it has no config.json"),
     ("run --model empty --num-experts 4 out", "it has no config.json; it is empty"),
