@@ -26,8 +26,11 @@ class Cutting(Protocol):
         facts: The same as plain values.
     """
 
-    summary: str
-    facts: Json
+    @property
+    def summary(self) -> str: ...
+
+    @property
+    def facts(self) -> Json: ...
 
     def write(self) -> Path:
         """Write beside the target and rename; the target.
@@ -94,6 +97,9 @@ FORMS: tuple[Form, ...] = (GGUF_FILE,)
 def form_of(path: str | os.PathLike) -> Form | None:
     """The form of what lies at a path; None for a transformers checkpoint, an id on the Hub, or nothing."""
     found = Path(path)
-    if not found.exists():
+    try:
+        if not str(path).strip() or not found.exists():
+            return None
+    except (OSError, ValueError):  # too long, or with a null byte: no name of a file
         return None
     return next((form for form in FORMS if form.holds(found)), None)

@@ -18,9 +18,8 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import RequestError
 from ..names import GGUF_PLAN_KEY
@@ -187,7 +186,7 @@ def digest_of_header(path: str | os.PathLike) -> str:
         return header_digest(_span(file, begin, end) for begin, end in (*spans, found.infos))
 
 
-def _span(file: BufferedReader, begin: int, end: int) -> bytes:
+def _span(file: BinaryIO, begin: int, end: int) -> bytes:
     file.seek(begin)
     return file.read(end - begin)
 
@@ -203,7 +202,7 @@ def packed_number(kind: int, value: int, order: str = "<") -> bytes:
     return struct.pack(f"{order}{_CODES[kind]}", value)
 
 
-def _what_else(file: BufferedReader) -> str:
+def _what_else(file: BinaryIO) -> str:
     file.seek(0)
     pointer = file.read(24).startswith(b"version https://git-lfs")
     return ", but a Git LFS pointer to one (git lfs pull)" if pointer else ""
@@ -220,7 +219,7 @@ class _Damaged(Exception):
 class _Reader:
     """Walks through the header of a file, which is not mapped: one that became shorter would end the process."""
 
-    def __init__(self, path: Path, file: BufferedReader, found: os.stat_result) -> None:
+    def __init__(self, path: Path, file: BinaryIO, found: os.stat_result) -> None:
         self.path, self.file, self.size, self.changed_at = path, file, found.st_size, found.st_mtime_ns
         self.at = 4
         self.order = "<"

@@ -180,7 +180,7 @@ def _table(model: GgufModel, block: Block, retained: tuple[int, ...]) -> Piece:
     if not bool(((old >= 0) & (old < num_experts(model))).all()):
         raise RequestError(f"{model.path}: {block.table} names experts that there are not; the file is damaged.")
     new = remapped(old, model.values(block.router), retained).numpy()
-    data = new.astype(new.dtype.newbyteorder(model.parts[0].order)).tobytes()
+    data = new.astype(f"{model.parts[0].order}i{new.itemsize}").tobytes()
     return Piece(block.table, placed.type_name, placed.shape, len(data), data=data)
 
 

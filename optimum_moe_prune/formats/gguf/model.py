@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from ...errors import RequestError, RunError
 from ...storage.gguf_files import GgufFile, GgufTensor, Value, read_gguf
-
-if TYPE_CHECKING:
-    import gguf
 
 ARCHITECTURE = "general.architecture"
 SPLIT_NUMBER, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -140,7 +137,7 @@ class GgufModel:
         return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(placed.shape)
 
 
-def library() -> gguf:
+def library() -> ModuleType:
     """The package ``gguf``, which knows types and names of tensors.
 
     Raises:
