@@ -176,6 +176,7 @@ def test_the_quickstart_runs(tmp_path: Path, small: dict[str, str]) -> None:
         ),
         ("edit_plan.py", ["{mixtral}", "--output", "out"], "{0: 8, 1: 4, 2: 4, 3: 4, 4: 4, 5: 4}"),
         ("prune_then_quantise.py", ["{qwen2_moe}", "--output", "out"], "linear layers in int8"),
+        ("gguf_file.py", ["{mixtral}", "--output", "out"], "11.6 MB, 4 experts in each layer"),
         ("own_method.py", [], "loyal: 36 of 48 experts retained"),
         ("add_architecture.py", [], "SigmoidForCausalLM with 8 experts in each layer"),
         ("how_far.py", ["{mixtral}", "--samples", "2", "--output", "page.html"], "page.html"),
