@@ -53,7 +53,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "qwen3_vl_moe_text": ("qwen3vlmoe",),
     "qwen4_exp_text": ("qwen4exp",),
     "sarvam_mla": ("deepseek2",),
-    "sarvam_moe": ("bailingmoe2",),
+    "sarvam_moe": ("bailingmoe2", "glm4moe"),
     "solar_open": ("glm4moe",),
     "step3p5": ("step35",),
     "step3p7_text": ("step35",),

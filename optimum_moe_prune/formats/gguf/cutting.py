@@ -167,8 +167,8 @@ def _rows(model: GgufModel, name: str, retained: tuple[int, ...]) -> Piece:
         raise RequestError(
             f"{model.path}: {name} ({placed.type_name}) cannot be cut between experts: they share blocks."
         )
-    shape = (len(retained), *placed.shape[1:])
-    return Piece(name, _dtype(model, name), shape, placed.row * len(retained), retained, checked=True)
+    nbytes = placed.nbytes // placed.rows * len(retained)
+    return Piece(name, _dtype(model, name), placed.with_rows(len(retained)), nbytes, retained, checked=True)
 
 
 def _table(model: GgufModel, block: Block, retained: tuple[int, ...]) -> Piece:

@@ -49,14 +49,23 @@ class Placed:
         return self.tensor.shape
 
     @property
-    def row(self) -> int:
-        """Bytes of one entry along the outermost dimension."""
-        return self.nbytes // self.shape[0]
+    def leading(self) -> int:
+        """Dimensions before the one that can count experts: a bias may be a matrix with one row."""
+        return len(self.shape) - 1 if set(self.shape[:-1]) == {1} else 0
+
+    @property
+    def rows(self) -> int:
+        """Entries along the dimension that can count experts."""
+        return self.shape[self.leading] if self.shape else 0
 
     @property
     def has_rows(self) -> bool:
-        """Whether entries along the outermost dimension have bytes of their own: blocks lie along the innermost."""
-        return len(self.shape) > 1 or self.type_name in _WITHOUT_BLOCKS
+        """Whether each of them has bytes of its own: blocks lie along the innermost dimension."""
+        return len(self.shape) - self.leading > 1 or self.type_name in _WITHOUT_BLOCKS
+
+    def with_rows(self, count: int) -> tuple[int, ...]:
+        """The shape with another number of them."""
+        return (*self.shape[: self.leading], count, *self.shape[self.leading + 1 :])
 
 
 @dataclass(frozen=True)

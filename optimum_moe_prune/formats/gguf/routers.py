@@ -85,5 +85,5 @@ def _facts(model: GgufModel, blocks: Mapping[int, Block], others: Sequence[str],
             yield values
 
     return fingerprints_of(
-        (index, model.tensors[block.router].shape[0], top_k, tensors(block)) for index, block in sorted(blocks.items())
+        (index, model.tensors[block.router].rows, top_k, tensors(block)) for index, block in sorted(blocks.items())
     )

@@ -87,7 +87,7 @@ def moe_blocks(model: GgufModel) -> dict[int, Block]:
         numbered = _NUMBERED.fullmatch(below)
         block = blocks.get(index, Block())
         if stem in _EXPERTS or stem in _BIASES or (stem == _ROUTER and last in ("weight", "bias")):
-            if placed.shape[:1] != (count,):
+            if placed.rows != count:
                 raise _wrong_shape(model, name, placed, count)
             block.stacked.append(name)
             if (stem, last) == (_ROUTER, "weight"):

@@ -162,7 +162,7 @@ def _placed(
             continue
         placed = model.tensors[piece.source]
         file, begin = str(model.parts[placed.part].path), placed.tensor.begin
-        row = 0 if piece.rows is None else placed.row
+        row = 0 if piece.rows is None else placed.nbytes // placed.rows
         for _, ranges in gathered((file, part) for part in ranges_of(piece, begin, begin + placed.nbytes, row)):
             yield file, ranges, position
             position += ranges[-1].end - ranges[0].begin
