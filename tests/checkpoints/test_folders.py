@@ -166,7 +166,7 @@ def test_repositories_without_a_config_are_named_too(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["README.md", "x.Q4_K_M.gguf"])
     with pytest.raises(
         RequestError,
-        match=r"org/x is not a model's repository: it has no config.json; it is GGUF .*prune the original",
+        match=r"org/x is not a model's repository: it has no config.json; it is GGUF .*make a plan with the original",
     ):
         MoEPruner.from_pretrained("org/x")
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["README.md", "config/x.json"])

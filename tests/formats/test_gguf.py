@@ -247,6 +247,18 @@ def test_heads_keep_as_many_experts_as_layers(tmp_path: Path, caplog: pytest.Log
     assert PruningPlan.load(tmp_path / "d.gguf").heads == ()
 
 
+def test_heads_keep_as_many_experts_of_each_group(tmp_path: Path) -> None:
+    tensors = moe_tensors([0, 1])
+    tensors["blk.1.ffn_gate_inp.weight"][:4] *= 10
+    numbers = {"nextn_predict_layers": 1, "expert_group_count": 2, "expert_group_used_count": 1}
+    source = write_gguf(tmp_path / "a.gguf", tensors, "deepseek2", **numbers)
+    plan = plan_for(tensors, (0, 3, 4, 7), "deepseek_v3", layers=[0])
+    plan.apply_to_checkpoint(source, tmp_path / "out.gguf")
+    norms = np.linalg.norm(tensors["blk.1.ffn_gate_inp.weight"].astype(float), axis=1)
+    best = [*np.argsort(-norms[:4])[:2], *(4 + np.argsort(-norms[4:])[:2])]
+    assert PruningPlan.load(tmp_path / "out.gguf").retained[1] == tuple(sorted(map(int, best)))
+
+
 def test_quantised_routers_are_known_by_their_sketch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors = moe_tensors()
     plan = plan_for(tensors)

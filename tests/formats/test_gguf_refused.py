@@ -261,3 +261,74 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     source = write_gguf(tmp_path / "a.gguf", moe_tensors())
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     refused(tmp_path, source, r"needs the \[gguf\] extra: pip install 'optimum-moe-prune\[gguf\]'")
+
+
+def packed(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+def tensor_info(name: str, kind: int, offset: int, *dimensions: int) -> bytes:
+    begin = struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(dimensions))
+    return begin + struct.pack(f"<{len(dimensions)}QIQ", *dimensions, kind, offset)
+
+
+ONE = packed("general.name", 8, struct.pack("<Q", 1) + b"x")
+DEEP = struct.pack("<IQ", 9, 1) * 20 + struct.pack("<IQ", 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "said"),
+    [
+        ([ONE, ONE], [], "it has the key 'general.name' twice"),
+        ([packed("general.alignment", 4, struct.pack("<I", 33))], [], "alignment is 33, and must be a power of two"),
+        ([packed("general.alignment", 6, struct.pack("<f", 32))], [], "alignment is 32.0, and must be"),
+        ([packed("x", 9, DEEP)], [], "'x' holds arrays in arrays in arrays"),
+        ([packed("x", 9, struct.pack("<IQ", 77, 1))], [], "'x' has a value of type 77"),
+        ([ONE], [tensor_info("a", 0, 7, 4)], "a lies at 7, no multiple of 32"),
+        ([ONE], [tensor_info("a", 0, 0, 2**40, 2**40)], "a has the shape"),
+    ],
+)
+def test_a_damaged_header(tmp_path: Path, keys: list[bytes], tensors: list[bytes], said: str) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(keys + tensors) + bytes(99))
+    with pytest.raises(RequestError, match=f"is damaged: .*{re.escape(said)}"):
+        read_gguf(path)
+
+
+def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
+    tensors = moe_tensors() | {"blk.0.ffn_up_exps.weight": quantised(floats(EXPERTS, 32, HIDDEN, seed=3), Type.Q4_0)}
+    source = write_gguf(tmp_path / "a.gguf", tensors)
+    content = bytearray(source.read_bytes())
+    struct.pack_into("<Q", content, bytes(content).index(b"blk.0.ffn_up_exps.weight") + 28, HIDDEN - 1)
+    source.write_bytes(content)
+    refused(tmp_path, source, "rows of blk.0.ffn_up_exps.weight have 63 numbers, and Q4_0 has blocks of 32")
+
+
+def test_a_router_that_is_not_finite(tmp_path: Path) -> None:
+    tensors = moe_tensors()
+    tensors["blk.1.ffn_gate_inp.weight"][7, 0] = np.inf
+    source = write_gguf(tmp_path / "a.gguf", tensors)
+    with pytest.raises(RunError, match=r"blk.1.ffn_gate_inp.weight holds NaN or infinite weights"):
+        plan_for(moe_tensors()).apply_to_checkpoint(source, tmp_path / "out.gguf")
+
+
+def test_experts_of_their_own_that_are_not_whole(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in moe_tensors([0]).items() if "_exps" not in name}
+    own = {
+        f"blk.0.ffn_{name}.{e}.weight": floats(4, HIDDEN, seed=e) for e in range(EXPERTS) for name in ("up", "down")
+    }
+    plan = plan_for(tensors, model_type="mixtral")
+    for gone, said in (
+        (["blk.0.ffn_up.3.weight"], "expert 3 of layer 0 lacks blk.0.ffn_up.3.weight"),
+        (["blk.0.ffn_up.3.weight", "blk.0.ffn_down.3.weight"], "layer 0 has 7 experts, and llama.expert_count is 8"),
+    ):
+        left = {name: tensor for name, tensor in own.items() if name not in gone}
+        refused(tmp_path, write_gguf(tmp_path / "a.gguf", tensors | left, "llama"), said, plan)
+
+
+def test_parts_of_two_models(tmp_path: Path) -> None:
+    first = write_gguf(tmp_path / "a.gguf", moe_tensors(), in_parts_of=4)
+    content, key = bytearray(first.read_bytes()), read_gguf(first).keys["split.tensors.count"]
+    struct.pack_into("<i", content, key.at, 99)
+    first.write_bytes(content)
+    refused(tmp_path, first, "the 3 parts of .* hold 12 tensors, and its split.tensors.count says 99")

@@ -34,7 +34,7 @@ class Block:
 
     Attributes:
         stacked: Those whose outermost dimension counts experts; the router's and its biases among them.
-        numbered: By expert, where each has tensors of its own: what follows its number, and the part before.
+        numbered: By expert, where each has tensors of its own: names with a place for its number -> names.
         router: The router's weight.
         table: The table that says by a token's id where it goes, in a layer that has one.
     """
@@ -101,7 +101,7 @@ def moe_blocks(model: GgufModel) -> dict[int, Block]:
             block.table = name
         elif numbered is not None:
             own = block.numbered.setdefault(int(numbered[2]), {})
-            own[f"{numbered[1]}..{numbered[3]}"] = name
+            own[f"blk.{index}.{numbered[1]}.{{}}.{numbered[3]}"] = name
         else:
             _check_unknown(model, name, placed, count)
             continue
@@ -140,7 +140,8 @@ def _check_block(model: GgufModel, index: int, block: Block, count: int) -> None
     for number, own in sorted(block.numbered.items()):
         if own.keys() != every:
             raise RequestError(
-                f"{model.path}: expert {number} of layer {index} lacks {min(every - own.keys())}; the file is damaged."
+                f"{model.path}: expert {number} of layer {index} lacks {min(every - own.keys()).format(number)}; the "
+                "file is damaged."
             )
 
 
