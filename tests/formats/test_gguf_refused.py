@@ -39,7 +39,7 @@ def refused(folder: Path, source: Path, said: str, plan: Any = None, name: str =
         ({"layers": [0]}, "with experts in layers 0; .* has them in layers 0-1"),
         (
             {"retained": {0: (0, 1), 1: (0, 1, 2)}},
-            "keep 2 to 3 experts, and a GGUF file has one .*allocation='uniform'",
+            "keep 2 to 3 experts, and a GGUF file has one .*--allocation uniform",
         ),
     ],
 )

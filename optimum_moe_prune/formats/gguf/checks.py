@@ -44,7 +44,7 @@ def check_uniform(plan: PruningPlan, model: GgufModel) -> int:
     raise RequestError(
         f"the layers of this plan keep {min(counts)} to {max(counts)} experts, and a GGUF file has one number for all "
         f"layers ({model.key(COUNT)}): llama.cpp would refuse the tensors of the others. Make the plan with "
-        "allocation='uniform', and skip no layers."
+        "allocation='uniform' (--allocation uniform), and skip no layers."
     )
 
 
