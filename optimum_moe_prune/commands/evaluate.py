@@ -38,6 +38,18 @@ class EvaluateCommand(Command):
             help="measure generation and peak memory, each model in a process of its own, in turn with the reference",
         )
         group.add_argument("--new-tokens", type=int, metavar="N", help="tokens to generate (default 64)")
+        group = parser.add_argument_group("as a draft")
+        group.add_argument(
+            "--draft",
+            action="store_true",
+            help="measure the models as drafts of the reference in assisted generation, on prompts from --data",
+        )
+        group.add_argument(
+            "--draft-tokens",
+            type=int,
+            metavar="N",
+            help="tokens that a draft proposes at once (default: as transformers does)",
+        )
         _add_tasks(parser)
         group = parser.add_argument_group("results")
         group.add_argument("--output", metavar="FILE.json", help="write the results")
@@ -76,6 +88,8 @@ class EvaluateCommand(Command):
             batch_size=8 if args.batch_size is None else args.batch_size,
             max_length=max_length,
             new_tokens=64 if args.new_tokens is None else args.new_tokens,
+            draft=args.draft,
+            draft_tokens=args.draft_tokens,
             compute=compute,
             include=args.task_include or (),
             limit=args.task_limit,
@@ -151,11 +165,19 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError(f"{idle[0]} is for --data, and none is named.")
     if not args.tasks and (idle := [flag for flag, value in given.items() if value]):
         raise RequestError(f"{idle[0]} is for --tasks, and none are named.")
-    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--new-tokens", args.new_tokens, 2)):
+    for flag, value, least in (
+        ("--batch-size", args.batch_size, 1),
+        ("--new-tokens", args.new_tokens, 2),
+        ("--draft-tokens", args.draft_tokens, 1),
+    ):
         if value is not None and value < least:
             raise RequestError(f"{flag} is {value}; it must be at least {least}.")
-    if not args.speed and args.new_tokens is not None:
-        raise RequestError("--new-tokens is for --speed, which is not asked for.")
+    if not args.speed and not args.draft and args.new_tokens is not None:
+        raise RequestError("--new-tokens is for --speed and --draft, and neither is asked for.")
+    if not args.draft and args.draft_tokens is not None:
+        raise RequestError("--draft-tokens is for --draft, which is not asked for.")
+    if args.draft and (not args.data or args.reference is None):
+        raise RequestError("--draft needs the model it drafts for (--reference) and prompts (--data FILE).")
     if args.overwrite and args.output is None:
         raise RequestError("--overwrite is for --output, and none is named.")
     named = [Path(name) for name in (*args.model, *([args.reference] if args.reference else []))]

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Union
 
@@ -29,6 +30,7 @@ from ..progress import working
 from ..provenance import versions
 from ..storage.values import Json, Values
 from .comparison import Comparison, ModelResult, reference_of
+from .draft import Drafting, measure_draft
 from .losses import Evaluation, evaluate
 from .overlap import overlap_of
 from .speed import Generation, measure_in_turn
@@ -50,10 +52,12 @@ def compare(
     reference: AnyModel | None = None,
     tasks: Sequence[str] = (),
     speed: bool = False,
+    draft: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     max_length: int = 2048,
     new_tokens: int = 64,
+    draft_tokens: int | None = None,
     compute: Compute = Compute(),
     seed: int = 0,
     **task_settings: Any,
@@ -69,10 +73,12 @@ def compare(
         tasks: Tasks of lm-evaluation-harness to run on each, the reference included.
         speed: Whether to measure generation and peak memory, each model in a process of its own and in turn with the
             reference; a loaded model has none.
+        draft: Whether to measure each model as the draft of the reference, by the data (``evaluation.draft``).
         tokenizer: In place of those that come with the models.
         batch_size: Samples, or prompts, in a forward pass.
         max_length: Tokens of a sample at most.
-        new_tokens: Tokens to generate, for the speed.
+        new_tokens: Tokens to generate, for the speed and for drafts.
+        draft_tokens: Tokens that a draft proposes at once; by default as transformers does.
         compute: Precision and device of models that are loaded here.
         seed: Of the resamples behind intervals, and of tasks.
         task_settings: Further arguments of :func:`~optimum_moe_prune.evaluation.tasks.run_tasks`: ``include``,
@@ -91,10 +97,11 @@ def compare(
     compared = [_source(model) for model in several]
     original = None if reference is None else _source(reference)
     every = [*compared, *([] if original is None else [original])]
+    _check_draft(draft, draft_tokens, data, reference)
     _check(every, data, tasks, speed, batch_size, new_tokens, task_settings)
     texts = None if data is None else held_out(every[0], data, tokenizer, max_length)
-    if (tasks or speed) and processes.is_main and not processes.is_alone:
-        logger.warning("tasks and speed are measured by the main process alone; the others wait.")
+    if (tasks or speed or draft) and processes.is_main and not processes.is_alone:
+        logger.warning("tasks, speed and drafts are measured by the main process alone; the others wait.")
 
     def loaded(model: Source | PreTrainedModel) -> PreTrainedModel:
         if not isinstance(model, Source):
@@ -125,6 +132,9 @@ def compare(
                     dtype=compute.dtype,
                 )  # fmt: skip
             results[label] = result(source, model, last)
+            if draft and texts is not None and other is not None:
+                done = processes.from_main(partial(_drafting, label, other, model, texts, new_tokens, draft_tokens))
+                results[label] = replace(results[label], draft=done)
             del model
             gc.collect()
         if original is not None and other is not None:
@@ -151,6 +161,22 @@ def compare(
     known = versions()
     settings |= {name: known[name] for name in ("transformers", "torch") if name in known}
     return Comparison(results, None if original is None else labels[-1], settings)
+
+
+def _drafting(
+    label: str,
+    reference: PreTrainedModel,
+    model: PreTrainedModel,
+    texts: CalibrationSet,
+    new_tokens: int,
+    draft_tokens: int | None,
+) -> Drafting | None:
+    """A model as a draft of the reference; None where transformers cannot use it so."""
+    try:
+        return measure_draft(reference, model, texts, new_tokens=new_tokens, draft_tokens=draft_tokens)
+    except RunError as error:  # what was evaluated before is not lost for it
+        logger.warning("%s: %s", label, error)
+        return None
 
 
 def _speeds(
@@ -232,6 +258,15 @@ def _check(
         raise RequestError(f"models of different vocabularies cannot be compared on the same tokens: {told}.")
     if data is not None and len(models) > 1:
         _check_same_tokens(models)
+
+
+def _check_draft(draft: bool, draft_tokens: int | None, data: CalibrationInput | None, reference: Any) -> None:
+    if draft and (data is None or reference is None):
+        raise RequestError(
+            "a draft is measured on texts, beside the model that it drafts for: name data, and reference."
+        )
+    if draft_tokens is not None and (not draft or draft_tokens < 1):
+        raise RequestError(f"draft_tokens is {draft_tokens}; it is for draft, and at least 1.")
 
 
 def _check_same_tokens(models: Sequence[Source | PreTrainedModel]) -> None:

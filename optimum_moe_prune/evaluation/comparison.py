@@ -14,6 +14,7 @@ from ..planning.sensitivity import ALL
 from ..storage.files import check_own, write_json
 from ..storage.kinds import EVALUATION, reading
 from ..storage.values import Json, Values, check_version, read_from, read_json
+from .draft import Drafting, draft_table
 from .losses import DomainResult, Evaluation, nats, short
 from .overlap import CALIBRATED_ON, HELD_OUT, PARTLY, UNKNOWN, Overlap
 from .speed import Generation, with_range
@@ -40,6 +41,7 @@ class ModelResult:
         generation: Speed and peak memory, if measured.
         tasks: Metrics by task, if measured.
         overlap: Which of the samples it was calibrated on; None where it is no pruned model, or that is not known.
+        draft: What it is worth as a draft of the reference, if measured.
     """
 
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -48,6 +50,7 @@ class ModelResult:
     generation: Generation | None = None
     tasks: Tasks = field(default_factory=dict)
     overlap: Overlap | None = None
+    draft: Drafting | None = None
 
     @classmethod
     def of(cls, model: Any, evaluation: Evaluation | None = None, tasks: Tasks | None = None) -> ModelResult:
@@ -67,6 +70,8 @@ class ModelResult:
             values["tasks"] = self.tasks
         if self.overlap is not None:
             values["overlap"] = self.overlap.to_dict()
+        if self.draft is not None:
+            values["draft"] = self.draft.to_dict()
         return values
 
 
@@ -143,7 +148,11 @@ class Comparison:
         sizes = Table(self._sizes())
         if len(self.compared) > 1 and sizes:
             sizes = sizes.transposed()
-        return [table for table in (self.by_domain(), sizes, self._tasks()) if table]
+        return [table for table in (self.by_domain(), sizes, self._drafts(), self._tasks()) if table]
+
+    def _drafts(self) -> Table:
+        found = {name: result.draft for name, result in self.models.items() if result.draft is not None}
+        return Table(draft_table(found, str(self.reference)))
 
     def _words(self) -> list[str]:
         """What stands below the tables."""
@@ -157,7 +166,14 @@ class Comparison:
                 f"Speed: medians of {speeds[0].rounds} rounds{against}, with the least and the most, generating "
                 f"{speeds[0].new_tokens} tokens of one text on {speeds[0].hardware}."
             )
+        words += self.draft_words()
         return [*words, *([verdict] if (verdict := self.verdict()) else [])]
+
+    def draft_words(self) -> list[str]:
+        """What each model is worth as a draft of the reference, a sentence each."""
+        drafts = {name: result.draft for name, result in self.models.items() if result.draft is not None}
+        said = {name: draft.sentence(str(self.reference)) for name, draft in drafts.items()}
+        return [f"{name}: {words}" if len(said) > 1 else words for name, words in said.items()]
 
     def by_domain(self) -> Table:
         """Results by domain; of several models each is a column, and the best of a row stands out."""
@@ -236,6 +252,7 @@ class Comparison:
                 generation=new.generation or old.generation,
                 tasks={**old.tasks, **new.tasks},
                 overlap=new.overlap if new.evaluation.domains else old.overlap,
+                draft=new.draft or old.draft,
             )
         return Comparison(models, later.reference, {**self.settings, **later.settings})
 
@@ -307,7 +324,7 @@ def _percent(text: str) -> float:
 
 def _result(values: Values) -> ModelResult:
     domains = {str(name): DomainResult.from_dict(entry) for name, entry in values["domains"].items()}
-    generation, overlap = values.get("generation"), values.get("overlap")
+    generation, overlap, draft = (values.get(name) for name in ("generation", "overlap", "draft"))
     tasks = {str(t): {str(m): float(v) for m, v in found.items()} for t, found in values.get("tasks", {}).items()}
     return ModelResult(
         Evaluation(domains),
@@ -316,4 +333,5 @@ def _result(values: Values) -> ModelResult:
         None if generation is None else Generation.from_dict(generation),
         tasks,
         None if overlap is None else Overlap.from_dict(overlap),
+        None if draft is None else Drafting.from_dict(draft),
     )

@@ -94,6 +94,7 @@ def results(comparison: Comparison | None) -> Json:
         "verdict": "\n\n".join(filter(None, map(plain, str(verdict or "").splitlines()))),
         "text_kind": plain(text_kind(comparison)),
         "measured_with": plain(settings),
+        "drafts": [plain(words) for words in comparison.draft_words()],
         **shown,
     }
 
