@@ -181,7 +181,7 @@ def _named(row: Values, column: str) -> str | Chat:
 def _content(row: Values) -> str | Chat:
     text = row.get("text")
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"must have 'text' (a string) or 'messages' (a list); its 'text' is a {type(text).__name__}")
+        raise ValueError(f"must have 'text' (a string) or 'messages' (a list); its 'text' is {text!r:.40}")
     if text is not None and text.strip():
         return text
     for name in CHATS:
