@@ -15,6 +15,7 @@ from .base import Command, Result
 
 if TYPE_CHECKING:
     from ..checkpoints.layout import Layout
+    from ..config import MoEPrunerConfig
     from ..statistics.stats import CalibrationStats
 
 
@@ -33,7 +34,7 @@ class PlanCommand(Command):
         parser.add_argument(
             "--model",
             metavar="DIR|ID",
-            help="with --fit: the model that they are of (default: where it was when they were made)",
+            help="with --fit and --for: the model that they are of (default: where it was when they were made)",
         )
         group = flags.add_recipe(parser)
         group.add_argument(
@@ -50,45 +51,48 @@ class PlanCommand(Command):
         from ..methods.registry import statistics_alone
         from ..plan import PruningPlan
         from ..storage.files import check_file
+        from ..surgery.settled import asks_model, settled
 
         target = check_file(args.output, ".json", args.overwrite, PruningPlan.load)
         config = flags.recipe(args)
         config.require_budget()
         flags.check_sensitivity(args, config)
-        if args.model is not None and config.fit is None:
-            raise RequestError("--model is for --fit SIZE, and none is given; a plan is made from statistics alone.")
+        if args.model is not None and not asks_model(config, False):
+            raise RequestError(
+                "--model is for --fit SIZE and --for NAME, and none is given; a plan is made from statistics alone."
+            )
         weights = flags.domain_weights(args)
         header_of(args.stats)
         if args.sensitivity is None and get_method(config.method).measures:
             raise RequestError(statistics_alone(config.method))
 
         from ..planning.build import build_plan
-        from ..planning.fit import fitted, with_fit
         from ..planning.sensitivity import Sensitivity
         from ..statistics.stats import CalibrationStats
 
         sensitivity = None if args.sensitivity is None else Sensitivity.load(args.sensitivity)
         stats = CalibrationStats.load(args.stats)
-        config, fit = fitted(config, None if config.fit is None else _model_of(stats, args.model))
+        made = settled(config, _model_of(stats, args.model, config) if asks_model(config, False) else None)
         with screen.notes_kept(args.json) as printed:
-            plan = with_fit(build_plan(stats, config, weights, sensitivity), fit)
+            plan = made.remembered(build_plan(stats, made.recipe, weights, sensitivity))
             plan.save(target)
         return screen.result_of_plan(plan, args.output, printed)
 
 
-def _model_of(stats: CalibrationStats, name: str | None) -> Layout:
-    """The model that statistics are of, for its sizes."""
+def _model_of(stats: CalibrationStats, name: str | None, config: MoEPrunerConfig) -> Layout:
+    """The model that statistics are of, for its sizes or its config."""
     from ..architectures.fingerprint import same_routers
     from ..checkpoints.layout import open_layout
 
     name = name or stats.model.get("name_or_path")
     advice = "name the model that the statistics are of (--model DIR)"
+    needs = "--for needs the model's config" if config.fit is None else "--fit needs the model's sizes"
     if not name:
-        raise RequestError(f"--fit needs the model's sizes; {advice}.")
+        raise RequestError(f"{needs}; {advice}.")
     try:
         layout = open_layout(name)
     except RequestError as error:
-        raise RequestError(f"--fit needs the model's sizes, and {str(error).rstrip('.')}; {advice}.") from error
+        raise RequestError(f"{needs}, and {str(error).rstrip('.')}; {advice}.") from error
     if not same_routers(stats.model, layout.fingerprints()):
         raise RequestError(f"{name} is not the model that the statistics are of; {advice}.")
     return layout

@@ -139,6 +139,7 @@ def checkpoint_in_words(
     from ..evaluation.tables import aligned
     from ..plan import PruningPlan
     from ..publishing.card import loader_of_card
+    from ..publishing.opened import opened_in_words
     from ..publishing.sizes import sizes_of
     from ..recovery.verdict import recovery_of, sentence_of, table_of
     from ..statistics.passages import without_passages
@@ -158,6 +159,9 @@ def checkpoint_in_words(
     load = f'{loader_of_card(folder)}.from_pretrained({folder!r}, dtype="auto")'
     values["load"] = load
     lines += ["", f"written: {folder} (what others should know of it: {Path(folder, CARD_NAME)})", f"load it: {load}"]
+    if opened := opened_in_words(folder, plan):
+        lines.append(f"opened by: {opened}")
+        values["opened_by"] = opened
     if plan.uniform_num_experts is None:
         said = "Its layers keep different numbers of experts: import optimum_moe_prune before loading it"
         lines.append(said + (", or pass trust_remote_code=True." if standalone else "."))

@@ -72,11 +72,13 @@ def check_apply(args: argparse.Namespace, plan: PruningPlan, layout: Layout) -> 
     Raises:
         RequestError: If it is for another model, or what it asks for cannot be written.
     """
+    from ..planning.for_target import remembered, served_by
     from ..surgery.checks import check_plan_for_config, check_request, check_routers
     from ..surgery.heads import way_of_plan
 
     check_plan_for_config(plan, layout.config)
     uniform = plan.uniform_num_experts is not None
     check_request(layout, uniform, args.standalone, way_of_plan(plan, args.mtp))
+    remembered(plan, served_by(plan, layout.spec, layout.config))
     if layout.checkpoint.is_local:  # else it would be downloaded for it
         check_routers(plan, layout.fingerprints())

@@ -28,9 +28,12 @@ from ..statistics.needs import DENSE, WITHOUT_TEXT, Need
 from ..storage.growing import IN_MEMORY_BYTES
 from ..storage.paths import nearest_existing, real_path
 from ..storage.values import Json
+from ..targets.table import opened_by
+from ..targets.target import CHECKPOINT
 from . import backward_pass
 from .build import budget_for
 from .fit import Fit, fitted, gigabytes, weights_after
+from .for_target import unequal
 from .measuring import Measuring, in_words
 from .progressive import needs_unpruned
 from .recovery_work import RecoveryWork, recovery_work
@@ -100,6 +103,7 @@ class WorkPlan:
         streamed: Whether one layer at a time is in memory.
         seconds: How long running the model takes, roughly; None where that cannot be told.
         recovery: What the recovery takes, where there is one; it is part of the other numbers.
+        opened: The programs that open what is written, in words; empty where that is no model.
     """
 
     model: Json
@@ -119,6 +123,7 @@ class WorkPlan:
     streamed: bool | None = None
     seconds: float | None = None
     recovery: RecoveryWork | None = None
+    opened: str = ""
 
     def to_dict(self) -> Json:
         """As plain values."""
@@ -138,7 +143,7 @@ class WorkPlan:
 
     def summary(self) -> str:
         """In lines for people."""
-        lines = {"model": self._model(), "keeps": self._keeps()}
+        lines = {"model": self._model(), "keeps": self._keeps(), "opened": self.opened and f"by {self.opened}"}
         if self.fit is not None:
             lines["fits"] = self.fit.note
         if self.texts:
@@ -234,15 +239,17 @@ def plan_work(
         recipe = replace(recipe, progressive=False)
     sizes, counts, config = sizes_of(layout), layout.num_experts, layout.config
     rule = layout.spec.routing(config)
-    fit, choice, writes = None, None, 0
+    fit, choice, writes, after = None, None, 0, None
     if plan is not None:
         choice = Choice(sum(plan.num_experts.values()), sum(plan.original_num_experts.values()), plan.num_experts, {})
+        after = plan.without_heads.num_experts
         writes = sizes.after(plan.num_experts, (plan.config.get("mtp") if mtp is None else mtp) == DROP).nbytes
     elif recipe is not None and recipe.has_budget:
         recipe, fit = fitted(recipe, layout)
         budget = budget_for(recipe, counts, rule)
         choice = replace(_choice(budget, sum(counts.values())), asked=recipe.sparsity)
         writes = weights_after(sizes, counts, budget, recipe.mtp)
+        after = {**counts, **budget.num_experts} if isinstance(budget, UniformBudget) else unequal(counts)
     facts = {
         "name": layout.checkpoint.name_or_path,
         "model_type": layout.spec.model_type,
@@ -262,6 +269,7 @@ def plan_work(
         disk=disk,
         memory=_COPYING,
         free_memory=available_memory("cpu"),
+        opened="" if after is None or saves_statistics else opened_by(CHECKPOINT, layout.spec, config, after),
     )
     if measures is None:
         measures = recipe is not None and recipe.measures

@@ -48,7 +48,7 @@ def run_command(plan: PruningPlan, model: str, extra: list[str]) -> list[str]:
         if isinstance(dtype := calibration.get("dtype"), str) and dtype:
             command += ["--dtype", dtype]
     for name, value in plan.config.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = "--for" if name == "target" else f"--{name.replace('_', '-')}"
         if name not in _DEFAULTS or (value == _DEFAULTS[name] and name != "method") or value in ({}, [], None, False):
             continue
         if name in RECOVERY and not recovered:

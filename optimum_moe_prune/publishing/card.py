@@ -27,6 +27,7 @@ from . import card_parts
 from .again import recover_command, run_command
 from .facts import origin_of
 from .front_matter import front_matter
+from .opened import opened_in_words
 from .plain import pairs, plain
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
         title=plain(name.rpartition("/")[2]),
         quoted_name=repr(name),
         loader=loader_of_card(folder),
+        opened=opened_in_words(folder, plan),
         sizes=card_parts.sizes_table(plan, folder, comparison),
         notes=card_parts.notes(plan),
         pictures=card_parts.pictures(folder),

@@ -31,6 +31,7 @@ from ..names import (
     REPORT_PICTURES,
 )
 from ..plan import PruningPlan
+from ..planning.for_target import remembered, served_by
 from ..progress import working
 from ..storage.files import write_json
 from ..storage.folders import check_space, check_target, written_folder
@@ -63,7 +64,8 @@ def pruned_checkpoint(
     """Write a pruned copy of a checkpoint. Memory does not grow with the size of its tensors.
 
     Tensors keep the names, dtypes and layout (one per expert, or fused) of the source. All is written beside the
-    target and renamed. Weights that no layer of the model holds are copied as they are.
+    target and renamed. Weights that no layer of the model holds are copied as they are. Where the plan names a
+    program that is to open it, ``config.json`` has the keys that this reads as well.
 
     Args:
         plan: The plan.
@@ -90,7 +92,8 @@ def pruned_checkpoint(
     check_plan_for_config(plan, layout.config)
     uniform = plan.uniform_num_experts is not None
     check_request(layout, uniform, standalone, way_of_plan(plan, mtp))
-    plan = with_heads_settled(plan, layout, mtp)
+    served = served_by(plan, layout.spec, layout.config)
+    plan = with_heads_settled(remembered(plan, served), layout, mtp)
     heads = head_counts(plan, layout)
     with faults_of(f"config.json of {source}"):
         pruned = config_after(layout, plan.without_heads.num_experts, heads)
@@ -108,6 +111,8 @@ def pruned_checkpoint(
     cut = cut_of_files(plan, layout)
     with faults_of(f"config.json of {source}"):
         config = with_settings(config_of_files(layout, pruned), cut)
+        if served is not None:
+            config = served.target.config(config, plan.without_heads.num_experts)
     beside = changed_files(checkpoint.source, cut)
     with written_folder(target, overwrite, [source], PLAN_NAME) as output:
         with working("writing the checkpoint", total, "B", "wrote") as work:

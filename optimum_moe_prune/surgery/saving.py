@@ -18,9 +18,10 @@ from ..models.blocks import moe_blocks
 from ..models.wrappers import plain_model
 from ..names import PLAN_NAME
 from ..plan import PruningPlan
+from ..planning.for_target import remembered, served_by
 from ..storage.files import write_json
 from ..storage.folders import written_folder
-from ..storage.values import Values
+from ..storage.values import Values, read_json
 from .checks import check_found
 from .config_json import config_of_model
 from .cuts import changed_files, cut_of_model
@@ -71,6 +72,8 @@ def saved_model(
             "this model does not have the numbers of experts of the plan; pass the model that was pruned."
         )
     check_found(architecture_of(model.config), plan.uniform_num_experts is not None)
+    served = served_by(plan, architecture_of(model.config), model.config)
+    plan = remembered(plan, served)
     standalone = standalone and plan.uniform_num_experts is None  # elsewhere nothing is needed
     if standalone:
         standalone_class(model.config)
@@ -84,6 +87,9 @@ def saved_model(
             for name in filter(source.leads_out, left_out):  # the model may have been loaded with it
                 (partial / name).unlink(missing_ok=True)
             write_json(partial / "config.json", config_of_model(model, source, source_config), indent=2)
+        if served is not None:
+            values = served.target.config(read_json(partial / "config.json"), plan.without_heads.num_experts)
+            write_json(partial / "config.json", values, indent=2)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if standalone:

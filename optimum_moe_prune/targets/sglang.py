@@ -1,24 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SGLang 0.5.23."""
+"""SGLang 0.5.23, read in source; files are those below its package ``sglang/srt``.
+
+- Numbers of experts: every implementation but one builds all layers with one number of its config, and of
+  ``per_layer_config`` only the head sizes of Gemma 4 are read (``utils/hf_transformers/config.py``, lines 73 to 132).
+  The one is Nemotron-H: its own config class ``NemotronHPuzzleConfig`` (``configs/nemotron_h.py``, lines 523 to 559)
+  reads ``block_configs``, a list with what each layer has of its own, of ``model_type`` ``nemotron_h_puzzle``.
+- Expert parallelism: the number of experts has to be a multiple of the devices
+  (``layers/moe/fused_moe_triton/layer.py``, line 414; ``eplb/expert_location.py``, line 256).
+- Numbers that are no power of two take slower routing kernels (``layers/moe/topk.py``, lines 1506 and 2026;
+  ``kernels/ops/moe/moe_topk_softmax.py``, line 93); none is refused.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .target import CHECKPOINT, READ, Target, is_uniform
+from .served import IN_SGLANG
+from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform
 
 if TYPE_CHECKING:
     from ..architectures.spec import MoESpec
     from ..compat import ModelConfig
+
+_NOT_MORE_DEVICES = {
+    "afmoe.py": 167,
+    "cohere2_moe.py": 241,
+    "deepseek_v2.py": 714,
+    "exaone_moe.py": 143,
+    "glm4_moe.py": 422,
+    "glm4_moe_lite.py": 193,
+    "hunyuan.py": 127,
+    "laguna.py": 147,
+    "lfm2_moe.py": 118,
+    "longcat_flash.py": 272,
+    "mimo_v2.py": 427,
+    "minimax_m2.py": 520,
+    "minimax_m3.py": 405,
+    "qwen2_moe.py": 273,
+    "qwen3_moe.py": 246,
+    "sarvam_moe.py": 252,
+    "step3p5.py": 133,
+}
+"""Implementations that raise where the tensor-parallel size is above the number of experts, and the line."""
 
 
 def _count_multiple(spec: MoESpec, config: ModelConfig, parallel_size: int) -> int:
     return parallel_size
 
 
+def _why_multiple(spec: MoESpec, config: ModelConfig, parallel_size: int) -> str:
+    return f"it spreads experts over {parallel_size} devices evenly only"
+
+
 def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None, parallel_size: int) -> str | None:
-    return None if is_uniform(counts) else "it builds every layer with the same number of experts"
+    if not is_uniform(counts):
+        return "builds all layers of this model with the same number of experts"
+    if counts is None or parallel_size == 1:
+        return None
+    file = IN_SGLANG.get(architecture_name(config), "")
+    if min(counts.values()) < parallel_size and file in _NOT_MORE_DEVICES:
+        where = f"models/{file}, line {_NOT_MORE_DEVICES[file]}"
+        return f"refuses more devices than experts for this model ({where})"
+    if any(count % parallel_size for count in counts.values()):
+        return "spreads experts evenly only (layers/moe/fused_moe_triton/layer.py, line 414)"
+    return None
+
+
+def _knows(config: ModelConfig) -> bool:
+    return architecture_name(config) in IN_SGLANG
 
 
 SGLANG = Target(
@@ -27,10 +77,12 @@ SGLANG = Target(
     version="0.5.23",
     opens=CHECKPOINT,
     uniform="yes",
-    unequal="no",
+    unequal="no: one number for all layers",
     quantised="as published",
     evidence=READ,
-    parallel="devices that share the experts",
+    parallel="devices over which experts are spread (--ep-size)",
     count_multiple=_count_multiple,
+    why_multiple=_why_multiple,
     check=_check,
+    knows=_knows,
 )

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RequestError, nearest_first
 from .llama_cpp import LLAMA_CPP
 from .mlx_lm import MLX
 from .sglang import SGLANG
-from .target import Target
+from .target import RUN, Target, is_uniform
 from .transformers_lib import TRANSFORMERS
 from .vllm import VLLM
+
+if TYPE_CHECKING:
+    from ..architectures.spec import MoESpec
+    from ..compat import ModelConfig
 
 TARGETS: dict[str, Target] = {target.name: target for target in (TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX)}
 _HEAD = ("for", "program", "version", "opens", "uniform", "unequal", "quantised", "evidence")
@@ -26,11 +31,45 @@ def get_target(name: Any) -> Target:
     for target in TARGETS.values():
         if _letters(str(name)) in (_letters(target.name), _letters(target.program)):
             return target
-    raise RequestError(f"target {name!r} is not known. Known: {nearest_first(str(name), [*TARGETS])}.")
+    raise RequestError(
+        f"target is {name!r}, and no program of that name is known. Known: {nearest_first(str(name), [*TARGETS])}."
+    )
 
 
 def _letters(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
+
+
+def opened_by(
+    form: str, spec: MoESpec, config: ModelConfig, counts: Mapping[int, int], standalone: bool = False
+) -> str:
+    """Which of the known programs open a pruned model, in words that follow "opened by".
+
+    Args:
+        form: What is written (``CHECKPOINT``, ``GGUF``, ``MLX_FOLDER``).
+        spec: The architecture.
+        config: The model's config, before or after pruning.
+        counts: Experts of its MoE layers.
+        standalone: Whether code that loads unequal layers without this package lies beside.
+    """
+    takes, refuses = [], []
+    for target in TARGETS.values():
+        if target.opens != form or not target.knows(config):
+            continue
+        if target.check(spec, config, counts, 1) is not None:
+            refuses.append(target.title)
+        else:
+            takes.append(target.title + _condition(target, is_uniform(counts), standalone))
+    said = ", ".join(takes) or "no program that is known here"
+    return f"{said}; not by {', '.join(refuses)}" if refuses else said
+
+
+def _condition(target: Target, uniform: bool, standalone: bool) -> str:
+    if target.evidence != RUN:
+        return f" ({target.evidence})"
+    if target is not TRANSFORMERS or uniform:
+        return ""
+    return " (after import optimum_moe_prune" + (", or with trust_remote_code=True)" if standalone else ")")
 
 
 def as_table(mark: str = "") -> list[list[str]]:

@@ -38,6 +38,16 @@ def same_config(values: Json, counts: Mapping[int, int]) -> Json:
     return values
 
 
+def no_reason(spec: MoESpec, config: ModelConfig, parallel_size: int) -> str:
+    """For programs that take every number of experts."""
+    return ""
+
+
+def every_architecture(config: ModelConfig) -> bool:
+    """For programs that know what transformers knows."""
+    return True
+
+
 @dataclass(frozen=True)
 class Target:
     """One program.
@@ -54,10 +64,13 @@ class Target:
         parallel: What ``parallel_size`` is for it; empty where it has nothing of the kind.
         count_multiple: What numbers of experts have to be a multiple of, of the architecture, a model's config and
             the parallel size.
+        why_multiple: Why they have to, in words that follow the program's name.
         check: Why it refuses a model with such numbers of experts in its layers (None: they are not known yet), or
-            None. Of the architecture, the config *before* pruning, the numbers and the parallel size.
+            None; in words that follow the program's name. Of the architecture, the config before or after pruning, the
+            numbers and the parallel size.
         config: A pruned model's ``config.json`` with the keys that it reads put in beside ours; of the file's values
             and the numbers of experts.
+        knows: Whether it has an implementation of its own of a model with this config.
     """
 
     name: str
@@ -70,8 +83,10 @@ class Target:
     evidence: str
     parallel: str = ""
     count_multiple: Callable[[MoESpec, ModelConfig, int], int] = any_count
+    why_multiple: Callable[[MoESpec, ModelConfig, int], str] = no_reason
     check: Callable[[MoESpec, ModelConfig, Mapping[int, int] | None, int], str | None] = no_refusal
     config: Callable[[Json, Mapping[int, int]], Json] = same_config
+    knows: Callable[[ModelConfig], bool] = every_architecture
 
     @property
     def title(self) -> str:
@@ -82,3 +97,9 @@ class Target:
 def is_uniform(counts: Mapping[int, int] | None) -> bool:
     """Whether all layers have the same number of experts, as far as that is known."""
     return counts is None or len(set(counts.values())) < 2
+
+
+def architecture_name(config: ModelConfig) -> str:
+    """The class that a model's ``config.json`` names, by which servers choose their own; empty where it names none."""
+    names = getattr(config, "architectures", None)
+    return str(names[0]) if isinstance(names, (list, tuple)) and names else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers, and what builds on it."""
+"""transformers, as continuous integration runs it in its oldest and newest supported version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TRANSFORMERS = Target(
     version="5.14+",
     opens=CHECKPOINT,
     uniform="yes",
-    unequal="with import optimum_moe_prune, or --standalone",
+    unequal="after import optimum_moe_prune, or with --standalone",
     quantised="as published",
     evidence=RUN,
 )

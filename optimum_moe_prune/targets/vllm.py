@@ -1,24 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM 0.33.0."""
+"""vLLM 0.33.0, read in source; files are those below its package ``vllm``.
+
+- Numbers of experts: every implementation builds all layers with one number of its config. ``per_layer_config`` is
+  read for the shapes of attention (``transformers_utils/model_arch_config_convertor.py``, lines 44 to 71, which takes
+  the largest number of experts of all layers), and no MoE block asks for that of its own layer: it reads the config
+  of the model, where transformers raises. Blocks of NVIDIA's puzzle models are read by code that comes with those
+  checkpoints (``get_nemotron_h_config_for_layer``; ``model_executor/models/nemotron_h.py``, line 349), not by its own.
+- Expert parallelism: experts that do not divide are spread unevenly, the first devices get one more
+  (``model_executor/layers/fused_moe/expert_map_manager.py``, lines 67 to 69), but for the load balancer
+  (``model_executor/layers/fused_moe/layer.py``, line 274) and for the models named below.
+- Groups: where they do not divide the number of experts, tokens are routed without them and nothing is said
+  (``model_executor/layers/fused_moe/router/grouped_topk_router.py``, lines 298 to 306). No plan keeps such a number.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .target import CHECKPOINT, READ, Target, is_uniform
+from .served import IN_VLLM
+from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform
 
 if TYPE_CHECKING:
     from ..architectures.spec import MoESpec
     from ..compat import ModelConfig
 
+_NOT_MORE_DEVICES = {
+    "cohere2_moe.py": 309,
+    "ernie45_moe.py": 150,
+    "exaone_moe.py": 83,
+    "hy_v3.py": 138,
+    "laguna.py": 156,
+    "lfm2_moe.py": 112,
+    "mimo_v2.py": 138,
+    "minimax_m2.py": 80,
+    "models/hy_v4/nvidia/moe.py": 101,
+    "models/minimax_m3/nvidia/model.py": 209,
+    "qwen2_moe.py": 136,
+    "qwen3_moe.py": 154,
+    "qwen3_next.py": 176,
+    "step3p5.py": 332,
+}
+"""Implementations that raise where the tensor-parallel size is above the number of experts, and the line."""
+_EVEN_ONLY = {"gpt_oss.py": 1322, "models/deepseek_v4/nvidia/model.py": 356}
+"""Implementations that cannot spread experts unevenly, load balancer or not, and the line."""
+_BLOCK_FP8 = 4
+"""For fp8 in blocks on Blackwell: ``model_executor/layers/fused_moe/experts/trtllm_fp8_moe.py``, line 464."""
+
 
 def _count_multiple(spec: MoESpec, config: ModelConfig, parallel_size: int) -> int:
-    return parallel_size
+    return math.lcm(parallel_size, _BLOCK_FP8 if _is_block_fp8(config) else 1)
+
+
+def _why_multiple(spec: MoESpec, config: ModelConfig, parallel_size: int) -> str:
+    why = [f"its expert load balancer takes only numbers that {parallel_size} devices share evenly"]
+    if _is_block_fp8(config):
+        why = [
+            *(why if parallel_size > 1 else []),
+            f"its kernel for fp8 in blocks takes only multiples of {_BLOCK_FP8}",
+        ]
+    return " and ".join(why)
+
+
+def _is_block_fp8(config: ModelConfig) -> bool:
+    settings = getattr(config, "quantization_config", None)
+    settings = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
+    return settings.get("quant_method") == "fp8" and bool(settings.get("weight_block_size"))
 
 
 def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None, parallel_size: int) -> str | None:
-    return None if is_uniform(counts) else "it builds every layer with the same number of experts"
+    if not is_uniform(counts):
+        return "builds all layers with the same number of experts"
+    file = IN_VLLM.get(architecture_name(config), "")
+    if counts is None or parallel_size == 1 or not file:
+        return None
+    count, where = min(counts.values()), f"{file}, line {{}}"
+    if count < parallel_size and file in _NOT_MORE_DEVICES:
+        return f"refuses more devices than experts for this model ({where.format(_NOT_MORE_DEVICES[file])})"
+    if count % parallel_size and file in _EVEN_ONLY:
+        return f"spreads experts of this model evenly only ({where.format(_EVEN_ONLY[file])})"
+    return None
+
+
+def _knows(config: ModelConfig) -> bool:
+    return architecture_name(config) in IN_VLLM
 
 
 VLLM = Target(
@@ -27,10 +93,12 @@ VLLM = Target(
     version="0.33",
     opens=CHECKPOINT,
     uniform="yes",
-    unequal="no",
-    quantised="as published",
+    unequal="no: one number for all layers",
+    quantised="as published; fp8 in blocks on Blackwell: multiples of 4",
     evidence=READ,
-    parallel="devices that share the experts",
+    parallel="devices over which experts are spread (--tensor-parallel-size with --enable-expert-parallel)",
     count_multiple=_count_multiple,
+    why_multiple=_why_multiple,
     check=_check,
+    knows=_knows,
 )
