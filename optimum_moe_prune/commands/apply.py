@@ -53,18 +53,19 @@ class ApplyCommand(Command):
         from ..formats import form_of
         from ..names import PLAN_NAME
         from ..plan import PruningPlan
-        from ..planning.for_target import with_target
         from ..storage.folders import check_target
 
         if (form := form_of(args.model)) is not None:
             return forms.cut(args, form, ApplyCommand)
         check_target(args.output, args.overwrite, [args.model, args.plan], PLAN_NAME)
-        plan = with_target(PruningPlan.load(args.plan), args.target, args.parallel_size)
+        plan = PruningPlan.load(args.plan)
 
+        from ..planning.for_target import with_target
         from ..planning.work import plan_work
         from ..pruner import MoEPruner
         from .inputs import recovery_samples
 
+        plan = with_target(plan, args.target, args.parallel_size)
         recipe = _recipe(args, plan)
         _check_reading(args)
         publishing.check_publishing(args)

@@ -51,13 +51,13 @@ class PlanCommand(Command):
         from ..methods.registry import statistics_alone
         from ..plan import PruningPlan
         from ..storage.files import check_file
-        from ..surgery.settled import asks_model, settled
 
         target = check_file(args.output, ".json", args.overwrite, PruningPlan.load)
         config = flags.recipe(args)
         config.require_budget()
         flags.check_sensitivity(args, config)
-        if args.model is not None and not asks_model(config, False):
+        asks_model = config.fit is not None or config.target is not None
+        if args.model is not None and not asks_model:
             raise RequestError(
                 "--model is for --fit SIZE and --for NAME, and none is given; a plan is made from statistics alone."
             )
@@ -69,10 +69,11 @@ class PlanCommand(Command):
         from ..planning.build import build_plan
         from ..planning.sensitivity import Sensitivity
         from ..statistics.stats import CalibrationStats
+        from ..surgery.settled import settled
 
         sensitivity = None if args.sensitivity is None else Sensitivity.load(args.sensitivity)
         stats = CalibrationStats.load(args.stats)
-        made = settled(config, _model_of(stats, args.model, config) if asks_model(config, False) else None)
+        made = settled(config, _model_of(stats, args.model, config) if asks_model else None)
         with screen.notes_kept(args.json) as printed:
             plan = made.remembered(build_plan(stats, made.recipe, weights, sensitivity))
             plan.save(target)
