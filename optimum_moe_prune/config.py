@@ -155,7 +155,7 @@ class MoEPrunerConfig:
         "prune|keep|drop",
     )
     target: str | None = _setting(
-        None, "the program that is to open the output (see: list targets); takes and writes what that takes", "NAME"
+        None, "the program that is to open the output (see: list targets): numbers and keys that it takes", "NAME"
     )
     parallel_size: int = _setting(1, "with --for: devices over which it is to spread the experts", "N", least=1)
     version: str = field(

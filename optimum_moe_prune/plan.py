@@ -198,9 +198,10 @@ class PruningPlan:
             source: The folder or Hub id of the model the plan was made for; or the same model in another form
                 (``formats/README.md``): a GGUF file, an MLX folder, an adapter that was trained on it.
             target: The folder, or file, to write, absent or empty.
-            options: ``max_shard_size``, ``overwrite``; of a checkpoint ``standalone``, ``mtp``; for the card
-                ``base_model``, ``license``, ``language``; and for the Hub ``revision``, ``token``, ``cache_dir``,
-                ``trust_remote_code``.
+            options: ``max_shard_size``, ``overwrite``; of a checkpoint ``standalone``, ``mtp``, ``program`` that is to
+                open it (``list targets``) and ``parallel_size``, the devices over which that spreads experts; for the
+                card ``base_model``, ``license``, ``language``; and for the Hub ``revision``, ``token``,
+                ``cache_dir``, ``trust_remote_code``.
         """
         from .publishing.outputs import apply_anywhere
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ from ..errors import RequestError
 from ..names import AUTO, BY_SENSITIVITY, device_name, dtype_name
 from ..progress import say
 from ..storage.values import Json, fraction, no_constant
+from ..targets.table import opened_in_general
 from .parsing import add_general, nearest
 
 if TYPE_CHECKING:
@@ -191,7 +193,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """How the pruned checkpoint is written."""
-    group = parser.add_argument_group("what is written")
+    group = parser.add_argument_group("what is written", textwrap.fill(opened_in_general(), 76))
     group.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes in a file, as 500MB or 5GB (default 5GB)"
     )

@@ -14,6 +14,7 @@ from ..checkpoints.source import Source
 from ..errors import RequestError
 from ..formats import form_of
 from ..plan import PruningPlan, with_parent
+from ..planning.for_target import with_target
 from ..surgery.checks import check_plan_for_config
 from ..surgery.files import pruned_checkpoint
 from ..surgery.saving import saved_model
@@ -39,6 +40,7 @@ def apply_anywhere(plan: PruningPlan, source: str | os.PathLike, target: str | o
         if idle := sorted(given.keys() - set(_OF_EVERY_FORM)):
             raise RequestError(f"{idle[0]} is for transformers checkpoints, and {source} is {form.name}.")
         return form.prepare(plan, source, target, **given).write()
+    plan = with_target(plan, options.pop("program", None), options.pop("parallel_size", None))
     card = CardFacts.taken(options)
     read = Source.of(source, **{name: options.pop(name) for name in _OF_THE_SOURCE if name in options})
     check_plan_for_config(plan, read.config)

@@ -10,7 +10,7 @@ from ..errors import RequestError, nearest_first
 from .llama_cpp import LLAMA_CPP
 from .mlx_lm import MLX
 from .sglang import SGLANG
-from .target import RUN, Target, is_uniform
+from .target import CHECKPOINT, READ, RUN, Target, is_uniform
 from .transformers_lib import TRANSFORMERS
 from .vllm import VLLM
 
@@ -62,6 +62,17 @@ def opened_by(
             takes.append(target.title + _condition(target, is_uniform(counts), standalone))
     said = ", ".join(takes) or "no program that is known here"
     return f"{said}; not by {', '.join(refuses)}" if refuses else said
+
+
+def opened_in_general(form: str = CHECKPOINT) -> str:
+    """Which of the known programs open what is written in a form, in one sentence for help."""
+    here = [target for target in TARGETS.values() if target.opens == form]
+    ours = ", ".join(target.title for target in here if target.evidence == RUN)
+    others = ", ".join(target.title for target in here if target.evidence == READ)
+    return (
+        f"opened by {ours}; where all layers keep the same number of experts, also by {others}, as far as they know "
+        f"the model ({READ}; see: list targets)"
+    )
 
 
 def _condition(target: Target, uniform: bool, standalone: bool) -> str:

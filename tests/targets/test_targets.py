@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of the programs that open outputs: the table, what each takes and refuses, and how it is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from optimum_moe_prune.architectures.table import all_architectures
+from optimum_moe_prune.commands.list import _targets
+from optimum_moe_prune.errors import RequestError
+from optimum_moe_prune.targets import sglang, table, vllm
+from optimum_moe_prune.targets.served import IN_SGLANG, IN_VLLM
+from optimum_moe_prune.targets.target import CHECKPOINT, GGUF, READ, RUN
+from oracles import call
+
+MIXTRAL = next(spec for spec in all_architectures() if spec.model_type == "mixtral")
+VLLM, SGLANG, TRANSFORMERS = (table.TARGETS[name] for name in ("vllm", "sglang", "transformers"))
+
+
+def config(architecture: str, **values: Any) -> Any:
+    return SimpleNamespace(architectures=[architecture], **values)
+
+
+def same(count: int) -> dict[int, int]:
+    return {1: count, 2: count}
+
+
+def test_the_page_is_not_stale() -> None:
+    page = (Path(table.__file__).parent / "README.md").read_text(encoding="utf-8")
+    written = page.split("<!-- targets -->\n")[1].split("\n<!-- /targets -->")[0]
+    assert written == _targets(markdown=True)[0], "python -m optimum_moe_prune list targets --markdown"
+
+
+def test_every_row_is_whole() -> None:
+    head, *rows = table.as_table()
+    assert len(rows) == len(table.TARGETS) and all(len(row) == len(head) and all(row) for row in rows)
+    for name, target in table.TARGETS.items():
+        assert name == target.name and target.evidence in (RUN, READ)
+        assert bool(target.parallel) == (target.count_multiple(MIXTRAL, config("MixtralForCausalLM"), 3) == 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [("vLLM", "vllm"), ("SGLang", "sglang"), ("MLX-LM", "mlx"), ("llama_cpp", "llama.cpp")]
+)
+def test_names_in_any_spelling(given: str, name: str) -> None:
+    assert table.get_target(given).name == name
+
+
+@pytest.mark.parametrize("given", ["vlm", "", None, 3])
+def test_what_is_not_known_is_refused_with_the_nearest(given: object) -> None:
+    with pytest.raises(RequestError, match=r"target is .*, and no program of that name is known\. Known: ") as error:
+        table.get_target(given)
+    if given == "vlm":
+        assert "Known: vllm" in str(error.value)
+
+
+def test_files_of_refusals_are_files_of_implementations() -> None:
+    assert {*vllm._NOT_MORE_DEVICES, *vllm._EVEN_ONLY} <= set(IN_VLLM.values())
+    assert set(sglang._NOT_MORE_DEVICES) <= set(IN_SGLANG.values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count", "devices", "why"),
+    [
+        ("Qwen3MoeForCausalLM", 8, 8, None),
+        ("Qwen3MoeForCausalLM", 6, 8, "more devices than experts for this model (qwen3_moe.py, line 154)"),
+        ("Qwen3MoeForCausalLM", 6, 4, None),  # spread unevenly
+        ("Qwen3_5MoeForCausalLM", 4, 8, "more devices than experts for this model (qwen3_next.py, line 176)"),
+        ("MixtralForCausalLM", 4, 8, None),
+        ("GptOssForCausalLM", 6, 4, "experts of this model evenly only (gpt_oss.py, line 1322)"),
+        ("GptOssForCausalLM", 8, 4, None),
+        ("OfNobodyForCausalLM", 6, 8, None),
+    ],
+)
+def test_what_vllm_refuses(architecture: str, count: int, devices: int, why: str | None) -> None:
+    found = VLLM.check(MIXTRAL, config(architecture), same(count), devices)
+    assert found is None if why is None else found is not None and found.endswith(why)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count", "devices", "why"),
+    [
+        ("MixtralForCausalLM", 6, 1, None),
+        ("MixtralForCausalLM", 6, 3, None),
+        ("MixtralForCausalLM", 6, 4, "spreads experts evenly only (layers/moe/fused_moe_triton/layer.py, line 414)"),
+        ("DeepseekV3ForCausalLM", 4, 8, "for this model (models/deepseek_v2.py, line 714)"),
+    ],
+)
+def test_what_sglang_refuses(architecture: str, count: int, devices: int, why: str | None) -> None:
+    found = SGLANG.check(MIXTRAL, config(architecture), same(count), devices)
+    assert found is None if why is None else found is not None and found.endswith(why)
+
+
+@pytest.mark.parametrize("target", [VLLM, SGLANG, table.TARGETS["mlx"], table.TARGETS["llama.cpp"]])
+def test_unequal_layers_are_refused_by_all_but_transformers(target: Any) -> None:
+    assert target.check(MIXTRAL, config("MixtralForCausalLM"), {0: 4, 1: 6}, 1) is not None
+    assert target.check(MIXTRAL, config("MixtralForCausalLM"), None, 1) is None
+    assert TRANSFORMERS.check(MIXTRAL, config("MixtralForCausalLM"), {0: 4, 1: 6}, 1) is None
+
+
+def test_fp8_in_blocks_wants_multiples_of_four_of_vllm() -> None:
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    for settings, multiple in (({}, 6), (blocks, 12), ({"quant_method": "fp8"}, 6), (SimpleNamespace(**blocks), 12)):
+        quantised = config("Qwen3MoeForCausalLM", quantization_config=settings)
+        assert VLLM.count_multiple(MIXTRAL, quantised, 6) == multiple
+    assert VLLM.count_multiple(MIXTRAL, config("Qwen3MoeForCausalLM"), 1) == 1
+    alone = VLLM.why_multiple(MIXTRAL, config("Qwen3MoeForCausalLM", quantization_config=blocks), 1)
+    assert alone == "its kernel for fp8 in blocks takes only multiples of 4"
+
+
+def test_which_programs_open_it() -> None:
+    known, of_nobody = config("MixtralForCausalLM"), config("OfNobodyForCausalLM")
+    read = ", vLLM 0.33 (read in source), SGLang 0.5.23 (read in source)"
+    assert table.opened_by(CHECKPOINT, MIXTRAL, known, same(4)) == f"transformers 5.14+{read}"
+    assert table.opened_by(CHECKPOINT, MIXTRAL, of_nobody, same(4)) == "transformers 5.14+"
+    assert table.opened_by(CHECKPOINT, MIXTRAL, SimpleNamespace(), same(4)) == "transformers 5.14+"
+    beside = "; not by vLLM 0.33, SGLang 0.5.23"
+    unequal = table.opened_by(CHECKPOINT, MIXTRAL, known, {0: 4, 1: 5})
+    assert unequal == f"transformers 5.14+ (after import optimum_moe_prune){beside}"
+    alone = table.opened_by(CHECKPOINT, MIXTRAL, known, {0: 4, 1: 5}, standalone=True)
+    assert alone == f"transformers 5.14+ (after import optimum_moe_prune, or with trust_remote_code=True){beside}"
+    assert table.opened_by(GGUF, MIXTRAL, known, {0: 4, 1: 5}).startswith("no program that is known here; not by ")
+
+
+def test_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = call(capsys, "list", "targets")
+    assert code == 0 and [line.split()[0] for line in shown.splitlines()] == ["for", *table.TARGETS]
+    values = json.loads(call(capsys, "list", "targets", "--json")[1])["targets"]
+    assert values["vllm"]["program"] == "vLLM" and values["vllm"]["evidence"] == READ
+    assert set(values) == set(table.TARGETS)
