@@ -137,10 +137,10 @@ def check_counts(served: Served, counts: Mapping[int, int]) -> None:
             f"layers keep {low} to {high} experts, and {why}. Ask for the same number in every layer "
             f"(allocation='uniform', and no skip_layers), or leave out target={served.target.name!r}."
         )
-    raise RequestError(
-        f"layers keep {low} experts, and {why}; parallel_size is {served.parallel_size}. Ask for another number of "
-        "experts, or fewer devices."
-    )
+    devices, size = "", served.parallel_size
+    if size > 1:
+        why, devices = f"{why}; parallel_size is {size}", ", or fewer devices"
+    raise RequestError(f"layers keep {low} experts, and {why}. Ask for another number of experts{devices}.")
 
 
 def _check_possible(served: Served, num_experts: Mapping[int, int], multiple: int) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from oracles import call
 
 from optimum_moe_prune.architectures.table import all_architectures
 from optimum_moe_prune.commands.list import _targets
@@ -16,7 +17,6 @@ from optimum_moe_prune.errors import RequestError
 from optimum_moe_prune.targets import sglang, table, vllm
 from optimum_moe_prune.targets.served import IN_SGLANG, IN_VLLM
 from optimum_moe_prune.targets.target import CHECKPOINT, GGUF, READ, RUN
-from oracles import call
 
 MIXTRAL = next(spec for spec in all_architectures() if spec.model_type == "mixtral")
 VLLM, SGLANG, TRANSFORMERS = (table.TARGETS[name] for name in ("vllm", "sglang", "transformers"))
