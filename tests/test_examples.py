@@ -29,7 +29,7 @@ def made() -> dict[str, list[dict[str, str]]]:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The small models in float32: a processor without bfloat16 units is 12 to 44 times as slow in their own dtype."""
-    places = {name: str(tmp_path_factory.mktemp("small") / name) for name in ("mixtral", "qwen2_moe")}
+    places = {name: str(tmp_path_factory.mktemp("small") / name) for name in ("mixtral", "qwen2_moe", "qwen3_moe")}
     for name, place in places.items():
         AutoModelForCausalLM.from_pretrained(SMALL / name, dtype="float32").save_pretrained(place)
         AutoTokenizer.from_pretrained(SMALL / name).save_pretrained(place)
@@ -179,6 +179,7 @@ def test_the_quickstart_runs(tmp_path: Path, small: dict[str, str]) -> None:
         ("gguf_file.py", ["{mixtral}", "--output", "out"], "11.6 MB, 4 experts in each layer"),
         ("own_method.py", [], "loyal: 36 of 48 experts retained"),
         ("add_architecture.py", [], "SigmoidForCausalLM with 8 experts in each layer"),
+        ("serve_vllm.py", ["{qwen3_moe}", "--output", "out"], "24 experts in a layer, since its expert load balancer"),
         ("how_far.py", ["{mixtral}", "--samples", "2", "--output", "page.html"], "page.html"),
     ],
 )
