@@ -240,6 +240,7 @@ def plan_work(
     sizes, counts, config = sizes_of(layout), layout.num_experts, layout.config
     rule = layout.spec.routing(config)
     fit, choice, writes, after = None, None, 0, None
+    made_for = recipe.target if plan is None and recipe is not None else plan and plan.config.get("target")
     if plan is not None:
         choice = Choice(sum(plan.num_experts.values()), sum(plan.original_num_experts.values()), plan.num_experts, {})
         after = plan.without_heads.num_experts
@@ -269,7 +270,9 @@ def plan_work(
         disk=disk,
         memory=_COPYING,
         free_memory=available_memory("cpu"),
-        opened="" if after is None or saves_statistics else opened_by(CHECKPOINT, layout.spec, config, after),
+        opened=""
+        if after is None or saves_statistics
+        else opened_by(CHECKPOINT, layout.spec, config, after, made_for=made_for),
     )
     if measures is None:
         measures = recipe is not None and recipe.measures

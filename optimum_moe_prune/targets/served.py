@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which classes of models vLLM 0.33.0 and SGLang 0.5.23 have implementations of, and in which file: read in source.
+"""What vLLM 0.33.0 and SGLang 0.5.23 have in common: classes of models they implement, and keys of ``config.json``.
 
-Of all that they have, those that a known architecture's ``config.json`` can name. The file is the one whose MoE block
-is built, below ``vllm/model_executor/models`` (or ``vllm`` where the path says ``models/``) and ``sglang/srt/models``.
+Read in source. Of all classes that they have, those that a known architecture's ``config.json`` can name. The file is
+the one whose MoE block is built, below ``vllm/model_executor/models`` (or ``vllm``, where the path says ``models/``)
+and ``sglang/srt/models``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ..storage.values import Json
+
+if TYPE_CHECKING:
+    from ..compat import ModelConfig
 
 IN_VLLM = {
     "AXK1ForCausalLM": "AXK1.py",
@@ -136,3 +145,30 @@ IN_SGLANG = {
     "Step3p5ForCausalLM": "step3p5.py",
     "Step3p7ForConditionalGeneration": "step3p5.py",
 }
+
+ROUTING_KEYS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""How routers choose: keys of published configs that transformers 5 does not save, since its classes have no other way.
+
+vLLM makes no place for the correction bias without the first (``deepseek_v2.py``, line 327: loading ends in
+``KeyError``, run here) and takes softmax without the second (line 387); SGLang reads both as they are
+(``models/deepseek_v2.py``, lines 519 and 775).
+"""
+_CHOOSE_BY_KEYS = frozenset({"deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm5_next_text", "kimi_k2"})
+
+
+def missing_keys(config: ModelConfig) -> str:
+    """The keys for routers that a config lacks and both read, in words; empty where there are none."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "model_type", "") not in _CHOOSE_BY_KEYS:
+        return ""
+    return " and ".join(key for key in ROUTING_KEYS if getattr(text, key, None) is None)
+
+
+def with_routing_keys(values: Json, counts: Mapping[int, int]) -> Json:
+    """A ``config.json`` with the keys for routers, in its text part where that is nested."""
+    changed = {
+        name: with_routing_keys(part, counts) if isinstance(part, dict) else part for name, part in values.items()
+    }
+    if values.get("model_type") in _CHOOSE_BY_KEYS:
+        changed |= {key: value for key, value in ROUTING_KEYS.items() if values.get(key) is None}
+    return changed

@@ -4,7 +4,9 @@
 - Numbers of experts: every implementation but one builds all layers with one number of its config, and of
   ``per_layer_config`` only the head sizes of Gemma 4 are read (``utils/hf_transformers/config.py``, lines 73 to 132).
   The one is Nemotron-H: its own config class ``NemotronHPuzzleConfig`` (``configs/nemotron_h.py``, lines 523 to 559)
-  reads ``block_configs``, a list with what each layer has of its own, of ``model_type`` ``nemotron_h_puzzle``.
+  reads ``block_configs``, a list with what each layer has of its own, of ``model_type`` ``nemotron_h_puzzle``, which
+  transformers does not know. Run here, it raises ``AmbiguousGlobalPerLayerAttributeError`` where ``per_layer_config``
+  stands beside: one file cannot serve both, and such a plan is refused.
 - Expert parallelism: the number of experts has to be a multiple of the devices
   (``layers/moe/fused_moe_triton/layer.py``, line 414; ``eplb/expert_location.py``, line 256).
 - Numbers that are no power of two take slower routing kernels (``layers/moe/topk.py``, lines 1506 and 2026;
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .served import IN_SGLANG
+from .served import IN_SGLANG, missing_keys, with_routing_keys
 from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform
 
 if TYPE_CHECKING:
@@ -55,7 +57,9 @@ def _why_multiple(spec: MoESpec, config: ModelConfig, parallel_size: int) -> str
 
 def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None, parallel_size: int) -> str | None:
     if not is_uniform(counts):
-        return "builds all layers of this model with the same number of experts"
+        if architecture_name(config) == "NemotronHForCausalLM":
+            return "reads layers of different sizes of this model from block_configs alone, not from per_layer_config"
+        return "builds all layers with the same number of experts"
     if counts is None or parallel_size == 1:
         return None
     file = IN_SGLANG.get(architecture_name(config), "")
@@ -84,5 +88,7 @@ SGLANG = Target(
     count_multiple=_count_multiple,
     why_multiple=_why_multiple,
     check=_check,
+    config=with_routing_keys,
+    lacks=missing_keys,
     knows=_knows,
 )

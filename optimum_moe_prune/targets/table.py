@@ -41,7 +41,12 @@ def _letters(name: str) -> str:
 
 
 def opened_by(
-    form: str, spec: MoESpec, config: ModelConfig, counts: Mapping[int, int], standalone: bool = False
+    form: str,
+    spec: MoESpec,
+    config: ModelConfig,
+    counts: Mapping[int, int],
+    standalone: bool = False,
+    made_for: str | None = None,
 ) -> str:
     """Which of the known programs open a pruned model, in words that follow "opened by".
 
@@ -51,6 +56,7 @@ def opened_by(
         config: The model's config, before or after pruning.
         counts: Experts of its MoE layers.
         standalone: Whether code that loads unequal layers without this package lies beside.
+        made_for: The target whose keys are written, whatever the config says.
     """
     takes, refuses = [], []
     for target in TARGETS.values():
@@ -58,10 +64,17 @@ def opened_by(
             continue
         if target.check(spec, config, counts, 1) is not None:
             refuses.append(target.title)
+        elif not _writes_keys(made_for, target) and (keys := target.lacks(config)):
+            refuses.append(f"{target.title} (it reads {keys}, which --for {target.name} writes)")
         else:
             takes.append(target.title + _condition(target, is_uniform(counts), standalone))
     said = ", ".join(takes) or "no program that is known here"
     return f"{said}; not by {', '.join(refuses)}" if refuses else said
+
+
+def _writes_keys(made_for: str | None, target: Target) -> bool:
+    """Whether an output for one program has the keys that another reads."""
+    return made_for in TARGETS and TARGETS[made_for].config is target.config
 
 
 def opened_in_general(form: str = CHECKPOINT) -> str:
@@ -92,8 +105,14 @@ def as_table(mark: str = "") -> list[list[str]]:
     rows = []
     for name, target in TARGETS.items():
         facts = (target.program, target.version, target.opens)
-        rows.append([f"{mark}{name}{mark}", *facts, target.uniform, target.unequal, target.quantised, target.evidence])
+        rows.append(
+            [f"{mark}{name}{mark}", *facts, target.uniform, target.unequal, target.quantised, _evidence(target)]
+        )
     return [[*_HEAD], *rows]
+
+
+def _evidence(target: Target) -> str:
+    return f"{target.evidence}; run here: {target.tried}" if target.tried else target.evidence
 
 
 def facts_of(target: Target) -> dict[str, str]:

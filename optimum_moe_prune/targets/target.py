@@ -43,6 +43,11 @@ def no_reason(spec: MoESpec, config: ModelConfig, parallel_size: int) -> str:
     return ""
 
 
+def nothing(config: ModelConfig) -> str:
+    """For programs that read no other keys than transformers writes."""
+    return ""
+
+
 def every_architecture(config: ModelConfig) -> bool:
     """For programs that know what transformers knows."""
     return True
@@ -70,6 +75,8 @@ class Target:
             numbers and the parallel size.
         config: A pruned model's ``config.json`` with the keys that it reads put in beside ours; of the file's values
             and the numbers of experts.
+        lacks: Keys that it reads, a model's config lacks and ``config`` writes, in words; empty where there are none.
+        tried: What of it was run here all the same, where it is known by reading.
         knows: Whether it has an implementation of its own of a model with this config.
     """
 
@@ -86,7 +93,9 @@ class Target:
     why_multiple: Callable[[MoESpec, ModelConfig, int], str] = no_reason
     check: Callable[[MoESpec, ModelConfig, Mapping[int, int] | None, int], str | None] = no_refusal
     config: Callable[[Json, Mapping[int, int]], Json] = same_config
+    lacks: Callable[[ModelConfig], str] = nothing
     knows: Callable[[ModelConfig], bool] = every_architecture
+    tried: str = ""
 
     @property
     def title(self) -> str:

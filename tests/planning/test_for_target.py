@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures.tiny import tiny_config
+from architectures.tiny import tiny_config, tiny_model
 from conftest import make_model, save_checkpoint
 from oracles import call, layout_of, plan_for
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from optimum_moe_prune import MoEPruner, MoEPrunerConfig, PruningPlan
 from optimum_moe_prune.architectures.table import architecture_of
@@ -239,6 +239,26 @@ def test_unequal_layers_are_not_for_those_who_build_them_alike(mixtral: Path, tm
     uneven.apply_to_checkpoint(mixtral, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "(after import optimum_moe_prune); not by vLLM 0.33, SGLang 0.5.23." in card
+
+
+@pytest.mark.parametrize("way", ["files", "memory"])
+def test_routers_keys_are_in_the_output(way: str, tmp_path: Path) -> None:
+    tiny_model("deepseek_v3").save_pretrained(tmp_path / "model")
+    config = MoEPrunerConfig(method="random", num_experts=8, target="vllm")
+    pruner = MoEPruner.from_pretrained(tmp_path / "model", config)
+    if way == "files":
+        pruner.prune_checkpoint(tmp_path / "out")
+    else:
+        pruner.prune(tiny_model("deepseek_v3"))
+        pruner.save_pretrained(tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert (values["topk_method"], values["scoring_func"]) == ("noaux_tc", "sigmoid")
+    assert "\nOpened by: transformers 5.14+, vLLM 0.33" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    AutoConfig.from_pretrained(tmp_path / "out")
+    plain = MoEPruner.from_pretrained(tmp_path / "model", replace(config, target=None))
+    plain.prune_checkpoint(tmp_path / "plain")
+    card = (tmp_path / "plain" / "README.md").read_text(encoding="utf-8")
+    assert "transformers 5.14+; not by vLLM 0.33 (it reads topk_method and scoring_func, which --for vllm" in card
 
 
 def test_on_the_command_line(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,6 +127,36 @@ def test_which_programs_open_it() -> None:
     assert table.opened_by(GGUF, MIXTRAL, known, {0: 4, 1: 5}).startswith("no program that is known here; not by ")
 
 
+def test_layers_of_different_sizes_of_nemotron_are_read_in_other_shapes() -> None:
+    nemotron = config("NemotronHForCausalLM")
+    assert "code that comes with NVIDIA's checkpoints" in (VLLM.check(MIXTRAL, nemotron, {1: 4, 3: 6}, 1) or "")
+    assert "not from per_layer_config" in (SGLANG.check(MIXTRAL, nemotron, {1: 4, 3: 6}, 1) or "")
+    assert VLLM.check(MIXTRAL, nemotron, same(4), 1) is SGLANG.check(MIXTRAL, nemotron, same(4), 1) is None
+
+
+def test_keys_for_routers_that_transformers_does_not_save() -> None:
+    values = {"model_type": "deepseek_v3", "n_routed_experts": 8}
+    written = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    for target in (VLLM, SGLANG):
+        assert target.config(values, same(8)) == values | written
+        kept = values | {"scoring_func": "softmax"}
+        assert target.config(kept, same(8)) == kept | {"topk_method": "noaux_tc"}
+        nested = {"model_type": "kimi_k25", "text_config": values, "vision_config": {"model_type": "kimi_k25_vision"}}
+        assert target.config(nested, same(8)) == {**nested, "text_config": values | written}
+        for other in ({"model_type": "mixtral"}, {"model_type": "deepseek_v2"}, {"model_type": "glm4_moe"}):
+            assert target.config(other, same(8)) == other
+    assert values == {"model_type": "deepseek_v3", "n_routed_experts": 8}
+    lacking = config("DeepseekV3ForCausalLM", model_type="deepseek_v3", scoring_func="sigmoid")
+    assert table.opened_by(CHECKPOINT, MIXTRAL, lacking, same(8)) == (
+        "transformers 5.14+; not by vLLM 0.33 (it reads topk_method, which --for vllm writes), SGLang 0.5.23 (it reads "
+        "topk_method, which --for sglang writes)"
+    )
+    read = "transformers 5.14+, vLLM 0.33 (read in source), SGLang 0.5.23 (read in source)"
+    assert table.opened_by(CHECKPOINT, MIXTRAL, lacking, same(8), made_for="sglang") == read
+    whole = config("DeepseekV3ForCausalLM", model_type="deepseek_v3", **written)
+    assert table.opened_by(CHECKPOINT, MIXTRAL, whole, same(8)) == read
+
+
 def test_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     code, shown, _ = call(capsys, "list", "targets")
     assert code == 0 and [line.split()[0] for line in shown.splitlines()] == ["for", *table.TARGETS]
