@@ -240,7 +240,7 @@ def plan_work(
     sizes, counts, config = sizes_of(layout), layout.num_experts, layout.config
     rule = layout.spec.routing(config)
     fit, choice, writes, after = None, None, 0, None
-    made_for = recipe.target if plan is None and recipe is not None else plan and plan.config.get("target")
+    made_for = plan.config.get("target") if plan is not None else None if recipe is None else recipe.target
     if plan is not None:
         choice = Choice(sum(plan.num_experts.values()), sum(plan.original_num_experts.values()), plan.num_experts, {})
         after = plan.without_heads.num_experts

@@ -147,7 +147,7 @@ IN_SGLANG = {
 }
 
 ROUTING_KEYS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-"""How routers choose: keys of published configs that transformers 5 does not save, since its classes have no other way.
+"""How routers choose: keys of published configs that transformers 5 does not save; its classes have no other way.
 
 vLLM makes no place for the correction bias without the first (``deepseek_v2.py``, line 327: loading ends in
 ``KeyError``, run here) and takes softmax without the second (line 387); SGLang reads both as they are

@@ -141,7 +141,7 @@ def test_keys_for_routers_that_transformers_does_not_save() -> None:
         assert target.config(values, same(8)) == values | written
         kept = values | {"scoring_func": "softmax"}
         assert target.config(kept, same(8)) == kept | {"topk_method": "noaux_tc"}
-        nested = {"model_type": "kimi_k25", "text_config": values, "vision_config": {"model_type": "kimi_k25_vision"}}
+        nested = {"model_type": "kimi_k25", "text_config": values, "vision_config": {"model_type": "seeing"}}
         assert target.config(nested, same(8)) == {**nested, "text_config": values | written}
         for other in ({"model_type": "mixtral"}, {"model_type": "deepseek_v2"}, {"model_type": "glm4_moe"}):
             assert target.config(other, same(8)) == other
