@@ -148,8 +148,8 @@ def test_keys_for_routers_that_transformers_does_not_save() -> None:
     assert values == {"model_type": "deepseek_v3", "n_routed_experts": 8}
     lacking = config("DeepseekV3ForCausalLM", model_type="deepseek_v3", scoring_func="sigmoid")
     assert table.opened_by(CHECKPOINT, MIXTRAL, lacking, same(8)) == (
-        "transformers 5.14+; not by vLLM 0.33 (it reads topk_method, which --for vllm writes), SGLang 0.5.23 (it reads "
-        "topk_method, which --for sglang writes)"
+        "transformers 5.14+; not by vLLM 0.33 (it reads topk_method, which --for vllm writes), "
+        "SGLang 0.5.23 (it reads topk_method, which --for sglang writes)"
     )
     read = "transformers 5.14+, vLLM 0.33 (read in source), SGLang 0.5.23 (read in source)"
     assert table.opened_by(CHECKPOINT, MIXTRAL, lacking, same(8), made_for="sglang") == read
