@@ -266,6 +266,9 @@ def test_on_the_command_line(mixtral: Path, tmp_path: Path, capsys: pytest.Captu
     code, shown, _ = call(capsys, *run, "--for", "sglang", "--parallel-size", 2, "--dry-run", tmp_path / "out")
     assert code == 0 and "4 experts in each layer" in shown
     assert "opened  by transformers 5.14+, vLLM 0.33 (read in source), SGLang 0.5.23 (read in source)" in shown
+    uneven = ("run", "--model", mixtral, "--method", "random", "--sparsity", "0.5", "--allocation", "global")
+    code, shown, _ = call(capsys, *uneven, "--dry-run", tmp_path / "out")
+    assert code == 0 and "(after import optimum_moe_prune); not by vLLM 0.33, SGLang 0.5.23\n" in shown
     code, shown, _ = call(capsys, *run, "--for", "sglang", "--parallel-size", 2, "--json", tmp_path / "out")
     values = json.loads(shown)
     assert code == 0 and values["opened_by"].startswith("transformers 5.14+, vLLM 0.33")
