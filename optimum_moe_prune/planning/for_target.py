@@ -19,7 +19,7 @@ from ..names import UNIFORM
 from ..plan import PruningPlan
 from ..storage.values import Json, is_integer
 from ..targets.table import get_target
-from ..targets.target import Target
+from ..targets.target import GGUF, Target
 from .build import budget_for
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Served:
                 f"{self.target.title} has no implementation of its own of a {self.spec.model_type!r} model as this "
                 "config.json names it; whether it opens it otherwise was not looked at"
             )
+        if self.target.opens == GGUF:
+            notes.append(f"{self.target.title} opens {GGUF} files: this checkpoint has to be converted to one")
         odd = sorted({count for count in counts.values() if count % self.multiple})
         if odd:
             named = " and ".join(map(str, odd))

@@ -150,6 +150,11 @@ def test_a_number_that_it_refuses_by_itself(pairs: Target) -> None:
     assert notes[0].startswith("Pairs 1.0 has no implementation of its own of a 'qwen3_moe' model")
 
 
+def test_a_file_of_another_form_is_made_of_it() -> None:
+    _, notes = rounded(MoEPrunerConfig(method="random", target="llama.cpp", num_experts=7))
+    assert any(note.endswith("opens GGUF files: this checkpoint has to be converted to one") for note in notes)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
