@@ -236,6 +236,8 @@ def test_what_needs_no_torch_starts_without(tmp_path: Path) -> None:
         "list models --json": 0,
         "list methods": 0,
         "list methods --json": 0,
+        "list targets": 0,
+        "list targets --json": 0,
         f"{run} --num-experts 4 --sparsity 0.5 out": 2,
         f"{run} --num-experts 4 --method reep out": 2,
         f"{run} --num-experts 0 out": 2,
