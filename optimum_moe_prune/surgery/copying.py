@@ -36,7 +36,7 @@ def _write_file(path: Path, pieces: dict[str, Piece], checkpoint: Checkpoint, wo
     pieces = {name: pieces[name] for name in sorted(pieces, key=lambda name: -width[name])}
     header = header_bytes(
         {name: (piece.dtype, piece.shape, piece.nbytes) for name, piece in pieces.items()},
-        {**checkpoint.metadata, "format": "pt"},
+        {**checkpoint.metadata, "format": "mlx" if checkpoint.metadata.get("format") == "mlx" else "pt"},
     )
     with contextlib.ExitStack() as files:
         target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)

@@ -14,12 +14,13 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..checkpoints.checkpoint import INDEX_FILE
-from ..checkpoints.cutting import select
+from ..checkpoints.checkpoint import INDEX_FILE, Checkpoint
+from ..checkpoints.cutting import Piece, select
 from ..checkpoints.layout import Layout
 from ..checkpoints.source import Source
 from ..errors import RequestError, RunError, faults_of
@@ -47,6 +48,77 @@ from .standalone import write_standalone
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A pruned folder that is checked and not written yet. Memory does not grow with the size of its tensors.
+
+    Attributes:
+        plan: The plan, with what became of heads.
+        checkpoint: The source.
+        target: The folder to write, absent or empty.
+        pieces: What is retained of each tensor, under its new name.
+        config: What stands in ``config.json``.
+        beside: What stands in files beside the weights that name or count experts.
+        max_shard_size: The most bytes in a file, as a number or ``"5GB"``.
+        overwrite: Replace an earlier output of this package.
+        always_index: Write an index beside a single file as well, for readers that look for one.
+    """
+
+    plan: PruningPlan
+    checkpoint: Checkpoint
+    target: Path
+    pieces: Mapping[str, Piece] = field(repr=False)
+    config: Json = field(repr=False)
+    beside: Mapping[str, bytes] = field(repr=False)
+    max_shard_size: str | int = MAX_SHARD_SIZE
+    overwrite: bool = False
+    always_index: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are written."""
+        return sum(piece.nbytes for piece in self.pieces.values())
+
+    @contextlib.contextmanager
+    def written(self, recipe: Values | None = None) -> Iterator[Path]:
+        """Write all of it beside the target, and rename it when the ``with`` ends.
+
+        Args:
+            recipe: To store beside the plan; by default the plan's own.
+
+        Yields:
+            The folder with everything in it; what is to be added is added inside the ``with``.
+
+        Raises:
+            RequestError: If the target is in the way, or the disk has no room.
+            RunError: If a retained weight is NaN or infinite, or something cannot be written.
+        """
+        checkpoint, source = self.checkpoint, self.checkpoint.name_or_path
+        files = split_state_dict_into_shards_factory(
+            self.pieces,
+            get_storage_size=lambda piece: piece.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=shard_bytes(self.max_shard_size),
+        )
+        check_space(self.target, self.nbytes)
+        with written_folder(self.target, self.overwrite, [source], PLAN_NAME) as output:
+            with working("writing the checkpoint", self.nbytes, "B", "wrote") as work:
+                for file, names in files.filename_to_tensors.items():
+                    _write_file(output / file, {name: self.pieces[name] for name in names}, checkpoint, work)
+            checkpoint.check_unchanged()
+            if self.always_index or len(files.filename_to_tensors) > 1:
+                metadata: Json = {**checkpoint.index_metadata, **files.metadata}
+                if "total_parameters" in metadata:
+                    metadata["total_parameters"] = sum(math.prod(piece.shape) for piece in self.pieces.values())
+                write_json(
+                    output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename}, indent=2
+                )
+            carry_files(checkpoint.source, output, self.beside)
+            write_json(output / "config.json", self.config, indent=2)
+            add_records(output, self.plan, recipe)
+            yield output
 
 
 @contextlib.contextmanager
@@ -100,33 +172,14 @@ def pruned_checkpoint(
         check_heads_load(layout, pruned, heads or {})
     pieces = select(plan, layout, layout.head_names if heads is None else ())
     check_routers(plan, layout.fingerprints())
-    files = split_state_dict_into_shards_factory(
-        pieces,
-        get_storage_size=lambda piece: piece.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_bytes(max_shard_size),
-    )
-    total = sum(piece.nbytes for piece in pieces.values())
-    check_space(target, total)
     cut = cut_of_files(plan, layout)
     with faults_of(f"config.json of {source}"):
         config = with_settings(config_of_files(layout, pruned), cut)
         if served is not None:
             config = served.target.config(config, plan.without_heads.num_experts)
     beside = changed_files(checkpoint.source, cut)
-    with written_folder(target, overwrite, [source], PLAN_NAME) as output:
-        with working("writing the checkpoint", total, "B", "wrote") as work:
-            for file, names in files.filename_to_tensors.items():
-                _write_file(output / file, {name: pieces[name] for name in names}, checkpoint, work)
-        checkpoint.check_unchanged()
-        if len(files.filename_to_tensors) > 1:
-            metadata: Json = {**checkpoint.index_metadata, **files.metadata}
-            if "total_parameters" in metadata:
-                metadata["total_parameters"] = sum(math.prod(piece.shape) for piece in pieces.values())
-            write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename}, indent=2)
-        carry_files(checkpoint.source, output, beside)
-        write_json(output / "config.json", config, indent=2)
-        add_records(output, plan, recipe)
+    prepared = Prepared(plan, checkpoint, Path(target), pieces, config, beside, max_shard_size, overwrite)
+    with prepared.written(recipe) as output:
         if standalone and not uniform:  # elsewhere nothing is needed
             write_standalone(output, layout.config)
         yield output
