@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from ..plan import PruningPlan
 from ..storage.gguf_files import is_gguf
 from ..storage.values import Json
+from .mlx.names import is_mlx_folder
 
 
 class Cutting(Protocol):
@@ -91,7 +92,16 @@ GGUF_FILE = Form(
     "a GGUF file", lambda path: is_gguf(path) or (path.suffix == ".gguf" and path.is_file()), _prepare_gguf
 )
 
-FORMS: tuple[Form, ...] = (GGUF_FILE,)
+
+def _prepare_mlx(plan: PruningPlan, source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> Cutting:
+    from .mlx.cutting import prepare_mlx
+
+    return prepare_mlx(plan, source, target, **options)
+
+
+MLX_FOLDER = Form("an MLX folder", is_mlx_folder, _prepare_mlx)
+
+FORMS: tuple[Form, ...] = (GGUF_FILE, MLX_FOLDER)
 
 
 def form_of(path: str | os.PathLike) -> Form | None:

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan applied to an MLX folder: experts and router rows cut as bytes, into a folder that mlx-lm opens."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...architectures.fingerprint import SKETCH, same_routers, same_sketch, sketch_of
+from ...checkpoints.checkpoint import Checkpoint
+from ...checkpoints.cutting import select
+from ...checkpoints.source import Source
+from ...compat import text_config
+from ...errors import RequestError
+from ...names import CARD_NAME, NOTES_LOGGER, PLAN_NAME
+from ...plan import PruningPlan, with_parent
+from ...storage.files import write_text
+from ...storage.folders import check_space, check_target
+from ...storage.values import Json, read_json
+from ...surgery.checks import check_plan_for_config, check_routers
+from ...surgery.config_json import config_after, config_of_files, source_config
+from ...surgery.cuts import changed_files, cut_of_files
+from ...surgery.files import MAX_SHARD_SIZE, Prepared, shard_bytes
+from ...surgery.heads import with_heads_settled
+from ...surgery.side_files import COUNT_KEYS
+from .card import card_of
+from .layout import MLXLayout, find_mlx_layout
+from .names import INDEX
+
+logger = logging.getLogger(NOTES_LOGGER)
+
+SAME = "the router weights are those of the model the plan was made for"
+ALIKE = "the router weights are those of the model the plan was made for, as far as these tell"
+UNPROVEN = "the plan remembers no router weights that these can be compared with: only counts and shapes were checked"
+
+
+@dataclass(frozen=True)
+class MLXCut:
+    """A cut of an MLX folder that was checked and not begun.
+
+    Attributes:
+        prepared: What is written.
+        summary: What will be done, in lines for people.
+        facts: The same as plain values.
+    """
+
+    prepared: Prepared
+    summary: str
+    facts: Json = field(repr=False)
+
+    def write(self) -> Path:
+        """Write beside the target and rename; the target.
+
+        Raises:
+            RunError: If something cannot be written, or a retained weight is NaN or infinite.
+        """
+        target = self.prepared.target
+        with self.prepared.written() as folder:
+            write_text(folder / CARD_NAME, card_of(self.prepared.plan, folder, target.resolve().name))
+        return target
+
+
+def prepare_mlx(
+    plan: PruningPlan,
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str | int | None = None,
+) -> MLXCut:
+    """Check a cut of an MLX folder whole (``formats.Prepare``).
+
+    Raises:
+        RequestError: If the plan is for another model or keeps different numbers in the layers, the folder is damaged
+            or of an architecture that is not known, or the target is in the way.
+    """
+    folder = Source.of(source)
+    check_target(target, overwrite, [folder.name_or_path], PLAN_NAME)
+    size = MAX_SHARD_SIZE if max_shard_size is None else max_shard_size
+    shard_bytes(size)
+    values = source_config(folder)
+    _check_counted(values, folder.name_or_path)
+    check_plan_for_config(plan, folder.config)
+    checkpoint = Checkpoint.open(folder)
+    layout = find_mlx_layout(checkpoint, folder.config)
+    if plan.uniform_num_experts is None:
+        raise RequestError(
+            "this plan keeps different numbers of experts in the layers, and mlx-lm builds every layer with the one "
+            "number that config.json says. Make a plan with a uniform allocation (allocation='uniform')."
+        )
+    if layout.foreign:
+        raise RequestError(
+            f"{layout.foreign[0]} of {folder.name_or_path} are experts outside the model's layers, which no plan names "
+            "and mlx-lm does not build. Remove them from the folder."
+        )
+    plan = with_heads_settled(with_parent(plan.without_recovery, folder.stored_plan()), layout)
+    pieces = select(plan, layout)
+    proof = _proof(plan, layout)
+    config = _counted(layout, plan.num_experts)
+    _read_index(checkpoint)
+    prepared = Prepared(
+        plan,
+        checkpoint,
+        Path(target),
+        pieces,
+        config,
+        changed_files(folder, cut_of_files(plan, layout)),
+        size,
+        overwrite,
+        always_index=folder.find(INDEX) is not None,
+    )
+    check_space(target, prepared.nbytes)
+    if proof == UNPROVEN:
+        logger.warning("%s.", proof)
+    return MLXCut(prepared, _summary(layout, prepared, proof), _facts(layout, prepared, proof))
+
+
+def _check_counted(values: Json, name: str) -> None:
+    """Refuse a config that leaves the number of experts to whoever reads it: readers differ in what they take."""
+    parts = [values, *(part for part in values.values() if isinstance(part, dict))]
+    if not any(key in COUNT_KEYS for part in parts for key in part):
+        raise RequestError(
+            f"config.json of {name} says no number of experts ({', '.join(sorted(COUNT_KEYS)[:4])} ...). Fetch it "
+            "again, or write the number into it."
+        )
+
+
+def _counted(layout: MLXLayout, counts: Mapping[int, int]) -> Json:
+    """The source's ``config.json`` with the new number under every key that counts routed experts there."""
+    values = config_of_files(layout, config_after(layout, counts, {}))
+    before, after = next(iter(layout.num_experts.values())), next(iter(counts.values()))
+    inner = text_config(layout.config)
+    part: Json = values
+    if inner is not layout.config:
+        part = next(
+            (own for key, own in values.items() if isinstance(own, dict) and getattr(layout.config, key, None) is inner),
+            values,
+        )
+    part.update({key: after for key in COUNT_KEYS & part.keys() if type(part[key]) is int and part[key] == before})
+    return values
+
+
+def _read_index(checkpoint: Checkpoint) -> None:
+    """Keep what the index says beside the names; but what counts packed words as parameters would be wrong."""
+    found = checkpoint.source.find(INDEX)
+    metadata = {} if found is None else read_json(found).get("metadata")
+    checkpoint.index_metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    if any(tensor.dtype == "U32" for tensor in checkpoint.tensors.values()):
+        checkpoint.index_metadata.pop("total_parameters", None)
+
+
+def _proof(plan: PruningPlan, layout: MLXLayout) -> str:
+    """How well it is known that the plan was made for this model.
+
+    Raises:
+        RequestError: If it was made for one with other routers.
+    """
+    quantised = any(map(layout.is_quantised, layout.layers))
+    if not quantised and not layout.absent:
+        found = layout.fingerprints()
+        half = "fingerprint_float16"
+        in_half = plan.made_for.get(half) == found[half]  # converted to it: both are the same, rounded
+        if not (in_half and same_sketch(plan.made_for.get(SKETCH) or {}, found[SKETCH])):
+            check_routers(plan, found)
+        return SAME if not same_routers(plan.made_for, {**found, **_NO_MODEL}) else UNPROVEN
+    with layout.checkpoint.reader() as read:
+        mine = {str(index): sketch_of(layout.router(index, read)) for index in layout.layers}
+    alike = same_sketch(plan.made_for.get(SKETCH) or {}, mine)
+    if alike is False:
+        raise RequestError(
+            "this plan was made for a model with other router weights "
+            f"({plan.made_for.get('name_or_path') or 'unnamed'}) than those of {layout.checkpoint.name_or_path}."
+        )
+    return UNPROVEN if alike is None else ALIKE
+
+
+_NO_MODEL = {"fingerprint": "", "fingerprint_bfloat16": "", "fingerprint_float16": ""}
+
+
+def _facts(layout: MLXLayout, prepared: Prepared, proof: str) -> Json:
+    counts = layout.num_experts
+    return {
+        "form": "MLX folder",
+        "model_type": layout.spec.model_type,
+        "layers": len(counts),
+        "experts": next(iter(counts.values())),
+        "retained": prepared.plan.uniform_num_experts,
+        "bytes_before": layout.checkpoint.nbytes,
+        "bytes": prepared.nbytes,
+        "routers": proof,
+        "opened_by": "mlx-lm",
+    }
+
+
+def _summary(layout: MLXLayout, prepared: Prepared, proof: str) -> str:
+    facts = _facts(layout, prepared, proof)
+    said = source_config(layout.checkpoint.source).get("quantization")
+    bits = f", {said['bits']} bits in groups of {said['group_size']}" if isinstance(said, dict) else ""
+    return (
+        f"MLX folder {layout.checkpoint.name_or_path}: {facts['model_type']}{bits}; {facts['layers']} layers with "
+        f"{facts['experts']} experts each, of which {facts['retained']} are retained.\n"
+        f"It has {facts['bytes_before'] / 1e6:,.1f} MB of weights; {facts['bytes'] / 1e6:,.1f} MB are copied to "
+        f"{prepared.target}, byte for byte.\n{proof[0].upper()}{proof[1:]}.\nmlx-lm opens the result."
+    )
