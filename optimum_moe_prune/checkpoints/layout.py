@@ -158,10 +158,10 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
             return _found_layout(checkpoint, config)
     except RequestError as error:
         if what := _another_format(checkpoint, config):
-            raise RequestError(
-                f"{checkpoint.name_or_path} holds weights in another format: {what}. Prune the original checkpoint, "
-                "and convert what comes out."
-            ) from error
+            way = "Prune the original checkpoint, and convert what comes out."
+            if what.startswith("MLX"):
+                way = "Make a plan with the original checkpoint; it can be applied to a folder like this."
+            raise RequestError(f"{checkpoint.name_or_path} holds weights in another format: {what}. {way}") from error
         raise
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...architectures.fingerprint import SKETCH, same_routers, same_sketch, sketch_of
+from ...architectures.spec import COUNT_KEYS as USUAL_KEYS
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.cutting import select
 from ...checkpoints.source import Source
@@ -93,8 +94,8 @@ def prepare_mlx(
         )
     if layout.foreign:
         raise RequestError(
-            f"{layout.foreign[0]} of {folder.name_or_path} are experts outside the model's layers, which no plan names "
-            "and mlx-lm does not build. Remove them from the folder."
+            f"{layout.foreign[0]} of {folder.name_or_path} are experts outside the model's layers, which no plan "
+            "names and mlx-lm does not build. Remove them from the folder."
         )
     plan = with_heads_settled(with_parent(plan.without_recovery, folder.stored_plan()), layout)
     pieces = select(plan, layout)
@@ -115,6 +116,13 @@ def prepare_mlx(
     check_space(target, prepared.nbytes)
     if proof == UNPROVEN:
         logger.warning("%s.", proof)
+    if below := _below_zero(plan, layout):
+        logger.warning(
+            "layer %s retains experts whose correction bias is below zero. Where a token's groups of experts are "
+            "chosen, mlx-lm counts those of the others as 0 and may take them before such ones, as it does with the "
+            "whole model; transformers does not.",
+            ", ".join(map(str, below)),
+        )
     return MLXCut(prepared, _summary(layout, prepared, proof), _facts(layout, prepared, proof))
 
 
@@ -123,8 +131,8 @@ def _check_counted(values: Json, name: str) -> None:
     parts = [values, *(part for part in values.values() if isinstance(part, dict))]
     if not any(key in COUNT_KEYS for part in parts for key in part):
         raise RequestError(
-            f"config.json of {name} says no number of experts ({', '.join(sorted(COUNT_KEYS)[:4])} ...). Fetch it "
-            "again, or write the number into it."
+            f"config.json of {name} says no number of experts ({', '.join(USUAL_KEYS)}). Fetch it again, or write "
+            "the number into it."
         )
 
 
@@ -136,7 +144,11 @@ def _counted(layout: MLXLayout, counts: Mapping[int, int]) -> Json:
     part: Json = values
     if inner is not layout.config:
         part = next(
-            (own for key, own in values.items() if isinstance(own, dict) and getattr(layout.config, key, None) is inner),
+            (
+                own
+                for key, own in values.items()
+                if isinstance(own, dict) and getattr(layout.config, key, None) is inner
+            ),
             values,
         )
     part.update({key: after for key in COUNT_KEYS & part.keys() if type(part[key]) is int and part[key] == before})
@@ -178,6 +190,20 @@ def _proof(plan: PruningPlan, layout: MLXLayout) -> str:
 
 
 _NO_MODEL = {"fingerprint": "", "fingerprint_bfloat16": "", "fingerprint_float16": ""}
+
+
+def _below_zero(plan: PruningPlan, layout: MLXLayout) -> list[int]:
+    """Layers in which what mlx-lm does with groups of experts may differ, as it does in the source."""
+    if layout.spec.routing(layout.config).groups == 1:
+        return []
+    found = []
+    with layout.checkpoint.reader() as read:
+        for index, layer in layout.layers.items():
+            logits = layout.structure.moe[index].logits_from
+            for bias in (read(name).flatten() for path, name in layer.router.items() if path != logits):
+                if bias.is_floating_point() and bool((bias[list(plan.retained[index])] < 0).any()):
+                    found.append(index)
+    return found
 
 
 def _facts(layout: MLXLayout, prepared: Prepared, proof: str) -> Json:

@@ -9,8 +9,7 @@ one tensor of the block that can be it is taken, or none.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -52,10 +51,8 @@ class _Names:
     def beside(self, path: str) -> list[str]:
         """What lies beside a weight, with something of each of its rows."""
         start = path.removesuffix(".weight")
-        return [
-            f"{start}.{kind}" for kind in BESIDE if path != start and self.shapes.get(f"{start}.{kind}", ()) != ()
-            and f"{start}.{kind}" in self.names
-        ]
+        beside = [] if path == start else [f"{start}.{kind}" for kind in BESIDE]
+        return [other for other in beside if self.shapes.get(other)]  # a scale of the whole matrix has no rows
 
     def _is_beside(self, path: str) -> bool:
         module, _, kind = path.rpartition(".")
