@@ -52,8 +52,12 @@ class Served:
         """Why they have to."""
         return self.target.why_multiple(self.spec, self.config, self.parallel_size)
 
-    def refusal(self, counts: Mapping[int, int]) -> str | None:
-        """Why the program refuses such numbers of experts, in a sentence without its end; None where it does not."""
+    def refusal(self, counts: Mapping[int, int] | None) -> str | None:
+        """Why the program refuses such numbers of experts, in a sentence without its end; None where it does not.
+
+        Args:
+            counts: Experts of the MoE layers; None for whatever numbers.
+        """
         why = self.target.check(self.spec, self.config, counts, self.parallel_size)
         return None if why is None else f"{self.target.title} {why}"
 
@@ -94,6 +98,7 @@ def recipe_for_target(
     if config.target is None:
         return config, []
     served = Served(get_target(config.target), spec, model_config, config.parallel_size)
+    _check_model(served)
     if config.allocates != UNIFORM and (why := served.refusal(unequal(num_experts))) is not None:
         raise RequestError(
             f"allocation={config.allocates!r} leaves layers with different numbers of experts, and {why}. Ask for "
@@ -130,6 +135,7 @@ def check_counts(served: Served, counts: Mapping[int, int]) -> None:
     Raises:
         RequestError: With what it does and what to change.
     """
+    _check_model(served)
     why = served.refusal(counts)
     if why is None:
         return
@@ -143,6 +149,16 @@ def check_counts(served: Served, counts: Mapping[int, int]) -> None:
     if size > 1:
         why, devices = f"{why}; parallel_size is {size}", ", or fewer devices"
     raise RequestError(f"layers keep {low} experts, and {why}. Ask for another number of experts{devices}.")
+
+
+def _check_model(served: Served) -> None:
+    """Raise where a target refuses a model whatever its layers keep.
+
+    Raises:
+        RequestError: With what it does.
+    """
+    if (why := served.refusal(None)) is not None:
+        raise RequestError(f"{why}. Leave out target={served.target.name!r}: what is written is for others then.")
 
 
 def _check_possible(served: Served, num_experts: Mapping[int, int], multiple: int) -> None:

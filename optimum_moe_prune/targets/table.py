@@ -60,7 +60,7 @@ def opened_by(
     """
     takes, refuses = [], []
     for target in TARGETS.values():
-        if target.opens != form or not target.knows(config):
+        if (target.opens != form and target.name != made_for) or not target.knows(config):
             continue
         if target.check(spec, config, counts, 1) is not None:
             refuses.append(target.title)

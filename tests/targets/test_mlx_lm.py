@@ -121,8 +121,23 @@ def test_an_output_for_mlx_is_opened_by_both(tmp_path: Path, capsys: pytest.Capt
     given = ["apply", "--model", tmp_path / "model", "--plan", tmp_path / "plan.json", "--for", "mlx"]
     code, _, error = call(capsys, *given, tmp_path / "out")
     assert code == 0, error
+    assert "mlx-lm 0.32.2" in (tmp_path / "out" / "README.md").read_text()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["num_experts"], config["num_local_experts"], config["rope_theta"]) == (6, 6, 10000.0)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         assert torch.allclose(answers(opened(tmp_path / "out"), IDS), loaded(input_ids=IDS).logits, atol=1e-4)
+
+
+def test_what_it_refuses_whatever_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("qwen3_moe", rope_parameters=YARN)
+    model.save_pretrained(tmp_path / "model")
+    plan_for(model, 6).save(tmp_path / "plan.json")
+    given = ["--model", tmp_path / "model", "--for", "mlx"]
+    code, _, error = call(capsys, "apply", *given, "--plan", tmp_path / "plan.json", tmp_path / "out")
+    assert code == 2 and "'yarn' as transformers does for this model. Leave out --for mlx" in error
+    (tmp_path / "text.txt").write_text("some words")
+    run = ["run", *given, "--calibration", tmp_path / "text.txt", "--method", "random", "--num-experts", 6]
+    code, _, error = call(capsys, *run, tmp_path / "out")
+    assert code == 2 and "Leave out --for mlx" in error and "random:" not in error
+    assert not (tmp_path / "out").exists()

@@ -27,6 +27,7 @@ from ...surgery.cuts import changed_files, cut_of_files
 from ...surgery.files import MAX_SHARD_SIZE, Prepared, shard_bytes
 from ...surgery.heads import with_heads_settled
 from ...surgery.side_files import COUNT_KEYS
+from ...targets.mlx_lm import MLX
 from .card import card_of
 from .layout import MLXLayout, find_mlx_layout
 from .names import INDEX
@@ -89,7 +90,7 @@ def prepare_mlx(
     layout = find_mlx_layout(checkpoint, folder.config)
     if plan.uniform_num_experts is None:
         raise RequestError(
-            "this plan keeps different numbers of experts in the layers, and mlx-lm builds every layer with the one "
+            f"this plan keeps different numbers of experts in the layers, and {MLX.title} builds all with the one "
             "number that config.json says. Make a plan with a uniform allocation (allocation='uniform')."
         )
     if layout.foreign:
@@ -217,7 +218,7 @@ def _facts(layout: MLXLayout, prepared: Prepared, proof: str) -> Json:
         "bytes_before": layout.checkpoint.nbytes,
         "bytes": prepared.nbytes,
         "routers": proof,
-        "opened_by": "mlx-lm",
+        "opened_by": MLX.title,
     }
 
 
@@ -229,5 +230,5 @@ def _summary(layout: MLXLayout, prepared: Prepared, proof: str) -> str:
         f"MLX folder {layout.checkpoint.name_or_path}: {facts['model_type']}{bits}; {facts['layers']} layers with "
         f"{facts['experts']} experts each, of which {facts['retained']} are retained.\n"
         f"It has {facts['bytes_before'] / 1e6:,.1f} MB of weights; {facts['bytes'] / 1e6:,.1f} MB are copied to "
-        f"{prepared.target}, byte for byte.\n{proof[0].upper()}{proof[1:]}.\nmlx-lm opens the result."
+        f"{prepared.target}, byte for byte.\n{proof[0].upper()}{proof[1:]}.\nOpened by: {MLX.title}."
     )
