@@ -29,7 +29,7 @@ def loss(model, tokenizer, texts):
     """Nats per token, of texts one by one."""
     total, tokens = 0.0, 0
     for text in texts:
-        ids = mx.array([tokenizer.encode(text["text"])[:256]])
+        ids = mx.array([tokenizer.encode(text["text"])[:128]])
         logits = model(ids[:, :-1]).astype(mx.float32)
         total += nn.losses.cross_entropy(logits, ids[:, 1:], reduction="sum").item()
         tokens += ids.shape[1] - 1
@@ -44,7 +44,7 @@ args = parser.parse_args()
 
 with tempfile.TemporaryDirectory() as scratch:
     output = args.output or Path(scratch)
-    texts = make_corpus({"train": 10, "heldout": 1})
+    texts = make_corpus({"train": 5, "heldout": 1})
     config = MoEPrunerConfig(method="enumeration", num_experts=args.num_experts, target="mlx")
     pruner = MoEPruner.from_pretrained(args.model, config=config)
     pruner.prune_checkpoint(output / "pruned", calibration=texts["train"])

@@ -6,15 +6,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
+import pytest
 import torch
-from mlx import nn
-from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_moe_prune.targets.mlx_lm import MLX
+
+pytest.importorskip("mlx_lm", reason="mlx-lm wants Python 3.11, and Linux or macOS")
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 
 def opened(folder: Path) -> nn.Module:

@@ -179,12 +179,14 @@ def test_the_quickstart_runs(tmp_path: Path, small: dict[str, str]) -> None:
         ("gguf_file.py", ["{mixtral}", "--output", "out"], "11.6 MB, 4 experts in each layer"),
         ("own_method.py", [], "loyal: 36 of 48 experts retained"),
         ("add_architecture.py", [], "SigmoidForCausalLM with 8 experts in each layer"),
+        ("mlx_folder.py", ["{mixtral}"], "four-bits-pruned"),
         ("serve_vllm.py", ["{qwen3_moe}", "--output", "out"], "24 experts in a layer, since its expert load balancer"),
         ("how_far.py", ["{mixtral}", "--samples", "2", "--output", "page.html"], "page.html"),
     ],
 )
 def test_the_examples_run(script: str, arguments: list[str], said: str, tmp_path: Path, small: dict[str, str]) -> None:
-    for name, package in (("how_far.py", "matplotlib"), ("prune_then_quantise.py", "torchao")):
+    needs = {"how_far.py": "matplotlib", "prune_then_quantise.py": "torchao", "mlx_folder.py": "mlx_lm"}
+    for name, package in needs.items():
         if script == name:
             pytest.importorskip(package)
     arguments = [argument.format(**small) for argument in arguments]

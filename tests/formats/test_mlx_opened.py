@@ -6,21 +6,26 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from architectures.tiny import tiny_model
-from mlx_models import answers, converted, mask, opened, saved_for_mlx
+from mlx_models import answers, converted, mask, mx, opened, saved_for_mlx
 from oracles import plan_for
 from safetensors.torch import load_file
 
 from optimum_moe_prune.formats import form_of
 from optimum_moe_prune.formats.mlx.numbers import dequantised
 
-WIDE = {"hidden_size": 64, "moe_intermediate_size": 32}  # groups of 32 are the smallest of mlx
+WIDE = {"hidden_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 2}  # groups of 32 are the smallest of mlx
 MODELS = {
-    "mixtral": {"sliding_window": None, "hidden_size": 64, "head_dim": None, "intermediate_size": 32},
+    "mixtral": {
+        "sliding_window": None,
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "head_dim": None,
+        "intermediate_size": 32,
+    },
     "qwen2_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": False, **WIDE}
     | {"intermediate_size": 64, "shared_expert_intermediate_size": 32},
     "qwen3_moe": {**WIDE, "intermediate_size": 64},
@@ -54,7 +59,7 @@ def test_a_cut_folder_answers_as_the_masked_original(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(("mode", "bits", "group"), [("mxfp4", 4, 32), ("nvfp4", 4, 16)])
 def test_other_modes_are_cut_alike(mode: str, bits: int, group: int, tmp_path: Path) -> None:
-    model = tiny_model("qwen3_moe", hidden_size=64, moe_intermediate_size=64, intermediate_size=64)
+    model = tiny_model("qwen3_moe", **MODELS["qwen3_moe"])
     plan = plan_for(model, 6)
     source = converted(saved_for_mlx(model, tmp_path / "checkpoint"), tmp_path / "source", bits, group, mode)
     form = form_of(source)
