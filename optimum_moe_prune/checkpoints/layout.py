@@ -160,7 +160,7 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
         if what := _another_format(checkpoint, config):
             way = "Prune the original checkpoint, and convert what comes out."
             if what.startswith("MLX"):
-                way = "Make a plan with the original checkpoint; it can be applied to a folder like this."
+                way = "Prune the original checkpoint; its plan can be applied to a folder like this as well (apply)."
             raise RequestError(f"{checkpoint.name_or_path} holds weights in another format: {what}. {way}") from error
         raise
 

@@ -69,7 +69,7 @@ class Prepared:
     plan: PruningPlan
     checkpoint: Checkpoint
     target: Path
-    pieces: Mapping[str, Piece] = field(repr=False)
+    pieces: dict[str, Piece] = field(repr=False)
     config: Json = field(repr=False)
     beside: Mapping[str, bytes] = field(repr=False)
     max_shard_size: str | int = MAX_SHARD_SIZE
