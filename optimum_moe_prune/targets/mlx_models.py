@@ -323,8 +323,8 @@ def keys_for(model_type: str, part: Json) -> Json:
         new["rope_theta"] = rope["rope_theta"]
         if "partial_rotary_factor" in rope:
             new["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        if (kind := rope.get("rope_type", "default")) != "default":
-            new["rope_scaling"] = {**rope, "type": kind}
+        if rope.get("rope_type", "default") != "default":
+            new["rope_scaling"] = dict(rope)
     for key, usual in reads.aliases.items():
         if usual in part:
             new[key] = part[usual]

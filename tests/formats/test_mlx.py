@@ -13,6 +13,7 @@ import torch
 from architectures.tiny import tiny_model
 from formats.mlx_folders import mlx_tensors, packed, write_mlx
 from oracles import call, plan_for
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,8 +25,10 @@ from optimum_moe_prune.formats.mlx.names import is_mlx_folder
 from optimum_moe_prune.formats.mlx.numbers import dequantised
 
 QUANTISED = {"mixtral": True, "deepseek_v3": False, "qwen3_moe": True}
-ALIASES = {"mixtral": {"num_experts": 12}, "qwen3_moe": {"num_experts": 12}}
-COUNTED = {name: {"num_local_experts", "num_experts"} for name in ALIASES} | {"deepseek_v3": {"n_routed_experts"}}
+ALIASES = {"mixtral": {"num_experts": 12, "num_moe_experts": 12}, "qwen3_moe": {"num_experts": 12}}
+COUNTED = {name: {"num_local_experts", *keys} for name, keys in ALIASES.items()} | {
+    "deepseek_v3": {"n_routed_experts"}
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,8 @@ def test_experts_and_router_rows_remain_as_they_were(
         assert after[key].dtype == tensor.dtype and torch.equal(
             after[key].view(torch.uint8), tensor.contiguous().view(torch.uint8)
         )
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "mlx"}
     config, was = (json.loads((folder / "config.json").read_text()) for folder in (out, source))
     counted = {key for key in was if config[key] != was[key]}
     assert counted == COUNTED[name]
