@@ -213,6 +213,40 @@ def test_a_config_has_to_count(models: dict[str, PreTrainedModel], copied: tuple
     assert "no_such_type" in refused(plan_for(models["mixtral"], 6), source, out)
 
 
+@pytest.mark.parametrize(
+    ("name", "renamed", "proof"),
+    [
+        (
+            "bailing_hybrid",
+            {"gate.weight": "gate.gate_proj.weight", "e_score_correction_bias": "expert_bias"},
+            "plan was made for",
+        ),
+        ("ernie4_5_moe", {"e_score_correction_bias": None}, "as far as these tell"),  # mlx-lm has no such bias
+    ],
+)
+def test_routers_that_mlx_lm_names_otherwise(
+    name: str, renamed: dict[str, str | None], proof: str, tmp_path: Path
+) -> None:
+    model = tiny_model(name)
+    model._folder = tmp_path / "model"
+    tensors = {}
+    for key, tensor in mlx_tensors(model).items():
+        old = next((end for end in renamed if key.endswith(end)), "")
+        new = renamed.get(old, "")
+        if new is not None:
+            tensors[key.removesuffix(old) + new] = tensor
+    plan = plan_for(model, 6)
+    form = form_of(source := write_mlx(tmp_path / "source", model, tensors))
+    assert form is not None
+    cut = form.prepare(plan, source, tmp_path / "out")
+    assert cut.facts["routers"].endswith(proof)
+    after = load_file(cut.write() / "model.safetensors")
+    for layer, retained in plan.retained.items():
+        keys = [key for key in tensors if f"layers.{layer}.mlp." in key and (".gate." in key or "bias" in key)]
+        assert len(keys) == (2 if name == "bailing_hybrid" else 1)
+        assert all(torch.equal(after[key], tensors[key][list(retained)]) for key in keys)
+
+
 def test_groups_and_biases_below_zero_are_said(
     models: dict[str, PreTrainedModel], folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -139,9 +139,8 @@ def _layers_with_stacks(checkpoint: Checkpoint) -> dict[int, _Names]:
     stacks: dict[str, dict[int, _Names]] = {}
     for stem, layers in found.items():
         for index, names in layers.items():
-            stacked = tuple(path for path in names if stack_of(path.split(".")) is not None)
-            if stacked:
-                shapes = {path: checkpoint.tensors[name].shape for path, name in names.items()}
+            shapes = {path: checkpoint.tensors[name].shape for path, name in names.items()}
+            if stacked := _stacked(shapes):
                 stacks.setdefault(stem, {})[index] = _Names(names, shapes, stacked)
     if len(stacks) > 1:
         raise RequestError(
@@ -149,6 +148,16 @@ def _layers_with_stacks(checkpoint: Checkpoint) -> dict[int, _Names]:
             "decoder layers is what can be pruned."
         )
     return next(iter(stacks.values()), {})
+
+
+def _stacked(shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+    """The tensors of the modules of a layer that stack experts: one of their weights has three dimensions."""
+    modules: dict[str, list[str]] = {}
+    for path in shapes:
+        if stack_of(path.split(".")) is not None:
+            modules.setdefault(path.rsplit(".", 2)[0], []).append(path)
+    stacks = [paths for paths in modules.values() if any(len(shapes[path]) == 3 for path in paths)]
+    return tuple(path for paths in stacks for path in paths)
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,10 @@ class _Finder:
     def layer(self, index: int, files: _Names) -> tuple[MoELayer, list[str]]:
         """The tensors of a MoE layer, and which of its router mlx-lm does not have."""
         layer = MoELayer(self.spec.num_experts(self.layout.config, index))
+        tensors = self.layout.structure.moe[index].tensors
         for path in files.stacked:
+            if self._target(index, path) not in (None, *tensors):
+                continue  # of all experts together: a norm of what they give
             if files.shapes[path][:1] != (layer.num_experts,):
                 raise self._fault(files, path, f"and config.json says {layer.num_experts} experts in layer {index}")
             layer.fused[path] = files.names[path]

@@ -50,8 +50,8 @@ def stack_of(parts: Sequence[str]) -> int | None:
 
     ``mlp.switch_mlp.up_proj.scales``: 1. Experts with tensors of their own, by number, are not stacked.
     """
-    place = next((number for number, part in enumerate(parts) if part in STACKS), None)
-    if place is None or len(parts) - place not in (3, 4) or parts[place + 1].isdigit():
+    place = len(parts) - 3
+    if place < 0 or parts[place] not in STACKS or parts[place + 1].isdigit():
         return None
     return place if _OF_A_PROJECTION.fullmatch(".".join(parts)) else None
 
