@@ -29,5 +29,5 @@ def opened_in_words(folder: str | os.PathLike, plan: PruningPlan) -> str:
     except (OSError, ValueError, LookupError, RequestError):
         return ""
     standalone = (Path(folder) / f"{STANDALONE_STEM}.py").is_file()
-    counts, asked = plan.without_heads.num_experts, plan.config.get("target")
-    return opened_by(CHECKPOINT, spec, config, counts, standalone, asked)
+    counts, made_for = plan.without_heads.num_experts, plan.config.get("target")
+    return opened_by(CHECKPOINT, spec, config, counts, standalone, made_for)
