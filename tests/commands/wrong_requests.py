@@ -25,7 +25,7 @@ COMMANDS = (
     ("--nothing", "--nothing is not known here; name a command first"),
     ("list model", "did you mean models?"),
     ("list method", "did you mean methods?"),
-    ("list", "methods|models|presets is missing"),
+    ("list", "methods|models|presets|targets is missing"),
     ("list experts", "'experts' is not known; known: methods, models, presets"),
     ("list models methods", "2 words stand without a flag: 'models' and 'methods'"),
     ("list models --markdwon", "did you mean --markdown?"),
@@ -379,7 +379,7 @@ TEXTS = (
 )
 
 IDLE = (
-    (f"{PLAN} --num-experts 4 --model mixtral p.json", "--model is for --fit SIZE, and none is given"),
+    (f"{PLAN} --num-experts 4 --model mixtral p.json", "--model is for --fit SIZE and --for NAME, and none is given"),
     (f"{PLAN} --num-experts 4 --bits 4 p.json", "--bits is for --fit SIZE, and none is given."),
     (f"{PLAN} --num-experts 4 --context 4096 p.json", "--context is for --fit SIZE, and none is given."),
     (f"{PLAN} --sparsity 0.5 --fit 1GB p.json", "given: --sparsity and --fit."),
@@ -396,7 +396,7 @@ IDLE = (
     ),
     ("apply --model mixtral --plan plan.json --text-column x out", "--text-column is for --evaluate"),
     ("apply --model mixtral --plan plan.json --template-arg a=1 out", "--template-arg is for --evaluate"),
-    ("evaluate --model mixtral --data texts.jsonl --new-tokens 5", "--new-tokens is for --speed, which is not asked"),
+    ("evaluate --model mixtral --data texts.jsonl --new-tokens 5", "--new-tokens is for --speed and --draft, and neither is asked"),
     ("evaluate --model mixtral --speed --new-tokens 1", "--new-tokens is 1; it must be at least 2."),
     ("evaluate --model mixtral --data texts.jsonl --batch-size 0", "--batch-size is 0; it must be at least 1."),
     ("evaluate --model mixtral --data texts.jsonl --overwrite", "--overwrite is for --output, and none is named."),
