@@ -71,3 +71,35 @@ def test_a_config_remembers_its_commit(tmp_path: Path) -> None:
 def test_a_connection_that_fails() -> None:
     with pytest.raises(http_error()):
         HfApi(endpoint="http://127.0.0.1:9", token=False).model_info("some/model")
+
+
+def test_the_classes_that_adapters_are_trained_in() -> None:
+    """By name, by task, or the one that loads the checkpoint, and then the part of it that reads."""
+    from architectures.tiny import tiny_config
+
+    from optimum_moe_prune.compat.adapters import built_for_task
+
+    def built(kind: str, named: str = "", auto: str | None = None) -> list[str]:
+        config = tiny_config(kind)
+        if kind == "llama4":
+            config.architectures = ["Llama4ForConditionalGeneration"]
+        models = list(built_for_task(config, named, auto, False))
+        assert all(model.device.type == "meta" and not model.training for model in models)
+        return [type(model).__name__ for model in models]
+
+    assert built("mixtral") == built("mixtral", "NoClassOfTransformers") == ["MixtralForCausalLM"]
+    assert built("mixtral", "MixtralModel") == ["MixtralModel"]
+    assert built("mixtral", auto="AutoModelForSequenceClassification") == ["MixtralForSequenceClassification"]
+    assert built("llama4") == ["Llama4ForConditionalGeneration", "Llama4ForCausalLM"]
+
+
+def test_parameters_that_hold_inputs_before_outputs() -> None:
+    from architectures.tiny import tiny_model
+    from peft.tuners.lora import LoraConfig
+    from peft.tuners.lora.layer import ParamWrapper
+
+    from optimum_moe_prune.compat.adapters import is_turned
+
+    for kind, expected in (("gpt_oss", True), ("mixtral", False)):
+        experts = tiny_model(kind).model.layers[1].mlp.experts
+        assert is_turned(ParamWrapper(experts, "default", "down_proj", LoraConfig(), r=2)) is expected

@@ -170,7 +170,8 @@ def _named(start: str, name_or_path: str, names: list[str], kinds: Iterable[_Kin
         base = _base_of(Path(name_or_path) / _ADAPTER)
         return (
             f"{start} an adapter of PEFT ({_ADAPTER}){f' for {base}' if base else ''}; merge it first "
-            f"(merge_and_unload, save_pretrained), or prune {base or 'the model it is for'}."
+            f"(merge_and_unload, save_pretrained), or prune {base or 'the model it is for'} and cut the adapter by "
+            "that plan (apply, with the adapter's folder as the model)."
         )
     for kind in kinds:
         found = next((name for name in names if any(fnmatch(name, pattern) for pattern in kind.names)), None)

@@ -28,13 +28,14 @@ def cut(args: argparse.Namespace, form: Form, command: type[Command]) -> Result:
     parser = Parser(prog=command.COMMAND.name)
     command.parse_args(parser)
     given = [action for action in actions_of(parser) if getattr(args, action.dest, action.default) != action.default]
-    if idle := [action for action in given if action.dest not in _FOR_EVERY_FORM]:
+    if idle := [action for action in given if action.dest not in _FOR_EVERY_FORM | {*form.options}]:
         raise RequestError(
             f"{idle[0].option_strings[-1]} is for transformers checkpoints, and {args.model} is {form.name}."
         )
     size = args.max_shard_size if any(action.dest == "max_shard_size" for action in given) else None
+    options = {action.dest: getattr(args, action.dest) for action in given if action.dest in form.options}
     cutting = form.prepare(
-        PruningPlan.load(args.plan), args.model, args.output, overwrite=args.overwrite, max_shard_size=size
+        PruningPlan.load(args.plan), args.model, args.output, overwrite=args.overwrite, max_shard_size=size, **options
     )
     if args.dry_run:
         return f"{cutting.summary}\nNothing was written (--dry-run).", {"dry_run": True, **cutting.facts}

@@ -46,7 +46,12 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--report", action="store_true", help="add report.html and its pictures")
     group.add_argument("--push-to-hub", metavar="REPO", help="publish the finished folder, in one commit")
     group.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    group.add_argument("--base-model", metavar="ID", help="for the model card: the original's id on the Hub")
+    group.add_argument(
+        "--base-model",
+        metavar="ID",
+        help="for the model card: the original's id on the Hub; of an adapter, the model that it was trained on, or "
+        "the pruned one",
+    )
     group.add_argument("--license", metavar="ID", help="for the model card: the original's licence, as apache-2.0")
     group.add_argument(
         "--language", action="append", metavar="CODE", help="for the model card: a language, as en; may be repeated"

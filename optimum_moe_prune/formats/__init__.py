@@ -75,11 +75,13 @@ class Form:
         name: With its article.
         holds: Whether a path is of this form.
         prepare: Checks a cut of it.
+        options: What ``prepare`` takes beyond what it takes for every form.
     """
 
     name: str
     holds: Callable[[Path], bool]
     prepare: Prepare
+    options: tuple[str, ...] = ()
 
 
 def _prepare_gguf(plan: PruningPlan, source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> Cutting:
@@ -101,7 +103,24 @@ def _prepare_mlx(plan: PruningPlan, source: str | os.PathLike, target: str | os.
 
 MLX_FOLDER = Form("an MLX folder", is_mlx_folder, _prepare_mlx)
 
-FORMS: tuple[Form, ...] = (GGUF_FILE, MLX_FOLDER)
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT, and no model of its own."""
+    own = ("model.safetensors", "model.safetensors.index.json")
+    return (path / "adapter_config.json").is_file() and not any((path / name).exists() for name in own)
+
+
+def _prepare_adapter(
+    plan: PruningPlan, source: str | os.PathLike, target: str | os.PathLike, **options: Any
+) -> Cutting:
+    from .adapters import prepare
+
+    return prepare(plan, source, target, **options)
+
+
+ADAPTER = Form("an adapter", _is_adapter, _prepare_adapter, ("base_model", "token", "trust_remote_code"))
+
+FORMS: tuple[Form, ...] = (GGUF_FILE, MLX_FOLDER, ADAPTER)
 
 
 def form_of(path: str | os.PathLike) -> Form | None:

@@ -14,7 +14,7 @@ from ..checkpoints.layout import Layout
 from ..compat import is_quantised
 from ..errors import RequestError, RunError
 from ..storage.tensor_files import finite_flag
-from .wrappers import check_plain, plain_model, uncompiled
+from .wrappers import ADAPTED, check_plain, plain_model, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ def check_model(model: PreTrainedModel) -> None:
     """
     check_plain(model)
     if hasattr(model, "peft_config"):
-        raise RequestError("this model carries PEFT adapters; merge them first (model.merge_and_unload()).")
+        raise RequestError(ADAPTED)
     if is_quantised(model):
         raise RequestError(
             "this model is quantised in memory. Name the folder or Hub id of its checkpoint instead, which is "

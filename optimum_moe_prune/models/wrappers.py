@@ -24,6 +24,10 @@ _INSIDE = {"DataParallel": "module", "DistributedDataParallel": "module", "DeepS
 """Wrappers by the names of their classes, and where they hold the model."""
 _SHARDED = ("torch.distributed.fsdp", "torch.distributed._composable", "fairscale.")
 """Modules whose classes split the parameters of those that are made theirs."""
+ADAPTED = (
+    "this model carries PEFT adapters; merge them first (model.merge_and_unload()), or prune the model without them "
+    "(model.unload()) and cut the saved adapter by the same plan (plan.apply_to_checkpoint(adapter, output))."
+)
 
 
 def plain_model(model: Any, to_change: bool = False) -> Any:
@@ -113,7 +117,7 @@ def _check_module(name: str, module: nn.Module) -> None:
     if sharding := [kind.__name__ for kind in kinds if kind.__module__.startswith(_SHARDED)]:
         raise _split("fully_shard" if "FSDPModule" in sharding else sharding[0])
     if any(kind.__module__.startswith("peft.") for kind in kinds):
-        raise RequestError("this model carries PEFT adapters; merge them first (model.merge_and_unload()).")
+        raise RequestError(ADAPTED)
     if (place := _place(module)) is not None:
         path = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", f"model.{name}")
         raise RequestError(

@@ -37,7 +37,7 @@ def apply_anywhere(plan: PruningPlan, source: str | os.PathLike, target: str | o
     form = form_of(source)
     if form is not None:
         given = {name: value for name, value in options.items() if value not in (None, False)}
-        if idle := sorted(given.keys() - set(_OF_EVERY_FORM)):
+        if idle := sorted(given.keys() - {*_OF_EVERY_FORM, *form.options}):
             raise RequestError(f"{idle[0]} is for transformers checkpoints, and {source} is {form.name}.")
         return form.prepare(plan, source, target, **given).write()
     plan = with_target(plan, options.pop("program", None), options.pop("parallel_size", None))
