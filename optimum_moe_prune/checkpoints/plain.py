@@ -44,6 +44,8 @@ _BESIDE = {
 }
 """What the names of tensors beside weights end with -> what they are. After a dot it stands in place of ``weight``."""
 _ENDS = sorted(_BESIDE, key=len, reverse=True)
+_WITH_SCALES_OF_THEIR_OWN = ("bitsandbytes", "torchao")
+"""Methods whose scales have other names (SCB, absmax and quant_state; scale after the name of a subclass's part)."""
 _UNREAD = ("zero point", "order", "second scale")
 
 
@@ -117,6 +119,23 @@ class Plain:
         """How the config says that it is quantised, or "" where it does not."""
         settings = quantization_of(self.config)
         return str(settings.get("quant_method", "an unnamed method")) if settings else ""
+
+    @property
+    def not_read(self) -> str:
+        """That it is quantised in a way that is not read here, for a message."""
+        return (
+            f"{self.checkpoint.name_or_path} is quantised with {self.method!r}, which is not read here. Calibrate "
+            "with an unquantised checkpoint; its plan can be applied to this one."
+        )
+
+    def check_method(self) -> None:
+        """Raise where it is known from the config alone that the weights cannot be read.
+
+        Raises:
+            RequestError: Naming what it is quantised with.
+        """
+        if self.method in _WITH_SCALES_OF_THEIR_OWN:
+            raise RequestError(self.not_read)
 
     def check(self) -> None:
         """Raise if a tensor cannot be read.
@@ -197,7 +216,8 @@ class Plain:
             if is_plain and weight.dtype != "I32":
                 return None
             why = "the scale beside it is missing (weight_scale_inv, weight_scale, _scales or scale)"
-            return PlainTensor(weight.shape, parts, "quantised", self._fault(parts, why))
+            fault = self.not_read if self.method in _WITH_SCALES_OF_THEIR_OWN else self._fault(parts, why)
+            return PlainTensor(weight.shape, parts, "quantised", fault)
         kind, shape = self._kind(parts, weight, scale)
         fault = ""
         if not kind and weight.dtype == "I32":

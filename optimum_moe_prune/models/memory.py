@@ -194,6 +194,8 @@ def _loaded(model: Source | Layout, source: Source, compute: Compute) -> Any:
     settings = {**compute.for_transformers, **source.for_transformers}
     plain = model.plain if isinstance(model, Layout) else _plain_of(source)
     if plain is None or not (plain.formats or _is_as_it_is(plain)):
+        if plain is not None and plain.method == "torchao":  # of its int8 experts no other kernel can make a product
+            settings["experts_implementation"] = "eager"
         return loader_of(source.config, source.trust_remote_code).from_pretrained(source.name_or_path, **settings)
     plain.check()
     _check_embeddings(plain, source)

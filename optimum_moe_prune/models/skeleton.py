@@ -221,10 +221,7 @@ class Skeleton(LayerByLayer):
         backbone = f"{self.model.base_model_prefix}."
         missing = sorted(n for n in self._parameters if n.startswith(backbone) and n not in self._sources)
         if missing and self._plain.method and not self._plain.formats:
-            raise RequestError(
-                f"{self.checkpoint.name_or_path} is quantised with {self._plain.method!r}, which is not read here. "
-                "Calibrate with an unquantised checkpoint; its plan can be applied to this one."
-            )
+            raise RequestError(self._plain.not_read)
         if missing:
             raise RequestError(
                 f"{self.checkpoint.name_or_path} lacks {missing[0]}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..architectures.routers import RoutingRule
 from ..checkpoints.layout import Layout
-from ..checkpoints.sizes import Sizes, sizes_of
+from ..checkpoints.sizes import OTHER_BITS, SCALE_BITS, Sizes, sizes_of
 from ..errors import RequestError
 from ..methods.budget import Budget, UniformBudget, checked_layers
 from ..models.blocks import moe_blocks
@@ -40,6 +40,8 @@ class Fit:
         weights: Bytes of the weights that are left.
         cache: Bytes of the context.
         before: Bytes of the weights of the whole model, in the same precision.
+        experts_kept: Bytes of the weights that are left where quantisation leaves fused experts in 16 bits; None where
+            nothing is to be quantised, or experts are modules that it reaches.
     """
 
     asked: int
@@ -48,15 +50,24 @@ class Fit:
     weights: int
     cache: int
     before: int
+    experts_kept: int | None = None
 
     @property
     def note(self) -> str:
         """In one sentence."""
         return (
             f"{gigabytes(self.weights + self.cache)} of {gigabytes(self.asked)}: weights "
-            f"{_precision(self.bits)} {gigabytes(self.weights)} (before: {gigabytes(self.before)})"
+            f"{_precision(self.bits)} {gigabytes(self.weights)} (before: {gigabytes(self.before)}{self._unless})"
             + (f", {self.context} tokens of context {gigabytes(self.cache)}" if self.context else "")
             + ("; what a program needs beside them is not counted" if self.context else _NO_CONTEXT)
+        )
+
+    @property
+    def _unless(self) -> str:
+        if self.experts_kept is None:
+            return ""
+        return (
+            f"; {gigabytes(self.experts_kept)} where experts stay in 16 bits, as torchao and bitsandbytes leave them"
         )
 
     def to_dict(self) -> Json:
@@ -83,10 +94,12 @@ def fitted(config: MoEPrunerConfig, model: PreTrainedModel | Layout | None) -> t
     if isinstance(model, Layout):
         original, rule, sizes = model.num_experts, model.spec.routing(model.config), sizes_of(model)
         name, code = model.checkpoint.name_or_path, model.checkpoint.source.trust_remote_code
+        numbered = any(layer.numbered for layer in model.structure.moe.values())
     else:
         blocks = moe_blocks(model)
         original, rule, sizes = {b.layer: b.num_experts for b in blocks}, blocks[0].rule, sizes_of_model(model)
         name, code = "the model", False
+        numbered = any(block.structure.numbered for block in blocks)
     sums = _Sums(config, original, rule, sizes, context_bytes(model.config, config.context, code))
     whole = sums.whole(config.bits)
     if whole + sums.cache <= asked:
@@ -100,7 +113,8 @@ def fitted(config: MoEPrunerConfig, model: PreTrainedModel | Layout | None) -> t
         raise RequestError(f"{name} cannot be made to fit in {gigabytes(asked)}: {sums.refusal(asked)}")
     recipe, budget = best
     left = sums.weights(budget, config.bits)
-    return recipe, Fit(asked, config.bits, config.context, left, sums.cache, whole)
+    kept = None if numbered else sums.with_experts_kept(left, budget)
+    return recipe, Fit(asked, config.bits, config.context, left, sums.cache, whole, kept)
 
 
 def with_fit(plan: PruningPlan, fit: Fit | None) -> PruningPlan:
@@ -191,6 +205,15 @@ class _Sums:
 
     def _layers(self) -> dict[int, int]:
         return {layer: total for layer, total in self.original.items() if layer not in self.config.skip_layers}
+
+    def with_experts_kept(self, left: int, budget: Budget) -> int | None:
+        """Bytes that are left where the experts stay in 16 bits; None where fewer are not asked for."""
+        bits, each = self.config.bits, self.sizes.experts
+        if bits is None or bits >= OTHER_BITS:
+            return None
+        mean = sum(each[layer].quantisable for layer in self.original) / len(self.original)  # of one expert
+        skipped = sum(count for layer, count in self.original.items() if layer not in budget.original)
+        return left + math.ceil(mean * (budget.total + skipped) * (OTHER_BITS - bits - SCALE_BITS) / 8)
 
     def largest(self, asked: int, bits: int | None) -> tuple[MoEPrunerConfig, Budget] | None:
         """The recipe and budget that fit and remove least."""

@@ -235,6 +235,8 @@ def plan_work(
     check_type(model, (Layout, Source, str, os.PathLike), "the folder or Hub id of a model")
     check_type(samples, (CalibrationSet, type(None)), "a CalibrationSet (MoEPruner.samples makes one of texts)")
     layout = model if isinstance(model, Layout) else open_layout(model)
+    if samples is not None:
+        layout.plain.check_method()
     if recipe is not None and saves_statistics:  # they are of the unpruned model
         recipe = replace(recipe, progressive=False)
     sizes, counts, config = sizes_of(layout), layout.num_experts, layout.config

@@ -141,6 +141,9 @@ def test_the_fewest_experts_are_removed(bits: int | None, context: int, folder: 
         recipe, fit = fitted(MoEPrunerConfig(method="reap", fit=asked, bits=bits, context=context), layout)
         assert recipe.num_experts == max(n for n in range(2, 8) if takes[n] <= asked)
         assert fit is not None and fit.weights + fit.cache == takes[recipe.num_experts]
+        left = recipe.num_experts * sum(size.quantisable for size in sizes.experts.values())
+        kept = None if bits is None or bits == 16 else fit.weights + left * (16 - bits - 0.5) / 8
+        assert fit.experts_kept == kept and ("where experts stay in 16 bits" in fit.note) is (kept is not None)
         assert recipe.fit is None and recipe.bits is None and recipe.context == 0
     for asked, words in ((takes[8], "as it is"), (takes[2] - 1, "cannot be made to fit")):
         with pytest.raises(RequestError, match=words):
