@@ -57,7 +57,7 @@ class Fit:
         """In one sentence."""
         return (
             f"{gigabytes(self.weights + self.cache)} of {gigabytes(self.asked)}: weights "
-            f"{_precision(self.bits)} {gigabytes(self.weights)} (before: {gigabytes(self.before)}{self._unless})"
+            f"{_precision(self.bits)} {gigabytes(self.weights)} (before: {gigabytes(self.before)}){self._unless}"
             + (f", {self.context} tokens of context {gigabytes(self.cache)}" if self.context else "")
             + ("; what a program needs beside them is not counted" if self.context else _NO_CONTEXT)
         )
@@ -67,7 +67,7 @@ class Fit:
         if self.experts_kept is None:
             return ""
         return (
-            f"; {gigabytes(self.experts_kept)} where experts stay in 16 bits, as torchao and bitsandbytes leave them"
+            f" or {gigabytes(self.experts_kept)} where experts stay in 16 bits, as torchao and bitsandbytes leave them"
         )
 
     def to_dict(self) -> Json:
