@@ -71,6 +71,12 @@ def check_words(config: Any) -> None:
     check_target(config.target, config.parallel_size)
     if not config.recover and config.recovery_samples is not None:
         raise RequestError("recovery_samples is for recover='refit' or 'distil', and nothing is to be recovered.")
+    for name in ("recover", "progressive"):
+        if config.substitute and getattr(config, name):
+            raise RequestError(
+                f"{name} is for experts that are removed, and with substitute they answer with a constant; leave one "
+                "of the two out."
+            )
     if config.recover_what and DISTIL not in config.recover:
         raise RequestError("recover_what is for recover='distil'; a refit changes down projections of experts alone.")
 

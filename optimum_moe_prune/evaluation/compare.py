@@ -16,6 +16,7 @@ from typing import Any, Union
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures.substitution import READER, substituted_in
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
 from ..calibration.texts import needs_tokenizer
 from ..checkpoints.source import Source
@@ -249,6 +250,11 @@ def _check(
         raise RequestError("there is nothing to evaluate on; name texts (data), tasks, or speed.")
     if speed and not all(isinstance(model, Source) for model in models):
         raise RequestError("speed is measured in a process of its own; name folders or ids in place of loaded models.")
+    if speed and (found := [m for m in models if isinstance(m, Source) and substituted_in(m.config)]):
+        raise RequestError(
+            f"speed is that of transformers, and {_name(found[0])} holds experts that answer with a constant, which "
+            f"runs in {READER}; measure it there."
+        )
     inspect.signature(run_tasks).bind_partial(**task_settings)  # a setting that is none
     if tasks:
         check_tasks(tasks, task_settings.get("include", ()), task_settings.get("allow_code", False))

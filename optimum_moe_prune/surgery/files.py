@@ -18,8 +18,8 @@ from pathlib import Path
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ..checkpoints.checkpoint import INDEX_FILE
-from ..checkpoints.cutting import select
+from ..checkpoints.checkpoint import INDEX_FILE, Checkpoint
+from ..checkpoints.cutting import Piece, select
 from ..checkpoints.layout import Layout
 from ..checkpoints.source import Source
 from ..errors import RequestError, RunError, faults_of
@@ -97,6 +97,47 @@ def pruned_checkpoint(
         check_heads_load(layout, pruned, heads or {})
     pieces = select(plan, layout, layout.head_names if heads is None else ())
     check_routers(plan, layout.fingerprints())
+    cut = cut_of_files(plan, layout)
+    with faults_of(f"config.json of {source}"):
+        config = with_settings(config_of_files(layout, pruned), cut)
+    beside = changed_files(checkpoint.source, cut)
+    with written_pieces(
+        pieces, checkpoint, target, config, beside, max_shard_size=max_shard_size, overwrite=overwrite
+    ) as output:
+        add_records(output, plan, recipe)
+        if standalone and not uniform:  # elsewhere nothing is needed
+            write_standalone(output, layout.config)
+        yield output
+
+
+@contextlib.contextmanager
+def written_pieces(
+    pieces: dict[str, Piece],
+    checkpoint: Checkpoint,
+    target: str | os.PathLike,
+    config: Json,
+    beside: Mapping[str, bytes],
+    *,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+) -> Iterator[Path]:
+    """Write what is left of a checkpoint's tensors, its config, and what lies beside them.
+
+    Args:
+        pieces: By name.
+        checkpoint: What they are of.
+        target: The folder to write.
+        config: Its ``config.json``.
+        beside: As for :func:`carry_files`.
+        max_shard_size: As for :func:`pruned_checkpoint`.
+        overwrite: Likewise.
+
+    Yields:
+        The folder beside the target, to which records are added.
+
+    Raises:
+        RunError: If a weight is NaN or infinite, or something cannot be written.
+    """
     files = split_state_dict_into_shards_factory(
         pieces,
         get_storage_size=lambda piece: piece.nbytes,
@@ -105,11 +146,7 @@ def pruned_checkpoint(
     )
     total = sum(piece.nbytes for piece in pieces.values())
     check_space(target, total)
-    cut = cut_of_files(plan, layout)
-    with faults_of(f"config.json of {source}"):
-        config = with_settings(config_of_files(layout, pruned), cut)
-    beside = changed_files(checkpoint.source, cut)
-    with written_folder(target, overwrite, [source], PLAN_NAME) as output:
+    with written_folder(target, overwrite, [checkpoint.name_or_path], PLAN_NAME) as output:
         with working("writing the checkpoint", total, "B", "wrote") as work:
             for file, names in files.filename_to_tensors.items():
                 _write_file(output / file, {name: pieces[name] for name in names}, checkpoint, work)
@@ -121,9 +158,6 @@ def pruned_checkpoint(
             write_json(output / INDEX_FILE, {"metadata": metadata, "weight_map": files.tensor_to_filename}, indent=2)
         carry_files(checkpoint.source, output, beside)
         write_json(output / "config.json", config, indent=2)
-        add_records(output, plan, recipe)
-        if standalone and not uniform:  # elsewhere nothing is needed
-            write_standalone(output, layout.config)
         yield output
 
 

@@ -87,6 +87,8 @@ def _refusal(
     config: MoEPrunerConfig, model: PreTrainedModel | Layout, standalone: bool, mtp: str | None
 ) -> str | None:
     """Why the layers of a model cannot keep different numbers of experts; None where they can."""
+    if config.substitute:  # every count stays
+        return None
     try:
         if isinstance(model, Layout):
             way = way_with_heads(mtp or config.mtp, False)
