@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..architectures.substitution import SUFFIX, constants_in
+from ..architectures.substitution import SUFFIX, constants_in, substituted_in
 from ..checkpoints.plain import PlainTensor
+from ..compat import text_config
 from ..errors import RequestError
 from .blocks import MoEBlock, moe_blocks
 
@@ -81,6 +82,19 @@ def answer_with_constants(model: Any, constants: Mapping[tuple[int, int], Callab
         values = torch.stack([constants[block.layer, number]() for number in numbers])
         block.experts.register_forward_hook(_adding(block, numbers, values), with_kwargs=True)
     return model
+
+
+def left_out(model: Any) -> tuple[int, int]:
+    """The parameters, and their bytes, that a model has here and not in its files: zeros, less the vectors there."""
+    parameters = nbytes = 0
+    if substituted := substituted_in(model.config):
+        for block in moe_blocks(model):
+            gone = len(substituted.get(block.layer, ()))
+            tensors = list(block.expert_tensors.values())
+            size = text_config(model.config).hidden_size
+            parameters += gone * (sum(t[0].numel() for t in tensors) - size)
+            nbytes += gone * (sum(t[0].numel() * t.element_size() for t in tensors) - size * tensors[0].element_size())
+    return parameters, nbytes
 
 
 def _adding(block: MoEBlock, numbers: list[int], values: Tensor) -> Callable[..., Tensor]:
