@@ -42,7 +42,7 @@ class ExportCommand(Command):
             "--bits",
             type=float,
             metavar="N",
-            help="of an expert's weights: the mean of each layer at most, as 3 or 2.5",
+            help="of an expert's weights: the mean of each layer at most, as 2.5",
         )
         group.add_argument(
             "--bit-widths", metavar="N,N", help="the numbers of bits an expert may have (default 2,3,4,8)"
@@ -74,19 +74,15 @@ class ExportCommand(Command):
             raise RequestError(f"export format {args.format!r} is not known: {known}.")
         if of_statistics and args.stats is None:
             raise RequestError(f"format {args.format!r} is made of statistics; name them (--stats STATS_DIR).")
-        if not of_statistics and args.plan is None:
-            raise RequestError(
-                "there is nothing to export; name a plan (--plan PLAN.json), or --stats and a --format."
-            )
         if not of_statistics and (idle := [flag for flag, is_given in given.items() if is_given]):
             raise RequestError(
                 f"{idle[0]} is for formats of statistics ({', '.join(STATISTICS_FORMATS)}), and the format is "
                 f"{args.format!r}."
             )
+        if not of_statistics and args.plan is None:
+            raise RequestError("there is nothing to export; name a plan (--plan PLAN.json), or --stats and --format.")
         if args.format in WITH_BITS and args.bits is None:
-            raise RequestError(
-                f"format {args.format!r} needs the mean number of bits of a weight; name it (--bits N)."
-            )
+            raise RequestError(f"format {args.format!r} needs the mean number of bits; name it (--bits N).")
         if args.format not in WITH_BITS and (idle := [flag for flag in ("--bits", "--bit-widths") if given[flag]]):
             raise RequestError(f"{idle[0]} is for formats with bits ({', '.join(WITH_BITS)}).")
 
@@ -111,10 +107,11 @@ class ExportCommand(Command):
 def _of_statistics(args: argparse.Namespace) -> str:
     """The text of a format that is made of statistics."""
     from ..plan import PruningPlan
-    from ..publishing.export_statistics import WIDTHS, export_statistics
+    from ..publishing.export_statistics import WIDTHS, check_bits, export_statistics
     from ..statistics.stats import CalibrationStats
 
+    widths = flags.numbers(args.bit_widths, "--bit-widths", int) or WIDTHS
+    check_bits(args.format, args.bits, widths)
     plan = None if args.plan is None else PruningPlan.load(args.plan)
     stats = CalibrationStats.load(args.stats).with_domain_weights(flags.domain_weights(args))
-    widths = flags.numbers(args.bit_widths, "--bit-widths", int) or WIDTHS
     return export_statistics(stats, args.format, bits=args.bits, widths=widths, plan=plan)

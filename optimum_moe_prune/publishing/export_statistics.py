@@ -69,23 +69,35 @@ def export_statistics(
     if format not in STATISTICS_FORMATS:
         known = nearest_first(str(format), [*STATISTICS_FORMATS])
         raise RequestError(f"export format {format!r} is not known of statistics: {known}.")
+    check_bits(format, bits, widths)
     layers = ranked(stats, plan)
     if format == "sglang":
         return json.dumps({"logical_count": _counts(stats, layers)}) + "\n"
     if format == "order":
         return _own(stats, plan, ORDER_FORMAT, {}, {index: _order(layer) for index, layer in layers.items()})
-    widths = _widths(widths)
-    if bits is None or not isinstance(bits, (int, float)) or not widths[0] <= bits <= widths[-1]:
-        raise RequestError(
-            f"bits is {bits!r}; format {format!r} takes the mean number of bits of an expert's weights, from "
-            f"{widths[0]} to {widths[-1]}."
-        )
+    assert bits is not None
     given = {index: assigned_bits(layer.scores, widths, bits) for index, layer in layers.items()}
     if format == "bits":
         head = {"bits": bits, "widths": list(widths)}
         entries = {index: {**_ranking(layer), "bits": given[index]} for index, layer in layers.items()}
         return _own(stats, plan, BITS_FORMAT, head, entries)
     return json.dumps(_by_module(str(stats.model["model_type"]), given, _SPELLINGS[format]), indent=1) + "\n"
+
+
+def check_bits(format: str, bits: float | None, widths: Sequence[int]) -> None:
+    """Raise unless bits can be given as asked, where the format has any.
+
+    Raises:
+        RequestError: If the mean lies outside the widths, or these are none.
+    """
+    if format not in WITH_BITS:
+        return
+    known = _widths(widths)
+    if bits is None or not isinstance(bits, (int, float)) or not known[0] <= bits <= known[-1]:
+        raise RequestError(
+            f"bits is {bits!r}; format {format!r} takes the mean number of bits of an expert's weights, from "
+            f"{known[0]} to {known[-1]}."
+        )
 
 
 def import_bits(text: str) -> dict[int, tuple[int, ...]]:

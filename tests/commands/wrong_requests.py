@@ -112,7 +112,7 @@ VALUES = (
     ("export --stats saved --format bits p.json", "name it (--bits N)"),
     ("export --stats saved --format order --bits 3 p.json", "--bits is for formats with bits"),
     ("export --stats saved --format bits --bits 9 p.json", "--bits is 9.0"),
-    ("export --stats saved --format bits --bits 3 --bit-widths 4,2 p.json", "--bit-widths are (4, 2)"),
+    ("export --stats saved --format bits --bits 3 --bit-widths 4,2 p.json", "--bit-widths are [4, 2]"),
     (f"{RUN} --num-experts 4 out out2", "2 words stand without a flag: 'out' and 'out2'; one is taken, the OUTPUT"),
     (f"out {RUN}", "'out' is not a command"),
     (f"{RUN} b.jsonl --num-experts 4 out", "--calibration takes one value, and 'b.jsonl' follows it; repeat it"),
