@@ -111,7 +111,10 @@ def _recipe(args: argparse.Namespace, plan: PruningPlan) -> MoEPrunerConfig | No
         idle = [f"--{name.replace('_', '-')}" for name in given] + ["--calibration"] * bool(args.calibration)
         if idle:
             raise RequestError(f"{idle[0]} is for --recover, and nothing is to be recovered.")
-        return MoEPrunerConfig.from_dict(plan.config, substitute=True, recover=()) if args.substitute else None
+        if not args.substitute:
+            return None
+        target = {name: value for name in flags.TARGET if (value := getattr(args, name)) is not None}
+        return MoEPrunerConfig.from_dict(plan.config, substitute=True, recover=(), **target)
     if not args.calibration:
         raise RequestError("--recover needs texts; name a file (--calibration FILE).")
     given |= {"text_column": args.text_column, "template_args": flags.template_args(args.template_args)}

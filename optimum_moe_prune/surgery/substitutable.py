@@ -8,7 +8,7 @@ from ..checkpoints.layout import Layout
 from ..errors import RequestError, nearest_first
 from ..names import KEEP
 
-_WAY = "Leave substitute out, and the experts are removed."
+_WAY = "Without substitute=True the experts are removed."
 
 
 def check_substitution(layout: Layout, standalone: bool = False, mtp: str | None = None) -> None:
@@ -25,11 +25,11 @@ def check_substitution(layout: Layout, standalone: bool = False, mtp: str | None
     reader, name, kind = f"{READER} {READER_VERSION}", layout.checkpoint.name_or_path, layout.spec.model_type
     if kind not in MODEL_TYPES:
         raise RequestError(
-            f"substitute writes what {reader} reads, and that reads no constant experts of a {kind!r} model; types "
-            f"that it does: {nearest_first(kind, sorted(MODEL_TYPES))}. {_WAY}"
+            f"substitute=True is for {reader}, which reads no constant experts of a {kind!r} model; types of which it "
+            f"does: {nearest_first(kind, sorted(MODEL_TYPES))}. {_WAY}"
         )
     if standalone:
-        raise RequestError(f"standalone is for transformers, and substitute writes what {reader} alone reads.")
+        raise RequestError(f"standalone is for transformers, and substitute=True for {reader} alone.")
     if layout.heads and mtp not in (None, KEEP):
         raise RequestError(
             f"mtp is {mtp!r}; beside experts that answer with a constant heads for further tokens stay whole "

@@ -48,8 +48,8 @@ def check_in_memory(config: MoEPrunerConfig | None) -> None:
     """
     if config is not None and config.substitute:
         raise RequestError(
-            f"substitute writes files that {READER} reads, and transformers has no such model to prune in memory; use "
-            "prune_checkpoint, or leave substitute out."
+            f"substitute=True is for files that {READER} reads, and transformers has no such model to prune in memory; "
+            "use prune_checkpoint, or substitute=False."
         )
 
 
@@ -70,8 +70,8 @@ def statistics_of(
         return None
     if stats is None:
         raise RequestError(
-            "with substitute experts answer with their mean output, and there are no statistics to take it from; pass "
-            "a calibration, or statistics with mean outputs."
+            "with substitute=True experts answer with their mean output, and there are no statistics to take it from; "
+            "pass a calibration, or statistics with mean outputs."
         )
     check_mean_outputs(stats)
     return stats if domain_weights is None else stats.with_domain_weights(domain_weights)

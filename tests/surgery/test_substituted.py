@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -126,9 +127,10 @@ def test_it_answers_with_constants_where_experts_are_left_out(
 
 @torch.no_grad()
 def test_constants_are_means_over_the_tokens_of_each_expert(
-    source: Path, samples: CalibrationSet, tmp_path: Path
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(source)
+    source = save_checkpoint("qwen2_moe", tmp_path / "model", tokenizer, torch.float32)
+    model, samples = AutoModelForCausalLM.from_pretrained(source), CalibrationSet.build(make_texts(4), tokenizer)
     _, output = written(source, samples, tmp_path / "out")
     expected = straight_loop(model, samples)
     for (layer, expert), vector in constants_of(output).items():
@@ -304,7 +306,8 @@ def test_from_the_command_line(mixtral: Path, tmp_path: Path, capsys: pytest.Cap
     assert code == 0 and f"load it: vllm serve {out}" in printed and "transformers refuses it" in printed
     card = (out / "README.md").read_text()
     assert "answer with a constant" in card and "vllm serve" in card and "from_pretrained" not in card
-    assert "--substitute --stats STATS_DIR" in card and "--substitute" in card.partition("From the beginning")[0]
+    assert "--substitute --stats STATS_DIR" in card
+    assert re.search(r"moe-prune run --model ORIGINAL .*--substitute OUTPUT", card)
     sizes = sizes_of(PruningPlan.load(out), out)
     assert sizes is not None and sizes.parameters[0] == sum(t.numel() for t in tensors_of(mixtral).values())
     assert sizes.nbytes[1] == sum(t.nbytes for t in tensors_of(out).values())
@@ -325,6 +328,8 @@ def test_from_the_command_line(mixtral: Path, tmp_path: Path, capsys: pytest.Cap
         ([*apply, "--substitute", "--stats", stats, "--speed"], "--speed is that of transformers"),
         ([*apply, "--substitute", "--stats", stats, "--recover", "refit", "--calibration", texts], "--recover"),
         ([*run, "--substitute", "--speed"], "--speed is that of transformers"),
+        ([*run, "--substitute", "--for", "sglang"], "--substitute is for vLLM, and the target is"),
+        ([*apply, "--substitute", "--stats", stats, "--for", "mlx"], "--substitute is for vLLM, and the target is"),
         ([*run, "--substitute", "--mtp", "drop", "--standalone"], "standalone"),
     ):
         code, _, err = call(capsys, *arguments, tmp_path / "none")
