@@ -68,9 +68,9 @@ class ScoreCommand(Command):
         from ..storage.workspace import Workspace
         from .inputs import calibration_samples
 
-        asked: Needs = ["all" if every else config]
-        asked += [Need.ROUTING, Need.FISHER] if args.fisher else []
-        asked += [Need.ROUTING, Need.MEAN_OUTPUTS] if args.mean_outputs else []
+        also = {Need.FISHER: args.fisher, Need.MEAN_OUTPUTS: args.mean_outputs}
+        more = [need for need, is_asked in also.items() if is_asked]
+        asked: Needs = ["all" if every else config, *([Need.ROUTING] if more else []), *more]
         needs = needs_of(asked)
         compute = flags.compute_of(args)
         pruner = MoEPruner(config, source=flags.source_of(args))

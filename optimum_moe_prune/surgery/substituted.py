@@ -48,8 +48,8 @@ def check_in_memory(config: MoEPrunerConfig | None) -> None:
     """
     if config is not None and config.substitute:
         raise RequestError(
-            f"substitute=True is for files that {READER} reads, and transformers has no such model to prune in memory; "
-            "use prune_checkpoint, or substitute=False."
+            f"substitute=True is for files that {READER} reads, and transformers has no such model to prune in "
+            "memory; use prune_checkpoint, or substitute=False."
         )
 
 
