@@ -26,7 +26,7 @@ args = parser.parse_args()
 
 # REAP needs what the ranking reads: tokens and norms of outputs, by the weights they are used with.
 pruner = MoEPruner.from_pretrained(args.model, config=MoEPrunerConfig(method="reap", max_length=256))
-stats = pruner.calibrate(calibration=args.calibration or make_corpus({"train": 4})["train"])
+stats = pruner.calibrate(calibration=args.calibration or make_corpus({"train": 2})["train"])
 
 for format in ("bits", "auto-round", "gptqmodel"):
     text = export_statistics(stats, format, bits=args.bits, widths=(2, 3, 4))

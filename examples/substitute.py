@@ -26,7 +26,7 @@ args = parser.parse_args()
 
 recipe = MoEPrunerConfig(method="reap", sparsity=0.5, substitute=True, max_length=256)
 pruner = MoEPruner.from_pretrained(args.model, config=recipe)
-texts = make_corpus({"train": 10, "heldout": 4})
+texts = make_corpus({"train": 4, "heldout": 2})
 pruner.prune_checkpoint(args.output, calibration=args.calibration or texts["train"])
 config = json.loads(Path(args.output, "config.json").read_text())
 print(f"{args.output}: experts that answer with a constant, by layer: {config['approximate_experts']}")
