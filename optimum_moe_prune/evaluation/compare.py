@@ -99,6 +99,8 @@ def compare(
     original = None if reference is None else _source(reference)
     every = [*compared, *([] if original is None else [original])]
     _check_draft(draft, draft_tokens, data, reference)
+    if speed or draft:
+        _check_constants(every)
     _check(every, data, tasks, speed, batch_size, new_tokens, task_settings)
     texts = None if data is None else held_out(every[0], data, tokenizer, max_length)
     if (tasks or speed or draft) and processes.is_main and not processes.is_alone:
@@ -250,11 +252,6 @@ def _check(
         raise RequestError("there is nothing to evaluate on; name texts (data), tasks, or speed.")
     if speed and not all(isinstance(model, Source) for model in models):
         raise RequestError("speed is measured in a process of its own; name folders or ids in place of loaded models.")
-    if speed and (found := [m for m in models if isinstance(m, Source) and substituted_in(m.config)]):
-        raise RequestError(
-            f"speed is that of transformers, and {_name(found[0])} holds experts that answer with a constant, which "
-            f"runs in {READER}; measure it there."
-        )
     inspect.signature(run_tasks).bind_partial(**task_settings)  # a setting that is none
     if tasks:
         check_tasks(tasks, task_settings.get("include", ()), task_settings.get("allow_code", False))
@@ -273,6 +270,16 @@ def _check_draft(draft: bool, draft_tokens: int | None, data: CalibrationInput |
         )
     if draft_tokens is not None and (not draft or draft_tokens < 1):
         raise RequestError(f"draft_tokens is {draft_tokens}; it is for draft, and at least 1.")
+
+
+def _check_constants(models: Sequence[Source | PreTrainedModel]) -> None:
+    """Refuse to time what runs elsewhere: here it is calculated with zeros for experts that were left out."""
+    for model in models:
+        if isinstance(model, Source) and substituted_in(model.config):
+            raise RequestError(
+                f"speed and drafts are those of transformers, and {_name(model)} holds experts that answer with a "
+                f"constant, which run in {READER}; measure it there."
+            )
 
 
 def _check_same_tokens(models: Sequence[Source | PreTrainedModel]) -> None:
