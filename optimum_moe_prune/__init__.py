@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .planning.sensitivity import Sensitivity as Sensitivity
     from .planning.work import plan_work as plan_work
     from .pruner import MoEPruner as MoEPruner
+    from .publishing.export_statistics import export_statistics as export_statistics
     from .publishing.method_comparison import write_method_comparison as write_method_comparison
     from .publishing.report import write_report as write_report
     from .recovery.by_plan import recover as recover
@@ -64,6 +65,7 @@ _HOME = {
     "compare": "evaluation.compare",
     "compare_methods": "evaluation.compare_methods",
     "evaluate": "evaluation.losses",
+    "export_statistics": "publishing.export_statistics",
     "list_architectures": "architectures",
     "list_methods": "methods",
     "measure_sensitivity": "evaluation.measure_sensitivity",

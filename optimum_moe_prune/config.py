@@ -89,6 +89,8 @@ class MoEPrunerConfig:
             (those before MoE blocks); by default all three.
         recovery_samples: Samples of the calibration's texts to recover with at most, in equal shares of the domains;
             by default all, which may be far more than ``num_samples``. A fifth of them is held back to judge.
+        substitute: Write a checkpoint in which experts that go are left out and answer with their mean output, which
+            vLLM reads, in place of one without them.
         seed: For whatever is drawn.
         mtp: What becomes of heads for further tokens (MTP) in a checkpoint's files: ``"prune"``, as a layer is;
             ``"keep"``, whole; ``"drop"``, left out; None for what loads: pruned where every layer keeps the same
@@ -146,6 +148,9 @@ class MoEPrunerConfig:
     )
     recovery_samples: int | None = _setting(
         None, "samples to recover with, in equal shares of the domains (default: all that are given)", "N", least=2
+    )
+    substitute: bool = _setting(
+        False, "experts that go answer with their mean output, for vLLM, and are not removed from the router"
     )
     seed: int = _setting(0, "for whatever is drawn", "S", least=0, most=2**32 - 1)
     mtp: str | None = _setting(
@@ -226,13 +231,15 @@ class MoEPrunerConfig:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """The statistics that planning with this recipe reads."""
+        """The statistics that planning with this recipe reads, and what it writes of the experts that go."""
         from .methods import get_method
         from .statistics.needs import Need
 
         needs = get_method(self.method).needs(self.options())
         if self.allocates == ESTIMATED:
             needs |= {Need.ROUTING, Need.FISHER}
+        if self.substitute:
+            needs |= {Need.ROUTING, Need.MEAN_OUTPUTS}
         return needs | {Need.ROUTING, Need.ROUTED_NORMS} if self.protect_super_experts else needs
 
     @property

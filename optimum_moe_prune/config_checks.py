@@ -71,6 +71,19 @@ def check_words(config: Any) -> None:
     check_target(config.target, config.parallel_size)
     if not config.recover and config.recovery_samples is not None:
         raise RequestError("recovery_samples is for recover='refit' or 'distil', and nothing is to be recovered.")
+    if config.substitute and config.target not in (None, "vllm"):
+        raise RequestError(f"substitute=True is for vLLM, and the target is {config.target!r}.")
+    if config.substitute and config.parallel_size > 1:
+        raise RequestError(
+            f"parallel_size is {config.parallel_size}; vLLM takes experts that answer with a constant only where "
+            "experts are not spread over devices (tensor parallelism is free)."
+        )
+    for name in ("recover", "progressive"):
+        if config.substitute and getattr(config, name):
+            raise RequestError(
+                f"{name} is for experts that are removed, and with substitute=True they answer with a constant; leave "
+                "one of the two out."
+            )
     if config.recover_what and DISTIL not in config.recover:
         raise RequestError("recover_what is for recover='distil'; a refit changes down projections of experts alone.")
 

@@ -130,17 +130,20 @@ class PruningPlan:
 
     @property
     def notes(self) -> list[str]:
-        """What a person must know of it and of what was recovered, each once; of what was edited, what can be read."""
-        recovery = self.provenance.get("recovery")
-        parts = [self.provenance.get("notes"), recovery.get("notes") if isinstance(recovery, dict) else None]
+        """What a person must know of it, of what was recovered, and of what experts that go answer with, each once; of
+        what was edited, what can be read."""
+        more = [self.provenance.get(name) for name in ("recovery", "substitution")]
+        parts = [self.provenance.get("notes"), *(part.get("notes") for part in more if isinstance(part, dict))]
         return list(dict.fromkeys(str(note) for part in parts if isinstance(part, (list, tuple)) for note in part))
 
     @property
     def without_recovery(self) -> PruningPlan:
-        """The plan of the cut alone: what recovered weights were worth is not true of a model that lacks them."""
-        if "recovery" not in self.provenance:
+        """The plan of the cut alone: what recovered weights were worth is not true of a model that lacks them, nor
+        what experts answered with of one that has none in their place."""
+        if not {"recovery", "substitution"} & self.provenance.keys():
             return self
-        return replace(self, provenance={k: v for k, v in self.provenance.items() if k != "recovery"})
+        left = {k: v for k, v in self.provenance.items() if k not in ("recovery", "substitution")}
+        return replace(self, provenance=left)
 
     @property
     def without_heads(self) -> PruningPlan:
@@ -199,8 +202,9 @@ class PruningPlan:
                 (``formats/README.md``): a GGUF file, an MLX folder, an adapter that was trained on it.
             target: The folder, or file, to write, absent or empty.
             options: ``max_shard_size``, ``overwrite``; of a checkpoint ``standalone``, ``mtp``, ``program`` that is to
-                open it (``list targets``) and ``parallel_size``, the devices over which that spreads experts; for the
-                card ``base_model``, ``license``, ``language``; and for the Hub ``revision``, ``token``,
+                open it (``list targets``) and ``parallel_size``, the devices over which that spreads experts,
+                ``substitute`` (statistics with mean outputs, with which experts that go answer in what vLLM reads);
+                for the card ``base_model``, ``license``, ``language``; and for the Hub ``revision``, ``token``,
                 ``cache_dir``, ``trust_remote_code``.
         """
         from .publishing.outputs import apply_anywhere

@@ -45,6 +45,7 @@ from .surgery.checks import check_output, check_plan, check_plan_for_config, che
 from .surgery.files import MAX_SHARD_SIZE, shard_bytes
 from .surgery.in_memory import apply_plan
 from .surgery.settled import Settled, asks_model, settled
+from .surgery.substituted import check_in_memory, statistics_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -342,6 +343,7 @@ class MoEPruner:
             RequestError: If anything about the request is wrong; the model is then unchanged.
             RunError: If the model holds NaN or infinite values, and is unchanged; or recovery fails, and it is pruned.
         """
+        check_in_memory(self.config)
         given, model = model, usable_model(model, to_change=True)
         plan = None if calibration is not None or domain_weights is not None else self.pruning_plan
         if plan is None:
@@ -419,26 +421,24 @@ class MoEPruner:
             if plan is None:
                 made = settled(self._recipe(), layout, standalone, mtp)
                 budget = budget_for(made.recipe, *experts_of(layout))
-                check_output(layout, budget, output_dir, standalone, mtp)
+                check_output(layout, budget, output_dir, standalone, mtp, made.recipe.substitute)
                 plan = self._plan(made, layout, calibration, domain_weights, workspace, way)
 
-            recovered = None
+            means, recovered = statistics_of(self.config, self.stats, domain_weights), None
             if texts is not None:
-                of_recovery = workspace.part("recovery")
-                recovered = Recovery.of_checkpoint(layout, plan, texts, self._recipe(), way, of_recovery)
-
+                kept = workspace.part("recovery")
+                recovered = Recovery.of_checkpoint(layout, plan, texts, self._recipe(), way, kept)
             anew = calibration is not None
             parts = dict.fromkeys(("calibration", "sensitivity", "progressive"), anew) | {"recovery": True}
 
             def write(made: PruningPlan = plan) -> None:
                 apply_to_checkpoint(
                     made, layout, output_dir, recipe=self._stored_recipe(), max_shard_size=max_shard_size,
-                    overwrite=overwrite, standalone=standalone, mtp=mtp, card=card,
+                    overwrite=overwrite, standalone=standalone, mtp=mtp, card=card, substitute=means,
                     finish=None if recovered is None else recovered.in_files,
                 )  # fmt: skip
-                for part, is_done in parts.items():
-                    if is_done:
-                        workspace.part(part).clear()
+                for part in (part for part, is_done in parts.items() if is_done):
+                    workspace.part(part).clear()
 
             way.together.once(write)
             if recovered is not None and way.together.is_main:

@@ -96,6 +96,8 @@ def straight_loop(model: PreTrainedModel, samples: CalibrationSet) -> dict[int, 
                         "dense_norm",
                     )
                 }
+                shape = (len(samples), experts, y.shape[1])
+                outputs = tables.setdefault("output_sum", torch.zeros(shape, dtype=torch.float64))
                 for before in routed_before[token]:
                     together[number, before] += p
                 routed_here.append(chosen.tolist())
@@ -116,6 +118,7 @@ def straight_loop(model: PreTrainedModel, samples: CalibrationSet) -> dict[int, 
                     row["norm_probability"][e] = p[e] * norm
                     row["norm_renormalised"][e] = p[e] / p[chosen].sum() * norm
                     largest[e] = y[e].abs().max()
+                    outputs[number, e] += y[e]
                 for name, values in row.items():
                     tables.setdefault(name, torch.zeros(len(samples), experts, dtype=torch.float64))[number] += values
                 table = tables.setdefault("max_element", torch.zeros(len(samples), experts, dtype=torch.float64))

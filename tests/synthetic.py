@@ -138,6 +138,7 @@ def statistics_of(samples: Sequence[tuple[str, Tokens]], rule: RoutingRule) -> C
                 **{name: sums(values) for name, values in of_token.items()},
                 "max_element": largest.scatter_reduce(0, index, y.abs().amax(-1) * routed, "amax"),
                 "coactivation": sums(before[:, :, None] * p[:, None, :]).float(),
+                "output_sum": sums(y * routed[:, :, None]).float(),
                 "logits": z,
                 "token_single_error": single.float(),
                 "gram": (y @ y.transpose(1, 2))[:, rows, columns].float(),

@@ -19,10 +19,13 @@ class Patterns:
         count_key: The config's key for the number of experts.
         tensors: ``router``, ``expert`` (the beginning of names, where each has tensors of its own) and
             ``fused_experts``.
+        modules: How the names of a layer's experts begin in the model in memory, behind what stands before the list
+            of layers: ``layers.{layer}.mlp.experts``.
     """
 
     count_key: str
     tensors: dict[str, list[str]]
+    modules: str
 
 
 def patterns_of_type(model_type: str) -> Patterns | None:
@@ -54,4 +57,5 @@ def patterns_of_type(model_type: str) -> Patterns | None:
             "expert": [f"{block}.{{expert}}." for block in blocks],
             "fused_experts": fused,
         },
+        f"{structure.layers.rpartition('.')[2]}.{{layer}}.{layer.experts}",
     )

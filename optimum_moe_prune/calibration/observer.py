@@ -31,13 +31,14 @@ from ..errors import RunError
 from ..models.blocks import MoEBlock
 from ..models.experts import ExpertsForward
 from ..models.weight_sizes import weight_sizes_of
-from ..statistics.needs import DENSE, Need, layer_shapes
+from ..statistics.needs import DENSE, ROUTED, Need, layer_shapes
 from ..statistics.samples import fill_sums_of_kept
 from ..statistics.stats import LayerStats
 from ..storage.tensor_files import Shapes
 from .current import Current
 from .dense import chosen_experts, chunk_size, every_expert, lone_errors, products, sizes_of, triangle, weighted_sum
 from .outbox import Outbox, Take
+from .output_sums import OutputSums
 
 _PROVEN_TOKENS = 4096  # of the first batch, by which the routers' rule is proven
 
@@ -94,6 +95,7 @@ class LayerObserver:
         self.logits: Tensor | None = None
         self.chunk = 0  # tokens that run through all experts at once
         self._slots_of: Tensor | None = None  # of the current batch
+        self._output_sums: OutputSums | None = None  # likewise, where they are gathered
         self.is_proven = False
         self.to_prove: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -159,16 +161,23 @@ class LayerObserver:
         if Need.INPUTS in self.needs:
             self._keep("inputs", x[:, : x.shape[1] - own.scores])
         dense = bool(self.needs & DENSE) and len(self.current.kept_row) > 0
-        if not dense and Need.ROUTED_NORMS not in self.needs:
+        if not dense and not self.needs & ROUTED:
             return own(hidden, ids, weights).view(shape)
+        if Need.MEAN_OUTPUTS in self.needs:
+            self._output_sums = OutputSums(len(self.current.lengths), self.num_experts, shape[-1])
+        slots = self._slots(chosen).view(chosen.shape)
         if not dense:
-            output, sizes = self._routed(own, x, chosen, weight)
+            output, sizes = self._routed(own, x, chosen, weight, slots)
         elif self.current.all_kept:
-            output, sizes = self._dense(own, x, logits, chosen, weight)
+            output, sizes = self._dense(own, x, logits, chosen, weight, slots)
         else:
-            output, sizes = self._split(own, x, logits, chosen, weight)
+            output, sizes = self._split(own, x, logits, chosen, weight, slots)
         if sizes is not None:
             self._norms(sizes, p, chosen, weight)
+        if self._output_sums is not None:
+            sums = self._output_sums.by_sample()
+            self._check_finite(sums, "an expert's output is")
+            self.outbox.send(sums, self._taker("output_sum", self.current.samples))
         if self.current.padded:  # the output on padding reaches no real token
             whole = hidden.new_zeros(len(hidden), shape[-1])
             whole[self.current.on(hidden.device).tokens] = output
@@ -177,15 +186,19 @@ class LayerObserver:
 
     # -- the outputs of the chosen experts, and of all
 
-    def _routed(self, own: ExpertsForward, x: Tensor, chosen: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _routed(
+        self, own: ExpertsForward, x: Tensor, chosen: Tensor, weight: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """The block's output ``(T, H)``; with routed norms, from the chosen experts' outputs, and their sizes."""
-        if Need.ROUTED_NORMS not in self.needs:
+        if not self.needs & ROUTED:
             return own(x, chosen, weight), None
         y, sizes = chosen_experts(own, x, chosen, weight.dtype)
-        return weighted_sum(y, weight), sizes
+        if self._output_sums is not None:
+            self._output_sums.add(y, slots)
+        return weighted_sum(y, weight), sizes if Need.ROUTED_NORMS in self.needs else None
 
     def _dense(
-        self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor
+        self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The same, of kept tokens, from the outputs of all experts, with the statistics that need them all."""
         hidden_size = x.shape[1] - own.scores
@@ -202,6 +215,8 @@ class LayerObserver:
             outputs.append(weighted_sum(routed, w))
             if Need.ROUTED_NORMS in self.needs:
                 sizes.append(sizes_of(routed))
+            if self._output_sums is not None:
+                self._output_sums.add(routed, slots[rows])
             norm = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32).T
             self._check_finite(norm, "an expert's output is")
             if Need.DENSE_NORMS in self.needs:
@@ -222,13 +237,13 @@ class LayerObserver:
         return torch.cat(outputs), torch.cat(sizes, dim=1) if sizes else None
 
     def _split(
-        self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor
+        self, own: ExpertsForward, x: Tensor, logits: Tensor, chosen: Tensor, weight: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The same, where some tokens are kept: these by :meth:`_dense`, the others by :meth:`_routed`."""
         places = self.current.on(x.device)
         parts = [
-            self._dense(own, *(t[places.kept] for t in (x, logits, chosen, weight))),
-            self._routed(own, *(t[places.others] for t in (x, chosen, weight))),
+            self._dense(own, *(t[places.kept] for t in (x, logits, chosen, weight, slots))),
+            self._routed(own, *(t[places.others] for t in (x, chosen, weight, slots))),
         ]
         output = parts[0][0].new_empty(len(x), parts[0][0].shape[1])
         sizes = x.new_empty((2, *chosen.shape), dtype=torch.float32) if parts[0][1] is not None else None

@@ -22,6 +22,7 @@ import torch
 from ..architectures.fingerprint import facts_of, fingerprints_of
 from ..architectures.spec import MoESpec
 from ..architectures.structure import ExpertAxis, LayerStructure, Structure, structure_of
+from ..architectures.substitution import check_whole
 from ..architectures.table import architecture_of
 from ..compat import ModelConfig, WeightNames, build_on_meta, commit_of_config, quantization_of, text_config
 from ..errors import RequestError, RunError, faults_of
@@ -153,6 +154,7 @@ def find_layout(checkpoint: Checkpoint, config: ModelConfig) -> Layout:
     Raises:
         RequestError: Naming the tensor and its file, or what is missing.
     """
+    check_whole(config, checkpoint.name_or_path)
     try:
         with faults_of(f"config.json of {checkpoint.name_or_path}"):
             return _found_layout(checkpoint, config)

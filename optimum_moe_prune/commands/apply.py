@@ -17,6 +17,7 @@ from .work import add_dry_run, check_apply, shown
 
 if TYPE_CHECKING:
     from ..plan import PruningPlan
+    from ..statistics.stats import CalibrationStats
 
 
 class ApplyCommand(Command):
@@ -24,6 +25,7 @@ class ApplyCommand(Command):
     examples = (
         "--model ./mixtral --plan plan.json ./mixtral-4",
         "--model mixtral.Q4_K_M.gguf --plan plan.json mixtral-4.Q4_K_M.gguf",
+        "--model ./mixtral --plan plan.json --substitute --stats ./stats ./mixtral-constant",
     )
     any_form = True
 
@@ -33,6 +35,7 @@ class ApplyCommand(Command):
         parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
         flags.add_compute(parser, "the recovery and the evaluation")
         flags.add_writing(parser)
+        parser.add_argument("--stats", metavar="STATS_DIR", help="with --substitute: statistics with mean outputs")
         flags.add_settings(parser, ["mtp", *flags.TARGET])
         group = parser.add_argument_group("recovery")
         flags.add_settings(group, flags.RECOVERY)
@@ -66,14 +69,14 @@ class ApplyCommand(Command):
         from .inputs import recovery_samples
 
         plan = with_target(plan, args.target, args.parallel_size)
-        recipe = _recipe(args, plan)
+        recipe, stats = _recipe(args, plan), _statistics(args)
         _check_reading(args)
-        publishing.check_publishing(args)
-        compute = flags.compute_of(args, says=bool(args.evaluate or args.speed or recipe is not None))
+        publishing.check_publishing(args, bool(args.substitute))
+        compute = flags.compute_of(args, says=bool(args.evaluate or args.speed or args.recover))
         source = flags.source_of(args)
         pruner = MoEPruner.from_plan(plan, source.name_or_path, recipe, **source.for_transformers)
-        layout = pruner.layout()
-        check_apply(args, plan, layout)
+        layout, pruner.stats = pruner.layout(), stats
+        check_apply(args, plan, layout, bool(args.substitute))
         publishing.check_memory(args, layout)
         texts = publishing.texts_to_judge(args)
         recovery = recovery_samples(args, pruner)
@@ -98,10 +101,11 @@ class ApplyCommand(Command):
 
 
 def _recipe(args: argparse.Namespace, plan: PruningPlan) -> MoEPrunerConfig | None:
-    """The plan's recipe with the recovery that is asked for; None where none is.
+    """The plan's recipe with the recovery that is asked for, or with constants for experts; None where neither is.
 
     Raises:
-        RequestError: If flags of a recovery stand without it, or it has no texts.
+        RequestError: If flags of a recovery stand without it, or it has no texts; or it is to be done beside experts
+            that answer with constants.
     """
     names = (*flags.RECOVERY, "max_length", "batch_size", "seed")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
@@ -109,11 +113,35 @@ def _recipe(args: argparse.Namespace, plan: PruningPlan) -> MoEPrunerConfig | No
         idle = [f"--{name.replace('_', '-')}" for name in given] + ["--calibration"] * bool(args.calibration)
         if idle:
             raise RequestError(f"{idle[0]} is for --recover, and nothing is to be recovered.")
-        return None
+        if not args.substitute:
+            return None
+        target = {name: value for name in flags.TARGET if (value := getattr(args, name)) is not None}
+        return MoEPrunerConfig.from_dict(plan.config, substitute=True, recover=(), **target)
     if not args.calibration:
         raise RequestError("--recover needs texts; name a file (--calibration FILE).")
     given |= {"text_column": args.text_column, "template_args": flags.template_args(args.template_args)}
+    given["substitute"] = bool(args.substitute)
     return MoEPrunerConfig.from_dict(plan.config, **given, skip_bad=bool(args.skip_bad))
+
+
+def _statistics(args: argparse.Namespace) -> CalibrationStats | None:
+    """Those that ``--substitute`` takes; None where it is not given.
+
+    Raises:
+        RequestError: If one of ``--substitute`` and ``--stats`` stands without the other, or they lack what it takes.
+    """
+    if not args.substitute:
+        if args.stats is not None:
+            raise RequestError("--stats is for --substitute: a plan is applied without statistics.")
+        return None
+    if args.stats is None:
+        raise RequestError("--substitute needs statistics with mean outputs; name them (--stats STATS_DIR).")
+    from ..statistics.mean_outputs import check_mean_outputs
+    from ..statistics.stats import CalibrationStats
+
+    stats = CalibrationStats.load(args.stats)
+    check_mean_outputs(stats)
+    return stats
 
 
 def _check_reading(args: argparse.Namespace) -> None:

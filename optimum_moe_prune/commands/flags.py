@@ -203,6 +203,7 @@ def add_writing(parser: argparse.ArgumentParser) -> None:
         help="where layers keep different numbers of experts, add code so that trust_remote_code=True loads it "
         "without this package",
     )
+    add_settings(group, ["substitute"])
 
 
 def add_common(parser: argparse.ArgumentParser, output: str | None = None, output_help: str = "") -> None:

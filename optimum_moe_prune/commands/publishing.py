@@ -58,12 +58,22 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_publishing(args: argparse.Namespace) -> None:
+def check_publishing(args: argparse.Namespace, substitutes: bool = False) -> None:
     """Refuse what cannot be added to a pruned checkpoint, before any work.
 
+    Args:
+        args: The command's.
+        substitutes: Whether experts that go answer with a constant.
+
     Raises:
-        RequestError: If a package is missing, or a name is wrong.
+        RequestError: If a package is missing, or a name is wrong; or speed is to be measured where transformers has no
+            such model.
     """
+    if substitutes and args.speed:
+        raise RequestError(
+            "--speed is that of transformers, and with --substitute experts answer with a constant, which runs in "
+            "vLLM; measure it there."
+        )
     from ..publishing.facts import CardFacts
     from ..surgery.files import shard_bytes
 

@@ -54,7 +54,7 @@ class RunCommand(Command):
         if config.needs_text or config.recover or (config.measures and args.sensitivity is None):
             require_calibration(args)
         flags.check_sensitivity(args, config, args.report)
-        publishing.check_publishing(args)
+        publishing.check_publishing(args, config.substitute)
 
         from ..planning.measured import check_measured
         from ..planning.sensitivity import Sensitivity

@@ -37,6 +37,12 @@ class ScoreCommand(Command):
             help="gather gradients as well, for --method fisher and --allocation estimated: another pass forward and "
             "one back",
         )
+        group.add_argument(
+            "--mean-outputs",
+            action="store_true",
+            help="gather the mean output of each expert as well, for apply --substitute: a vector for each sample and "
+            "expert",
+        )
         flags.add_config(group)
         flags.add_settings(group, ["seed"])
         flags.add_compute(parser, "the calibration")
@@ -62,7 +68,9 @@ class ScoreCommand(Command):
         from ..storage.workspace import Workspace
         from .inputs import calibration_samples
 
-        asked: Needs = ["all" if every else config, *([Need.ROUTING, Need.FISHER] if args.fisher else [])]
+        also = {Need.FISHER: args.fisher, Need.MEAN_OUTPUTS: args.mean_outputs}
+        more = [need for need, is_asked in also.items() if is_asked]
+        asked: Needs = ["all" if every else config, *([Need.ROUTING] if more else []), *more]
         needs = needs_of(asked)
         compute = flags.compute_of(args)
         pruner = MoEPruner(config, source=flags.source_of(args))

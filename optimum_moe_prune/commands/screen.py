@@ -156,12 +156,15 @@ def checkpoint_in_words(
     if lost:
         lines += ["", lost]
     lines += to_know(plan, printed)
+    substitutes = "substitution" in plan.provenance
     load = f'{loader_of_card(folder)}.from_pretrained({folder!r}, dtype="auto")'
-    values["load"] = load
+    values["load"] = load = f"vllm serve {shlex.quote(folder)}" if substitutes else load
     lines += ["", f"written: {folder} (what others should know of it: {Path(folder, CARD_NAME)})", f"load it: {load}"]
     if opened := opened_in_words(folder, plan):
         lines.append(f"opened by: {opened}")
         values["opened_by"] = opened
+    if substitutes:
+        return lines, values
     if plan.uniform_num_experts is None:
         said = "Its layers keep different numbers of experts: import optimum_moe_prune before loading it"
         lines.append(said + (", or pass trust_remote_code=True." if standalone else "."))

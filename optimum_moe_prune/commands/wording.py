@@ -6,7 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-_ARGUMENTS = {"domain_weights": "domain_weight", "limit": "task_limit", "include": "task_include"}
+_ARGUMENTS = {
+    "domain_weights": "domain_weight",
+    "limit": "task_limit",
+    "include": "task_include",
+    "widths": "bit_widths",
+}
 """Arguments of other names than the flags' destinations."""
 _VERBS = r"(?= (?:is|are|must|names|has|lies|takes|needs no)\b| \(|\.$| and [\w-]+\.$)"
 _NOT_ARGUMENTS = (

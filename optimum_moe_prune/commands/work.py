@@ -62,11 +62,11 @@ def check_run(args: argparse.Namespace, config: MoEPrunerConfig, layout: Layout)
 
     recipe = settled(config, layout, args.standalone).recipe
     budget = budget_for(recipe, layout.num_experts, layout.spec.routing(layout.config))
-    check_output(layout, budget, args.output, args.standalone, recipe.mtp)
+    check_output(layout, budget, args.output, args.standalone, recipe.mtp, recipe.substitute)
     return recipe
 
 
-def check_apply(args: argparse.Namespace, plan: PruningPlan, layout: Layout) -> None:
+def check_apply(args: argparse.Namespace, plan: PruningPlan, layout: Layout, substitute: bool = False) -> None:
     """Refuse a plan that is not for a model, before what it does is shown.
 
     Raises:
@@ -75,8 +75,13 @@ def check_apply(args: argparse.Namespace, plan: PruningPlan, layout: Layout) -> 
     from ..planning.for_target import remembered, served_by
     from ..surgery.checks import check_plan_for_config, check_request, check_routers
     from ..surgery.heads import way_of_plan
+    from ..surgery.substitutable import check_substitution
 
     check_plan_for_config(plan, layout.config)
+    if substitute:
+        check_substitution(layout, args.standalone, args.mtp)
+        check_routers(plan, layout.fingerprints())
+        return
     uniform = plan.uniform_num_experts is not None
     check_request(layout, uniform, args.standalone, way_of_plan(plan, args.mtp))
     remembered(plan, served_by(plan, layout.spec, layout.config))

@@ -16,6 +16,7 @@ from typing import Any, Union
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..architectures.substitution import READER, substituted_in
 from ..calibration.samples import CalibrationInput, CalibrationSet, sample_length
 from ..calibration.texts import needs_tokenizer
 from ..checkpoints.source import Source
@@ -98,6 +99,8 @@ def compare(
     original = None if reference is None else _source(reference)
     every = [*compared, *([] if original is None else [original])]
     _check_draft(draft, draft_tokens, data, reference)
+    if speed or draft:
+        _check_constants(every)
     _check(every, data, tasks, speed, batch_size, new_tokens, task_settings)
     texts = None if data is None else held_out(every[0], data, tokenizer, max_length)
     if (tasks or speed or draft) and processes.is_main and not processes.is_alone:
@@ -267,6 +270,16 @@ def _check_draft(draft: bool, draft_tokens: int | None, data: CalibrationInput |
         )
     if draft_tokens is not None and (not draft or draft_tokens < 1):
         raise RequestError(f"draft_tokens is {draft_tokens}; it is for draft, and at least 1.")
+
+
+def _check_constants(models: Sequence[Source | PreTrainedModel]) -> None:
+    """Refuse to time what runs elsewhere: here it is calculated with zeros for experts that were left out."""
+    for model in models:
+        if isinstance(model, Source) and substituted_in(model.config):
+            raise RequestError(
+                f"speed and drafts are those of transformers, and {_name(model)} holds experts that answer with a "
+                f"constant, which run in {READER}; measure it there."
+            )
 
 
 def _check_same_tokens(models: Sequence[Source | PreTrainedModel]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..models.substituted import left_out
 from ..planning.sensitivity import ALL
 from ..storage.files import check_own, write_json
 from ..storage.kinds import EVALUATION, reading
@@ -57,7 +58,8 @@ class ModelResult:
         """With the size of a model."""
         parameters = list(model.parameters())
         count, nbytes = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
-        return cls(evaluation or Evaluation(), count, nbytes, tasks=tasks or {})
+        zeros, zero_bytes = left_out(model)
+        return cls(evaluation or Evaluation(), count - zeros, nbytes - zero_bytes, tasks=tasks or {})
 
     def to_dict(self) -> Json:
         """As plain JSON values; what was not measured is left out."""

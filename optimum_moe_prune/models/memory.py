@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory
 
+from ..architectures.substitution import substituted_in
 from ..checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from ..checkpoints.layout import Layout, model_dtype
 from ..checkpoints.plain import Plain
@@ -27,6 +28,7 @@ from .devices import cards, check_device, free_bytes, has_own_memory, one_device
 from .layerwise import LayerByLayer
 from .precision import computing_dtype
 from .skeleton import Skeleton
+from .substituted import answer_with_constants, with_zeros
 from .widened import precision_of
 
 logger = logging.getLogger(__name__)
@@ -192,20 +194,27 @@ def load_model(model: Source | Layout, compute: Compute) -> Any:
 
 def _loaded(model: Source | Layout, source: Source, compute: Compute) -> Any:
     settings = {**compute.for_transformers, **source.for_transformers}
+    substituted = substituted_in(source.config)
     plain = model.plain if isinstance(model, Layout) else _plain_of(source)
     if plain is None or not (plain.formats or _is_as_it_is(plain)):
         if plain is not None and plain.method == "torchao":  # of its int8 experts no other kernel can make a product
             settings["experts_implementation"] = "eager"
         return loader_of(source.config, source.trust_remote_code).from_pretrained(source.name_or_path, **settings)
     plain.check()
-    _check_embeddings(plain, source)
+    if not substituted:  # else the files hold less than the config says
+        _check_embeddings(plain, source)
     dtype = model_dtype(source.config, plain.checkpoint, compute.dtype)
     read = plain.checkpoint.held_open()
     made = {
         name: functools.partial(plain.read, read, name, dtype if tensor.format else None)
         for name, tensor in plain.tensors.items()
     }
-    return load_made(source.config, made, source.name_or_path, {**settings, "dtype": dtype})
+    if not substituted:
+        return load_made(source.config, made, source.name_or_path, {**settings, "dtype": dtype})
+    whole, constants = with_zeros(made, plain.tensors, substituted, source.name_or_path)
+    return answer_with_constants(
+        load_made(source.config, whole, source.name_or_path, {**settings, "dtype": dtype}), constants
+    )
 
 
 def _plain_of(source: Source) -> Plain | None:

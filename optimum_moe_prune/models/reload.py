@@ -9,7 +9,7 @@ reads but does not build for most architectures. Importing this package switches
   shown, of whatever model type the config with such a key is;
 - the auxiliary loss is the mean over layers (see ``unequal``);
 - a checkpoint whose experts disagree with its config is refused by name, also with ``ignore_mismatched_sizes=True``,
-  which would leave random experts in place.
+  which would leave random experts in place; so is one whose experts answer with constants in part.
 
 The classes of an architecture are changed in place when transformers imports its modelling module, or at once if it
 has done so; nothing is imported for it. Models with equal layers are built and run as before.
@@ -31,6 +31,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.spec import COUNT_KEYS
+from ..architectures.substitution import check_whole
 from ..architectures.table import all_architectures, find_architecture, on_register
 from ..compat import LOADING_HOOK, PER_LAYER_WARNER, ModelConfig, text_config
 from ..errors import RequestError, RunError
@@ -192,6 +193,11 @@ def _checked(finalize: Callable[..., Any]) -> staticmethod:
     @functools.wraps(finalize)
     def _finalize_model_loading(model: Any, load_config: ModelConfig, loading_info: Any) -> Any:
         config = text_config(model.config)
+        if any(".experts." in str(key) for key in (*loading_info.mismatched_keys, *loading_info.missing_keys)):
+            try:
+                check_whole(model.config, model.name_or_path or "this checkpoint")
+            except RequestError as error:
+                raise RunError(str(error)) from error
         spec = _row(config) if getattr(config, "is_heterogeneous", False) else None
         if spec is not None and (loading_info.mismatched_keys or loading_info.missing_keys):
             from ..architectures.structure import structure_of

@@ -99,6 +99,8 @@ def recipe_for_target(
         return config, []
     served = Served(get_target(config.target), spec, model_config, config.parallel_size)
     _check_model(served)
+    if config.substitute:  # every count stays
+        return config, []
     if config.allocates != UNIFORM and (why := served.refusal(unequal(num_experts))) is not None:
         raise RequestError(
             f"allocation={config.allocates!r} leaves layers with different numbers of experts, and {why}. Ask for "

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ..architectures.substitution import OPENED
 from ..calibration.current import Current
 from ..calibration.in_memory import statistics_bytes
 from ..calibration.samples import CalibrationSet
@@ -274,6 +275,8 @@ def plan_work(
         free_memory=available_memory("cpu"),
         opened=""
         if after is None or saves_statistics
+        else OPENED
+        if recipe is not None and recipe.substitute
         else opened_by(CHECKPOINT, layout.spec, config, after, made_for=made_for),
     )
     if measures is None:

@@ -93,7 +93,8 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
     origin = origin_of(plan)
     original = origin.base_model or "ORIGINAL"
     revision = ["--revision", origin.revision] if origin.revision else []
-    again = ["optimum-cli", "moe-prune", "apply", "--model", original, *revision, "--plan", names.PLAN_NAME, "OUTPUT"]
+    again = ["optimum-cli", "moe-prune", "apply", "--model", original, *revision, "--plan", names.PLAN_NAME]
+    again += ["--substitute", "--stats", "STATS_DIR"] if "substitution" in plan.provenance else []
     data = front_matter(folder, name, origin, comparison)
     return ModelCard.from_template(
         card_data=data,
@@ -119,7 +120,7 @@ def model_card(folder: str | os.PathLike, name: str) -> ModelCard:
         **card_parts.results(comparison),
         **card_parts.choice(plan),
         **card_parts.calibration(plan),
-        apply_command=shlex.join(again),
+        apply_command=shlex.join([*again, "OUTPUT"]),
         run_command=shlex.join(run_command(plan, original, revision)),
         recover_command=shlex.join(recover_command(plan, original, revision)),
         files={path.name for path in folder.iterdir() if path.is_file()},

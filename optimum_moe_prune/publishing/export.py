@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan for programs that leave experts out while they load the original checkpoint.
 
-No release of the common servers documents a file for that (looked for in autumn 2026: vLLM, SGLang, llama.cpp,
-KTransformers, TensorRT-LLM, mlx-lm, MLC, ExLlama, DeepSpeed). What their documents call an expert map or mask places
-experts on devices, or limits how many a token uses; what drops experts are proposals. So there is a generic file
-(``json``), which says everything.
+No release of the common servers reads a file for that beside the original (looked for in autumn 2026: vLLM, SGLang,
+llama.cpp, KTransformers, TensorRT-LLM, mlx-lm, MLC, ExLlama, DeepSpeed). What their documents call an expert map or
+mask places experts on devices, or limits how many a token uses. So there is a generic file (``json``), which says
+everything. vLLM 0.33 reads checkpoints in which experts are left out and answer with a constant, which takes more than
+a plan: ``substitute`` (``surgery.substituted``).
 
-For a server that only reads checkpoints there is nothing to export: ``PruningPlan.apply_to_checkpoint``.
+For a server that only reads checkpoints there is nothing to export: ``PruningPlan.apply_to_checkpoint``. What
+statistics say of experts has formats of its own (``export_statistics``).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from ..architectures.substitution import OPENED
 from ..architectures.table import architecture_of
 from ..errors import RequestError
 from ..names import STANDALONE_STEM
@@ -23,6 +24,8 @@ def opened_in_words(folder: str | os.PathLike, plan: PruningPlan) -> str:
         folder: The checkpoint.
         plan: That it was pruned by.
     """
+    if "substitution" in plan.provenance:
+        return OPENED
     try:
         config = AutoConfig.from_pretrained(folder)
         spec = architecture_of(config)

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.layout import Layout, open_layout
 from ..checkpoints.source import Source
-from ..errors import RequestError
+from ..errors import RequestError, check_type
 from ..formats import form_of
 from ..plan import PruningPlan, with_parent
 from ..planning.for_target import with_target
+from ..statistics.stats import CalibrationStats
 from ..surgery.checks import check_plan_for_config
 from ..surgery.files import pruned_checkpoint
 from ..surgery.saving import saved_model
+from ..surgery.substituted import substituted_checkpoint
 from .card import write_card
 from .facts import CardFacts, to_publish
 
@@ -54,6 +56,7 @@ def apply_to_checkpoint(
     *,
     card: CardFacts | None = None,
     finish: Callable[[Path], PruningPlan] | None = None,
+    substitute: CalibrationStats | None = None,
     **options: Any,
 ) -> Path:
     """Write a pruned copy of a checkpoint, with its card (``surgery.files.pruned_checkpoint``).
@@ -65,10 +68,20 @@ def apply_to_checkpoint(
         card: What the card says of the original.
         finish: Called with the folder before it is renamed; changes weights there, and returns the plan that
             remembers it.
+        substitute: Statistics with mean outputs: experts that go answer with these
+            (``surgery.substituted.substituted_checkpoint``).
         options: Of ``pruned_checkpoint``.
     """
+    check_type(substitute, (CalibrationStats, type(None)), "a CalibrationStats (CalibrationStats.load reads a folder)")
     plan = to_publish(with_parent(plan.without_recovery, layout.checkpoint.source.stored_plan()), card)
-    with pruned_checkpoint(plan, layout, target, **options) as folder:
+    if bool(plan.config.get("substitute")) != (substitute is not None):  # the recipe may have been for the other
+        plan = replace(plan, config={**plan.config, "substitute": substitute is not None})
+    written = (
+        pruned_checkpoint(plan, layout, target, **options)
+        if substitute is None
+        else substituted_checkpoint(plan, layout, target, substitute, **options)
+    )
+    with written as folder:
         if finish is not None:
             there = PruningPlan.load(folder)  # with what became of heads
             more = finish(folder).provenance["recovery"]

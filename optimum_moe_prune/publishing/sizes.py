@@ -6,10 +6,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import AutoConfig
 
+from ..architectures.substitution import constants_in
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.layout import find_layout
 from ..checkpoints.sizes import bytes_in_words, parameters_in_words
@@ -58,6 +60,8 @@ def sizes_of(plan: PruningPlan, folder: str | os.PathLike) -> Sizes | None:
     """
     try:
         checkpoint = Checkpoint.open(folder)
+        if constants := constants_in(checkpoint.tensors):
+            return _beside_constants(checkpoint, constants)
         # Code in the folder does not run for a card, and nobody is asked about it.
         layout = find_layout(checkpoint, AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (MoEPruneError, OSError, ValueError) as error:
@@ -73,6 +77,20 @@ def sizes_of(plan: PruningPlan, folder: str | os.PathLike) -> Sizes | None:
         removed_parameters += removed * sum(math.prod(tensor.shape) for tensor in tensors) // layer.num_experts
         removed_bytes += removed * sum(tensor.nbytes for tensor in tensors) // layer.num_experts
     return Sizes((parameters + removed_parameters, parameters), (checkpoint.nbytes + removed_bytes, checkpoint.nbytes))
+
+
+def _beside_constants(checkpoint: Checkpoint, constants: Mapping[str, tuple[str, int]]) -> Sizes:
+    """The sizes of a checkpoint whose experts answer with constants in part: each had as much as those beside it."""
+    now = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    parameters, nbytes = now, checkpoint.nbytes
+    for experts in {experts for experts, _ in constants.values()}:
+        here = {name: t for name, t in checkpoint.tensors.items() if name.startswith(f"{experts}.")}
+        vectors = [here.pop(name) for name in constants if name in here]
+        retained = len({name.removeprefix(f"{experts}.").partition(".")[0] for name in here})
+        parameters -= sum(math.prod(t.shape) for t in vectors)
+        parameters += len(vectors) * sum(math.prod(t.shape) for t in here.values()) // retained
+        nbytes += len(vectors) * sum(t.nbytes for t in here.values()) // retained - sum(t.nbytes for t in vectors)
+    return Sizes((parameters, now), (nbytes, checkpoint.nbytes))
 
 
 def _count(value: object) -> int:

@@ -30,6 +30,7 @@ class Need(str, enum.Enum):
     COACTIVATION = "coactivation"
     WEIGHTS = "weights"
     FISHER = "fisher"
+    MEAN_OUTPUTS = "mean_outputs"
 
     def __str__(self) -> str:
         return self.value
@@ -55,6 +56,8 @@ PER_SAMPLE: dict[Need, tuple[str, ...]] = {
     # (S, P, E) float32 in place of (S, E), P the experts of the MoE layer before (0 in the first): the sum over the
     # tokens routed to an expert there of p here
     Need.COACTIVATION: ("coactivation",),
+    # (S, E, H) float32: the sum of f over the tokens routed to the expert
+    Need.MEAN_OUTPUTS: ("output_sum",),
 }
 """Tensors ``(S, E)`` in float64 where nothing else is said, by need."""
 
@@ -99,14 +102,23 @@ SINCE_FORMAT_3 = frozenset({"token_dense_norm", "token_output_energy"})
 LABEL_DRAWS = 2
 """J: how many times labels are drawn for ``Need.FISHER``."""
 
-OF_A_FORWARD_PASS = frozenset(Need) - {Need.FISHER}
-"""What ``"all"`` stands for; gradients take another pass forward and one back, and are gathered where they are asked
-for."""
+OF_A_FORWARD_PASS = frozenset(Need) - {Need.FISHER, Need.MEAN_OUTPUTS}
+"""What ``"all"`` stands for. Gradients take another pass forward and one back, and mean outputs are a vector for each
+sample and expert, which no method reads: both are gathered where they are asked for."""
 
 DENSE = frozenset({Need.DENSE_NORMS, Need.SINGLE_ERROR, Need.GRAM})
 """The needs for which every expert runs on every kept token."""
 
-WITHOUT_RULE = WITHOUT_TEXT | {Need.ROUTING, Need.ROUTED_NORMS, Need.DENSE_NORMS, Need.INPUTS}
+ROUTED = frozenset({Need.ROUTED_NORMS, Need.MEAN_OUTPUTS})
+"""The needs for which each chosen expert's own output is looked at."""
+
+WITHOUT_RULE = WITHOUT_TEXT | {
+    Need.ROUTING,
+    Need.ROUTED_NORMS,
+    Need.DENSE_NORMS,
+    Need.INPUTS,
+    Need.MEAN_OUTPUTS,
+}
 """The needs for which nothing has to be known of how routers choose: but for :data:`OF_RULE`."""
 
 OF_RULE = frozenset({"routed_probability", "probability", "probability_log2", "norm_probability", "norm_renormalised"})
@@ -161,6 +173,7 @@ def layer_shapes(
     outputs = num_experts + (fixed if rule is not None and rule.fixed_are_chosen else 0)
     others = {
         "coactivation": ((num_samples, experts_before, num_experts), torch.float32),
+        "output_sum": ((num_samples, num_experts, hidden_size), torch.float32),
         "logits": ((num_tokens, num_experts + fixed), logits_dtype),
         "token_dense_norm": ((num_tokens, num_experts), torch.float32),
         "token_single_error": ((num_tokens, num_experts), torch.float32),

@@ -330,7 +330,7 @@ class CalibrationStats:
             if index < 0 or not self.model["top_k"] == layer.routing.top_k <= layer.num_experts:
                 raise ValueError(f"layer {index} has {layer.num_experts} experts and top_k {layer.routing.top_k}")
             there = tensor_shapes(layer.tensors)
-            hidden = there["inputs"][0][-1] if "inputs" in there else 0
+            hidden = next((there[name][0][-1] for name in ("inputs", "output_sum") if name in there), 0)
             counts = (len(self.samples), len(kept), layer.num_experts, before, hidden)
             shapes = layer_shapes(self.needs, *counts, torch.float32, torch.float32, rule=layer.routing)
             for name in self.names:

@@ -24,6 +24,7 @@ from ..storage.values import Json
 from .config_json import source_config, write_counts
 from .heads import check_heads, check_way
 from .standalone import standalone_class
+from .substitutable import check_substitution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,16 +97,32 @@ def check_routers(plan: PruningPlan, found: Json) -> None:
 
 
 def check_output(
-    layout: Layout, budget: Budget, output: str | os.PathLike, standalone: bool, mtp: str | None = None
+    layout: Layout,
+    budget: Budget,
+    output: str | os.PathLike,
+    standalone: bool,
+    mtp: str | None = None,
+    substitute: bool = False,
 ) -> None:
     """Raise unless the pruned copy of a checkpoint can be written, before it is known which experts go.
+
+    Args:
+        layout: The checkpoint.
+        budget: How many experts its layers keep.
+        output: The folder to write.
+        standalone: Whether a modelling file is asked for.
+        mtp: What is asked to become of heads for further tokens.
+        substitute: Whether experts that go answer with a constant.
 
     Raises:
         RequestError: As :func:`check_request`, or if the disk has no room for it.
     """
     uniform = isinstance(budget, UniformBudget) and len(set(budget.num_experts.values())) == 1
-    check_request(layout, uniform, standalone, way_with_heads(mtp, uniform))
-    if isinstance(budget, UniformBudget):
+    if substitute:
+        check_substitution(layout, standalone, mtp)
+    else:
+        check_request(layout, uniform, standalone, way_with_heads(mtp, uniform))
+    if isinstance(budget, UniformBudget) and not substitute:
         check_way(layout, {**layout.num_experts, **budget.num_experts}, mtp)
     share = budget.total / sum(layout.num_experts.values())
     check_space(output, int(layout.checkpoint.nbytes - (1 - share) * layout.expert_bytes))

@@ -104,6 +104,8 @@ def _refusal(
     config: MoEPrunerConfig, model: PreTrainedModel | Layout, standalone: bool, mtp: str | None
 ) -> str | None:
     """Why the layers of a model cannot keep different numbers of experts; None where they can."""
+    if config.substitute:  # every count stays
+        return None
     if config.target is not None:
         spec, model_config, counts = _facts(model)
         why = Served(get_target(config.target), spec, model_config).refusal(unequal(counts))

@@ -17,7 +17,7 @@ from optimum_moe_prune.calibration.in_memory import collect
 from optimum_moe_prune.models.blocks import moe_blocks
 from optimum_moe_prune.statistics.needs import DENSE, OF_A_FORWARD_PASS, WITHOUT_TEXT
 
-EVERYTHING = set(OF_A_FORWARD_PASS - WITHOUT_TEXT)
+EVERYTHING = {*(OF_A_FORWARD_PASS - WITHOUT_TEXT), Need.MEAN_OUTPUTS}
 NEEDS = [
     {Need.ROUTING},
     {Need.ROUTING, Need.ROUTED_NORMS},
@@ -25,6 +25,8 @@ NEEDS = [
     {Need.ROUTING, Need.SINGLE_ERROR, Need.INPUTS},
     {Need.ROUTING, Need.DENSE_NORMS},
     {Need.COACTIVATION},
+    {Need.MEAN_OUTPUTS},
+    {Need.MEAN_OUTPUTS, Need.DENSE_NORMS},
     EVERYTHING,
 ]
 
