@@ -67,14 +67,16 @@ def original_of(plan: PruningPlan, settings: Json, given: Source | str | os.Path
         return found
     said = [Source.of(str(own), **{**hub, "revision": settings.get("revision")})] if own else []
     planned = plan.made_for.get("name_or_path")
+    if planned and "/" not in str(planned) and not Path(planned).is_dir():  # a folder's name, which is no id
+        planned = None
     said += [Source.of(str(planned), **{**hub, "revision": plan.made_for.get("revision")})] if planned else []
     for source in said:
         if _is_there(source):
             return _opened(plan, source)
-    named = " nor ".join(dict.fromkeys(source.name_or_path for source in said)) or "any that it names"
+    named = " and ".join(dict.fromkeys(source.name_or_path for source in said)) or "none is named"
     raise RequestError(
-        f"the adapter's original cannot be read here (neither {named}), whose config says which tensors hold experts; "
-        "name it, or the pruned model (base_model=...)."
+        f"the adapter's original cannot be read here ({named}), whose config says which tensors hold experts; name it, "
+        "or the pruned model (base_model=...)."
     )
 
 

@@ -272,8 +272,11 @@ def test_the_original_is_found_and_proven(mixtral: Trained, tmp_path: Path, capl
     assert form.prepare(plan, mixtral.adapter, cut).facts["proof"] == "its routers are those of the plan"
     plan.apply_to_checkpoint(mixtral.base, tmp_path / "pruned")
     mixtral.change(base_model_name_or_path=None)
-    with pytest.raises(RequestError, match=r"original cannot be read here .*base_model"):
+    with pytest.raises(RequestError, match=r"original cannot be read here \(none is named\), .*base_model"):
         replace(plan, provenance={}).apply_to_checkpoint(mixtral.adapter, cut)
+    moved = {**plan.provenance, "model": {**plan.made_for, "name_or_path": "moved"}}  # a folder's name is no id
+    with pytest.raises(RequestError, match=r"cannot be read here \(none is named\)"):
+        replace(plan, provenance=moved).apply_to_checkpoint(mixtral.adapter, cut)
     assert not caplog.messages
     mixtral.change(base_model_name_or_path="org/original")
     plan.apply_to_checkpoint(mixtral.adapter, tmp_path / "named", base_model=mixtral.base)
