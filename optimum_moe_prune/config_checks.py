@@ -71,13 +71,8 @@ def check_words(config: Any) -> None:
     check_target(config.target, config.parallel_size)
     if not config.recover and config.recovery_samples is not None:
         raise RequestError("recovery_samples is for recover='refit' or 'distil', and nothing is to be recovered.")
-    if config.substitute and config.target not in (None, "vllm"):
-        raise RequestError(f"substitute=True is for vLLM, and the target is {config.target!r}.")
-    if config.substitute and config.parallel_size > 1:
-        raise RequestError(
-            f"parallel_size is {config.parallel_size}; vLLM takes experts that answer with a constant only where "
-            "experts are not spread over devices (tensor parallelism is free)."
-        )
+    if config.substitute:
+        check_served(config.target, config.parallel_size)
     for name in ("recover", "progressive"):
         if config.substitute and getattr(config, name):
             raise RequestError(
@@ -89,15 +84,33 @@ def check_words(config: Any) -> None:
 
 
 def check_target(target: Any, parallel_size: int) -> None:
-    """Refuse a program that is not known, and a number of devices without one that has a use for it.
+    """Refuse a program that is not known, and a number of devices that is none, or without one that has a use for it.
 
     Raises:
         RequestError: Naming the setting.
     """
     known = None if target is None else get_target(target)
+    if not is_integer(parallel_size) or parallel_size < 1:
+        raise RequestError(f"parallel_size is {parallel_size!r}; it must be an integer of at least 1.")
     if parallel_size > 1 and (known is None or not known.parallel):
         found = "and none is given" if known is None else f"and {known.program} has no use for it"
         raise RequestError(f"parallel_size is for a target that spreads experts over devices, {found}.")
+
+
+def check_served(target: str | None, parallel_size: int) -> None:
+    """Refuse what experts that answer with a constant are not for.
+
+    Raises:
+        RequestError: If another program than vLLM is to open them, or several devices are to share them.
+    """
+    check_target(target, parallel_size)
+    if target not in (None, "vllm"):
+        raise RequestError(f"substitute=True is for vLLM, and the target is {target!r}.")
+    if parallel_size > 1:
+        raise RequestError(
+            f"parallel_size is {parallel_size}; vLLM takes experts that answer with a constant only where experts are "
+            "not spread over devices (tensor parallelism is free)."
+        )
 
 
 def steps_of(recover: Any) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from ..architectures.substitution import KEY, READER, READER_VERSION, name_of_co
 from ..checkpoints.cutting import Piece
 from ..checkpoints.layout import Layout
 from ..config import MoEPrunerConfig
+from ..config_checks import check_served
 from ..errors import RequestError, RunError
 from ..names import KEEP, NOTES_LOGGER, PLAN_NAME
 from ..plan import PruningPlan
@@ -31,6 +32,7 @@ from ..statistics.stats import CalibrationStats
 from ..storage.folders import check_target
 from ..storage.tensor_files import TORCH_DTYPES
 from ..storage.values import Values
+from ..targets.vllm import VLLM
 from .checks import check_plan_for_config, check_routers
 from .config_json import source_config
 from .files import MAX_SHARD_SIZE, Prepared
@@ -169,10 +171,11 @@ def substituted_checkpoint(
     checkpoint = layout.checkpoint
     check_target(target, overwrite, [checkpoint.name_or_path], PLAN_NAME)
     check_plan_for_config(plan, layout.config)
+    check_served(plan.config.get("target"), plan.config.get("parallel_size", 1))
     check_substitution(layout, standalone, mtp)
     check_routers(plan, layout.fingerprints())
     plan, constants = constants_of(with_heads_settled(plan, layout, KEEP if layout.heads else None), stats)
-    config = source_config(checkpoint.source)
+    config = VLLM.config(source_config(checkpoint.source), plan.without_heads.original_num_experts)
     config[KEY] = {str(layer): sorted(vectors) for layer, vectors in sorted(constants.items())}
     pieces = _pieces(layout, constants)
     prepared = Prepared(plan, checkpoint, Path(target), pieces, config, {}, max_shard_size, overwrite)

@@ -201,6 +201,16 @@ def test_heads_for_further_tokens_stay_whole(tmp_path: Path) -> None:
         plan.apply_to_checkpoint(folder, tmp_path / "other", substitute=stats, mtp="prune")
 
 
+def test_the_config_has_the_keys_for_routers_that_its_reader_needs(tmp_path: Path) -> None:
+    tiny_model("deepseek_v3").save_pretrained(tmp_path / "model")
+    keys = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    assert not keys.keys() & config_of(tmp_path / "model").keys()
+    _, output = written(
+        tmp_path / "model", CalibrationSet.build([torch.arange(3, 40)]), tmp_path / "out", num_experts=6
+    )
+    assert keys.items() <= config_of(output).items()
+
+
 @pytest.mark.parametrize("lenient", [False, True])
 def test_transformers_refuses_it(mixtral: Path, samples: CalibrationSet, lenient: bool, tmp_path: Path) -> None:
     _, output = written(mixtral, samples, tmp_path / "out")
@@ -250,6 +260,10 @@ def test_what_its_reader_does_not_take_is_refused(mixtral: Path, samples: Calibr
         ("standalone", lambda: plan.apply_to_checkpoint(mixtral, output, substitute=stats, standalone=True)),
         ("score --mean-outputs", lambda: plan.apply_to_checkpoint(
             mixtral, output, substitute=calibrate(model, samples, [Need.ROUTING]))),
+        ("substitute=True is for vLLM, and the target is 'sglang'", lambda: plan.apply_to_checkpoint(
+            mixtral, output, substitute=stats, program="sglang")),
+        ("parallel_size is 2; vLLM takes", lambda: plan.apply_to_checkpoint(
+            mixtral, output, substitute=stats, program="vllm", parallel_size=2)),
         ("CalibrationStats", lambda: plan.apply_to_checkpoint(mixtral, output, substitute="stats")),
         ("recover", lambda: MoEPrunerConfig(num_experts=4, substitute=True, recover="refit")),  # type: ignore[arg-type]
         ("progressive", lambda: MoEPrunerConfig(method="reap", num_experts=4, substitute=True, progressive=True)),
