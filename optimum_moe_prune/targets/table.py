@@ -10,7 +10,7 @@ from ..errors import RequestError, nearest_first
 from .llama_cpp import LLAMA_CPP
 from .mlx_lm import MLX
 from .sglang import SGLANG
-from .target import CHECKPOINT, READ, RUN, Target, is_uniform
+from .target import CHECKPOINT, GGUF, READ, RUN, Target, is_uniform
 from .transformers_lib import TRANSFORMERS
 from .vllm import VLLM
 
@@ -60,7 +60,7 @@ def opened_by(
     """
     takes, refuses = [], []
     for target in TARGETS.values():
-        if (target.opens != form and target.name != made_for) or not target.knows(config):
+        if not _can_open(target, form, made_for) or not target.knows(config):
             continue
         if target.check(spec, config, counts, 1) is not None:
             refuses.append(target.title)
@@ -70,6 +70,11 @@ def opened_by(
             takes.append(target.title + _condition(target, is_uniform(counts), standalone))
     said = ", ".join(takes) or "no program that is known here"
     return f"{said}; not by {', '.join(refuses)}" if refuses else said
+
+
+def _can_open(target: Target, form: str, made_for: str | None) -> bool:
+    """Whether what is written in a form is of a kind that a program opens; another's file is converted first."""
+    return target.opens == form or (target.name == made_for and target.opens != GGUF)
 
 
 def _writes_keys(made_for: str | None, target: Target) -> bool:

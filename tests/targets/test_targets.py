@@ -89,6 +89,7 @@ def test_what_vllm_refuses(architecture: str, count: int, devices: int, why: str
         ("MixtralForCausalLM", 6, 3, None),
         ("MixtralForCausalLM", 6, 4, "spreads experts evenly only (layers/moe/fused_moe_triton/layer.py, line 414)"),
         ("DeepseekV3ForCausalLM", 4, 8, "for this model (models/deepseek_v2.py, line 714)"),
+        ("Dots3NoteForCausalLM", 4, 8, "for this model (models/dots3_common/modeling.py, line 285)"),
     ],
 )
 def test_what_sglang_refuses(architecture: str, count: int, devices: int, why: str | None) -> None:
@@ -119,6 +120,7 @@ def test_which_programs_open_it() -> None:
     assert table.opened_by(CHECKPOINT, MIXTRAL, known, same(4)) == f"transformers 5.14+{read}"
     assert table.opened_by(CHECKPOINT, MIXTRAL, of_nobody, same(4)) == "transformers 5.14+"
     assert table.opened_by(CHECKPOINT, MIXTRAL, SimpleNamespace(), same(4)) == "transformers 5.14+"
+    assert table.opened_by(CHECKPOINT, MIXTRAL, known, same(4), made_for="llama.cpp") == f"transformers 5.14+{read}"
     beside = "; not by vLLM 0.33, SGLang 0.5.23"
     unequal = table.opened_by(CHECKPOINT, MIXTRAL, known, {0: 4, 1: 5})
     assert unequal == f"transformers 5.14+ (after import optimum_moe_prune){beside}"
