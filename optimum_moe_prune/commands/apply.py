@@ -82,6 +82,7 @@ class ApplyCommand(Command):
         recovery = recovery_samples(args, pruner)
         publishing.say_overlap(texts, pruner.pruning_plan, recovery)
         settings = {"mtp": args.mtp, "output": args.output, "compute": compute, "recovery": recovery}
+        settings |= {"standalone": args.standalone}
         work = partial(plan_work, layout, recipe, plan=plan, **settings)
         if (result := shown(args, work)) is not None:
             return result

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from dataclasses import replace
 
 from optimum.commands.base import CommandInfo
 
@@ -58,7 +58,7 @@ class RunCommand(Command):
 
         from ..planning.measured import check_measured
         from ..planning.sensitivity import Sensitivity
-        from ..planning.work import plan_work
+        from ..planning.work import WorkPlan, plan_work
         from ..pruner import MoEPruner
         from ..statistics.samples import check_domain_weights
         from .inputs import calibration_samples, recovery_samples
@@ -67,7 +67,8 @@ class RunCommand(Command):
         source = flags.source_of(args)
         pruner = MoEPruner.from_pretrained(source.name_or_path, config, **source.for_transformers)
         layout = pruner.layout()
-        recipe = check_run(args, config, layout)
+        made = check_run(args, config, layout)
+        recipe = made.recipe
         publishing.check_memory(args, layout)
         texts = publishing.texts_to_judge(args)
         if args.sensitivity is not None:
@@ -82,7 +83,12 @@ class RunCommand(Command):
                     check_domain_weights(samples.samples, weights)
             publishing.say_overlap(texts, None, samples, recovery)
             settings = {"output": args.output, "compute": compute, "measures": measures, "recovery": recovery}
-            work = partial(plan_work, layout, recipe, samples, **settings)
+            settings |= {"standalone": args.standalone}
+
+            def work() -> WorkPlan:
+                planned = plan_work(layout, recipe, samples, **settings)
+                return replace(planned, fit=made.fit, notes=made.notes)
+
             if (result := shown(args, work)) is not None:
                 return result
             pruner.prune_checkpoint(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..config import MoEPrunerConfig
     from ..plan import PruningPlan
     from ..planning.work import WorkPlan
+    from ..surgery.settled import Settled
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,7 @@ def shown(args: argparse.Namespace, plan: Callable[[], WorkPlan]) -> Result | No
     return None
 
 
-def check_run(args: argparse.Namespace, config: MoEPrunerConfig, layout: Layout) -> MoEPrunerConfig:
+def check_run(args: argparse.Namespace, config: MoEPrunerConfig, layout: Layout) -> Settled:
     """Refuse a run that can be known to fail, before any text is read.
 
     Returns:
@@ -60,10 +61,11 @@ def check_run(args: argparse.Namespace, config: MoEPrunerConfig, layout: Layout)
     from ..surgery.checks import check_output
     from ..surgery.settled import settled
 
-    recipe = settled(config, layout, args.standalone).recipe
+    made = settled(config, layout, args.standalone)
+    recipe = made.recipe
     budget = budget_for(recipe, layout.num_experts, layout.spec.routing(layout.config))
     check_output(layout, budget, args.output, args.standalone, recipe.mtp, recipe.substitute)
-    return recipe
+    return made
 
 
 def check_apply(args: argparse.Namespace, plan: PruningPlan, layout: Layout, substitute: bool = False) -> None:

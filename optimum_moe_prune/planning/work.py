@@ -34,7 +34,7 @@ from ..targets.target import CHECKPOINT
 from . import backward_pass
 from .build import budget_for
 from .fit import Fit, fitted, gigabytes, weights_after
-from .for_target import unequal
+from .for_target import recipe_for_target, unequal
 from .measuring import Measuring, in_words
 from .progressive import needs_unpruned
 from .recovery_work import RecoveryWork, recovery_work
@@ -105,6 +105,7 @@ class WorkPlan:
         seconds: How long running the model takes, roughly; None where that cannot be told.
         recovery: What the recovery takes, where there is one; it is part of the other numbers.
         opened: The programs that open what is written, in words; empty where that is no model.
+        notes: What follows from the model and from the program that is to open the output, in sentences.
     """
 
     model: Json
@@ -125,6 +126,7 @@ class WorkPlan:
     seconds: float | None = None
     recovery: RecoveryWork | None = None
     opened: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> Json:
         """As plain values."""
@@ -147,6 +149,7 @@ class WorkPlan:
         lines = {"model": self._model(), "keeps": self._keeps(), "opened": self.opened and f"by {self.opened}"}
         if self.fit is not None:
             lines["fits"] = self.fit.note
+        lines["since"] = "; ".join(self.notes)
         if self.texts:
             domains = ", ".join(f"{name} {count}" for name, count in sorted(self.texts["tokens_by_domain"].items()))
             lines["text"] = f"{self.texts['samples']} samples, {self.texts['tokens']} tokens ({domains})"
@@ -212,6 +215,7 @@ def plan_work(
     saves_statistics: bool = False,
     judged_tokens: int = 0,
     recovery: CalibrationSet | None = None,
+    standalone: bool = False,
 ) -> WorkPlan:
     """What calibrating, choosing and writing will take. Nothing is written; one layer is run on a few tokens.
 
@@ -229,6 +233,7 @@ def plan_work(
         saves_statistics: Whether the statistics are what is written.
         judged_tokens: Tokens that go through the model beside, for all plans that are judged together.
         recovery: What the recipe's recovery is done with.
+        standalone: Whether code that loads unequal layers without this package is written beside.
 
     Raises:
         RequestError: If the budget cannot be kept to, or the device is not there.
@@ -243,12 +248,14 @@ def plan_work(
     sizes, counts, config = sizes_of(layout), layout.num_experts, layout.config
     rule = layout.spec.routing(config)
     fit, choice, writes, after = None, None, 0, None
+    notes: list[str] = []
     made_for = plan.config.get("target") if plan is not None else None if recipe is None else recipe.target
     if plan is not None:
         choice = Choice(sum(plan.num_experts.values()), sum(plan.original_num_experts.values()), plan.num_experts, {})
         after = plan.without_heads.num_experts
         writes = sizes.after(plan.num_experts, (plan.config.get("mtp") if mtp is None else mtp) == DROP).nbytes
     elif recipe is not None and recipe.has_budget:
+        recipe, notes = recipe_for_target(recipe, layout.spec, config, counts)
         recipe, fit = fitted(recipe, layout)
         budget = budget_for(recipe, counts, rule)
         choice = replace(_choice(budget, sum(counts.values())), asked=recipe.sparsity)
@@ -273,12 +280,12 @@ def plan_work(
         disk=disk,
         memory=_COPYING,
         free_memory=available_memory("cpu"),
-        opened=""
-        if after is None or saves_statistics
-        else OPENED
-        if recipe is not None and recipe.substitute
-        else opened_by(CHECKPOINT, layout.spec, config, after, made_for=made_for),
+        notes=tuple(notes),
     )
+    if after is not None and not saves_statistics:
+        substitutes = recipe is not None and recipe.substitute
+        opened = opened_by(CHECKPOINT, layout.spec, config, after, standalone, made_for)
+        work = replace(work, opened=OPENED if substitutes else opened)
     if measures is None:
         measures = recipe is not None and recipe.measures
     if isinstance(measures, bool):

@@ -79,6 +79,8 @@ def settled(
         config, more = recipe_for_target(config, *_facts(model))
         notes += more
     recipe, fit = fitted(config, model)
+    if model is not None and fit is not None:  # only now its numbers are known
+        notes += recipe_for_target(recipe, *_facts(model))[1]
     return Settled(recipe, fit, tuple(notes))
 
 

@@ -20,6 +20,7 @@ from optimum_moe_prune import MoEPruner, MoEPrunerConfig, PruningPlan
 from optimum_moe_prune.architectures.table import architecture_of
 from optimum_moe_prune.errors import RequestError
 from optimum_moe_prune.planning.for_target import Served, recipe_for_target, served_by, with_target
+from optimum_moe_prune.planning.work import plan_work
 from optimum_moe_prune.surgery.settled import settled
 from optimum_moe_prune.targets.table import TARGETS, get_target
 from optimum_moe_prune.targets.target import CHECKPOINT, READ, Target
@@ -52,6 +53,11 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     )
     monkeypatch.setitem(TARGETS, "pairs", target)
     yield target
+
+
+@pytest.fixture(scope="module")
+def planned() -> PruningPlan:
+    return plan_for(make_model("mixtral"), 6)
 
 
 def rounded(recipe: MoEPrunerConfig, model_type: str = "qwen3_moe") -> tuple[MoEPrunerConfig, list[str]]:
@@ -162,11 +168,15 @@ def test_a_file_of_another_form_is_made_of_it() -> None:
         ({"parallel_size": 2}, "parallel_size is for a target that spreads experts over devices, and none is given"),
         ({"target": "transformers", "parallel_size": 2}, "and transformers has no use for it"),
         ({"target": "vllm", "parallel_size": 0}, "parallel_size is 0; it must be an integer of at least 1"),
+        ({"target": "vllm", "parallel_size": "2"}, "parallel_size is '2'; it must be an integer of at least 1"),
+        ({"target": "vllm", "parallel_size": True}, "parallel_size is True; it must be an integer of at least 1"),
     ],
 )
-def test_settings_that_cannot_be_meant(settings: dict[str, Any], said: str) -> None:
+def test_settings_that_cannot_be_meant(settings: dict[str, Any], said: str, planned: PruningPlan) -> None:
     with pytest.raises(RequestError, match=said):
         MoEPrunerConfig(num_experts=4, **settings)
+    with pytest.raises(RequestError, match=said):
+        with_target(planned, settings.get("target"), settings.get("parallel_size"))
 
 
 def test_a_recipe_keeps_the_name_of_the_table() -> None:
@@ -192,6 +202,23 @@ def test_what_measures_keeps_the_same_number_where_the_target_wants_that(mixtral
     assert settled(replace(recipe, target="transformers"), layout).recipe.allocates == "sensitivity"
     assert settled(replace(recipe, target=None), make_model("mixtral")).recipe.allocates == "sensitivity"
     assert settled(recipe, make_model("mixtral")).recipe.allocation == "uniform"
+
+
+def test_what_fits_is_refused_before_the_work(mixtral: Path) -> None:
+    recipe = MoEPrunerConfig(method="random", fit="110KB", target="vllm", skip_layers=(1,))
+    with pytest.raises(RequestError, match=r"layers keep \d to 8 experts, and vLLM 0.33 builds all layers"):
+        settled(recipe, layout_of(mixtral))
+    made = settled(replace(recipe, skip_layers=(), parallel_size=2), layout_of(mixtral))
+    assert made.fit is not None and made.recipe.num_experts in (2, 4, 6) and made.notes == ()
+
+
+def test_the_plan_of_the_work_knows_the_target_and_what_lies_beside(mixtral: Path) -> None:
+    recipe = MoEPrunerConfig(method="random", num_experts=3, target="vllm", parallel_size=4)
+    work = plan_work(layout_of(mixtral), recipe)
+    assert work.choice is not None and work.choice.total == 12 and len(work.notes) == 1
+    uneven = MoEPrunerConfig(method="reap", sparsity=0.5, allocation="global")
+    said = plan_work(layout_of(mixtral), uneven, standalone=True).opened
+    assert said.startswith("transformers 5.14+ (after import optimum_moe_prune, or with trust_remote_code=True)")
 
 
 def test_outputs_say_whom_they_are_for(pairs: Target, mixtral: Path, tmp_path: Path) -> None:
@@ -270,6 +297,7 @@ def test_on_the_command_line(mixtral: Path, tmp_path: Path, capsys: pytest.Captu
     run = ("run", "--model", mixtral, "--method", "random", "--num-experts", 3)
     code, shown, _ = call(capsys, *run, "--for", "sglang", "--parallel-size", 2, "--dry-run", tmp_path / "out")
     assert code == 0 and "4 experts in each layer" in shown
+    assert "\nsince   asked for: 3 experts in a layer; kept for SGLang 0.5.23: 4 experts in a layer, since" in shown
     assert "opened  by transformers 5.14+, vLLM 0.33 (read in source), SGLang 0.5.23 (read in source)" in shown
     uneven = ("run", "--model", mixtral, "--method", "random", "--sparsity", "0.5", "--allocation", "global")
     code, shown, _ = call(capsys, *uneven, "--dry-run", tmp_path / "out")

@@ -161,6 +161,7 @@ def test_dry_runs_write_nothing(folder: Path, tmp_path: Path, capsys: pytest.Cap
         assert run(*command, "--dry-run", "--json") == 0
         values = json.loads(capsys.readouterr().out)
         assert values["dry_run"] and values["model"]["parameters"] > 0
+        assert (values["fit"] is not None) == ("--fit" in command)
         assert run(*command, "--dry-run") == 0
         assert "Nothing was written" in capsys.readouterr().out
         assert sorted(tmp_path.rglob("*")) == before
