@@ -75,8 +75,8 @@ def original_of(plan: PruningPlan, settings: Json, given: Source | str | os.Path
             return _opened(plan, source)
     named = " and ".join(dict.fromkeys(source.name_or_path for source in said)) or "none is named"
     raise RequestError(
-        f"the adapter's original cannot be read here ({named}), whose config says which tensors hold experts; name it, "
-        "or the pruned model (base_model=...)."
+        f"the adapter's original cannot be read here ({named}), whose config says which tensors hold experts; name "
+        "it, or the pruned model (base_model=...)."
     )
 
 

@@ -146,22 +146,36 @@ IN_SGLANG = {
     "Step3p7ForConditionalGeneration": "step3p5.py",
 }
 
-ROUTING_KEYS = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-"""How routers choose: keys of published configs that transformers 5 does not save; its classes have no other way.
+_NO_AUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+_OF_BOTH: dict[str, Json] = {
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm5_next_text", "kimi_k2"), _NO_AUX),
+    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
+}
+READ_BY_VLLM: dict[str, Json] = {**_OF_BOTH, "deepseek_v4": {"topk_method": "noaux_tc"}}
+READ_BY_SGLANG: dict[str, Json] = {**_OF_BOTH, "deepseek_v2": {"scoring_func": "softmax"}, "mimo_v2_flash": _NO_AUX}
+"""How routers choose, by model type: keys of published configs that classes of transformers 5 have no field for, so
+that a config which was made with one lacks them.
 
-vLLM makes no place for the correction bias without the first (``deepseek_v2.py``, line 327: loading ends in
-``KeyError``, run here) and takes softmax without the second (line 387); SGLang reads both as they are
-(``models/deepseek_v2.py``, lines 519 and 775).
+vLLM makes no place for the correction bias without ``topk_method`` (``deepseek_v2.py``, line 327: loading ends in
+``KeyError``, run here; ``models/deepseek_v4/nvidia/model.py``, line 301) and takes softmax without ``scoring_func``
+(line 387); of MiniMax-M2 it reads ``scoring_func`` as it is (``minimax_m2.py``, line 99), and without
+``use_routing_bias`` has no place for the bias (line 85). SGLang reads all as they are (``models/deepseek_v2.py``,
+lines 519 and 793; ``models/mimo_v2.py``, lines 386 and 474; ``models/minimax_m2.py``, lines 525 and 550), but for
+DeepSeek-V4, whose config it has a class of its own for.
 """
-_CHOOSE_BY_KEYS = frozenset({"deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm5_next_text", "kimi_k2"})
+_WRITTEN = READ_BY_VLLM | READ_BY_SGLANG
 
 
-def missing_keys(config: ModelConfig) -> str:
-    """The keys for routers that a config lacks and both read, in words; empty where there are none."""
+def missing_keys(config: ModelConfig, read: Mapping[str, Json]) -> str:
+    """The keys for routers that a config lacks, in words; empty where there are none.
+
+    Args:
+        config: A model's.
+        read: The keys that a program reads, by model type.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "model_type", "") not in _CHOOSE_BY_KEYS:
-        return ""
-    return " and ".join(key for key in ROUTING_KEYS if getattr(text, key, None) is None)
+    keys = read.get(getattr(text, "model_type", ""), {})
+    return " and ".join(key for key in keys if getattr(text, key, None) is None)
 
 
 def with_routing_keys(values: Json, counts: Mapping[int, int]) -> Json:
@@ -169,6 +183,5 @@ def with_routing_keys(values: Json, counts: Mapping[int, int]) -> Json:
     changed = {
         name: with_routing_keys(part, counts) if isinstance(part, dict) else part for name, part in values.items()
     }
-    if values.get("model_type") in _CHOOSE_BY_KEYS:
-        changed |= {key: value for key, value in ROUTING_KEYS.items() if values.get(key) is None}
-    return changed
+    keys = _WRITTEN.get(str(values.get("model_type")), {})
+    return changed | {key: value for key, value in keys.items() if values.get(key) is None}

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .served import IN_SGLANG, missing_keys, with_routing_keys
+from .served import IN_SGLANG, READ_BY_SGLANG, missing_keys, with_routing_keys
 from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform
 
 if TYPE_CHECKING:
@@ -72,6 +72,10 @@ def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None,
     return None
 
 
+def _lacks(config: ModelConfig) -> str:
+    return missing_keys(config, READ_BY_SGLANG)
+
+
 def _knows(config: ModelConfig) -> bool:
     return architecture_name(config) in IN_SGLANG
 
@@ -90,6 +94,6 @@ SGLANG = Target(
     why_multiple=_why_multiple,
     check=_check,
     config=with_routing_keys,
-    lacks=missing_keys,
+    lacks=_lacks,
     knows=_knows,
 )

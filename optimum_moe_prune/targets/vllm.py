@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .served import IN_VLLM, missing_keys, with_routing_keys
+from .served import IN_VLLM, READ_BY_VLLM, missing_keys, with_routing_keys
 from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform
 
 if TYPE_CHECKING:
@@ -91,6 +91,10 @@ def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None,
     return None
 
 
+def _lacks(config: ModelConfig) -> str:
+    return missing_keys(config, READ_BY_VLLM)
+
+
 def _knows(config: ModelConfig) -> bool:
     return architecture_name(config) in IN_VLLM
 
@@ -109,7 +113,7 @@ VLLM = Target(
     why_multiple=_why_multiple,
     check=_check,
     config=with_routing_keys,
-    lacks=missing_keys,
+    lacks=_lacks,
     knows=_knows,
     tried="its loader, on outputs of four types",
 )

@@ -145,7 +145,7 @@ def test_keys_for_routers_that_transformers_does_not_save() -> None:
         assert target.config(kept, same(8)) == kept | {"topk_method": "noaux_tc"}
         nested = {"model_type": "kimi_k25", "text_config": values, "vision_config": {"model_type": "seeing"}}
         assert target.config(nested, same(8)) == {**nested, "text_config": values | written}
-        for other in ({"model_type": "mixtral"}, {"model_type": "deepseek_v2"}, {"model_type": "glm4_moe"}):
+        for other in ({"model_type": "mixtral"}, {"model_type": "glm4_moe"}):
             assert target.config(other, same(8)) == other
     assert values == {"model_type": "deepseek_v3", "n_routed_experts": 8}
     lacking = config("DeepseekV3ForCausalLM", model_type="deepseek_v3", scoring_func="sigmoid")
@@ -157,6 +157,32 @@ def test_keys_for_routers_that_transformers_does_not_save() -> None:
     assert table.opened_by(CHECKPOINT, MIXTRAL, lacking, same(8), made_for="sglang") == read
     whole = config("DeepseekV3ForCausalLM", model_type="deepseek_v3", **written)
     assert table.opened_by(CHECKPOINT, MIXTRAL, whole, same(8)) == read
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "keys", "of_vllm", "of_sglang"),
+    [
+        ("minimax_m2", "MiniMaxM2ForCausalLM", {"scoring_func": "sigmoid", "use_routing_bias": True}, True, True),
+        ("deepseek_v2", "DeepseekV2ForCausalLM", {"scoring_func": "softmax"}, False, True),
+        ("deepseek_v4", "DeepseekV4ForCausalLM", {"topk_method": "noaux_tc"}, True, False),
+        (
+            "mimo_v2_flash",
+            "MiMoV2FlashForCausalLM",
+            {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+            False,
+            True,
+        ),
+    ],
+)
+def test_keys_that_one_of_them_reads(
+    model_type: str, architecture: str, keys: dict[str, Any], of_vllm: bool, of_sglang: bool
+) -> None:
+    lacking = config(architecture, model_type=model_type)
+    said = " and ".join(keys)
+    assert (VLLM.lacks(lacking), SGLANG.lacks(lacking)) == (said if of_vllm else "", said if of_sglang else "")
+    for target in (VLLM, SGLANG):
+        assert target.config({"model_type": model_type}, same(8)) == {"model_type": model_type, **keys}
+        assert target.lacks(config(architecture, model_type=model_type, **keys)) == ""
 
 
 def test_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
