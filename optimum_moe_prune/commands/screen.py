@@ -105,7 +105,8 @@ def result_of_plan(plan: PruningPlan, output: str, printed: Collection[str] = ()
         output: Its file.
         printed: Messages that were printed before.
     """
-    apply = shlex.join(["optimum-cli", "moe-prune", "apply", "--model", "MODEL", "--plan", output, "OUTPUT"])
+    more = ["--substitute", "--stats", "STATS_DIR"] if plan.config.get("substitute") else []
+    apply = shlex.join(["optimum-cli", "moe-prune", "apply", "--model", "MODEL", "--plan", output, *more, "OUTPUT"])
     lines = [*plan_in_words(plan, output), *to_know(plan, printed)]
     lines += ["", f"plan: {output}", f"next: {apply}"]
     return "\n".join(lines), values_of(plan, output)

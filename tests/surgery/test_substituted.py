@@ -332,6 +332,9 @@ def test_from_the_command_line(mixtral: Path, tmp_path: Path, capsys: pytest.Cap
     score = ["score", "--model", mixtral, "--calibration", texts, "--method", "reap"]
     assert call(capsys, *score, "--mean-outputs", stats)[0] == 0
     assert CalibrationStats.load(stats).needs == {Need.ROUTING, Need.ROUTED_NORMS, Need.MEAN_OUTPUTS}
+    (tmp_path / "recipe.json").write_text(json.dumps({"method": "random", "num_experts": 4, "substitute": True}))
+    plan = ["plan", "--stats", stats, "--config", tmp_path / "recipe.json", tmp_path / "plan.json"]
+    assert "--substitute --stats STATS_DIR OUTPUT" in call(capsys, *plan)[1]
     apply = ["apply", "--model", mixtral, "--plan", out]
     assert call(capsys, *apply, "--substitute", "--stats", stats, again)[0] == 0
     for name, tensor in tensors_of(out).items():
