@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .served import IN_SGLANG, READ_BY_SGLANG, missing_keys, with_routing_keys
-from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform
+from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform, quantisation_of
 
 if TYPE_CHECKING:
     from ..architectures.spec import MoESpec
@@ -57,6 +57,8 @@ def _why_multiple(spec: MoESpec, config: ModelConfig, parallel_size: int) -> str
 
 
 def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None, parallel_size: int) -> str | None:
+    if quantisation_of(config).get("quant_method") == "torchao":
+        return "reads nothing that torchao quantised (layers/quantization/__init__.py, line 63)"
     if not is_uniform(counts):
         if architecture_name(config) == "NemotronHForCausalLM":
             return "reads layers of different sizes of this model from block_configs alone, not from per_layer_config"
@@ -87,7 +89,7 @@ SGLANG = Target(
     opens=CHECKPOINT,
     uniform="yes",
     unequal="no: one number for all layers",
-    quantised="as published",
+    quantised="as published, but for torchao",
     evidence=READ,
     parallel="devices over which experts are spread (--ep-size)",
     count_multiple=_count_multiple,

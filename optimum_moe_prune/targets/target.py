@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..storage.values import Json
 
@@ -101,6 +101,12 @@ class Target:
     def title(self) -> str:
         """Program and version."""
         return f"{self.program} {self.version}"
+
+
+def quantisation_of(config: ModelConfig) -> Mapping[str, Any]:
+    """How a model's weights are quantised, as its ``config.json`` has it; empty where they are not."""
+    settings = getattr(config, "quantization_config", None)
+    return settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
 
 
 def is_uniform(counts: Mapping[int, int] | None) -> bool:

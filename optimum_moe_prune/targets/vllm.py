@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .served import IN_VLLM, READ_BY_VLLM, missing_keys, with_routing_keys
-from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform
+from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform, quantisation_of
 
 if TYPE_CHECKING:
     from ..architectures.spec import MoESpec
@@ -68,12 +68,23 @@ def _why_multiple(spec: MoESpec, config: ModelConfig, parallel_size: int) -> str
 
 
 def _is_block_fp8(config: ModelConfig) -> bool:
-    settings = getattr(config, "quantization_config", None)
-    settings = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
+    settings = quantisation_of(config)
     return settings.get("quant_method") == "fp8" and bool(settings.get("weight_block_size"))
 
 
+def _check_quantised(config: ModelConfig) -> str | None:
+    settings = quantisation_of(config)
+    if settings.get("quant_method") == "bitsandbytes":
+        return "reads nothing that bitsandbytes quantised (model_executor/layers/quantization/__init__.py, line 15)"
+    if settings.get("quant_method") == "torchao" and "experts" in str(settings.get("quant_type")):
+        where = "model_executor/layers/quantization/torchao.py, line 244"
+        return f"takes linear layers alone of what torchao quantised ({where})"
+    return None
+
+
 def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None, parallel_size: int) -> str | None:
+    if (why := _check_quantised(config)) is not None:
+        return why
     if not is_uniform(counts):
         if architecture_name(config) == "NemotronHForCausalLM":
             return (
@@ -106,7 +117,7 @@ VLLM = Target(
     opens=CHECKPOINT,
     uniform="yes",
     unequal="no: one number for all layers",
-    quantised="as published; fp8 in blocks on Blackwell: multiples of 4",
+    quantised="as published, but for bitsandbytes and experts by torchao; fp8 in blocks on Blackwell: multiples of 4",
     evidence=READ,
     parallel="devices over which experts are spread (--tensor-parallel-size with --enable-expert-parallel)",
     count_multiple=_count_multiple,

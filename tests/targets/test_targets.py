@@ -114,6 +114,24 @@ def test_fp8_in_blocks_wants_multiples_of_four_of_vllm() -> None:
     assert alone == "its kernel for fp8 in blocks takes only multiples of 4"
 
 
+@pytest.mark.parametrize(
+    ("settings", "takes"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "SGLang"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "vLLM"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_data": {r"re:.*\\.experts\\.w1": {}}}}}, ""),
+        ({"quant_method": "compressed-tensors"}, "vLLM SGLang"),
+    ],
+)
+def test_quantisation_that_they_do_not_read(settings: dict[str, Any], takes: str) -> None:
+    for values in (settings, SimpleNamespace(**settings)):
+        quantised = config("MixtralForCausalLM", quantization_config=values)
+        found = {t.program for t in (VLLM, SGLANG) if t.check(MIXTRAL, quantised, None, 1) is None}
+        assert found == set(takes.split())
+        said = table.opened_by(CHECKPOINT, MIXTRAL, quantised, same(4)).partition("; not by ")[2]
+        assert all((program in said) == (program not in takes) for program in ("vLLM", "SGLang"))
+
+
 def test_which_programs_open_it() -> None:
     known, of_nobody = config("MixtralForCausalLM"), config("OfNobodyForCausalLM")
     read = ", vLLM 0.33 (read in source), SGLang 0.5.23 (read in source)"
