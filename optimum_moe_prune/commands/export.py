@@ -17,7 +17,6 @@ class ExportCommand(Command):
     COMMAND = CommandInfo("export", "a plan, bits for each expert, or an order of experts, for other programs")
     examples = (
         "--plan plan.json served.json",
-        "--stats ./stats --format bits --bits 3 bits.json",
         "--stats ./stats --format auto-round --bits 3 --bit-widths 2,4 layer_config.json",
         "--stats ./stats --format order order.json",
     )
