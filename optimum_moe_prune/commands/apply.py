@@ -31,7 +31,7 @@ class ApplyCommand(Command):
 
     @staticmethod
     def parse_args(parser: argparse.ArgumentParser) -> None:
-        flags.add_model(parser)
+        flags.add_model(parser, any_form=ApplyCommand.any_form)
         parser.add_argument("--plan", required=True, metavar="PLAN.json", help="the plan's file")
         flags.add_compute(parser, "the recovery and the evaluation")
         flags.add_writing(parser)

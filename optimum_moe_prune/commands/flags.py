@@ -134,7 +134,7 @@ def add_config(group: Any) -> None:
     )
 
 
-def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
+def add_model(parser: argparse.ArgumentParser, several: bool = False, any_form: bool = False) -> None:
     """The model, or several, and how they are reached."""
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -142,7 +142,9 @@ def add_model(parser: argparse.ArgumentParser, several: bool = False) -> None:
         required=True,
         action="append" if several else "store",
         metavar="DIR|ID",
-        help="the model's folder, or its id on the Hub" + ("; may be repeated" if several else ""),
+        help="the model's folder, or its id on the Hub"
+        + ("; may be repeated" if several else "")
+        + ("; or the same model as a GGUF file or an MLX folder, or an adapter of it" if any_form else ""),
     )
     group.add_argument("--revision", help="branch, tag or commit on the Hub")
     group.add_argument("--token", help="access token for a private repository on the Hub")

@@ -43,6 +43,7 @@ def test_help_ends_with_examples_that_can_be_parsed(command: type, capsys: pytes
     name = command.COMMAND.name
     code, out, err = call(capsys, name, "--help")
     assert (code, err) == (0, "") and "%(" not in out
+    assert ("a GGUF file or an MLX folder, or an adapter of it" in " ".join(out.split())) == (name == "apply")
     shown = out.rsplit("\nexample", 1)[1].splitlines()[1:]
     assert 1 <= len(shown) == len(command.examples) <= 3
     program = "python -m optimum_moe_prune "
