@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..architectures.fingerprint import same_routers
+from ..architectures.substitution import check_whole
 from ..architectures.table import architecture_of
 from ..checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
 from ..checkpoints.layout import open_layout
@@ -91,6 +92,7 @@ def _is_there(source: Source) -> bool:
 
 def _opened(plan: PruningPlan, source: Source) -> Original:
     config, name, pruned = source.config, source.name_or_path, None
+    check_whole(config, name)
     spec = architecture_of(config)
     stored = source.stored_plan()
     if stored is not None and stored.without_heads.retained == plan.without_heads.retained:

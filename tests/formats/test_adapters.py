@@ -293,6 +293,10 @@ def test_the_original_is_found_and_proven(mixtral: Trained, tmp_path: Path, capl
             cut / "adapter_model.safetensors"
         ).read_bytes()
     merged(replace(plan, provenance={}).apply(copy.deepcopy(mixtral.model)), cut)
+    config = tmp_path / "pruned" / "config.json"  # as if constants stood in for the experts: no model with fewer
+    config.write_text(json.dumps({**json.loads(config.read_text()), "approximate_experts": {"0": [1]}}))
+    with pytest.raises(RequestError, match="leaves experts out that answer with a constant"):
+        plan.apply_to_checkpoint(mixtral.adapter, tmp_path / "other", base_model=tmp_path / "pruned")
 
 
 def other_rank(it: Trained) -> None:
