@@ -3,11 +3,11 @@
 
     python examples/prune_then_quantise.py [MODEL] [--num-experts 8] [--weights int8|float8] [--output OUT]
 
-By default the small trained Qwen2-MoE of this repository. Pruning comes first: it needs the weights as they are, and a
-quantised model is refused. transformers then quantises the checkpoint while it is loaded, twice here: by torchao's
-defaults, which take linear layers and so leave the fused experts of transformers 5, most of all parameters, as they
-are; and by name, which takes the experts. That one is saved and loaded again. What was quantised, the bytes and what
-was lost are counted, not assumed.
+By default the small trained Qwen2-MoE of this repository. Pruning comes first: experts are chosen with the weights as
+they are, and a quantised model is not calibrated with. transformers then quantises the checkpoint while it is loaded,
+twice here: by torchao's defaults, which take linear layers and so leave the fused experts of transformers 5, most of
+all parameters, as they are; and by name, which takes the experts. That one is saved and loaded again. What was
+quantised, the bytes and what was lost are counted, not assumed.
 
 Experts in int8 run with ``experts_implementation="eager"`` alone, in float8 with others as well (torchao 0.18).
 """
