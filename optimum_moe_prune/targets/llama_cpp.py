@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from .target import GGUF, READ, Target, is_uniform
+from .target import GGUF, RUN, Target, is_uniform
 
 if TYPE_CHECKING:
     from ..architectures.spec import MoESpec
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None, parallel_size: int) -> str | None:
-    return None if is_uniform(counts) else "a GGUF file has one expert_count for all layers"
+    return None if is_uniform(counts) else "reads one number for all layers (expert_count)"
 
 
 LLAMA_CPP = Target(
@@ -25,6 +25,6 @@ LLAMA_CPP = Target(
     uniform="yes",
     unequal="no: one expert_count for all layers",
     quantised="every type, cut as blocks",
-    evidence=READ,
+    evidence=RUN,
     check=_check,
 )

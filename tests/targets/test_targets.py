@@ -147,6 +147,13 @@ def test_which_programs_open_it() -> None:
     assert table.opened_by(GGUF, MIXTRAL, known, {0: 4, 1: 5}).startswith("no program that is known here; not by ")
 
 
+def test_llama_cpp_opens_no_checkpoint() -> None:
+    said = table.opened_by(CHECKPOINT, MIXTRAL, config("MixtralForCausalLM"), same(4), made_for="llama.cpp")
+    assert "llama.cpp" not in said
+    whole = table.opened_by(GGUF, MIXTRAL, config("MixtralForCausalLM"), same(4))
+    assert whole == table.TARGETS["llama.cpp"].title
+
+
 def test_layers_of_different_sizes_of_nemotron_are_read_in_other_shapes() -> None:
     nemotron = config("NemotronHForCausalLM")
     assert "code that comes with NVIDIA's checkpoints" in (VLLM.check(MIXTRAL, nemotron, {1: 4, 3: 6}, 1) or "")
