@@ -125,6 +125,11 @@ def compare_methods(
             "methods are compared from one calibration of the unpruned model, and progressive=True calibrates for "
             "each plan; compare without it, or prune with it (run) and judge what comes out (evaluate)."
         )
+    if any(recipe.substitute for recipe in recipes):
+        raise RequestError(
+            "methods are compared by removing experts, and with substitute=True they answer with a constant; compare "
+            "without it, or write such a checkpoint (run) and judge it (evaluate)."
+        )
     one_or_more = [sparsities] if isinstance(sparsities, (int, float, str)) else sparsities
     allocations = [allocations] if isinstance(allocations, str) else list(allocations)
     fractions = [fraction(sparsity) if isinstance(sparsity, str) else sparsity for sparsity in one_or_more]

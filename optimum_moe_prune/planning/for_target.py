@@ -145,7 +145,7 @@ def check_counts(served: Served, counts: Mapping[int, int]) -> None:
     if low != high:
         raise RequestError(
             f"layers keep {low} to {high} experts, and {why}. Ask for the same number in every layer "
-            f"(allocation='uniform', and no skip_layers), or leave out target={served.target.name!r}."
+            f"(a uniform allocation, and no skipped layers), or leave out target={served.target.name!r}."
         )
     devices, size = "", served.parallel_size
     if size > 1:

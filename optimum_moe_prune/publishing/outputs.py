@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from ..checkpoints.layout import Layout, open_layout
 from ..checkpoints.source import Source
 from ..errors import RequestError, check_type
 from ..formats import form_of
+from ..names import NOTES_LOGGER
 from ..plan import PruningPlan, with_parent
 from ..planning.for_target import with_target
 from ..statistics.stats import CalibrationStats
@@ -25,6 +27,8 @@ from .facts import CardFacts, to_publish
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(NOTES_LOGGER)
 
 _OF_THE_SOURCE = ("revision", "token", "cache_dir", "trust_remote_code")
 _OF_EVERY_FORM = ("overwrite", "max_shard_size")
@@ -75,6 +79,11 @@ def apply_to_checkpoint(
     check_type(substitute, (CalibrationStats, type(None)), "a CalibrationStats (CalibrationStats.load reads a folder)")
     plan = to_publish(with_parent(plan.without_recovery, layout.checkpoint.source.stored_plan()), card)
     if bool(plan.config.get("substitute")) != (substitute is not None):  # the recipe may have been for the other
+        if substitute is None:
+            logger.warning(
+                "the plan was made for experts that answer with a constant (substitute), and here they are removed: "
+                "statistics with mean outputs say what they answer with."
+            )
         plan = replace(plan, config={**plan.config, "substitute": substitute is not None})
     written = (
         pruned_checkpoint(plan, layout, target, **options)

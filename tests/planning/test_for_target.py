@@ -139,7 +139,7 @@ def test_a_budget_for_the_whole_model_is_rounded_up(pairs: Target, asked: dict[s
         ),
         (
             {"num_experts": 16, "skip_layers": (1,)},
-            r"layers keep 16 to 32 experts, and vLLM 0.33 builds .* \(allocation='uniform', and no skip_layers\)",
+            r"layers keep 16 to 32 experts, and vLLM 0.33 builds .* \(a uniform allocation, and no skipped layers\)",
         ),
     ],
 )

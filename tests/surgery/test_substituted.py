@@ -32,6 +32,7 @@ from optimum_moe_prune import (
     RunError,
     calibrate,
     compare,
+    compare_methods,
 )
 from optimum_moe_prune.architectures.substitution import substituted_in
 from optimum_moe_prune.checkpoints.layout import open_layout
@@ -226,13 +227,16 @@ def test_transformers_refuses_it(mixtral: Path, samples: CalibrationSet, lenient
         reload.enable()
 
 
-def test_it_is_no_model_to_prune_again(mixtral: Path, samples: CalibrationSet, tmp_path: Path) -> None:
+def test_it_is_no_model_to_prune_again(
+    mixtral: Path, samples: CalibrationSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plan, output = written(mixtral, samples, tmp_path / "out")
     with pytest.raises(RequestError, match=r"answer with a constant.*Prune the original"):
         open_layout(output)
     stored = PruningPlan.load(output)
     assert stored.retained == plan.retained and stored.config["substitute"]
     stored.apply_to_checkpoint(mixtral, tmp_path / "removed")
+    assert "made for experts that answer with a constant (substitute), and here they are removed" in caplog.text
     removed = PruningPlan.load(tmp_path / "removed")
     assert "substitution" not in removed.provenance and not removed.config["substitute"]
     assert not [note for note in removed.notes if "answer" in note]
@@ -256,6 +260,9 @@ def test_what_its_reader_does_not_take_is_refused(mixtral: Path, samples: Calibr
     model = AutoModelForCausalLM.from_pretrained(mixtral)
     plan, output = plan_for(model), tmp_path / "out"
     stats = calibrate(model, samples, MEANS)
+    recipe = MoEPrunerConfig(method="frequency", substitute=True)
+    with pytest.raises(RequestError, match="compared by removing experts, and with substitute=True"):
+        compare_methods(model, stats, samples, methods=[recipe], sparsities=0.5)
     refusals: list[tuple[str, Callable[[], object]]] = [
         ("standalone", lambda: plan.apply_to_checkpoint(mixtral, output, substitute=stats, standalone=True)),
         ("score --mean-outputs", lambda: plan.apply_to_checkpoint(
