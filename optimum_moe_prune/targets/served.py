@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..storage.values import Json
+from .target import architecture_name
 
 if TYPE_CHECKING:
     from ..compat import ModelConfig
@@ -164,6 +165,16 @@ lines 519 and 793; ``models/mimo_v2.py``, lines 386 and 474; ``models/minimax_m2
 DeepSeek-V4, whose config it has a class of its own for.
 """
 _WRITTEN = READ_BY_VLLM | READ_BY_SGLANG
+
+
+def is_implemented(config: ModelConfig, files: Mapping[str, str]) -> bool:
+    """Whether a program has an implementation of a model of its own.
+
+    Args:
+        config: The model's.
+        files: Those that it has, by class.
+    """
+    return architecture_name(config) in files
 
 
 def missing_keys(config: ModelConfig, read: Mapping[str, Json]) -> str:

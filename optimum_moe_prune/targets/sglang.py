@@ -16,9 +16,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
-from .served import IN_SGLANG, READ_BY_SGLANG, missing_keys, with_routing_keys
+from .served import IN_SGLANG, READ_BY_SGLANG, is_implemented, missing_keys, with_routing_keys
 from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform, quantisation_of
 
 if TYPE_CHECKING:
@@ -74,14 +75,6 @@ def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None,
     return None
 
 
-def _lacks(config: ModelConfig) -> str:
-    return missing_keys(config, READ_BY_SGLANG)
-
-
-def _knows(config: ModelConfig) -> bool:
-    return architecture_name(config) in IN_SGLANG
-
-
 SGLANG = Target(
     name="sglang",
     program="SGLang",
@@ -96,6 +89,6 @@ SGLANG = Target(
     why_multiple=_why_multiple,
     check=_check,
     config=with_routing_keys,
-    lacks=_lacks,
-    knows=_knows,
+    lacks=partial(missing_keys, read=READ_BY_SGLANG),
+    knows=partial(is_implemented, files=IN_SGLANG),
 )

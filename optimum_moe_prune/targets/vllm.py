@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
-from .served import IN_VLLM, READ_BY_VLLM, missing_keys, with_routing_keys
+from .served import IN_VLLM, READ_BY_VLLM, is_implemented, missing_keys, with_routing_keys
 from .target import CHECKPOINT, READ, Target, architecture_name, is_uniform, quantisation_of
 
 if TYPE_CHECKING:
@@ -102,14 +103,6 @@ def _check(spec: MoESpec, config: ModelConfig, counts: Mapping[int, int] | None,
     return None
 
 
-def _lacks(config: ModelConfig) -> str:
-    return missing_keys(config, READ_BY_VLLM)
-
-
-def _knows(config: ModelConfig) -> bool:
-    return architecture_name(config) in IN_VLLM
-
-
 VLLM = Target(
     name="vllm",
     program="vLLM",
@@ -124,7 +117,7 @@ VLLM = Target(
     why_multiple=_why_multiple,
     check=_check,
     config=with_routing_keys,
-    lacks=_lacks,
-    knows=_knows,
+    lacks=partial(missing_keys, read=READ_BY_VLLM),
+    knows=partial(is_implemented, files=IN_VLLM),
     tried="its loader, on outputs of four types",
 )
