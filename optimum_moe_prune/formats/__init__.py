@@ -113,7 +113,7 @@ def _is_adapter(path: Path) -> bool:
 def _prepare_adapter(
     plan: PruningPlan, source: str | os.PathLike, target: str | os.PathLike, **options: Any
 ) -> Cutting:
-    from .adapters import prepare
+    from .adapters.cutting import prepare
 
     return prepare(plan, source, target, **options)
 

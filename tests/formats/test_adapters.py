@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from optimum_moe_prune import PruningPlan, RequestError, RunError
 from optimum_moe_prune.formats import form_of
-from optimum_moe_prune.formats.adapters_config import cut_settings
+from optimum_moe_prune.formats.adapters.settings import cut_settings
 
 START = "base_model.model."
 

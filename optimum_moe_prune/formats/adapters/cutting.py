@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints.source import Source
-from ..errors import RequestError, RunError, faults_of
-from ..names import CARD_NAME, CONFIG_NAME, LIST_NAME, PLAN_NAME
-from ..plan import PruningPlan, with_parent
-from ..progress import working
-from ..progress.pace import size
-from ..storage.files import write_json
-from ..storage.folders import check_space, check_target, written_folder
-from ..storage.tensor_files import (
+from ...checkpoints.source import Source
+from ...errors import RequestError, RunError, faults_of
+from ...names import CARD_NAME, CONFIG_NAME, LIST_NAME, PLAN_NAME
+from ...plan import PruningPlan, with_parent
+from ...progress import working
+from ...progress.pace import size
+from ...storage.files import write_json
+from ...storage.folders import check_space, check_target, written_folder
+from ...storage.tensor_files import (
     TensorEntry,
     all_finite,
     dtype_of,
@@ -34,12 +34,12 @@ from ..storage.tensor_files import (
     read_tensor,
     write_all,
 )
-from ..storage.values import Json, read_json
-from ..surgery.carried import carried_from
-from .adapters_base import Original, doubt, original_of
-from .adapters_config import SETTINGS, WEIGHTS, read_settings
-from .adapters_peft import peft_version
-from .adapters_tried import AdapterCut, adapter_cut
+from ...storage.values import Json, read_json
+from ...surgery.carried import carried_from
+from .injected import peft_version
+from .original import Original, doubt, original_of
+from .settings import SETTINGS, WEIGHTS, read_settings
+from .tried import AdapterCut, adapter_cut
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..errors import RequestError
-from ..storage.values import Json, read_json
-from .adapters_peft import Wrapped
+from ...errors import RequestError
+from ...storage.values import Json, read_json
+from .injected import Wrapped
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

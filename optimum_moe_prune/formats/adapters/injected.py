@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from ..compat import ModelConfig
-from ..compat.adapters import built_for_task, is_turned
-from ..errors import RequestError
-from ..storage.tensor_files import TensorEntry, dtype_of
-from ..storage.values import Json
+from ...compat import ModelConfig
+from ...compat.adapters import built_for_task, is_turned
+from ...errors import RequestError
+from ...storage.tensor_files import TensorEntry, dtype_of
+from ...storage.values import Json
 
 PREFIX = "base_model.model."
 """What stands before a model's own names in the files of an adapter."""

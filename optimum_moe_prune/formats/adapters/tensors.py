@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..architectures.spec import MoESpec
-from ..architectures.structure import ExpertAxis, Structure
-from ..architectures.tables import remapped
-from ..compat import WeightNames
-from ..errors import RequestError
-from ..plan import PruningPlan
-from ..storage.tensor_files import TensorEntry
-from .adapters_peft import PREFIX, Wrapped
+from ...architectures.spec import MoESpec
+from ...architectures.structure import ExpertAxis, Structure
+from ...architectures.tables import remapped
+from ...compat import WeightNames
+from ...errors import RequestError
+from ...plan import PruningPlan
+from ...storage.tensor_files import TensorEntry
+from .injected import PREFIX, Wrapped
 
 _LORA = re.compile(r"(?P<module>.+?)(?P<inside>(?:\.base_layer)*)\.(?P<part>lora_\w+?)(?P<end>\.weight|\.bias)?")
 _NUMBER = re.compile(r"(.*\.)([0-9]{1,6})\.(.+)")

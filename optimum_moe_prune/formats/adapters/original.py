@@ -9,18 +9,18 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..architectures.fingerprint import same_routers
-from ..architectures.substitution import check_whole
-from ..architectures.table import architecture_of
-from ..checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
-from ..checkpoints.layout import open_layout
-from ..checkpoints.source import Source
-from ..compat import ModelConfig
-from ..errors import RequestError
-from ..plan import PruningPlan
-from ..storage.values import Json
-from ..surgery.checks import check_found, check_plan_for_config, check_routers, check_unequal
-from ..surgery.config_json import write_counts
+from ...architectures.fingerprint import same_routers
+from ...architectures.substitution import check_whole
+from ...architectures.table import architecture_of
+from ...checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
+from ...checkpoints.layout import open_layout
+from ...checkpoints.source import Source
+from ...compat import ModelConfig
+from ...errors import RequestError
+from ...plan import PruningPlan
+from ...storage.values import Json
+from ...surgery.checks import check_found, check_plan_for_config, check_routers, check_unequal
+from ...surgery.config_json import write_counts
 
 logger = logging.getLogger(__name__)
 

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..architectures.structure import structure_of
-from ..architectures.table import architecture_of
-from ..compat import WeightNames
-from ..errors import RequestError
-from ..plan import PruningPlan
-from ..storage.tensor_files import TensorEntry
-from ..storage.values import Json
-from .adapters_base import Original
-from .adapters_config import SETTINGS, check_beginning, cut_settings, named_targets
-from .adapters_cut import Kept, Places, module_of
-from .adapters_peft import Injected, Loaded, peft_version, skeletons
+from ...architectures.structure import structure_of
+from ...architectures.table import architecture_of
+from ...compat import WeightNames
+from ...errors import RequestError
+from ...plan import PruningPlan
+from ...storage.tensor_files import TensorEntry
+from ...storage.values import Json
+from .injected import Injected, Loaded, peft_version, skeletons
+from .original import Original
+from .settings import SETTINGS, check_beginning, cut_settings, named_targets
+from .tensors import Kept, Places, module_of
 
 Entries = Mapping[str, TensorEntry]
 """Tensors by name: dtype, shape and where they lie."""
