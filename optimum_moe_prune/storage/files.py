@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import RequestError
 from .atomic import replace_file, sync
 from .outputs import announce
-from .paths import check_name, check_parent, check_spelling
+from .paths import check_name, check_parent, check_spelling, real_path
 
 __all__ = ["check_file", "check_own", "sync", "write_bytes", "write_json", "write_text"]
 
@@ -32,7 +32,7 @@ def check_file(path: str | os.PathLike, suffix: str, overwrite: bool, read: Call
     path = check_spelling(path)
     if path.suffix != suffix:
         raise RequestError(f"the output's file must end in {suffix}, and is {path}.")
-    if path.exists() and not overwrite:
+    if real_path(path).exists() and not overwrite:
         raise RequestError(f"{path} exists; name another file, or allow replacing it (overwrite=True).")
     check_own(path, read)
     check_parent(path)
@@ -50,12 +50,13 @@ def check_own(path: str | os.PathLike, read: Callable[[Path], object]) -> Path:
         RequestError: If it is something else: that is not replaced.
     """
     path = check_name(path)
-    if not path.exists():  # also a link to nothing: what it leads to is written
+    there = real_path(path)  # what is replaced: absent/../model.gguf is model.gguf, although nothing opens it so
+    if not there.exists():  # also a link to nothing: what it leads to is written
         return path
-    if not path.is_file():
+    if not there.is_file():
         raise RequestError(f"{path} is no file and is not replaced; name another file.")
     try:
-        read(path)
+        read(there)
     except (OSError, ValueError) as error:
         if "is not replaced" in str(error):
             raise

@@ -235,6 +235,8 @@ def test_where_the_output_may_not_be(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "a.gguf", moe_tensors())
     refused(tmp_path, source, "must end in .gguf", name="out")
     refused(tmp_path, source, "a.gguf exists", name="a.gguf")
+    refused(tmp_path, source, "a.gguf exists", name="absent/../a.gguf")
+    refused(tmp_path, source, "a.gguf has no key moe_prune.plan", name="absent/../a.gguf", overwrite=True)
     refused(tmp_path, source, "name of one of several files", name="b-00001-of-00002.gguf")
     refused(tmp_path, source, "max_shard_size is for outputs of several files", max_shard_size="1GB")
     refused(tmp_path, source, "mtp is for transformers checkpoints, and .* is a GGUF file", mtp="keep")

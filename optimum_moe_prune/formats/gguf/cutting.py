@@ -123,8 +123,9 @@ def check_target(target: str | os.PathLike, model: GgufModel, overwrite: bool) -
         raise RequestError(
             f"{path} is the name of one of several files, and the output is one; name it without its number."
         )
+    there = real_path(path)
     for part in model.parts:
-        if path.exists() and os.path.samefile(path, part.path):
+        if there.exists() and os.path.samefile(there, part.path):
             raise RequestError(f"{target} is what is read; name another file.")
     return path
 
