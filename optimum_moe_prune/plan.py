@@ -71,7 +71,11 @@ class PruningPlan:
         if not isinstance(self.provenance.get("findings", {}), dict):
             raise RequestError("the plan's findings are damaged.")
         made_for = self.provenance.get("model") or {}
-        if not isinstance(made_for, dict) or not isinstance(made_for.get("fingerprint", ""), str):
+        if (
+            not isinstance(made_for, dict)
+            or not isinstance(made_for.get("fingerprint", ""), str)
+            or not _is_sketch(made_for.get("router_sketch") or {})
+        ):
             raise RequestError("the plan's provenance of the model is damaged.")
         for layer, experts in self.retained.items():
             original = self.original_num_experts[layer]
@@ -348,3 +352,11 @@ def _layer_number(name: str) -> int:
     if not re.fullmatch("-?(0|[1-9][0-9]{0,8})", name):
         raise RequestError(f"the plan is damaged: {name!r} is no number of a layer.")
     return int(name)
+
+
+def _is_sketch(value: Any) -> bool:
+    """Whether it is lists of numbers by layer (``architectures.fingerprint.sketch_of``)."""
+    return isinstance(value, dict) and all(
+        isinstance(numbers, list) and all(is_integer(number) or isinstance(number, float) for number in numbers)
+        for numbers in value.values()
+    )

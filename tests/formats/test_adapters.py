@@ -269,7 +269,7 @@ def test_the_original_is_found_and_proven(mixtral: Trained, tmp_path: Path, capl
     plan, cut = mixtral.plan, tmp_path / "cut"
     form = form_of(mixtral.adapter)
     assert form is not None and form.name == "an adapter"
-    assert form.prepare(plan, mixtral.adapter, cut).facts["proof"] == "its routers are those of the plan"
+    assert form.prepare(plan, mixtral.adapter, cut).facts["known_by"] == "its routers are those of the plan"
     plan.apply_to_checkpoint(mixtral.base, tmp_path / "pruned")
     mixtral.change(base_model_name_or_path=None)
     with pytest.raises(RequestError, match=r"original cannot be read here \(none is named\), .*base_model"):

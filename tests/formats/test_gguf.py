@@ -277,6 +277,20 @@ def test_quantised_routers_are_known_by_their_sketch(tmp_path: Path, caplog: pyt
     assert "not proven" in caplog.text
 
 
+def test_a_sketch_proves_as_well_where_a_plan_has_no_fingerprint(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "a.gguf", moe_tensors())
+    for seed, same in ((0, True), (1, False)):
+        plan = plan_for(moe_tensors(seed=seed))
+        model = {name: value for name, value in plan.made_for.items() if "fingerprint" not in name}
+        plan = replace(plan, provenance={"model": model})
+        if same:
+            facts = form_of(source).prepare(plan, source, tmp_path / "out.gguf").facts
+            assert facts["known_by"] == "by a sketch of their numbers"
+        else:
+            with pytest.raises(ValueError, match="other router weights"):
+                plan.apply_to_checkpoint(source, tmp_path / "out.gguf")
+
+
 @pytest.mark.parametrize("kind", [Type.F16, Type.BF16])
 def test_routers_in_half_precision_are_known(tmp_path: Path, kind: Type) -> None:
     tensors = moe_tensors()

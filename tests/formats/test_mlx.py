@@ -135,11 +135,12 @@ def test_the_command_says_what_it_will_do(
     plan_for(models["mixtral"], 6).save(tmp_path / "plan.json")
     given = ["apply", "--model", folders["mixtral"], "--plan", tmp_path / "plan.json", tmp_path / "out"]
     code, out, _ = call(capsys, *given, "--dry-run")
-    assert code == 0 and "4 bits in groups of 8; 4 layers with 12 experts each, of which 6" in out
+    assert code == 0 and "4 bits in groups of 8): 4 layers with 12 experts" in out and "6 of 12 experts" in out
     assert not (tmp_path / "out").exists()
     code, out, _ = call(capsys, *given, "--json")
     said = json.loads(out)
-    assert code == 0 and (said["form"], said["retained"], said["opened_by"]) == ("MLX folder", 6, "mlx-lm 0.32.2")
+    assert code == 0 and (said["form"], said["num_experts"], said["opened"]) == ("MLX folder", 6, "mlx-lm 0.32.2")
+    assert (said["original_num_experts"], said["layers"]) == (12, [0, 1, 2, 3])
     assert said["bytes"] == sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())
     code, _, error = call(capsys, *given, "--overwrite", "--standalone")
     assert code == 2 and "--standalone is for transformers checkpoints" in error
@@ -172,6 +173,20 @@ def test_a_plan_without_a_sketch_is_said_to_be_unproven(
     assert form is not None
     cut = form.prepare(PruningPlan.from_dict(values), folders["mixtral"], tmp_path / "out")
     assert "only counts and shapes were checked" in cut.summary and "only counts" in caplog.text
+
+
+def test_a_sketch_proves_as_well_where_a_plan_has_no_fingerprint(
+    models: dict[str, PreTrainedModel], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    values = plan_for(models["deepseek_v3"], 8).to_dict()
+    made_for = values["provenance"]["model"]
+    for name in [name for name in made_for if "fingerprint" in name]:
+        del made_for[name]
+    plan, source = PruningPlan.from_dict(values), folders["deepseek_v3"]
+    form = form_of(source)
+    assert form is not None and "as far as these tell" in form.prepare(plan, source, tmp_path / "out").summary
+    made_for["router_sketch"] = {layer: [-x for x in sketch] for layer, sketch in made_for["router_sketch"].items()}
+    assert "other router weights" in refused(PruningPlan.from_dict(values), source, tmp_path / "out")
 
 
 def test_what_is_damaged_is_refused(models: dict[str, PreTrainedModel], copied: tuple[Path, Path]) -> None:
@@ -239,7 +254,7 @@ def test_routers_that_mlx_lm_names_otherwise(
     form = form_of(source := write_mlx(tmp_path / "source", model, tensors))
     assert form is not None
     cut = form.prepare(plan, source, tmp_path / "out")
-    assert cut.facts["routers"].endswith(proof)
+    assert cut.facts["known_by"].endswith(proof)
     after = load_file(cut.write() / "model.safetensors")
     for layer, retained in plan.retained.items():
         keys = [key for key in tensors if f"layers.{layer}.mlp." in key and (".gate." in key or "bias" in key)]

@@ -65,7 +65,7 @@ def test_other_modes_are_cut_alike(mode: str, bits: int, group: int, tmp_path: P
     form = form_of(source)
     assert form is not None
     cut = form.prepare(plan, source, tmp_path / "out")
-    assert "as far as these tell" in cut.facts["routers"]
+    assert "as far as these tell" in cut.facts["known_by"]
     masked = opened(source)
     mask(masked, plan.retained)
     assert torch.allclose(answers(masked, IDS), answers(opened(cut.write()), IDS), atol=1e-4)

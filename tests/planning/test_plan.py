@@ -98,6 +98,8 @@ def edited(**changes: object) -> dict[str, object]:
         ({"format_version": True}, "format version True"),
         ({"provenance": {"model": "x"}}, "provenance of the model is damaged"),
         ({"provenance": {"model": {"fingerprint": 5}}}, "provenance of the model is damaged"),
+        ({"provenance": {"model": {"router_sketch": [1.0]}}}, "provenance of the model is damaged"),
+        ({"provenance": {"model": {"router_sketch": {"0": ["x"]}}}}, "provenance of the model is damaged"),
         ({"provenance": 5}, "the plan is damaged"),
     ],
 )

@@ -122,12 +122,12 @@ class AdapterCutting:
             "form": "adapter",
             "adapter": str(self.folder),
             "original": self.original.name,
-            "proof": self.original.proof or None,
+            "known_by": self.original.proof or None,
             "tensors": len(self.cut.tensors),
             "cut": self.cut.changed,
             "left_aside": len(self.cut.aside),
-            "bytes_before": total_bytes(self.cut.tensors),
-            "bytes_after": total_bytes(self.cut.written),
+            "original_bytes": total_bytes(self.cut.tensors),
+            "bytes": total_bytes(self.cut.written),
         }
 
     @property
@@ -138,7 +138,7 @@ class AdapterCutting:
             f"an adapter of {self.original.name}"
             + (f" ({self.original.proof})" if self.original.proof else "")
             + f": {facts['cut']} of {facts['tensors']} tensors are about experts that go, "
-            f"{size(facts['bytes_before'])} become {size(facts['bytes_after'])}."
+            f"{size(facts['original_bytes'])} become {size(facts['bytes'])}."
         ]
         if not self.cut.changed:
             lines.append("Nothing in it is about experts that go; it is copied as it is.")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...architectures.fingerprint import SKETCH, same_routers, same_sketch, sketch_of
+from ...architectures.fingerprint import SKETCH, same_sketch, sketch_of
 from ...architectures.spec import COUNT_KEYS as USUAL_KEYS
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.cutting import select
@@ -18,6 +18,7 @@ from ...compat import text_config
 from ...errors import RequestError
 from ...names import CARD_NAME, NOTES_LOGGER, PLAN_NAME
 from ...plan import PruningPlan, with_parent
+from ...progress.pace import size
 from ...storage.files import write_text
 from ...storage.folders import check_space, check_target
 from ...storage.values import Json, read_json
@@ -34,9 +35,9 @@ from .names import INDEX
 
 logger = logging.getLogger(NOTES_LOGGER)
 
-SAME = "the router weights are those of the model the plan was made for"
-ALIKE = "the router weights are those of the model the plan was made for, as far as these tell"
-UNPROVEN = "the plan remembers no router weights that these can be compared with: only counts and shapes were checked"
+SAME = "those of the model the plan was made for"
+ALIKE = "those of the model the plan was made for, as far as these tell"
+UNPROVEN = "not compared: the plan remembers none that these can be compared with; only counts and shapes were checked"
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def prepare_mlx(
     """
     folder = Source.of(source)
     check_target(target, overwrite, [folder.name_or_path], PLAN_NAME)
-    size = MAX_SHARD_SIZE if max_shard_size is None else max_shard_size
-    shard_bytes(size)
+    shard_size = MAX_SHARD_SIZE if max_shard_size is None else max_shard_size
+    shard_bytes(shard_size)
     values = source_config(folder)
     _check_counted(values, folder.name_or_path)
     check_plan_for_config(plan, folder.config)
@@ -110,13 +111,13 @@ def prepare_mlx(
         pieces,
         config,
         changed_files(folder, cut_of_files(plan, layout)),
-        size,
+        shard_size,
         overwrite,
         always_index=folder.find(INDEX) is not None,
     )
     check_space(target, prepared.nbytes)
     if proof == UNPROVEN:
-        logger.warning("%s.", proof)
+        logger.warning("the router weights were %s.", proof)
     if below := _below_zero(plan, layout):
         logger.warning(
             "layer %s retains experts whose correction bias is below zero. Where a token's groups of experts are "
@@ -124,7 +125,8 @@ def prepare_mlx(
             "whole model; transformers does not.",
             ", ".join(map(str, below)),
         )
-    return MLXCut(prepared, _summary(layout, prepared, proof), _facts(layout, prepared, proof))
+    facts = _facts(layout, prepared, proof)
+    return MLXCut(prepared, _summary(facts), facts)
 
 
 def _check_counted(values: Json, name: str) -> None:
@@ -171,14 +173,14 @@ def _proof(plan: PruningPlan, layout: MLXLayout) -> str:
     Raises:
         RequestError: If it was made for one with other routers.
     """
-    quantised = any(map(layout.is_quantised, layout.layers))
-    if not quantised and not layout.absent:
+    as_they_were = not any(map(layout.is_quantised, layout.layers)) and not layout.absent
+    if as_they_were and "fingerprint" in plan.made_for:
         found = layout.fingerprints()
         half = "fingerprint_float16"
         in_half = plan.made_for.get(half) == found[half]  # converted to it: both are the same, rounded
         if not (in_half and same_sketch(plan.made_for.get(SKETCH) or {}, found[SKETCH])):
             check_routers(plan, found)
-        return SAME if not same_routers(plan.made_for, {**found, **_NO_MODEL}) else UNPROVEN
+        return SAME
     with layout.checkpoint.reader() as read:
         mine = {str(index): sketch_of(layout.router(index, read)) for index in layout.layers}
     alike = same_sketch(plan.made_for.get(SKETCH) or {}, mine)
@@ -188,9 +190,6 @@ def _proof(plan: PruningPlan, layout: MLXLayout) -> str:
             f"({plan.made_for.get('name_or_path') or 'unnamed'}) than those of {layout.checkpoint.name_or_path}."
         )
     return UNPROVEN if alike is None else ALIKE
-
-
-_NO_MODEL = {"fingerprint": "", "fingerprint_bfloat16": "", "fingerprint_float16": ""}
 
 
 def _below_zero(plan: PruningPlan, layout: MLXLayout) -> list[int]:
@@ -209,26 +208,32 @@ def _below_zero(plan: PruningPlan, layout: MLXLayout) -> list[int]:
 
 def _facts(layout: MLXLayout, prepared: Prepared, proof: str) -> Json:
     counts = layout.num_experts
+    said = source_config(layout.checkpoint.source).get("quantization")
     return {
         "form": "MLX folder",
+        "model": layout.checkpoint.name_or_path,
         "model_type": layout.spec.model_type,
-        "layers": len(counts),
-        "experts": next(iter(counts.values())),
-        "retained": prepared.plan.uniform_num_experts,
-        "bytes_before": layout.checkpoint.nbytes,
+        "bits": said.get("bits") if isinstance(said, dict) else None,
+        "group_size": said.get("group_size") if isinstance(said, dict) else None,
+        "layers": list(counts),
+        "original_num_experts": next(iter(counts.values())),
+        "num_experts": prepared.plan.uniform_num_experts,
+        "original_bytes": layout.checkpoint.nbytes,
         "bytes": prepared.nbytes,
-        "routers": proof,
-        "opened_by": MLX.title,
+        "known_by": proof,
+        "opened": MLX.title,
     }
 
 
-def _summary(layout: MLXLayout, prepared: Prepared, proof: str) -> str:
-    facts = _facts(layout, prepared, proof)
-    said = source_config(layout.checkpoint.source).get("quantization")
-    bits = f", {said['bits']} bits in groups of {said['group_size']}" if isinstance(said, dict) else ""
-    return (
-        f"MLX folder {layout.checkpoint.name_or_path}: {facts['model_type']}{bits}; {facts['layers']} layers with "
-        f"{facts['experts']} experts each, of which {facts['retained']} are retained.\n"
-        f"It has {facts['bytes_before'] / 1e6:,.1f} MB of weights; {facts['bytes'] / 1e6:,.1f} MB are copied to "
-        f"{prepared.target}, byte for byte.\n{proof[0].upper()}{proof[1:]}.\nOpened by: {MLX.title}."
-    )
+def _summary(facts: Json) -> str:
+    bits = f", {facts['bits']} bits in groups of {facts['group_size']}" if facts["bits"] else ""
+    before, after = facts["original_num_experts"], facts["num_experts"]
+    lines = {
+        "model": f"MLX folder {facts['model']} ({facts['model_type']}{bits}): {len(facts['layers'])} layers with "
+        f"{before} experts, {size(facts['original_bytes'])}",
+        "keeps": f"{after} of {before} experts in each layer ({1 - after / before:.1%} removed)",
+        "routers": facts["known_by"],
+        "writes": f"{size(facts['bytes'])}, byte for byte; nothing is quantised anew",
+        "opened": f"by {facts['opened']}",
+    }
+    return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
