@@ -49,7 +49,7 @@ class ApplyCommand(Command):
         publishing.add_publishing(parser)
         flags.add_settings(parser.add_argument_group("how texts are read"), flags.READING)
         add_dry_run(parser)
-        flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty")
+        flags.add_common(parser, "OUTPUT", "folder of the pruned checkpoint, absent or empty; of a GGUF file a file")
 
     @staticmethod
     def work(args: argparse.Namespace) -> Result:

@@ -22,6 +22,7 @@ from ..calibration.texts import needs_tokenizer
 from ..checkpoints.source import Source
 from ..compat import text_config
 from ..errors import RequestError, RunError
+from ..formats import GGUF_FILE, MLX_FOLDER, form_of
 from ..models.memory import Compute, load_model
 from ..models.wrappers import plain_model
 from ..names import AUTO, dtype_text
@@ -98,7 +99,8 @@ def compare(
     compared = [_source(model) for model in several]
     original = None if reference is None else _source(reference)
     every = [*compared, *([] if original is None else [original])]
-    _check_draft(draft, draft_tokens, data, reference)
+    _check_draft(draft, draft_tokens, data, original, new_tokens)
+    _check_forms(every)
     if speed or draft:
         _check_constants(every)
     _check(every, data, tasks, speed, batch_size, new_tokens, task_settings)
@@ -263,13 +265,35 @@ def _check(
         _check_same_tokens(models)
 
 
-def _check_draft(draft: bool, draft_tokens: int | None, data: CalibrationInput | None, reference: Any) -> None:
+def _check_forms(models: Sequence[Source | PreTrainedModel]) -> None:
+    """Refuse what transformers would open with random experts: those of an MLX folder have other names."""
+    for model in models:
+        form = form_of(model.name_or_path) if isinstance(model, Source) else None
+        if form is not None and form in (GGUF_FILE, MLX_FOLDER):
+            raise RequestError(
+                f"{_name(model)} is {form.name}, and models are judged in transformers; judge the transformers "
+                "checkpoint that the same plan makes of the original."
+            )
+
+
+def _check_draft(
+    draft: bool,
+    draft_tokens: int | None,
+    data: CalibrationInput | None,
+    reference: Source | PreTrainedModel | None,
+    new_tokens: int,
+) -> None:
     if draft and (data is None or reference is None):
         raise RequestError(
             "a draft is measured on texts, beside the model that it drafts for: name data, and reference."
         )
     if draft_tokens is not None and (not draft or draft_tokens < 1):
         raise RequestError(f"draft_tokens is {draft_tokens}; it is for draft, and at least 1.")
+    if draft and reference is not None and (most := sample_length(new_tokens + 1, reference.config)) <= new_tokens:
+        raise RequestError(
+            f"new_tokens is {new_tokens}, and the reference was made for texts of {most} tokens; ask for "
+            f"{most - 1} or fewer."
+        )
 
 
 def _check_constants(models: Sequence[Source | PreTrainedModel]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp."""
+"""llama.cpp as in llama-cpp-python 0.3.36, run here: what was compared stands in ``formats/README.md``."""
 
 from __future__ import annotations
 

@@ -106,6 +106,8 @@ def test_with_other_results(reference: PreTrainedModel) -> None:
     for missing in ({"reference": reference}, {"data": texts}):
         with pytest.raises(RequestError, match="name data, and reference"):
             compare(sure(reference), speed=False, draft=True, tasks=("x",), **missing)
+    with pytest.raises(RequestError, match=r"new_tokens is 5000, and the reference .* texts of (\d+) tokens"):
+        compare(sure(reference), texts, reference=reference, draft=True, **{**settings, "new_tokens": 5000})
     with pytest.raises(RequestError, match="draft_tokens"):
         compare(sure(reference), texts, reference=reference, draft_tokens=2)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures.tiny import tiny_model
+from conftest import make_texts
 from formats.mlx_folders import mlx_tensors, packed, write_mlx
 from oracles import call, plan_for
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from optimum_moe_prune import PruningPlan
 from optimum_moe_prune.errors import RequestError
+from optimum_moe_prune.evaluation.compare import compare
 from optimum_moe_prune.formats import form_of
 from optimum_moe_prune.formats.mlx.names import is_mlx_folder
 from optimum_moe_prune.formats.mlx.numbers import dequantised
@@ -139,7 +141,7 @@ def test_the_command_says_what_it_will_do(
     assert not (tmp_path / "out").exists()
     code, out, _ = call(capsys, *given, "--json")
     said = json.loads(out)
-    assert code == 0 and (said["form"], said["num_experts"], said["opened"]) == ("MLX folder", 6, "mlx-lm 0.32.2")
+    assert code == 0 and (said["form"], said["num_experts"], said["opened_by"]) == ("MLX folder", 6, "mlx-lm 0.32.2")
     assert (said["original_num_experts"], said["layers"]) == (12, [0, 1, 2, 3])
     assert said["bytes"] == sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())
     code, _, error = call(capsys, *given, "--overwrite", "--standalone")
@@ -260,6 +262,11 @@ def test_routers_that_mlx_lm_names_otherwise(
         keys = [key for key in tensors if f"layers.{layer}.mlp." in key and (".gate." in key or "bias" in key)]
         assert len(keys) == (2 if name == "bailing_hybrid" else 1)
         assert all(torch.equal(after[key], tensors[key][list(retained)]) for key in keys)
+
+
+def test_what_transformers_would_open_with_random_experts_is_not_judged(folders: dict[str, Path]) -> None:
+    with pytest.raises(RequestError, match="is an MLX folder, and models are judged in transformers"):
+        compare(str(folders["deepseek_v3"]), make_texts(2))
 
 
 def test_groups_and_biases_below_zero_are_said(

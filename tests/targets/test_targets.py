@@ -144,6 +144,8 @@ def test_which_programs_open_it() -> None:
     assert unequal == f"transformers 5.14+ (after import optimum_moe_prune){beside}"
     alone = table.opened_by(CHECKPOINT, MIXTRAL, known, {0: 4, 1: 5}, standalone=True)
     assert alone == f"transformers 5.14+ (after import optimum_moe_prune, or with trust_remote_code=True){beside}"
+    made = {name: table.opened_by(CHECKPOINT, MIXTRAL, known, same(4), made_for=name) for name in table.TARGETS}
+    assert "llama.cpp" not in made["llama.cpp"]  # it opens what is made of a checkpoint, and no checkpoint
     assert table.opened_by(GGUF, MIXTRAL, known, {0: 4, 1: 5}).startswith("no program that is known here; not by ")
 
 

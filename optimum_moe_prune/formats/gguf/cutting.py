@@ -223,6 +223,7 @@ def _facts(output: Output, blocks: Mapping[int, Block], proven: str, notes: list
         "original_bytes": model.nbytes,
         "bytes": output.nbytes,
         "known_by": proven,
+        "opened_by": "llama.cpp",
         "notes": notes,
     }
 
@@ -238,6 +239,6 @@ def _summary(facts: Json) -> str:
         "keeps": f"{after} of {before} experts in each layer ({1 - after / before:.1%} removed)",
         "routers": f"the plan's, known {facts['known_by']}" if facts["known_by"] != UNKNOWN else "not compared",
         "writes": f"{size(facts['bytes'])}{one}, {facts['count_key']} = {after}; nothing is quantised anew",
-        "opens": "in llama.cpp, and what is built on it, as the source does",
+        "opened": f"by {facts['opened_by']}, and what is built on it, as the source is",
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

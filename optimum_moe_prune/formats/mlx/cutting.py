@@ -221,7 +221,7 @@ def _facts(layout: MLXLayout, prepared: Prepared, proof: str) -> Json:
         "original_bytes": layout.checkpoint.nbytes,
         "bytes": prepared.nbytes,
         "known_by": proof,
-        "opened": MLX.title,
+        "opened_by": MLX.title,
     }
 
 
@@ -234,6 +234,6 @@ def _summary(facts: Json) -> str:
         "keeps": f"{after} of {before} experts in each layer ({1 - after / before:.1%} removed)",
         "routers": facts["known_by"],
         "writes": f"{size(facts['bytes'])}, byte for byte; nothing is quantised anew",
-        "opened": f"by {facts['opened']}",
+        "opened": f"by {facts['opened_by']}",
     }
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())
