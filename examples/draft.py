@@ -27,7 +27,7 @@ parser.add_argument("--sparsity", type=float, default=0.25, help="fraction of th
 parser.add_argument("--output", default="mixtral-draft")
 args = parser.parse_args()
 
-texts = make_corpus({"train": 10, "heldout": 2})
+texts = make_corpus({"train": 6, "heldout": 1})
 pruner = MoEPruner.from_pretrained(
     args.model, config=MoEPrunerConfig(method="reap", allocation="global", sparsity=args.sparsity)
 )
@@ -42,4 +42,4 @@ together = original.generate(**prompt, max_new_tokens=30, do_sample=False, assis
 print(tokenizer.decode(together[0]))
 print("the same as alone" if alone.tolist() == together.tolist() else "other tokens: these tie within rounding")
 
-print(compare(draft, texts["heldout"], reference=original, draft=True, new_tokens=24).summary())
+print(compare(draft, texts["heldout"], reference=original, draft=True, new_tokens=16).summary())

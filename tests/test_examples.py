@@ -171,6 +171,7 @@ def test_the_quickstart_runs(tmp_path: Path, small: dict[str, str]) -> None:
     [
         ("prune_mixtral.py", ["{mixtral}", "--output", "out"], "4,955,776 -> 3,922,048 parameters"),
         ("substitute.py", ["{mixtral}"], "serve it: vllm serve constant"),
+        ("draft.py", ["{mixtral}", "--output", "out"], "the same as alone"),
         ("bits.py", ["{qwen2_moe}"], "layer_config=json.load(open('experts-auto-round.json'))"),
         ("compare_methods.py", ["{qwen2_moe}", "--methods", "reap", "random"], "95% interval"),
         (
