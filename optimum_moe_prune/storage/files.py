@@ -56,7 +56,7 @@ def check_own(path: str | os.PathLike, read: Callable[[Path], object]) -> Path:
     if not there.is_file():
         raise RequestError(f"{path} is no file and is not replaced; name another file.")
     try:
-        read(there)
+        read(path if path.exists() and path.samefile(there) else there)  # messages name it as it was given
     except (OSError, ValueError) as error:
         if "is not replaced" in str(error):
             raise
