@@ -96,9 +96,9 @@ GGUF_FILE = Form(
 
 
 def _prepare_mlx(plan: PruningPlan, source: str | os.PathLike, target: str | os.PathLike, **options: Any) -> Cutting:
-    from .mlx.cutting import prepare_mlx
+    from .mlx.cutting import prepare
 
-    return prepare_mlx(plan, source, target, **options)
+    return prepare(plan, source, target, **options)
 
 
 MLX_FOLDER = Form("an MLX folder", is_mlx_folder, _prepare_mlx)

@@ -283,9 +283,11 @@ def plan_work(
         notes=tuple(notes),
     )
     if after is not None and not saves_statistics:
-        substitutes = recipe is not None and recipe.substitute
-        opened = opened_by(CHECKPOINT, layout.spec, config, after, standalone, made_for)
-        work = replace(work, opened=OPENED if substitutes else opened)
+        if recipe is not None and recipe.substitute:
+            opened = OPENED
+        else:
+            opened = opened_by(CHECKPOINT, layout.spec, config, after, standalone, made_for)
+        work = replace(work, opened=opened)
     if measures is None:
         measures = recipe is not None and recipe.measures
     if isinstance(measures, bool):

@@ -133,16 +133,16 @@ class GgufModel:
 
     def _dequantised(self, name: str, data: bytes) -> Tensor:
         placed, lib = self.tensors[name], library()
+        unread = RequestError(
+            f"{self.parts[placed.part].path}: {name} is of type {placed.type_name}, whose numbers cannot be read here."
+        )
+        if self.parts[0].order != "<":
+            raise unread
         try:
-            if self.parts[0].order != "<":
-                raise NotImplementedError
             rows = np.frombuffer(data, dtype=np.uint8).reshape(math.prod(placed.shape[:-1]), -1)
             values = lib.quants.dequantize(rows, lib.GGMLQuantizationType(placed.tensor.kind))
         except NotImplementedError as error:
-            raise RequestError(
-                f"{self.parts[placed.part].path}: {name} is of type {placed.type_name}, whose numbers cannot be read "
-                "here."
-            ) from error
+            raise unread from error
         return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(placed.shape)
 
 

@@ -66,7 +66,7 @@ class MLXCut:
         return target
 
 
-def prepare_mlx(
+def prepare(
     plan: PruningPlan,
     source: str | os.PathLike,
     target: str | os.PathLike,
